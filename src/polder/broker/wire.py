@@ -1,0 +1,250 @@
+"""The words engines, tools and the broker exchange over one Unix socket.
+
+A message is a 4-byte little-endian length and that many bytes of MessagePack: one of the structs below, tagged by `t`.
+File descriptors travel beside the first byte of a message (SCM_RIGHTS). A message over MAX_MESSAGE bytes, or one that
+does not decode to a struct of the expected direction, closes the connection it came by and harms nobody else.
+
+    engine core  ── Hello ──────────────► broker        once per connection; on reconnection `held` is not empty
+                 ◄── Welcome ────────────               the first units, or Refused
+                 ── Demand ─────────────►               whenever it changes, at most every 50 ms, at least every second
+                 ◄── Grant ──────────────               pages to map
+                 ── Grown ──────────────►               they are mapped and offered to the scheduler
+                 ◄── Recall ─────────────               give `units` back before `deadline_s`
+                 ── Returned ───────────►               the acknowledgement: these pages are unmapped
+    worker       ── Fetch ──────────────► broker        handles of pages it is about to map
+                 ◄── Handles + fds ──────
+    anybody      ── StatusRequest ──────► broker
+                 ◄── Status ─────────────
+    operator     ── Resize ─────────────► broker        pin an engine to a number of units (0 = let the policy decide)
+                 ◄── Done / Refused ─────
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = [
+    "MAX_FDS",
+    "MAX_MESSAGE",
+    "PROTOCOL",
+    "Demand",
+    "DeviceStatus",
+    "Done",
+    "EngineStatus",
+    "Fetch",
+    "FromBroker",
+    "Grant",
+    "Grown",
+    "Handles",
+    "Hello",
+    "Pages",
+    "Recall",
+    "Refused",
+    "Resize",
+    "Returned",
+    "Status",
+    "StatusRequest",
+    "ToBroker",
+    "Welcome",
+]
+
+PROTOCOL = 1
+MAX_MESSAGE = 4 << 20
+MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
+
+Pages = list[list[int]]
+"""Pages of some units: one list per rank, each `units * pages_per_unit` page numbers of that rank's device, unit by unit."""
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
+    """Root of all messages."""
+
+
+# ---------------------------------------------------------------- to the broker
+
+
+class Hello(Message, kw_only=True, tag="hello"):
+    """An engine core presents itself. Sizes are in units: one page in every layer, on every rank."""
+
+    engine: str
+    model: str
+    protocol: int = PROTOCOL
+    devices: list[str]
+    """The device of each rank, e.g. ["cpu:0"] or ["cuda:0", "cuda:1"]."""
+    page_bytes: int
+    """0: whatever the broker uses."""
+    pages_per_unit: int
+    """Pages of one unit on each rank."""
+    unit_tokens: int
+    """Tokens whose KV fits one unit."""
+    floor_units: int
+    ceiling_units: int
+    share_units: int
+    """Guaranteed on demand; what an engine holds above it is on loan. 0: an equal part of the device."""
+    held: dict[int, list[list[int]]] = {}
+    """On reconnection: unit -> pages per rank (one list a rank)."""
+
+
+class Demand(Message, kw_only=True, tag="demand"):
+    """What an engine holds, uses and could use. The numbers are in units unless named otherwise."""
+
+    held_units: int
+    busy_units: int
+    """Needed for the blocks of running requests, now."""
+    waiting_units: int
+    """Needed in addition by requests that wait for memory (capped by the ceiling)."""
+    peak_units: int
+    """Largest busy + waiting of the last seconds (decaying)."""
+    cached_units: int
+    """Blocks that hold reusable KV, busy ones included."""
+    curve: list[float]
+    """Expected seconds of prefill saved per second with 0, 1, 2, ... units of cache (non-decreasing)."""
+    urgent: bool
+    """A request cannot be scheduled for want of memory."""
+    stats: dict[str, float] = {}
+    """Counters and gauges shown by `polder top` and Prometheus, see EngineStatus.stats."""
+
+
+class Grown(Message, kw_only=True, tag="grown"):
+    """The pages of a grant are mapped, zeroed and offered to the scheduler."""
+
+    lease: int
+
+
+class Returned(Message, kw_only=True, tag="returned"):
+    """Pages unmapped on every rank. Fewer units than recalled (`short`) means the rest is impossible now."""
+
+    lease: int
+    """The recall this answers; 0: given back unasked."""
+    pages: list[list[int]]
+    short: int = 0
+
+
+class Fetch(Message, kw_only=True, tag="fetch"):
+    """A worker asks for handles: one per page on CUDA; on the CPU one file stands for all pages."""
+
+    engine: str
+    rank: int
+    device: str
+    pages: list[int]
+
+
+class StatusRequest(Message, kw_only=True, tag="status?"):
+    pass
+
+
+class Resize(Message, kw_only=True, tag="resize"):
+    """Pin an engine to `units` (tests, benchmarks, operators). 0 hands it back to the policy."""
+
+    engine: str
+    units: int
+
+
+# ---------------------------------------------------------------- from the broker
+
+
+class Welcome(Message, kw_only=True, tag="welcome"):
+    generation: int
+    """Changes when the broker restarts: pages of another generation must be discarded when given back."""
+    page_bytes: int
+    lease: int
+    pages: list[list[int]]
+    """The floor's pages per rank, empty when `held` was reported."""
+    share_units: int
+    ceiling_units: int
+    """Clipped to what the device can ever spare."""
+
+
+class Grant(Message, kw_only=True, tag="grant"):
+    lease: int
+    units: int
+    pages: list[list[int]]
+
+
+class Recall(Message, kw_only=True, tag="recall"):
+    lease: int
+    units: int
+    deadline_s: float
+    """Seconds from now until the pages must be back."""
+    preempt: bool
+    """True: preempt running requests if nothing else frees enough. False: only idle and cached memory."""
+
+
+class Handles(Message, kw_only=True, tag="handles"):
+    """`fds` file descriptors come with it: handle i is (fds[fd_index[i]], offsets[i])."""
+
+    generation: int
+    page_bytes: int
+    fd_index: list[int]
+    offsets: list[int]
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    engine: str
+    model: str
+    pid: int
+    devices: list[str]
+    state: str
+    """"serving" | "overdue" (a recall passed its deadline) | "gone" (dying, pages not yet back)."""
+    pages_per_unit: int
+    unit_tokens: int
+    held_units: int
+    floor_units: int
+    share_units: int
+    ceiling_units: int
+    target_units: int
+    pinned_units: int
+    busy_units: int
+    waiting_units: int
+    cached_units: int
+    borrowed_units: int
+    """Held above its share: on loan from the others."""
+    lent_units: int
+    """Missing from its share while others hold it."""
+    recalled_units: int
+    """Given back on recall since it came."""
+    reason: str
+    """Why the policy chose the target, in words."""
+    curve: list[float]
+    stats: dict[str, float]
+    """prefix_queries_tokens_total, prefix_hits_tokens_total, preemptions_total, polder_preemptions_total, running,
+    waiting, kv_used_ratio, grows_total, shrinks_total, migrated_blocks_total, evicted_blocks_total,
+    grow_seconds_total, shrink_seconds_total, steps_total"""
+
+
+class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    device: str
+    page_bytes: int
+    total_pages: int
+    free_pages: int
+    pages_by_owner: dict[str, int]
+    """ "engine/use" -> pages, use one of kv, weights, staging, lent; "free" is not listed."""
+
+
+class Status(Message, kw_only=True, tag="status"):
+    generation: int
+    uptime_s: float
+    devices: list[DeviceStatus]
+    engines: list[EngineStatus]
+    grants: int
+    recalls: int
+    overdue: int
+    refused_messages: int
+    reclaimed_pages: int
+    """Pages taken back from dead engines."""
+    giveback_ms: list[float]
+    """The last 512 times from an urgent demand to mapped pages (Grown), in milliseconds, newest last."""
+
+
+class Done(Message, kw_only=True, tag="done"):
+    pass
+
+
+class Refused(Message, kw_only=True, tag="refused"):
+    """The request cannot be met; `reason` says what to change."""
+
+    reason: str
+
+
+ToBroker = Hello | Demand | Grown | Returned | Fetch | StatusRequest | Resize
+FromBroker = Welcome | Grant | Recall | Handles | Status | Done | Refused

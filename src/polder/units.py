@@ -1,0 +1,50 @@
+"""Sizes and times as people write them: "64GiB", "2MiB", "150ms". A bad value is an error, never a default."""
+
+from __future__ import annotations
+
+import re
+
+from polder.errors import ConfigError
+
+_BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str | int, *, what: str = "size") -> int:
+    """`"1.5GiB"` -> 1610612736. Integers are bytes. Raises ConfigError naming `what`."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        if text < 0:
+            raise ConfigError(f"{what}: {text} is negative")
+        return text
+    match = _NUMBER.fullmatch(str(text))
+    unit = match.group(2) if match else None
+    if match is None or unit not in _BYTES:
+        raise ConfigError(f"{what}: cannot read {text!r}; write a number and one of B, KiB, MiB, GiB, TiB, e.g. 64GiB")
+    size = float(match.group(1)) * _BYTES[unit]
+    if size != int(size):
+        raise ConfigError(f"{what}: {text!r} is not a whole number of bytes")
+    return int(size)
+
+
+def parse_seconds(text: str | float, *, what: str = "time") -> float:
+    """`"150ms"` -> 0.15. Numbers are seconds. Raises ConfigError naming `what`."""
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        if not 0 <= text < float("inf"):
+            raise ConfigError(f"{what}: {text} is not a time")
+        return float(text)
+    match = _NUMBER.fullmatch(str(text))
+    unit = match.group(2) if match else None
+    if match is None or unit not in _SECONDS:
+        raise ConfigError(f"{what}: cannot read {text!r}; write a number and one of us, ms, s, min, e.g. 150ms")
+    return float(match.group(1)) * _SECONDS[unit]
+
+
+def format_bytes(size: int) -> str:
+    """The largest binary unit that leaves at most three digits before the point: 335544320 -> "320 MiB"."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"
