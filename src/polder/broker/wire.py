@@ -185,7 +185,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     devices: list[str]
     state: str
-    """"serving" | "overdue" (a recall passed its deadline) | "gone" (dying, pages not yet back)."""
+    """"serving" | "overdue" (a recall passed its deadline) | "silent" (its connection broke, it serves on with what it
+    holds) | "gone" (its core ended, its pages are not back yet)."""
     pages_per_unit: int
     unit_tokens: int
     held_units: int
@@ -244,6 +245,8 @@ class Refused(Message, kw_only=True, tag="refused"):
     """The request cannot be met; `reason` says what to change."""
 
     reason: str
+    retry_s: float = 0.0
+    """Above 0: nothing needs changing, ask again after that time."""
 
 
 ToBroker = Hello | Demand | Grown | Returned | Fetch | StatusRequest | Resize

@@ -1,0 +1,54 @@
+"""One question to a broker, and its answer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from polder.broker.transport import Channel, check_socket_path
+from polder.broker.wire import Done, Fetch, FromBroker, Handles, Refused, Resize, Status, StatusRequest
+from polder.errors import BrokerUnavailable, ProtocolError, UsageError
+
+__all__ = ["check_socket_path", "fetch_handles", "request", "status"]
+
+
+def request(socket: Path, message: StatusRequest | Resize, *, timeout_s: float = 5.0) -> Status | Done:
+    """Sends `message`, returns the answer.
+
+    Raises UsageError when the broker refuses, BrokerUnavailable when none answers within `timeout_s`.
+    """
+    answer, _ = _ask(socket, message, timeout_s)
+    if isinstance(answer, Status | Done):
+        return answer
+    raise ProtocolError(f"{type(answer).__name__} is no answer to {type(message).__name__}")
+
+
+def status(socket: Path, *, timeout_s: float = 5.0) -> Status:
+    answer = request(socket, StatusRequest(), timeout_s=timeout_s)
+    assert isinstance(answer, Status)
+    return answer
+
+
+def fetch_handles(socket: Path, message: Fetch, *, timeout_s: float = 5.0) -> tuple[Handles, list[int]]:
+    """Handles of pages that the engine holds, with the file descriptors they refer to; the caller closes those."""
+    answer, fds = _ask(socket, message, timeout_s)
+    if isinstance(answer, Handles):
+        return answer, fds
+    for fd in fds:
+        os.close(fd)
+    raise ProtocolError(f"{type(answer).__name__} is no answer to Fetch")
+
+
+def _ask(socket: Path, message: StatusRequest | Resize | Fetch, timeout_s: float) -> tuple[FromBroker, list[int]]:
+    channel = Channel(socket, timeout_s=timeout_s)
+    try:
+        channel.send(message)
+        try:
+            answer = channel.receive()
+        except TimeoutError:
+            raise BrokerUnavailable(f"the broker on {socket} did not answer within {timeout_s:g} s") from None
+        if isinstance(answer, Refused):
+            raise UsageError(answer.reason)
+        return answer, channel.take_fds()
+    finally:
+        channel.close()

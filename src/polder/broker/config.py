@@ -1,0 +1,43 @@
+"""What a broker is told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polder.broker.policy import PolicyConfig
+from polder.errors import ConfigError
+from polder.memory.page import PAGE_BYTES
+from polder.units import format_bytes
+
+__all__ = ["BrokerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerConfig:
+    socket: Path
+    devices: dict[str, int]
+    """Device name ("cpu:0", "cuda:1") -> bytes of KV budget on it; rounded down to whole pages."""
+    page_bytes: int = PAGE_BYTES
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    recovery_s: float = 2.0
+    """After a crash of the former broker: time given to its engines to report before anything is granted."""
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            raise ConfigError("a broker needs at least one device, e.g. cpu:0=64GiB")
+        if self.page_bytes <= 0 or self.page_bytes % 4096:
+            raise ConfigError(f"page size {self.page_bytes}: must be a positive multiple of 4 KiB")
+        for name, size in self.devices.items():
+            kind, _, index = name.partition(":")
+            if kind not in ("cpu", "cuda") or not index.isdecimal():
+                raise ConfigError(f"device {name!r}: write cpu:0 or cuda:INDEX")
+            if kind == "cuda" and self.page_bytes % (2 << 20):
+                raise ConfigError(f"page size {format_bytes(self.page_bytes)}: CUDA pages are multiples of 2 MiB")
+            if size < self.page_bytes:
+                raise ConfigError(
+                    f"device {name}: {format_bytes(size)} is less than one page of {format_bytes(self.page_bytes)}"
+                )
+
+    def total_pages(self) -> dict[str, int]:
+        return {name: size // self.page_bytes for name, size in self.devices.items()}

@@ -1,0 +1,490 @@
+"""The broker without its sockets: messages in, messages out, time as an argument.
+
+Everything the broker knows is here, so that tests drive it step by step with a clock of their own and check the laws after each
+step. The server (server.py) only moves bytes, watches processes and calls `handle`, `process_ended` and `tick`.
+
+What must hold whatever the peers do:
+  * a page is booked to at most one owner (the ledger), and becomes free only by a Returned of its owner or when every
+    process of its owner has ended (law 4);
+  * a message that breaks the protocol changes nothing and raises ProtocolError: the server closes that connection;
+  * an engine whose connection broke keeps its pages until it reports again or its processes end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from polder.broker.config import BrokerConfig
+from polder.broker.lease import LeaseBook
+from polder.broker.ledger import Ledger, Owner
+from polder.broker.policy import EngineView, Plan, Recalled, Target, decide
+from polder.broker.wire import (
+    PROTOCOL,
+    Demand,
+    DeviceStatus,
+    Done,
+    EngineStatus,
+    Fetch,
+    FromBroker,
+    Grant,
+    Grown,
+    Hello,
+    Recall,
+    Refused,
+    Resize,
+    Returned,
+    Status,
+    StatusRequest,
+    ToBroker,
+    Welcome,
+)
+from polder.errors import ProtocolError
+from polder.units import format_bytes
+
+__all__ = ["BrokerCore"]
+
+RETRY_S = 0.1  # after a recall that came back short: time until the policy asks that engine again
+GRANT_DEADLINE_S = 5.0
+
+
+@dataclass(kw_only=True)
+class _Engine:
+    hello: Hello
+    owner: Owner
+    pid: int
+    connection: int | None
+    processes: set[int]
+    demand: Demand | None = None
+    pinned: int = 0
+    target: Target = field(default_factory=lambda: Target(0, "new"))
+    grew_at: float = float("-inf")
+    shrank_at: float = float("-inf")
+    quiet_until: float = float("-inf")
+    recalled_total: int = 0
+    need_since: float | None = None
+    need_units: int = 0
+    core_ended_at: float | None = None
+
+    @property
+    def name(self) -> str:
+        return self.hello.engine
+
+    def ranks_on(self, device: str) -> list[int]:
+        return [rank for rank, name in enumerate(self.hello.devices) if name == device]
+
+    def pages_per_unit(self, device: str) -> int:
+        return self.hello.pages_per_unit * len(self.ranks_on(device))
+
+
+@dataclass(kw_only=True)
+class BrokerCore:
+    """State of one broker. `outbox` collects (connection, message) pairs for the server to send, in order."""
+
+    config: BrokerConfig
+    generation: int
+    started_at: float
+    recovering_until: float = float("-inf")
+    """Until then engines of a former broker report what they hold, and nothing is granted."""
+    outbox: list[tuple[int, FromBroker]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.config.total_pages())
+        self.leases = LeaseBook()
+        self.engines: dict[str, _Engine] = {}
+        self.refused_messages = 0
+        self.reclaimed_pages = 0
+        self._giveback_ms: deque[float] = deque(maxlen=512)
+
+    # ------------------------------------------------------------------ what happens
+
+    def handle(self, connection: int, pid: int, message: ToBroker, now: float) -> None:
+        """One message from the process `pid`. Raises ProtocolError, having changed nothing, if it breaks the protocol."""
+        match message:
+            case Hello():
+                self._hello(connection, pid, message, now)
+            case StatusRequest():
+                self.outbox.append((connection, self.status(now)))
+            case Resize():
+                self._resize(connection, message)
+            case Fetch():
+                self._fetch(pid, message)
+            case Demand():
+                self._demand(self._engine_of(connection), message, now)
+            case Grown():
+                self._grown(self._engine_of(connection), message, now)
+            case Returned():
+                self._returned(self._engine_of(connection), message, now)
+        self.plan(now)
+
+    def disconnected(self, connection: int) -> None:
+        """The connection is gone. Its engine, if any, keeps its pages: it may come back, or its processes end."""
+        for engine in self.engines.values():
+            if engine.connection == connection:
+                engine.connection = None
+                self.leases.drop(engine.name)
+
+    def process_ended(self, pid: int, now: float) -> None:
+        """A process that said Hello or Fetch has ended. Its engine's pages are free when the last of its processes has."""
+        for engine in list(self.engines.values()):
+            if pid not in engine.processes:
+                continue
+            engine.processes.discard(pid)
+            if pid == engine.pid:
+                engine.core_ended_at = now
+            if not engine.processes:
+                self.reclaimed_pages += sum(self.ledger.forget(engine.owner).values())
+                self.leases.drop(engine.name)
+                del self.engines[engine.name]
+        self.plan(now)
+
+    def orphans(self, now: float, grace_s: float) -> list[int]:
+        """Workers whose engine core ended more than `grace_s` ago: nobody will ever unmap their pages for them."""
+        return [
+            pid
+            for engine in self.engines.values()
+            if engine.core_ended_at is not None and now - engine.core_ended_at > grace_s
+            for pid in engine.processes
+        ]
+
+    def plan(self, now: float) -> None:
+        """Compares all demands and sends the grants and recalls that follow."""
+        if now < self.recovering_until:
+            return
+        self.leases.mark_overdue(now)
+        plans = {device: self._plan_device(device, now) for device in self.ledger.devices}
+        for engine in list(self.engines.values()):
+            mine = [plans[device] for device in set(engine.hello.devices)]
+            engine.target = min((plan.targets[engine.name] for plan in mine), key=lambda t: t.units)
+            if engine.connection is None:
+                continue
+            grant = min(plan.grants.get(engine.name, 0) for plan in mine)
+            if grant > 0:
+                self._grant(engine, grant, now)
+            recalls = [plan.recalls[engine.name] for plan in mine if engine.name in plan.recalls]
+            if recalls and now >= engine.quiet_until:
+                self._recall(engine, max(recalls), now)
+
+    def check_integrity(self) -> None:
+        self.ledger.check_integrity()
+
+    # ------------------------------------------------------------------ messages
+
+    def _hello(self, connection: int, pid: int, hello: Hello, now: float) -> None:
+        known = self.engines.get(hello.engine)
+        refusal = self._refusal(hello, known, pid)
+        if refusal is not None:
+            self.outbox.append((connection, Refused(reason=refusal)))
+            return
+        if not hello.held and not self._floor_is_free(hello, now):
+            reason = f"the floor of {hello.engine!r} is not free yet: it is being recalled from the others"
+            self.outbox.append((connection, Refused(reason=reason, retry_s=RETRY_S)))
+            return
+        owner = Owner(hello.engine, "kv")
+        engine = _Engine(hello=hello, owner=owner, pid=pid, connection=connection, processes={pid})
+        if known is not None:
+            # The same process again: what it reports replaces what we booked; promises of the old connection are void.
+            engine.processes |= known.processes
+            engine.pinned, engine.recalled_total = known.pinned, known.recalled_total
+            self.leases.drop(hello.engine)
+            self.ledger.forget(owner)
+        lease, pages = 0, [[] for _ in hello.devices] if hello.held else None
+        if hello.held:
+            self._claim(engine)
+        self.engines[hello.engine] = engine
+        if pages is None:
+            lease, pages = self._take(engine, hello.floor_units, now)
+        welcome = Welcome(
+            generation=self.generation,
+            page_bytes=self.config.page_bytes,
+            lease=lease,
+            pages=pages,
+            share_units=self._share(engine),
+            ceiling_units=self._ceiling(engine),
+        )
+        self.outbox.append((connection, welcome))
+
+    def _refusal(self, hello: Hello, known: _Engine | None, pid: int) -> str | None:
+        if hello.protocol != PROTOCOL:
+            return f"protocol {hello.protocol} spoken, {PROTOCOL} expected: install the same Polder on both sides"
+        if known is not None and known.pid != pid and known.processes:
+            return f"engine name {hello.engine!r} is in use by process {known.pid}: choose another POLDER_ENGINE"
+        if not hello.devices or hello.pages_per_unit < 1 or not 1 <= hello.floor_units <= hello.ceiling_units:
+            sizes = f"floor {hello.floor_units}, ceiling {hello.ceiling_units}"
+            return f"impossible geometry: {hello.pages_per_unit} pages a unit, {sizes}"
+        for device in set(hello.devices):
+            if device not in self.ledger.devices:
+                return f"no device {device} here; this broker has {', '.join(self.ledger.devices)}"
+            total = self.ledger.total(device)
+            others = sum(
+                e.hello.floor_units * e.pages_per_unit(device) for e in self.engines.values() if e.name != hello.engine
+            )
+            mine = hello.floor_units * hello.pages_per_unit * hello.devices.count(device)
+            if others + mine > total:
+                page = self.config.page_bytes
+                return (
+                    f"budget too small on {device}: {hello.engine!r} needs at least {format_bytes(mine * page)}, the others "
+                    f"{format_bytes(others * page)}, and the budget is {format_bytes(total * page)}. Raise kv_budget to "
+                    f"{format_bytes((others + mine) * page)} or more, or lower --max-model-len"
+                )
+        return None
+
+    def _floor_is_free(self, hello: Hello, now: float) -> bool:
+        if now < self.recovering_until:
+            return False
+        free = True
+        for device in set(hello.devices):
+            own = self.ledger.held(device, Owner(hello.engine, "kv"))
+            pages = hello.floor_units * hello.pages_per_unit * hello.devices.count(device)
+            if self.ledger.free(device) + own < pages:
+                self._recall_for_floor(device, pages - own, now)
+                free = False
+        return free
+
+    def _recall_for_floor(self, device: str, pages: int, now: float) -> None:
+        """Recalls enough for a newcomer's floor; the newcomer asks again until it is there."""
+        missing = pages - self.ledger.free(device)
+        for engine in sorted(self.engines.values(), key=lambda e: self._held(e, device), reverse=True):
+            per_unit = engine.pages_per_unit(device)
+            open_units = self.leases.units(engine.name, "recall")
+            spare = self._held(engine, device) - open_units - engine.hello.floor_units if per_unit else 0
+            missing -= open_units * per_unit
+            if missing <= 0 or spare <= 0 or engine.connection is None:
+                continue
+            units = min(spare, -(-missing // per_unit))
+            self._recall(engine, Recalled(units, preempt=True), now)
+            missing -= units * per_unit
+
+    def _claim(self, engine: _Engine) -> None:
+        """Books what a reconnecting engine reports. Raises ProtocolError, having booked nothing, if that cannot be."""
+        pages: dict[str, list[int]] = {}
+        for unit, ranks in engine.hello.held.items():
+            if len(ranks) != len(engine.hello.devices) or any(len(p) != engine.hello.pages_per_unit for p in ranks):
+                raise ProtocolError(f"{engine.name} reports unit {unit} with a wrong number of pages")
+            for device, numbers in zip(engine.hello.devices, ranks, strict=True):
+                pages.setdefault(device, []).extend(numbers)
+        try:
+            for device, numbers in pages.items():
+                self.ledger.claim(device, engine.owner, numbers)
+        except ProtocolError:
+            self.ledger.forget(engine.owner)
+            raise
+
+    def _resize(self, connection: int, message: Resize) -> None:
+        engine = self.engines.get(message.engine)
+        if engine is None:
+            names = ", ".join(sorted(self.engines)) or "none"
+            self.outbox.append((connection, Refused(reason=f"no engine {message.engine!r} here; known: {names}")))
+            return
+        low, high = engine.hello.floor_units, self._ceiling(engine)
+        if message.units and not low <= message.units <= high:
+            reason = f"{message.engine}: {message.units} units is outside floor {low} .. ceiling {high}"
+            self.outbox.append((connection, Refused(reason=reason)))
+            return
+        engine.pinned = message.units
+        self.outbox.append((connection, Done()))
+
+    def _fetch(self, pid: int, message: Fetch) -> None:
+        """Checks a worker's request and notes the worker as a process of the engine. The server adds the handles."""
+        engine = self.engines.get(message.engine)
+        if engine is None or not 0 <= message.rank < len(engine.hello.devices):
+            raise ProtocolError(f"fetch for an unknown engine or rank: {message.engine!r} {message.rank}")
+        if engine.hello.devices[message.rank] != message.device:
+            raise ProtocolError(f"rank {message.rank} of {message.engine} is not on {message.device}")
+        held = set(self.ledger.pages_of(message.device, engine.owner).tolist())
+        if not held.issuperset(message.pages):
+            raise ProtocolError(f"{message.engine} fetches pages that it does not hold")
+        engine.processes.add(pid)
+
+    def _demand(self, engine: _Engine, demand: Demand, now: float) -> None:
+        if min(demand.held_units, demand.busy_units, demand.waiting_units, demand.cached_units) < 0:
+            raise ProtocolError(f"{engine.name}: negative demand")
+        engine.demand = demand
+        entitled = min(max(demand.busy_units + demand.waiting_units, engine.hello.floor_units), self._share(engine))
+        if entitled <= self._grown_units(engine):
+            engine.need_since = None
+        elif engine.need_since is None:
+            engine.need_since, engine.need_units = now, entitled
+
+    def _grown(self, engine: _Engine, message: Grown, now: float) -> None:
+        if self.leases.acknowledge(message.lease, engine.name) is None:
+            return
+        if engine.need_since is not None and self._grown_units(engine) >= engine.need_units:
+            self._giveback_ms.append((now - engine.need_since) * 1e3)
+            engine.need_since = None
+
+    def _returned(self, engine: _Engine, message: Returned, now: float) -> None:
+        per_unit = engine.hello.pages_per_unit
+        if len(message.pages) != len(engine.hello.devices) or any(
+            len(p) != len(message.pages[0]) or len(p) % per_unit for p in message.pages
+        ):
+            raise ProtocolError(f"{engine.name} returns parts of units")
+        by_device: dict[str, list[int]] = {}
+        for device, numbers in zip(engine.hello.devices, message.pages, strict=True):
+            by_device.setdefault(device, []).extend(numbers)
+        for device, numbers in by_device.items():
+            self.ledger.give_back(device, engine.owner, numbers)
+        lease = self.leases.acknowledge(message.lease, engine.name)
+        if lease is not None and lease.kind == "recall":
+            engine.recalled_total += len(message.pages[0]) // per_unit
+            engine.shrank_at = now
+            if message.short:
+                engine.quiet_until = now + RETRY_S
+
+    # ------------------------------------------------------------------ sizes
+
+    def _engine_of(self, connection: int) -> _Engine:
+        for engine in self.engines.values():
+            if engine.connection == connection:
+                return engine
+        raise ProtocolError("say Hello first")
+
+    def _held(self, engine: _Engine, device: str) -> int:
+        per_unit = engine.pages_per_unit(device)
+        return self.ledger.held(device, engine.owner) // per_unit if per_unit else 0
+
+    def _held_units(self, engine: _Engine) -> int:
+        return min(self._held(engine, device) for device in engine.hello.devices)
+
+    def _grown_units(self, engine: _Engine) -> int:
+        """Units that are mapped: granted and acknowledged, and not asked back."""
+        open_ = self.leases.units(engine.name, "grant") + self.leases.units(engine.name, "recall")
+        return self._held_units(engine) - open_
+
+    def _ceiling(self, engine: _Engine) -> int:
+        most = engine.hello.ceiling_units
+        for device in set(engine.hello.devices):
+            others = sum(e.hello.floor_units * e.pages_per_unit(device) for e in self._others(engine))
+            most = min(most, (self.ledger.total(device) - others) // engine.pages_per_unit(device))
+        return most
+
+    def _share(self, engine: _Engine) -> int:
+        if engine.hello.share_units:
+            return max(engine.hello.floor_units, min(engine.hello.share_units, self._ceiling(engine)))
+        units = engine.hello.ceiling_units
+        for device in set(engine.hello.devices):
+            here = [e for e in (engine, *self._others(engine)) if device in e.hello.devices]
+            booked = sum(e.hello.share_units * e.pages_per_unit(device) for e in here)
+            equal = (self.ledger.total(device) - booked) // sum(1 for e in here if not e.hello.share_units)
+            units = min(units, equal // engine.pages_per_unit(device))
+        return max(engine.hello.floor_units, min(units, self._ceiling(engine)))
+
+    def _others(self, engine: _Engine) -> Iterable[_Engine]:
+        return (other for other in self.engines.values() if other.name != engine.name)
+
+    def _plan_device(self, device: str, now: float) -> Plan:
+        views = []
+        for engine in self.engines.values():
+            if device not in engine.hello.devices:
+                continue
+            demand, held = engine.demand, self._held(engine, device)
+            views.append(
+                EngineView(
+                    name=engine.name,
+                    pages_per_unit=engine.pages_per_unit(device),
+                    floor=engine.hello.floor_units,
+                    share=self._share(engine),
+                    ceiling=self._ceiling(engine),
+                    held=held,
+                    recalled=min(held, self.leases.units(engine.name, "recall")),
+                    pinned=engine.pinned,
+                    busy=demand.busy_units if demand else 0,
+                    waiting=demand.waiting_units if demand else 0,
+                    peak=demand.peak_units if demand else 0,
+                    cached=demand.cached_units if demand else 0,
+                    curve=demand.curve if demand else (),
+                    since_grow_s=now - engine.grew_at,
+                    since_shrink_s=now - engine.shrank_at,
+                )
+            )
+        return decide(self.ledger.total(device), self.ledger.free(device), views, self.config.policy)
+
+    # ------------------------------------------------------------------ pages out
+
+    def _take(self, engine: _Engine, units: int, now: float) -> tuple[int, list[list[int]]]:
+        pages = []
+        for device in engine.hello.devices:
+            taken = self.ledger.take(device, engine.owner, units * engine.hello.pages_per_unit)
+            pages.append(taken.tolist())
+        lease = self.leases.open("grant", engine.name, units, now=now, deadline_s=GRANT_DEADLINE_S)
+        return lease.number, pages
+
+    def _grant(self, engine: _Engine, units: int, now: float) -> None:
+        assert engine.connection is not None
+        needed = engine.demand.busy_units + engine.demand.waiting_units if engine.demand else 0
+        if self._held_units(engine) + units > needed:
+            engine.grew_at = now
+        lease, pages = self._take(engine, units, now)
+        self.outbox.append((engine.connection, Grant(lease=lease, units=units, pages=pages)))
+
+    def _recall(self, engine: _Engine, recall: Recalled, now: float) -> None:
+        assert engine.connection is not None
+        deadline_s = self.config.policy.deadline_s
+        lease = self.leases.open("recall", engine.name, recall.units, now=now, deadline_s=deadline_s)
+        message = Recall(lease=lease.number, units=recall.units, deadline_s=deadline_s, preempt=recall.preempt)
+        self.outbox.append((engine.connection, message))
+
+    # ------------------------------------------------------------------ what is shown
+
+    def status(self, now: float) -> Status:
+        leases = self.leases.statistics()
+        return Status(
+            generation=self.generation,
+            uptime_s=now - self.started_at,
+            devices=[self._device_status(device) for device in self.ledger.devices],
+            engines=[self._engine_status(engine) for engine in self.engines.values()],
+            grants=leases.grants,
+            recalls=leases.recalls,
+            overdue=leases.overdue,
+            refused_messages=self.refused_messages,
+            reclaimed_pages=self.reclaimed_pages,
+            giveback_ms=list(self._giveback_ms),
+        )
+
+    def _device_status(self, device: str) -> DeviceStatus:
+        statistics = self.ledger.statistics(device)
+        return DeviceStatus(
+            device=device,
+            page_bytes=self.config.page_bytes,
+            total_pages=statistics.total,
+            free_pages=statistics.free,
+            pages_by_owner={str(owner): pages for owner, pages in sorted(statistics.by_owner.items())},
+        )
+
+    def _engine_status(self, engine: _Engine) -> EngineStatus:
+        hello, demand = engine.hello, engine.demand
+        held, share = self._held_units(engine), self._share(engine)
+        on_loan = any(self._held_units(other) > self._share(other) for other in self._others(engine))
+        overdue = any(lease.overdue for lease in self.leases.of(engine.name, "recall"))
+        gone = engine.core_ended_at is not None
+        return EngineStatus(
+            engine=engine.name,
+            model=hello.model,
+            pid=engine.pid,
+            devices=hello.devices,
+            state="gone"
+            if gone
+            else "overdue"
+            if overdue
+            else "serving"
+            if engine.connection is not None
+            else "silent",
+            pages_per_unit=hello.pages_per_unit,
+            unit_tokens=hello.unit_tokens,
+            held_units=held,
+            floor_units=hello.floor_units,
+            share_units=share,
+            ceiling_units=self._ceiling(engine),
+            target_units=engine.target.units,
+            pinned_units=engine.pinned,
+            busy_units=demand.busy_units if demand else 0,
+            waiting_units=demand.waiting_units if demand else 0,
+            cached_units=demand.cached_units if demand else 0,
+            borrowed_units=max(0, held - share),
+            lent_units=max(0, share - held) if on_loan else 0,
+            recalled_units=engine.recalled_total,
+            reason=engine.target.reason,
+            curve=demand.curve if demand else [],
+            stats=demand.stats if demand else {},
+        )

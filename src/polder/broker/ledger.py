@@ -1,0 +1,151 @@
+"""The ledger: who owns each page of each device. Law 1, conservation: free + owned = total, after every call.
+
+Pages are numbers 0 .. total - 1 on their device; the ledger knows nothing of bytes or handles. One int32 array a device holds
+the owner's index of every page (0 = free), so that giving or taking a thousand pages is two numpy operations. Counts are
+kept beside the array and checked against it by `check_integrity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from polder.errors import IntegrityError, OutOfPages, ProtocolError
+
+__all__ = ["Ledger", "LedgerStatistics", "Owner", "PageArray", "Use"]
+
+Use = Literal["kv", "weights", "staging", "lent"]
+PageArray = npt.NDArray[np.int64]
+
+
+class Owner(NamedTuple):
+    engine: str
+    use: Use
+
+    def __str__(self) -> str:
+        return f"{self.engine}/{self.use}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerStatistics:
+    total: int
+    free: int
+    by_owner: dict[Owner, int]
+
+
+class _Device:
+    def __init__(self, total: int) -> None:
+        self.owner_of = np.zeros(total, dtype=np.int32)
+        self.free = total
+        self.count: dict[int, int] = {}
+
+
+class Ledger:
+    """Pages of several devices and their owners. Not thread-safe: the broker's loop is its only caller."""
+
+    def __init__(self, total_pages: dict[str, int]) -> None:
+        self._devices = {name: _Device(total) for name, total in total_pages.items()}
+        self._index: dict[Owner, int] = {}
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(self._devices)
+
+    def total(self, device: str) -> int:
+        return len(self._device(device).owner_of)
+
+    def free(self, device: str) -> int:
+        return self._device(device).free
+
+    def held(self, device: str, owner: Owner) -> int:
+        return self._device(device).count.get(self._index.get(owner, -1), 0)
+
+    def pages_of(self, device: str, owner: Owner) -> PageArray:
+        """The owner's pages in rising order."""
+        return np.flatnonzero(self._device(device).owner_of == self._index.get(owner, -1))
+
+    def take(self, device: str, owner: Owner, count: int) -> PageArray:
+        """Gives `count` free pages to `owner`, lowest numbers first so that neighbours stay neighbours (one map call a run).
+
+        Raises OutOfPages, having taken nothing, when fewer are free.
+        """
+        state = self._device(device)
+        if count > state.free:
+            raise OutOfPages(f"{device}: {count} pages asked for, {state.free} free")
+        pages = np.flatnonzero(state.owner_of == 0)[:count]
+        self._assign(state, pages, owner)
+        return pages
+
+    def claim(self, device: str, owner: Owner, pages: Sequence[int] | PageArray) -> None:
+        """Books pages that `owner` is known to hold already (a broker that restarted learns them from the engines).
+
+        Raises ProtocolError, having changed nothing, when one of them is out of range, named twice or not free.
+        """
+        state, index = self._device(device), self._checked(device, pages)
+        if np.any(state.owner_of[index] != 0):
+            taken = index[state.owner_of[index] != 0]
+            raise ProtocolError(f"{device}: {owner} reports pages that are not free: {taken[:8].tolist()}")
+        self._assign(state, index, owner)
+
+    def give_back(self, device: str, owner: Owner, pages: Sequence[int] | PageArray) -> None:
+        """Returns pages to the free ones. Raises ProtocolError, having changed nothing, unless all of them are the owner's."""
+        state, index = self._device(device), self._checked(device, pages)
+        number = self._index.get(owner, -1)
+        if np.any(state.owner_of[index] != number):
+            foreign = index[state.owner_of[index] != number]
+            raise ProtocolError(f"{device}: {owner} gives back pages that it does not hold: {foreign[:8].tolist()}")
+        state.owner_of[index] = 0
+        state.free += len(index)
+        if len(index):
+            state.count[number] -= len(index)
+
+    def forget(self, owner: Owner) -> dict[str, int]:
+        """Frees everything `owner` holds, on all devices: {device: pages}. Only when no process of it is left (law 4)."""
+        freed: dict[str, int] = {}
+        for name in self._devices:
+            pages = self.pages_of(name, owner)
+            if len(pages):
+                self.give_back(name, owner, pages)
+                freed[name] = len(pages)
+        return freed
+
+    def statistics(self, device: str) -> LedgerStatistics:
+        state = self._device(device)
+        names = {index: owner for owner, index in self._index.items()}
+        by_owner = {names[index]: n for index, n in state.count.items() if n}
+        return LedgerStatistics(total=len(state.owner_of), free=state.free, by_owner=by_owner)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless, on every device, the counts match the pages and free + owned = total."""
+        for name, state in self._devices.items():
+            numbers, counts = np.unique(state.owner_of, return_counts=True)
+            seen = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+            free = seen.pop(0, 0)
+            booked = {index: n for index, n in state.count.items() if n}
+            if free != state.free or seen != booked or free + sum(booked.values()) != len(state.owner_of):
+                raise IntegrityError(
+                    f"{name}: total {len(state.owner_of)}, free {state.free} (counted {free}), owned {booked} (counted {seen})"
+                )
+
+    def _device(self, name: str) -> _Device:
+        try:
+            return self._devices[name]
+        except KeyError:
+            raise ProtocolError(f"no device {name!r} here; this broker has {', '.join(self._devices)}") from None
+
+    def _checked(self, device: str, pages: Sequence[int] | PageArray) -> PageArray:
+        index = np.asarray(pages, dtype=np.int64)
+        total = self.total(device)
+        if index.ndim != 1 or np.any((index < 0) | (index >= total)) or len(np.unique(index)) != len(index):
+            raise ProtocolError(f"{device}: not a set of pages of 0..{total - 1}: {index.ravel()[:8].tolist()}")
+        return index
+
+    def _assign(self, state: _Device, pages: PageArray, owner: Owner) -> None:
+        number = self._index.setdefault(owner, len(self._index) + 1)
+        state.owner_of[pages] = number
+        state.free -= len(pages)
+        state.count[number] = state.count.get(number, 0) + len(pages)

@@ -1,0 +1,311 @@
+"""The broker's sockets: one thread, one selector, the core's state machine in the middle.
+
+Who may speak: processes of our own user (SO_PEERCRED), through a socket of mode 0600. A peer that sends nonsense loses its
+connection and nothing else. Every process that says Hello or Fetch is watched by a pidfd taken from its connection, so a
+recycled process id is never mistaken for it; its end wakes the selector at once.
+
+A stale socket file (nobody listens, yet the file is there) means that the former broker was killed: its engines may still hold
+memory, so this one grants nothing until `recovery_s` has passed or they have all reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import stat
+import struct
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polder.broker.config import BrokerConfig
+from polder.broker.core import BrokerCore
+from polder.broker.transport import Deframer, address_of, check_socket_path, encode, to_broker
+from polder.broker.wire import MAX_FDS, Fetch, Handles, Hello, Message, ToBroker
+from polder.errors import AddressInUse, ConfigError, ProtocolError
+from polder.memory.backend import Backend
+from polder.memory.cpu import CpuBackend
+from polder.memory.pool import PagePool
+from polder.units import format_bytes
+
+__all__ = ["BrokerServer", "serve"]
+
+logger = logging.getLogger("polder.broker")
+
+TICK_S = 0.05
+ORPHAN_GRACE_S = 0.5
+MAX_BACKLOG = 16 << 20  # bytes queued for a peer that does not read
+SO_PEERPIDFD = 77  # <linux/socket.h>, since Linux 6.5; not in Python's socket module
+
+
+def serve(config: BrokerConfig, *, stop: threading.Event | None = None) -> None:
+    """Runs a broker until `stop`, SIGTERM or SIGINT; removes its socket. Raises AddressInUse if one runs there already."""
+    stop = stop or threading.Event()
+    server = BrokerServer(config)
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        server.run(stop)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        server.close()
+
+
+@dataclass(eq=False, kw_only=True)
+class _Peer:
+    number: int
+    socket: socket.socket
+    pid: int
+    deframer: Deframer[ToBroker]
+    out: deque[tuple[bytes, list[int]]] = field(default_factory=deque)
+    queued: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class _Process:
+    pid: int
+    pidfd: int
+
+
+class BrokerServer:
+    """Owns the devices' pages, the listening socket and the connections."""
+
+    def __init__(self, config: BrokerConfig) -> None:
+        """Takes the socket and the memory. Raises AddressInUse, ConfigError, OutOfPages."""
+        check_socket_path(config.socket)
+        self._config = config
+        self._listener, crashed_before = _listen(config.socket)
+        now = time.monotonic()
+        self.core = BrokerCore(
+            config=config,
+            generation=int.from_bytes(os.urandom(4)) >> 1,
+            started_at=now,
+            recovering_until=now + config.recovery_s if crashed_before else float("-inf"),
+        )
+        self._backends = {device: _backend(device, config.page_bytes) for device in config.devices}
+        self._pools = {d: PagePool(self._backends[d], total) for d, total in config.total_pages().items()}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._peers: dict[int, _Peer] = {}
+        self._processes: dict[int, _Process] = {}
+        self._next = 1
+        for device, total in config.total_pages().items():
+            logger.info("%s: %d pages, %s", device, total, format_bytes(total * config.page_bytes))
+
+    def run(self, stop: threading.Event) -> None:
+        next_tick = time.monotonic()
+        while not stop.is_set():
+            for key, events in self._selector.select(max(0.0, next_tick - time.monotonic())):
+                if key.data is None:
+                    self._accept()
+                elif isinstance(key.data, _Process):
+                    self._ended(key.data)
+                else:
+                    self._serve_peer(key.data, events)
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + TICK_S
+                self._tick(now)
+            self._flush()
+
+    def close(self) -> None:
+        for peer in list(self._peers.values()):
+            self._drop(peer)
+        for process in self._processes.values():
+            os.close(process.pidfd)
+        self._processes.clear()
+        self._selector.close()
+        self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            self._config.socket.unlink()
+        for pool in self._pools.values():
+            pool.close()
+        for backend in self._backends.values():
+            backend.close()
+
+    # ------------------------------------------------------------------ events
+
+    def _tick(self, now: float) -> None:
+        for pid in self.core.orphans(now, ORPHAN_GRACE_S):
+            process = self._processes.get(pid)
+            if process is not None:
+                logger.warning("worker %d outlived its engine core: killing it", pid)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+        self.core.plan(now)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            logger.warning("refused process %d of user %d: only user %d may connect", pid, uid, os.getuid())
+            self.core.refused_messages += 1
+            connection.close()
+            return
+        peer = _Peer(number=self._next, socket=connection, pid=pid, deframer=to_broker())
+        self._next += 1
+        self._peers[peer.number] = peer
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+
+    def _serve_peer(self, peer: _Peer, events: int) -> None:
+        if events & selectors.EVENT_READ:
+            try:
+                data = peer.socket.recv(1 << 18)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._drop(peer)
+                return
+            try:
+                for message in peer.deframer.feed(data):
+                    self._handle(peer, message)
+            except ProtocolError as error:
+                logger.warning("process %d: %s; closing its connection", peer.pid, error)
+                self.core.refused_messages += 1
+                self._drop(peer)
+
+    def _handle(self, peer: _Peer, message: ToBroker) -> None:
+        if isinstance(message, Hello | Fetch) and peer.pid not in self._processes:
+            self._watch(peer)
+        self.core.handle(peer.number, peer.pid, message, time.monotonic())
+        if isinstance(message, Fetch):
+            self._send_handles(peer, message)
+
+    def _send_handles(self, peer: _Peer, message: Fetch) -> None:
+        fds, fd_index, offsets = self._pools[message.device].export(message.pages)
+        if len(fds) > MAX_FDS:
+            for fd in fds:
+                os.close(fd)
+            raise ProtocolError(
+                f"{len(message.pages)} pages asked for at once, at most {MAX_FDS} file descriptors travel"
+            )
+        answer = Handles(
+            generation=self.core.generation,
+            page_bytes=self._config.page_bytes,
+            fd_index=list(fd_index),
+            offsets=list(offsets),
+        )
+        self._queue(peer, answer, list(fds))
+
+    def _watch(self, peer: _Peer) -> None:
+        """Takes a pidfd of the peer from its connection (no race with a recycled id), or by its id on older kernels."""
+        try:
+            pidfd = peer.socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+        except OSError:
+            try:
+                pidfd = os.pidfd_open(peer.pid)
+            except ProcessLookupError:
+                raise ProtocolError("the process ended before it was served") from None
+        process = _Process(pid=peer.pid, pidfd=pidfd)
+        self._processes[peer.pid] = process
+        self._selector.register(pidfd, selectors.EVENT_READ, process)
+
+    def _ended(self, process: _Process) -> None:
+        self._selector.unregister(process.pidfd)
+        os.close(process.pidfd)
+        del self._processes[process.pid]
+        logger.info("process %d ended", process.pid)
+        self.core.process_ended(process.pid, time.monotonic())
+
+    # ------------------------------------------------------------------ output
+
+    def _flush(self) -> None:
+        outbox, self.core.outbox = self.core.outbox, []
+        for number, message in outbox:
+            peer = self._peers.get(number)
+            if peer is not None:
+                self._queue(peer, message, [])
+        for peer in list(self._peers.values()):
+            if peer.out:
+                self._write(peer)
+
+    def _queue(self, peer: _Peer, message: Message, fds: list[int]) -> None:
+        frame = encode(message)
+        peer.out.append((frame, fds))
+        peer.queued += len(frame)
+        if peer.queued > MAX_BACKLOG:
+            logger.warning("process %d does not read: closing its connection", peer.pid)
+            self._drop(peer)
+
+    def _write(self, peer: _Peer) -> None:
+        try:
+            while peer.out:
+                frame, fds = peer.out[0]
+                sent = socket.send_fds(peer.socket, [frame], fds) if fds else peer.socket.send(frame)
+                for fd in fds:
+                    os.close(fd)
+                peer.queued -= sent
+                if sent < len(frame):
+                    peer.out[0] = (frame[sent:], [])
+                else:
+                    peer.out.popleft()
+        except BlockingIOError:
+            self._selector.modify(peer.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
+            return
+        except OSError:
+            self._drop(peer)
+            return
+        self._selector.modify(peer.socket, selectors.EVENT_READ, peer)
+
+    def _drop(self, peer: _Peer) -> None:
+        if self._peers.pop(peer.number, None) is None:
+            return
+        self._selector.unregister(peer.socket)
+        peer.socket.close()
+        for _, fds in peer.out:
+            for fd in fds:
+                os.close(fd)
+        self.core.disconnected(peer.number)
+
+
+def _backend(device: str, page_bytes: int) -> Backend:
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return CpuBackend(page_bytes=page_bytes, device=device)
+    from polder.memory.cuda import CudaBackend  # only hosts with a driver have the bindings
+
+    return CudaBackend(int(index))
+
+
+def _listen(path: Path) -> tuple[socket.socket, bool]:
+    """Binds the socket. The second value: a former broker left its file behind, so it was killed."""
+    stale = False
+    abstract = str(path).startswith("@")
+    if path.exists() and not abstract:
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            raise ConfigError(f"{path} exists and is no socket: choose another path")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                stale = True
+            else:
+                raise AddressInUse(f"a broker already listens on {path}: stop it, or choose another socket")
+        path.unlink(missing_ok=True)
+    if not abstract and not path.parent.is_dir():
+        raise ConfigError(f"no directory {path.parent} for the broker's socket")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(address_of(path))
+        if not abstract:
+            os.chmod(path, 0o600)  # before listen(): nobody can connect to a socket that is still open to others
+        listener.listen(64)
+    except OSError as error:
+        listener.close()
+        raise AddressInUse(f"cannot listen on {path}: {error.strerror}") from error
+    return listener, stale

@@ -1,0 +1,1 @@
+"""Adapters to inference engines. Nothing below this package imports one."""

@@ -1,0 +1,207 @@
+"""The scheduler's side of a resize: which block ids vLLM may use.
+
+vLLM's BlockPool is made for the virtual size (the ceiling); blocks of unmapped units are parked: in no queue, in no hash table. The
+pool itself stays vLLM's own class, so prefix hits, KV events, partial blocks and metrics work as they do in stock.
+
+Everything here runs between two steps, in the engine core's thread, and is logical only: no byte moves. The order of the laws
+(physical before logical to grow, logical before physical to shrink) is kept by the caller, elastic.py.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polder.engines.vllm.compaction import Compaction, Ids, plan_compaction
+from polder.errors import IntegrityError
+
+__all__ = ["BlockUnits", "BusyBlocks", "Shrink"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink:
+    """What a shrink did to the logical side, and what the workers must do now."""
+
+    plan: Compaction
+    evicted_blocks: int
+    migrated_blocks: int
+    preempted_requests: int
+
+
+class BusyBlocks(enum.Enum):
+    """What may happen to blocks of running requests when their unit is given up."""
+
+    MOVE = "move"
+    """The runner's block tables can be rewritten (V1 model runner)."""
+    STAY = "stay"
+    """They cannot: requests in the way are preempted instead."""
+
+
+class BlockUnits:
+    """Grows and shrinks one live BlockPool by units of `unit_blocks` block ids."""
+
+    def __init__(self, scheduler: Any, unit_blocks: int, mapped_units: list[int], busy: BusyBlocks) -> None:
+        """Parks the blocks of all units that are not mapped. Before the first request."""
+        self._busy_rule = busy
+        self._scheduler = scheduler
+        self._manager = scheduler.kv_cache_manager
+        self._pool = self._manager.block_pool
+        self._unit_blocks = unit_blocks
+        self.virtual_units = self._pool.num_gpu_blocks // unit_blocks
+        self.mapped: list[int] = sorted(mapped_units)
+        for unit in set(range(self.virtual_units)) - set(self.mapped):
+            for block in self._blocks(unit):
+                self._pool.free_block_queue.remove(block)
+        self._resized()
+
+    # ------------------------------------------------------------------ sizes
+
+    @property
+    def usable_blocks(self) -> int:
+        return len(self.mapped) * self._unit_blocks
+
+    @property
+    def busy_blocks(self) -> int:
+        """Blocks that running requests hold, the null block included."""
+        return int(self.usable_blocks - self._pool.get_num_free_blocks())
+
+    @property
+    def cached_blocks(self) -> int:
+        return len(self._pool.cached_block_hash_to_block)
+
+    def unmapped(self, count: int) -> list[int]:
+        """The lowest `count` units that are not mapped."""
+        mapped = set(self.mapped)
+        return [unit for unit in range(self.virtual_units) if unit not in mapped][:count]
+
+    # ------------------------------------------------------------------ grow
+
+    def offer(self, units: list[int]) -> None:
+        """The units' pages are mapped and zeroed: their blocks may be used, before any cached block is evicted."""
+        self._pool.free_block_queue.prepend_n([block for unit in units for block in self._blocks(unit)])
+        self.mapped = sorted([*self.mapped, *units])
+        self._resized()
+
+    # ------------------------------------------------------------------ shrink
+
+    def shrink(self, count: int, floor_units: int) -> Shrink:
+        """Takes up to `count` units out of use without disturbing a running request."""
+        return self._apply(self._plan(min(count, len(self.mapped) - floor_units)), preempted=0)
+
+    def shrink_preempting(self, count: int, floor_units: int) -> Shrink:
+        """The same, preempting requests from the back of the queue until `count` units can go."""
+        count = min(count, len(self.mapped) - floor_units)
+        preempted = 0
+        while len((plan := self._plan(count)).units) < count and self._scheduler.running:
+            self._preempt_last()
+            preempted += 1
+        return self._apply(plan, preempted=preempted)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless mapped blocks = busy + free, and nothing of an unmapped unit is in use or cached."""
+        free = {block.block_id for block in self._pool.free_block_queue.get_all_free_blocks()}
+        mapped = {
+            block for unit in self.mapped for block in range(unit * self._unit_blocks, (unit + 1) * self._unit_blocks)
+        }
+        busy = {b.block_id for b in self._pool.blocks if b.ref_cnt > 0 or b.is_null}
+        if len(free) != self._pool.get_num_free_blocks() or free & busy or free | busy != mapped:
+            raise IntegrityError(
+                f"{len(mapped)} blocks mapped, {len(busy)} busy, {len(free)} free, {len((free | busy) ^ mapped)} out of place"
+            )
+        stray = [b.block_id for b in self._pool.blocks if b.block_id not in mapped and b.block_hash is not None]
+        if stray:
+            raise IntegrityError(f"blocks {stray[:8]} are cached, but not mapped")
+
+    # ------------------------------------------------------------------ inside
+
+    def _blocks(self, unit: int) -> list[Any]:
+        blocks: list[Any] = self._pool.blocks[unit * self._unit_blocks : (unit + 1) * self._unit_blocks]
+        return blocks
+
+    def _resized(self) -> None:
+        # Read by get_usage(), reset_prefix_cache() and admission only; ids still run up to the virtual size.
+        self._pool.num_gpu_blocks = self.usable_blocks
+        self._manager.watermark_blocks = int(self._scheduler.scheduler_config.watermark * self.usable_blocks)
+
+    def _plan(self, count: int) -> Compaction:
+        free_blocks = self._pool.free_block_queue.get_all_free_blocks()
+        free = np.array([b.block_id for b in free_blocks], dtype=np.int64)
+        mapped_units = np.array(self.mapped, dtype=np.int64)
+        ids = (mapped_units[:, None] * self._unit_blocks + np.arange(self._unit_blocks)).ravel()
+        busy = np.setdiff1d(ids, free, assume_unique=True)
+        return plan_compaction(
+            count=count,
+            mapped_units=mapped_units,
+            unit_blocks=self._unit_blocks,
+            busy=busy,
+            immovable=self._immovable(busy),
+            free_coldest_first=free,
+            cached=np.array([b.block_hash is not None for b in free_blocks], dtype=np.bool_),
+        )
+
+    def _immovable(self, busy: Ids) -> Ids:
+        """Busy blocks with a holder that is not a request's block list: the null block, deferred frees, connectors."""
+        if self._busy_rule is BusyBlocks.STAY:
+            return busy
+        held = np.zeros(len(self._pool.blocks), dtype=np.int64)
+        for manager in self._manager.coordinator.single_type_managers:
+            for blocks in manager.req_to_blocks.values():
+                for block in blocks:
+                    held[block.block_id] += 1
+        references = np.array([self._pool.blocks[i].ref_cnt for i in busy.tolist()], dtype=np.int64)
+        unknown = (references != held[busy]) | (busy == self._pool.null_block.block_id)
+        return busy[unknown]
+
+    def _apply(self, plan: Compaction, preempted: int) -> Shrink:
+        pool, queue = self._pool, self._pool.free_block_queue
+        evicted = 0
+        gone = set(plan.units.tolist())
+        if pool._reuse_watchers:
+            touched = np.concatenate([plan.evicted, plan.parked, plan.sources, plan.targets])
+            pool._notify_reuse([pool.blocks[i] for i in touched.tolist()])
+        for number in plan.evicted.tolist():
+            evicted += pool._maybe_evict_cached_block(pool.blocks[number])  # the hash entries go, KV events are sent
+        for number in plan.parked.tolist():
+            queue.remove(pool.blocks[number])
+        moved: dict[int, Any] = {}
+        for source, target in zip(plan.sources.tolist(), plan.targets.tolist(), strict=True):
+            self._move(pool.blocks[source], pool.blocks[target])
+            moved[source] = pool.blocks[target]
+        if moved:
+            for manager in self._manager.coordinator.single_type_managers:
+                for blocks in manager.req_to_blocks.values():
+                    for at, block in enumerate(blocks):
+                        if block.block_id in moved:
+                            blocks[at] = moved[block.block_id]
+        self.mapped = [unit for unit in self.mapped if unit not in gone]
+        self._resized()
+        return Shrink(plan=plan, evicted_blocks=evicted, migrated_blocks=len(moved), preempted_requests=preempted)
+
+    def _move(self, source: Any, target: Any) -> None:
+        """`target`, free and unhashed, becomes what `source` is: same references, same hashes, same place in the free queue."""
+        self._pool.free_block_queue.remove(target)
+        if source.ref_cnt > 0:
+            target.ref_cnt, source.ref_cnt = source.ref_cnt, 0
+        else:
+            # Not by remove + append: the place in the queue is the block's age, which decides what is evicted first.
+            before, after = source.prev_free_block, source.next_free_block
+            target.prev_free_block, target.next_free_block = before, after
+            before.next_free_block = after.prev_free_block = target
+            source.prev_free_block = source.next_free_block = None
+        self._pool.move_block_hashes(source, target)
+
+    def _preempt_last(self) -> None:
+        """As vLLM's scheduler does when it runs out of blocks, between two steps instead of within one."""
+        scheduler = self._scheduler
+        if scheduler.policy.name == "PRIORITY":
+            request = max(scheduler.running, key=lambda r: (r.priority, r.arrival_time))
+        else:
+            request = scheduler.running[-1]
+        scheduler.running.remove(request)
+        # Output of a step still in flight belongs to KV that is gone: drop it, or tokens could come twice.
+        scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)

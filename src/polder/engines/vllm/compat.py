@@ -1,0 +1,86 @@
+"""Which vLLM this Polder was tested with, and what it relies on in it.
+
+Polder reads and replaces private parts of vLLM. A release that is not in the table is refused: silently wrong KV is worse than no
+elasticity. `check_seams` looks at every private name before anything is patched, so a locally modified vLLM is refused too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from polder.errors import UnsupportedVersion
+
+__all__ = ["TESTED", "check_seams", "check_version", "installed_version"]
+
+TESTED: dict[str, str] = {
+    "0.32.0": "V1 model runner on CPU, end to end; V2 runner and CUDA by reading only",
+}
+
+# (module, dotted name, parameters that must be there in this order)
+SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("vllm.v1.engine.core", "EngineCore._initialize_effective_attention_block_size", ("self",)),
+    ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")),
+    ("vllm.v1.engine.core", "EngineCoreProc._handle_client_request", ("self", "request_type", "request")),
+    ("vllm.v1.engine.core", "EngineCoreProc._process_engine_step", ("self",)),
+    ("vllm.v1.engine.core", "EngineCore.shutdown", ("self",)),
+    ("vllm.v1.engine.core", "get_kv_cache_configs", ("vllm_config", "kv_cache_specs", "available_memory")),
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "allocate_kv_cache",
+        ("kv_cache_config", "device", "layout", "kernel_block_sizes"),
+    ),
+    (
+        "vllm.v1.worker.gpu.attn_utils",
+        "allocate_kv_cache",
+        ("kv_cache_config", "device", "layout", "kernel_block_sizes"),
+    ),
+    (
+        "vllm.v1.kv_cache_interface",
+        "create_kv_cache_views",
+        ("raw", "spec", "num_blocks", "layout", "kv_cache_tensor", "kernel_block_size"),
+    ),
+    ("vllm.v1.core.block_pool", "BlockPool._maybe_evict_cached_block", ("self", "block")),
+    ("vllm.v1.core.block_pool", "BlockPool.move_block_hashes", ("self", "src_block", "dst_block")),
+    ("vllm.v1.core.block_pool", "BlockPool._notify_reuse", ("self", "blocks")),
+    ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.remove", ("self", "block")),
+    ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.prepend_n", ("self", "blocks")),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.record_prefix_cache_stats", ("self", "request", "num_hits")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self", "throttle_prefills")),
+    (
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._preempt_request",
+        ("self", "request", "timestamp", "drop_stale_output"),
+    ),
+)
+
+
+def installed_version() -> str:
+    """The installed vLLM's version without its local part: "0.32.0+cpu" -> "0.32.0"."""
+    import vllm
+
+    return str(vllm.__version__).split("+")[0]
+
+
+def check_version(version: str) -> None:
+    """Raises UnsupportedVersion for a vLLM that is not in the table."""
+    if version not in TESTED:
+        raise UnsupportedVersion(
+            f"vLLM {version} is installed; this Polder was tested with {', '.join(TESTED)} only and will not patch another. "
+            f"Install one of these, or unset POLDER_BROKER and POLDER_KV_BUDGET to serve without Polder"
+        )
+
+
+def check_seams() -> None:
+    """Raises UnsupportedVersion when a part of vLLM that Polder touches is missing or takes other parameters."""
+    for module, dotted, parameters in SEAMS:
+        found: Any = import_module(module)
+        for name in dotted.split("."):
+            found = getattr(found, name, None)
+        signature = tuple(inspect.signature(found).parameters) if callable(found) else None
+        if signature != parameters:
+            raise UnsupportedVersion(
+                f"{module}.{dotted} is {signature or 'missing'} where {parameters} is expected: this vLLM differs from the "
+                f"release {', '.join(TESTED)} that Polder was tested with"
+            )

@@ -1,0 +1,273 @@
+"""The engine core's side of elastic KV: demand out, grants and recalls in, in the order of the laws.
+
+Everything runs in the core's own thread: `on_wake` when the link has something (between two steps, or at once in an idle engine),
+`on_step` after each step, `on_request` when a request arrives. A resize is one RPC to the workers, ordered with the steps by vLLM's
+own queue, so no step ever runs with blocks whose pages are not mapped:
+
+    grow    workers map and zero the pages   ->  block ids join the free queue  ->  Grown
+    shrink  block ids leave queue and hashes ->  workers move, fence, unmap     ->  Returned
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from msgspec.structs import replace
+
+from polder.broker.reuse import ReuseTracker
+from polder.broker.wire import Demand, Grant, Grown, Hello, Recall, Refused, Returned, Welcome
+from polder.engines.vllm import worker
+from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.link import BrokerLink, Down, Tick, Up
+from polder.engines.vllm.negotiate import Agreement
+
+__all__ = ["ElasticCore"]
+
+logger = logging.getLogger("polder.engine")
+
+DEMAND_EVERY_S = 0.05
+URGENT_EVERY_S = 0.005
+PEAK_WINDOW_S = 2.5  # a peak is remembered for one to two windows
+WAITING_LOOKED_AT = 256
+
+
+class ElasticCore:
+    """Ties one EngineCore's scheduler, its workers and the broker's link together."""
+
+    def __init__(self, core: Any, agreement: Agreement, wake: Any) -> None:
+        """After the scheduler exists and the workers have mapped the floor. `wake` makes the core call `on_wake` soon."""
+        self._core = core
+        self._scheduler = core.scheduler
+        self._hello = agreement.hello
+        self._generation = agreement.welcome.generation
+        self._block_tokens = agreement.block_tokens
+        self._groups = agreement.groups
+        ranks = self._rpc(worker.describe)
+        rule = BusyBlocks.MOVE if all(rank["v1_runner"] for rank in ranks) else BusyBlocks.STAY
+        self.blocks = BlockUnits(self._scheduler, agreement.unit_blocks, ranks[0]["units"], rule)
+        self._pages: dict[int, list[list[int]]] = self._by_unit(self.blocks.mapped, agreement.welcome.pages)
+        self._reuse = ReuseTracker(
+            unit_blocks=agreement.unit_blocks, max_units=self._hello.ceiling_units, block_tokens=self._block_tokens
+        )
+        self._seconds_per_token = 0.0
+        self._step_tokens = 0
+        self._peaks = (0, 0)
+        self._peak_since = time.monotonic()
+        self._sent_at = 0.0
+        self._sent: Demand | None = None
+        self._refusal = ""
+        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self._watch_scheduler()
+        self.link = BrokerLink(agreement.socket, agreement.channel, wake)
+        self.link.send(Grown(lease=agreement.welcome.lease))
+        self._report(time.monotonic())
+
+    # ------------------------------------------------------------------ events, all in the core's thread
+
+    def on_wake(self) -> None:
+        """Handles what the link has handed over."""
+        inbox = self.link.inbox
+        while inbox:
+            message = inbox.popleft()
+            match message:
+                case Grant():
+                    self._grow(message)
+                case Recall():
+                    self._shrink(message)
+                case Up():
+                    self.link.send(self._hello_again())
+                case Welcome():
+                    logger.info("back with the broker, %d units held", len(self.blocks.mapped))
+                    self._generation, self._sent, self._refusal = message.generation, None, ""
+                case Refused():
+                    if message.reason != self._refusal:
+                        logger.warning(
+                            "the broker refuses: %s; serving on with the memory held, asking again", message.reason
+                        )
+                    self._refusal = message.reason
+                    self.link.drop()
+                case Down() | Tick():
+                    pass
+                case _:
+                    logger.warning("unexpected message %s", type(message).__name__)
+        self._report(time.monotonic())
+
+    def on_step(self, seconds: float) -> None:
+        """A step that took `seconds` has ended."""
+        self.counters["steps_total"] += 1
+        if self._step_tokens >= 64 and seconds > 0:
+            rate = seconds / self._step_tokens
+            self._seconds_per_token = (
+                rate if not self._seconds_per_token else 0.9 * self._seconds_per_token + 0.1 * rate
+            )
+        self._report(time.monotonic())
+
+    def on_request(self) -> None:
+        """A request has joined the queue."""
+        self._report(time.monotonic())
+
+    def close(self) -> None:
+        self.link.close()
+
+    # ------------------------------------------------------------------ resizing
+
+    def _grow(self, grant: Grant) -> None:
+        started = time.perf_counter()
+        units = self.blocks.unmapped(grant.units)
+        outcomes = (
+            self._rpc(worker.map_units, self._generation, units, grant.pages) if len(units) == grant.units else []
+        )
+        errors = [outcome.error for outcome in outcomes if outcome.error]
+        if errors or not outcomes:
+            logger.warning("cannot map %d units: %s", grant.units, "; ".join(errors) or "already at the ceiling")
+            if outcomes:
+                self._rpc(worker.unmap_units, self._generation, units)  # some ranks may have mapped theirs
+            self.link.send(Returned(lease=grant.lease, pages=grant.pages))
+            return
+        self._pages |= self._by_unit(units, grant.pages)
+        self.blocks.offer(units)
+        self.link.send(Grown(lease=grant.lease))
+        self._count("grows_total", "grow_seconds_total", "grow_max_seconds", started)
+
+    def _shrink(self, recall: Recall) -> None:
+        started = time.perf_counter()
+        shrink = self.blocks.shrink_preempting if recall.preempt else self.blocks.shrink
+        done = shrink(recall.units, self._hello.floor_units)
+        units, plan = done.plan.units.tolist(), done.plan
+        if units:
+            self._rpc(worker.unmap_units, self._generation, units, plan.sources.tolist(), plan.targets.tolist())
+        taken = [self._pages.pop(unit) for unit in units]
+        pages = [[page for unit in taken for page in unit[rank]] for rank in range(len(self._hello.devices))]
+        self.link.send(Returned(lease=recall.lease, pages=pages, short=recall.units - len(units)))
+        self.counters["evicted_blocks_total"] += done.evicted_blocks
+        self.counters["migrated_blocks_total"] += done.migrated_blocks
+        self.counters["polder_preemptions_total"] += done.preempted_requests
+        if units:
+            self._count("shrinks_total", "shrink_seconds_total", "shrink_max_seconds", started)
+
+    def _count(self, times: str, seconds: str, longest: str, started: float) -> None:
+        elapsed = time.perf_counter() - started
+        self.counters[times] += 1
+        self.counters[seconds] += elapsed
+        self.counters[longest] = max(self.counters[longest], elapsed)
+
+    # ------------------------------------------------------------------ demand
+
+    def _report(self, now: float) -> None:
+        """Sends the demand if it is worth sending: at once when requests wait for memory, else now and then."""
+        since = now - self._sent_at
+        if since < URGENT_EVERY_S:
+            return
+        busy, waiting = self._need_units()
+        self._note_peak(busy + waiting, now)
+        urgent = busy + waiting > len(self.blocks.mapped)
+        was_urgent = self._sent is not None and self._sent.urgent
+        if not (urgent and not was_urgent) and since < (DEMAND_EVERY_S if self._sent else 0):
+            return
+        demand = Demand(
+            held_units=len(self.blocks.mapped),
+            busy_units=busy,
+            waiting_units=waiting,
+            peak_units=max(self._peaks),
+            cached_units=min(len(self.blocks.mapped), self._units(self.blocks.cached_blocks)),
+            curve=self._reuse.curve(now, self._seconds_per_token),
+            urgent=urgent,
+            stats=self._stats(),
+        )
+        self._sent, self._sent_at = demand, now
+        self.link.send(demand)
+
+    def _need_units(self) -> tuple[int, int]:
+        """Units for the blocks in use, and units more for what running and waiting requests will need soon."""
+        size = self._block_tokens
+        soon = 0
+        for request in self._scheduler.running:
+            missing = request.num_tokens - request.num_computed_tokens
+            # A decoding request needs a block when its last one is full; a prefill all blocks of its remaining chunks.
+            soon += -(-missing // size) if missing > 1 else request.num_tokens % size == 0
+        room = self._scheduler.max_num_running_reqs - len(self._scheduler.running)
+        for at, request in enumerate(self._scheduler.waiting):
+            if at >= min(room, WAITING_LOOKED_AT):
+                break
+            soon += -(-(request.num_tokens + 1) // size)
+        busy = self.blocks.busy_blocks
+        together = min(self._units(busy + soon * self._groups), self._hello.ceiling_units)
+        return self._units(busy), max(0, together - self._units(busy))
+
+    def _note_peak(self, units: int, now: float) -> None:
+        before, current = self._peaks
+        if now - self._peak_since >= PEAK_WINDOW_S:
+            before, current = (current, 0) if now - self._peak_since < 2 * PEAK_WINDOW_S else (0, 0)
+            self._peak_since = now
+        self._peaks = (before, max(current, units))
+
+    def _units(self, blocks: int) -> int:
+        return -(-blocks // (self.blocks.usable_blocks // len(self.blocks.mapped)))
+
+    def _stats(self) -> dict[str, float]:
+        usable = self.blocks.usable_blocks
+        return {
+            **self.counters,
+            "running": float(len(self._scheduler.running)),
+            "waiting": float(len(self._scheduler.waiting)),
+            "kv_used_ratio": self.blocks.busy_blocks / usable,
+            "seconds_per_token": self._seconds_per_token,
+        }
+
+    # ------------------------------------------------------------------ plumbing
+
+    def _watch_scheduler(self) -> None:
+        """Listens in on one scheduler object: tokens of each step, admissions and their prefix hits, preemptions."""
+        scheduler, manager, counters = self._scheduler, self._scheduler.kv_cache_manager, self.counters
+        schedule, admitted, preempt = scheduler.schedule, manager.record_prefix_cache_stats, scheduler._preempt_request
+
+        def watched_schedule(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self._step_tokens = output.total_num_scheduled_tokens
+            return output
+
+        def watched_admission(request: Any, num_hits: int) -> None:
+            admitted(request, num_hits)
+            if not request.num_preemptions:
+                counters["prefix_queries_tokens_total"] += request.num_tokens
+                counters["prefix_hits_tokens_total"] += num_hits
+                self._reuse.touch(request.block_hashes, time.monotonic())
+
+        def watched_preemption(*args: Any, **kwargs: Any) -> None:
+            counters["preemptions_total"] += 1
+            preempt(*args, **kwargs)
+
+        scheduler.schedule = watched_schedule
+        manager.record_prefix_cache_stats = watched_admission
+        scheduler._preempt_request = watched_preemption
+
+    def _hello_again(self) -> Hello:
+        """Hello on a new connection: what is really held, taken between two steps."""
+        return replace(self._hello, held=dict(self._pages))
+
+    def _by_unit(self, units: list[int], pages: list[list[int]]) -> dict[int, list[list[int]]]:
+        size = self._hello.pages_per_unit
+        return {unit: [rank[i * size : (i + 1) * size] for rank in pages] for i, unit in enumerate(units)}
+
+    def _rpc(self, function: Any, *args: Any) -> list[Any]:
+        answers: list[Any] = self._core.model_executor.collective_rpc(function, args=args)
+        return answers
+
+
+COUNTERS = (
+    "prefix_queries_tokens_total",
+    "prefix_hits_tokens_total",
+    "preemptions_total",
+    "polder_preemptions_total",
+    "grows_total",
+    "shrinks_total",
+    "grow_seconds_total",
+    "shrink_seconds_total",
+    "grow_max_seconds",
+    "shrink_max_seconds",
+    "migrated_blocks_total",
+    "evicted_blocks_total",
+    "steps_total",
+)

@@ -1,0 +1,246 @@
+"""Before the KV cache exists: agree with the broker on its size, and tell the workers.
+
+Runs in the engine core, inside vLLM's own start-up, in place of `get_kv_cache_configs`: vLLM is asked for a cache of the ceiling's
+size, rounded to whole units, so that every check of its own (a request of max_model_len must fit) is made against it; the broker is
+asked for the floor; the workers get the plan that their `allocate_kv_cache` follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polder.broker.client import status
+from polder.broker.config import BrokerConfig
+from polder.broker.server import BrokerServer
+from polder.broker.transport import Channel
+from polder.broker.wire import Hello, Refused, Welcome
+from polder.engines.vllm import worker
+from polder.engines.vllm.geometry import unit_blocks
+from polder.engines.vllm.settings import EngineSettings
+from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
+from polder.units import format_bytes
+
+__all__ = ["Agreement", "LocalBroker", "check_supported", "negotiate"]
+
+logger = logging.getLogger("polder.engine")
+
+BROKER_PATIENCE_S = 10.0  # a broker that starts together with its engines
+FLOOR_PATIENCE_S = 60.0  # the others giving a newcomer's floor back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What broker and engine agreed on."""
+
+    hello: Hello
+    welcome: Welcome
+    channel: Channel
+    socket: Path
+    unit_blocks: int
+    block_tokens: int
+    groups: int
+
+
+class LocalBroker:
+    """The in-process broker of an engine that shares with nobody: same code, own thread, abstract socket."""
+
+    def __init__(self, device_bytes: dict[str, int], page_bytes: int) -> None:
+        self.socket = Path(f"@polder-{os.getpid()}-{os.urandom(4).hex()}")
+        config = BrokerConfig(socket=self.socket, devices=device_bytes, page_bytes=page_bytes)
+        self._server = BrokerServer(config)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._server.run, args=(self._stop,), name="polder-broker", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5.0)
+        self._server.close()
+
+
+def negotiate(
+    core: Any,
+    settings: EngineSettings,
+    get_kv_cache_configs: Callable[..., list[Any]],
+    vllm_config: Any,
+    kv_cache_specs: list[Any],
+) -> tuple[list[Any], Agreement]:
+    """vLLM's KV cache configs for the ceiling, and the agreement. Raises BudgetError, ConfigError, BrokerUnavailable."""
+    check_supported(vllm_config)
+    devices = [str(name) for name in core.model_executor.collective_rpc(worker.device_name)]
+    socket = settings.broker
+    if socket is None:
+        assert settings.kv_budget_bytes is not None
+        core.polder_local_broker = LocalBroker(dict.fromkeys(devices, settings.kv_budget_bytes), settings.page_bytes)
+        socket = core.polder_local_broker.socket
+    page_bytes, most_bytes = _ask_sizes(socket, devices)
+    ceiling_bytes = min(settings.kv_ceiling_bytes or most_bytes, most_bytes)
+    configs, blocks_of_unit = _configs_of_units(
+        get_kv_cache_configs, vllm_config, kv_cache_specs, ceiling_bytes, page_bytes
+    )
+    hello, block_tokens = _hello(vllm_config, settings, configs[0], devices, page_bytes, blocks_of_unit)
+    channel, welcome = _say_hello(socket, hello)
+    plan = worker.WorkerPlan(
+        broker=socket,
+        engine=hello.engine,
+        generation=welcome.generation,
+        page_bytes=page_bytes,
+        units=tuple(range(hello.floor_units)),
+        pages=tuple(tuple(pages) for pages in welcome.pages),
+        unit_blocks=blocks_of_unit,
+    )
+    core.model_executor.collective_rpc(worker.prepare, args=(plan,))
+    logger.info(
+        "%s: elastic KV, %d tokens a unit of %s, floor %d, share %d, ceiling %d units",
+        hello.engine,
+        hello.unit_tokens,
+        format_bytes(hello.pages_per_unit * page_bytes),
+        hello.floor_units,
+        welcome.share_units,
+        hello.ceiling_units,
+    )
+    agreement = Agreement(
+        hello=hello,
+        welcome=welcome,
+        channel=channel,
+        socket=socket,
+        unit_blocks=blocks_of_unit,
+        block_tokens=block_tokens,
+        groups=len(configs[0].kv_cache_groups),
+    )
+    return configs, agreement
+
+
+def check_supported(vllm_config: Any) -> None:
+    """Raises ConfigError for what elastic KV does not work with yet; docs/failures.md lists it."""
+    if vllm_config.kv_transfer_config is not None:
+        raise ConfigError("elastic KV does not work together with --kv-transfer-config yet: remove one of them")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ConfigError("elastic KV does not work with pipeline parallelism yet")
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        raise ConfigError("elastic KV does not work with --data-parallel-size above 1 yet: run one server per replica")
+    if vllm_config.model_config.enable_sleep_mode:
+        raise ConfigError("elastic KV replaces --enable-sleep-mode for the KV cache: remove that option")
+
+
+def _ask_sizes(socket: Path, devices: list[str]) -> tuple[int, int]:
+    """The broker's page size, and the bytes that one rank could get at most."""
+    deadline = time.monotonic() + BROKER_PATIENCE_S
+    while True:
+        try:
+            known = {d.device: d for d in status(socket).devices}
+            break
+        except BrokerUnavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+    for device in devices:
+        if device not in known:
+            raise ConfigError(
+                f"this engine runs on {device}, and the broker has {', '.join(known)}: add --device {device}=SIZE"
+            )
+    pages = min(known[device].total_pages // devices.count(device) for device in devices)
+    page_bytes = known[devices[0]].page_bytes
+    return page_bytes, pages * page_bytes
+
+
+def _configs_of_units(
+    get_configs: Callable[..., list[Any]],
+    vllm_config: Any,
+    kv_cache_specs: list[Any],
+    ceiling_bytes: int,
+    page_bytes: int,
+) -> tuple[list[Any], int]:
+    """vLLM's configs for the most whole units that fit `ceiling_bytes` a rank, and the blocks of a unit."""
+    cache = vllm_config.cache_config
+    asked = cache.num_gpu_blocks_override
+    try:
+        configs = get_configs(vllm_config, kv_cache_specs, [ceiling_bytes] * len(kv_cache_specs))
+        places = [place for config in configs for place in worker.places_of(config)]
+        if not places:
+            raise ConfigError("this model has no KV cache: nothing to make elastic")
+        blocks_of_unit = unit_blocks(places, page_bytes)
+        units = min(config.num_blocks for config in configs) // blocks_of_unit
+        if units < 1:
+            raise BudgetError(
+                f"one unit of this model's KV cache is {blocks_of_unit} blocks and does not fit {format_bytes(ceiling_bytes)}: "
+                f"raise the KV budget, or use smaller pages"
+            )
+        cache.num_gpu_blocks_override = units * blocks_of_unit
+        configs = get_configs(vllm_config, kv_cache_specs, [ceiling_bytes] * len(kv_cache_specs))
+    except ValueError as error:
+        raise BudgetError(f"KV budget of {format_bytes(ceiling_bytes)} a rank is too small: {error}") from error
+    finally:
+        cache.num_gpu_blocks_override = asked
+    geometries = [worker.geometry_of(config, page_bytes, blocks_of_unit) for config in configs]
+    for geometry in geometries:
+        geometry.check()
+    if len({geometry.pages_per_unit for geometry in geometries}) > 1:
+        raise ConfigError("ranks of this engine hold different numbers of layers: elastic KV needs them equal")
+    return configs, blocks_of_unit
+
+
+def _hello(
+    vllm_config: Any, settings: EngineSettings, config: Any, devices: list[str], page_bytes: int, blocks_of_unit: int
+) -> tuple[Hello, int]:
+    geometry = worker.geometry_of(config, page_bytes, blocks_of_unit)
+    unit_bytes = geometry.pages_per_unit * page_bytes
+    sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
+    max_model_len = vllm_config.model_config.max_model_len
+    # One request of the longest kind, in every group, and the null block: with less, it would wait for ever.
+    longest_blocks = sum(-(-max_model_len // size) for size in sizes) + 1
+    least = -(-longest_blocks // blocks_of_unit)
+    floor = least
+    if settings.kv_floor_bytes is not None:
+        floor = settings.kv_floor_bytes // unit_bytes
+        if floor < least:
+            raise BudgetError(
+                f"POLDER_KV_FLOOR={format_bytes(settings.kv_floor_bytes)} is less than one request of max_model_len "
+                f"{max_model_len} needs: give at least {format_bytes(least * unit_bytes)}, or lower --max-model-len"
+            )
+    if floor > geometry.units:
+        raise BudgetError(
+            f"the floor of {format_bytes(floor * unit_bytes)} is over the ceiling of {format_bytes(geometry.units * unit_bytes)} "
+            f"a rank: raise the KV budget, or lower --max-model-len"
+        )
+    hello = Hello(
+        engine=settings.engine,
+        model=str(vllm_config.model_config.served_model_name or vllm_config.model_config.model),
+        devices=devices,
+        page_bytes=page_bytes,
+        pages_per_unit=geometry.pages_per_unit,
+        unit_tokens=blocks_of_unit * min(sizes) // len(sizes),
+        floor_units=floor,
+        ceiling_units=geometry.units,
+        share_units=max(1, settings.kv_share_bytes // unit_bytes) if settings.kv_share_bytes is not None else 0,
+    )
+    return hello, min(sizes)
+
+
+def _say_hello(socket: Path, hello: Hello) -> tuple[Channel, Welcome]:
+    deadline = time.monotonic() + FLOOR_PATIENCE_S
+    channel = Channel(socket, timeout_s=BROKER_PATIENCE_S)
+    try:
+        while True:
+            channel.send(hello)
+            answer = channel.receive()
+            if isinstance(answer, Welcome):
+                return channel, answer
+            if not isinstance(answer, Refused):
+                raise ProtocolError(f"the broker answered Hello with {type(answer).__name__}")
+            if not answer.retry_s or time.monotonic() > deadline:
+                raise BudgetError(answer.reason)
+            time.sleep(answer.retry_s)
+    except TimeoutError:
+        channel.close()
+        raise BrokerUnavailable(f"the broker on {socket} did not answer") from None
+    except BaseException:
+        channel.close()
+        raise

@@ -1,0 +1,175 @@
+"""The entry point (`vllm.general_plugins`): six replacements in vLLM, made only when this engine is to be elastic.
+
+vLLM calls `register` in every process it starts, sometimes more than once. In a process that is not configured by the environment
+the patches still have to be in place, because additional-config is known only later; they look it up when they run, and do exactly
+what vLLM does if the engine is stock.
+
+| replaced                                | process | why                                                            |
+|-----------------------------------------|---------|----------------------------------------------------------------|
+| engine.core.get_kv_cache_configs        | core    | the cache's virtual size: whole units up to the ceiling        |
+| EngineCore._initialize_kv_caches        | core    | tells the above which core it works for                        |
+| EngineCore._initialize_effective_...    | core    | first call after the scheduler exists. __init__ itself cannot  |
+|  ..._attention_block_size               |         | be wrapped: plugins are loaded inside it (core.py:129)         |
+| EngineCoreProc._handle_client_request   | core    | WAKEUP between two steps: grants and recalls are handled there |
+| EngineCoreProc._process_engine_step     | core    | demand after each step                                         |
+| EngineCore.shutdown                     | core    | close the broker's line                                        |
+| allocate_kv_cache (V1 and V2 runner)    | worker  | the KV buffer is a span with pages under it                    |
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from polder.engines.vllm.compat import check_seams, check_version, installed_version
+from polder.engines.vllm.settings import EngineSettings, read_settings
+from polder.errors import ConfigError
+
+__all__ = ["register"]
+
+logger = logging.getLogger("polder.engine")
+_registered = False
+
+
+def register() -> None:
+    """Patches vLLM in this process. Raises UnsupportedVersion if the engine is to be elastic and this vLLM was never tested."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    version = installed_version()
+    configured = read_settings({}, default_name="engine") is not None
+    try:
+        check_version(version)
+        check_seams()
+    except Exception:
+        if configured:
+            raise
+        # Stock engines must run with any vLLM; one configured by additional-config is refused when that is read.
+        logger.debug("vLLM %s is not supported: Polder stays out of the way", version)
+        _refuse_later()
+        return
+    _patch()
+
+
+def _settings(vllm_config: Any) -> EngineSettings | None:
+    additional = vllm_config.additional_config
+    names = vllm_config.model_config.served_model_name
+    name = names[0] if isinstance(names, list) else names or vllm_config.model_config.model
+    return read_settings(additional if isinstance(additional, dict) else {}, default_name=str(name))
+
+
+def _refuse_later() -> None:
+    import vllm.v1.engine.core as engine_core
+
+    initialize = engine_core.EngineCore._initialize_kv_caches
+
+    def refusing(self: Any, vllm_config: Any) -> Any:
+        if _settings(vllm_config) is not None:
+            check_version(installed_version())
+            check_seams()
+        return initialize(self, vllm_config)
+
+    engine_core.EngineCore._initialize_kv_caches = refusing
+
+
+def _patch() -> None:
+    import vllm.v1.engine.core as engine_core
+    import vllm.v1.worker.gpu.attn_utils as v2_runner
+    import vllm.v1.worker.gpu_model_runner as v1_runner
+
+    from polder.engines.vllm import worker
+
+    _patch_start(engine_core)
+    _patch_loop(engine_core)
+    # Both modules import the function by name, so both names are replaced.
+    v1_runner.allocate_kv_cache = worker.allocate_kv_cache
+    v2_runner.allocate_kv_cache = worker.allocate_kv_cache
+
+
+def _patch_start(engine_core: Any) -> None:
+    from polder.engines.vllm.elastic import ElasticCore
+    from polder.engines.vllm.negotiate import negotiate
+
+    core_class = engine_core.EngineCore
+    stock_configs = engine_core.get_kv_cache_configs
+    initialize, scheduler_ready = (
+        core_class._initialize_kv_caches,
+        core_class._initialize_effective_attention_block_size,
+    )
+    starting: list[Any] = []
+
+    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+        settings = _settings(vllm_config) if starting else None
+        if settings is None:
+            return stock_configs(vllm_config, kv_cache_specs, available_memory)
+        core = starting[-1]
+        if not hasattr(core, "input_queue"):
+            raise ConfigError(
+                "elastic KV needs the engine core in its own process: unset VLLM_ENABLE_V1_MULTIPROCESSING=0"
+            )
+        configs, core.polder_agreement = negotiate(core, settings, stock_configs, vllm_config, kv_cache_specs)
+        return configs
+
+    def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        starting.append(self)
+        try:
+            return initialize(self, vllm_config)
+        finally:
+            starting.pop()
+
+    def scheduler_is_ready(self: Any) -> None:
+        scheduler_ready(self)
+        agreement = getattr(self, "polder_agreement", None)
+        if agreement is not None:
+            wakeup = engine_core.EngineCoreRequestType.WAKEUP
+            self.polder = ElasticCore(self, agreement, wake=lambda: self.input_queue.put_nowait((wakeup, None)))
+
+    engine_core.get_kv_cache_configs = get_kv_cache_configs
+    core_class._initialize_kv_caches = initialize_kv_caches
+    core_class._initialize_effective_attention_block_size = scheduler_is_ready
+
+
+def _patch_loop(engine_core: Any) -> None:
+    core_class, process_class = engine_core.EngineCore, engine_core.EngineCoreProc
+    handle, step, shutdown = (
+        process_class._handle_client_request,
+        process_class._process_engine_step,
+        core_class.shutdown,
+    )
+    kinds = engine_core.EngineCoreRequestType
+
+    def handle_client_request(self: Any, request_type: Any, request: Any) -> None:
+        handle(self, request_type, request)
+        elastic = getattr(self, "polder", None)
+        if elastic is not None:
+            if request_type == kinds.WAKEUP:
+                elastic.on_wake()
+            elif request_type == kinds.ADD:
+                elastic.on_request()
+
+    def process_engine_step(self: Any) -> bool:
+        elastic = getattr(self, "polder", None)
+        if elastic is None:
+            return bool(step(self))
+        started = time.perf_counter()
+        executed = bool(step(self))
+        elastic.on_step(time.perf_counter() - started)
+        return executed
+
+    def shut_down(self: Any) -> None:
+        shutdown(self)
+        for name in ("polder", "polder_local_broker"):
+            if getattr(self, name, None) is not None:
+                getattr(self, name).close()
+
+    def polder_check(self: Any) -> dict[str, float]:
+        """A utility any client of the engine can call: checks the laws now and returns the counters."""
+        self.polder.blocks.check_integrity()
+        return dict(self.polder.counters)
+
+    core_class.polder_check = polder_check
+    process_class._handle_client_request = handle_client_request
+    process_class._process_engine_step = process_engine_step
+    core_class.shutdown = shut_down

@@ -1,0 +1,92 @@
+"""How an engine is told to be elastic: environment variables, or `--additional-config '{"polder": {...}}'`.
+
+| environment         | additional-config | meaning                                                                            |
+|---------------------|-------------------|------------------------------------------------------------------------------------|
+| POLDER_BROKER       | broker            | socket of the broker that shares memory between engines                            |
+| POLDER_ENGINE       | engine            | this engine's name there (default: the served model's name)                        |
+| POLDER_KV_BUDGET    | kv_budget         | without a broker: KV memory of this engine alone, grown on demand                  |
+| POLDER_PAGE         | page              | without a broker: page size (default 2MiB)                                         |
+| POLDER_KV_FLOOR     | kv_floor          | never given away (default: what one request of max_model_len needs)                |
+| POLDER_KV_SHARE     | kv_share          | its own on demand; more than that is on loan (default: an equal part)              |
+| POLDER_KV_CEILING   | kv_ceiling        | never more than this (default: the device's whole budget)                          |
+
+With neither POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. The environment wins over additional-config.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polder.broker.transport import check_socket_path
+from polder.errors import ConfigError
+from polder.memory.page import PAGE_BYTES
+from polder.units import parse_bytes
+
+__all__ = ["ENVIRONMENT", "EngineSettings", "read_settings"]
+
+ENVIRONMENT = {
+    "broker": "POLDER_BROKER",
+    "engine": "POLDER_ENGINE",
+    "kv_budget": "POLDER_KV_BUDGET",
+    "page": "POLDER_PAGE",
+    "kv_floor": "POLDER_KV_FLOOR",
+    "kv_share": "POLDER_KV_SHARE",
+    "kv_ceiling": "POLDER_KV_CEILING",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    engine: str
+    broker: Path | None
+    """None: an in-process broker over `kv_budget_bytes`."""
+    kv_budget_bytes: int | None
+    page_bytes: int
+    kv_floor_bytes: int | None
+    kv_share_bytes: int | None
+    kv_ceiling_bytes: int | None
+
+
+def read_settings(
+    additional_config: Mapping[str, Any], default_name: str, environment: Mapping[str, str] = os.environ
+) -> EngineSettings | None:
+    """The engine's settings, or None when it is to be stock. Raises ConfigError on an unknown key or a bad value."""
+    given = additional_config.get("polder", {})
+    if not isinstance(given, Mapping):
+        raise ConfigError(f'additional-config "polder" must be an object, not {given!r}')
+    unknown = set(given) - set(ENVIRONMENT)
+    if unknown:
+        raise ConfigError(f"additional-config polder: unknown {sorted(unknown)}; known are {', '.join(ENVIRONMENT)}")
+    values: dict[str, str | int] = dict(given)
+    for key, variable in ENVIRONMENT.items():
+        if environment.get(variable):
+            values[key] = environment[variable]
+
+    def size(key: str) -> int | None:
+        return parse_bytes(values[key], what=ENVIRONMENT[key]) if key in values else None
+
+    if "broker" not in values and "kv_budget" not in values:
+        if values:
+            raise ConfigError(
+                f"{', '.join(ENVIRONMENT[key] for key in values)} given, but neither POLDER_BROKER nor POLDER_KV_BUDGET: "
+                f"set one of them to make this engine elastic"
+            )
+        return None
+    if "broker" in values and "kv_budget" in values:
+        raise ConfigError("POLDER_BROKER and POLDER_KV_BUDGET exclude each other: the broker has the budget")
+    broker = Path(str(values["broker"])) if "broker" in values else None
+    if broker is not None:
+        check_socket_path(broker)
+    return EngineSettings(
+        engine=str(values.get("engine", default_name)),
+        broker=broker,
+        kv_budget_bytes=size("kv_budget"),
+        page_bytes=size("page") or PAGE_BYTES,
+        kv_floor_bytes=size("kv_floor"),
+        kv_share_bytes=size("kv_share"),
+        kv_ceiling_bytes=size("kv_ceiling"),
+    )

@@ -1,0 +1,264 @@
+"""The memory's side, in every worker process: one span under the whole KV buffer, pages mapped and unmapped by unit.
+
+The functions that end in `_units`, `prepare`, `describe` and `device_name` are called by the scheduler's side through
+`collective_rpc`, which is ordered with the steps (one FIFO queue): when one of them runs, every step submitted before has been
+launched, and none submitted later has. On a GPU launched is not done, hence the fence before anything is moved or unmapped.
+
+They never raise for want of memory: a failure is an answer, since an exception in a worker would end the engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polder.broker.client import fetch_handles
+from polder.broker.wire import MAX_FDS, Fetch
+from polder.engines.vllm.geometry import KvGeometry, TensorPlace
+from polder.errors import PolderError
+from polder.memory.backend import Backend
+from polder.memory.copy import CopyEngine
+from polder.memory.cpu import CpuBackend
+from polder.memory.pool import ImportedPages
+from polder.memory.span import Span
+
+__all__ = [
+    "Outcome",
+    "WorkerPlan",
+    "allocate_kv_cache",
+    "describe",
+    "device_name",
+    "geometry_of",
+    "map_units",
+    "places_of",
+    "prepare",
+    "unmap_units",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlan:
+    """What the scheduler's side agreed with the broker before the workers allocate. One for all ranks."""
+
+    broker: Path
+    engine: str
+    generation: int
+    page_bytes: int
+    units: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
+    """Of these units, per rank."""
+    unit_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Answer of a worker. `error` is empty when it did as asked; else it did nothing."""
+
+    seconds: float
+    error: str = ""
+
+
+class WorkerMemory:
+    """The KV memory of one rank."""
+
+    def __init__(self, plan: WorkerPlan, rank: int, device: str, geometry: KvGeometry) -> None:
+        """Reserves the addresses and maps the plan's units, zeroed. Raises PolderError or OSError."""
+        self.plan, self.rank, self.device, self.geometry = plan, rank, device, geometry
+        self.backend = _backend(device, plan.page_bytes)
+        self.imported = ImportedPages(self.backend)
+        self.span = Span(self.backend, geometry.total_slots)
+        self.copies = CopyEngine(self.backend)
+        self.generation_of: dict[int, int] = {}  # unit -> generation of the broker that its pages came from
+        self.pages_of: dict[int, tuple[int, ...]] = {}
+        self.map(plan.generation, plan.units, plan.pages[rank])
+
+    def map(self, generation: int, units: Sequence[int], pages: Sequence[int]) -> None:
+        """Maps and zeroes `pages` (unit by unit) under `units`. Raises with nothing changed."""
+        slots = self.geometry.slots(units)
+        missing = self.imported.missing(generation, pages)
+        # On CUDA every page is a file descriptor of its own, and a message carries a limited number of them.
+        for start in range(0, len(missing), MAX_FDS):
+            part = list(missing[start : start + MAX_FDS])
+            request = Fetch(engine=self.plan.engine, rank=self.rank, device=self.device, pages=part)
+            handles, fds = fetch_handles(self.plan.broker, request)
+            self.imported.adopt(handles.generation, part, fds, handles.fd_index, handles.offsets)
+        self.span.map(slots, self.imported.handles(generation, pages))
+        self.span.zero(slots)  # law 2: stale bytes read as NaN spoil even masked rows
+        for at, unit in enumerate(units):
+            self.generation_of[unit] = generation
+            self.pages_of[unit] = tuple(
+                pages[at * self.geometry.pages_per_unit : (at + 1) * self.geometry.pages_per_unit]
+            )
+
+    def move(self, sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
+        """Copies whole blocks, all layers, from `sources` to `targets` (disjoint ids); returns when the bytes are there."""
+        base = self.span.address(0)
+        ticket = 0
+        for offset, stride, src, dst, length in self.geometry.copies(sources, targets):
+            ticket = self.copies.submit_blocks(base + offset, stride, dst, base + offset, stride, src, length)
+        self.copies.wait(ticket)
+
+    def unmap(self, units: Sequence[int], current_generation: int) -> None:
+        """Unmaps the units. Pages of a former broker are destroyed, since nobody else can ever use them again."""
+        self.span.unmap(self.geometry.slots(units))
+        for unit in units:
+            generation, pages = self.generation_of.pop(unit), self.pages_of.pop(unit)
+            if generation != current_generation:
+                self.imported.discard(generation, pages)
+
+
+_plan: WorkerPlan | None = None
+_rank = 0
+_device = ""
+_memory: WorkerMemory | None = None
+
+
+def device_name(worker: Any) -> str:
+    """The device of this rank as the broker names it."""
+    device = worker.device
+    if device.type == "cpu":
+        return "cpu:0"
+    import torch
+
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+
+
+def prepare(worker: Any, plan: WorkerPlan) -> None:
+    """Notes the plan; the next `allocate_kv_cache` in this process follows it."""
+    global _plan, _rank, _device
+    _plan, _rank, _device = plan, worker.rank, device_name(worker)
+
+
+def geometry_of(kv_cache_config: Any, page_bytes: int, blocks_of_unit: int) -> KvGeometry:
+    """The geometry of vLLM's KVCacheConfig."""
+    tensors = kv_cache_config.kv_cache_tensors
+    return KvGeometry(
+        page_bytes=page_bytes,
+        size_bytes=tensors[0].size,
+        num_blocks=kv_cache_config.num_blocks,
+        unit_blocks=blocks_of_unit,
+        places=places_of(kv_cache_config),
+    )
+
+
+def places_of(kv_cache_config: Any) -> tuple[TensorPlace, ...]:
+    return tuple(
+        TensorPlace(
+            offset=tensor.offset,
+            layers=len(tensor.layers),
+            layer_stride=tensor.layer_stride,
+            block_stride=tensor.block_stride,
+        )
+        for tensor in kv_cache_config.kv_cache_tensors
+    )
+
+
+def allocate_kv_cache(kv_cache_config: Any, device: Any, layout: Any, kernel_block_sizes: Any = None) -> dict[str, Any]:
+    """Replaces vllm.v1.worker.utils.allocate_kv_cache (:564): the same views, over a span instead of torch.zeros.
+
+    Without a plan (profiling on a GPU calls this once before there is one) it is vLLM's own.
+    """
+    global _memory
+    from vllm.v1.worker.utils import allocate_kv_cache as stock
+
+    if _plan is None or not kv_cache_config.kv_cache_tensors:
+        return dict(stock(kv_cache_config, device, layout, kernel_block_sizes))
+    geometry = geometry_of(kv_cache_config, _plan.page_bytes, _plan.unit_blocks)
+    _memory = WorkerMemory(_plan, _rank, _device, geometry)
+    return _views(_memory.span.tensor(), kv_cache_config, layout, kernel_block_sizes)
+
+
+def _views(buffer: Any, kv_cache_config: Any, layout: Any, kernel_block_sizes: Any) -> dict[str, Any]:
+    """As the second half of vLLM's function does: one 4-D view per layer over the one buffer."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs, create_kv_cache_views
+
+    views: dict[str, Any] = {}
+    for tensor in kv_cache_config.kv_cache_tensors:
+        group_id, group = next(
+            (i, g) for i, g in enumerate(kv_cache_config.kv_cache_groups) if tensor.layers[0] in g.layer_names
+        )
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            spec = spec.kv_cache_specs[tensor.layers[0]]
+        sizes = kernel_block_sizes or ()
+        layer_views = create_kv_cache_views(
+            buffer,
+            spec,
+            kv_cache_config.num_blocks_of(tensor),
+            layout,
+            tensor,
+            kernel_block_size=sizes[group_id] if group_id < len(sizes) else None,
+        )
+        views.update(zip(tensor.layers, layer_views, strict=True))
+    return views
+
+
+# ---------------------------------------------------------------- called by the scheduler's side
+
+
+def describe(worker: Any) -> dict[str, Any]:
+    """What this rank can do: its runner's kind and the units it has mapped."""
+    assert _memory is not None
+    return {"v1_runner": hasattr(worker.model_runner, "input_batch"), "units": sorted(_memory.pages_of)}
+
+
+def map_units(worker: Any, generation: int, units: Sequence[int], pages: Sequence[Sequence[int]]) -> Outcome:
+    """Maps zeroed pages under `units`; `pages` holds one list per rank."""
+    assert _memory is not None
+    started = time.perf_counter()
+    try:
+        _memory.map(generation, units, pages[_rank])
+    except (PolderError, OSError) as error:
+        return Outcome(seconds=time.perf_counter() - started, error=f"rank {_rank}: {error}")
+    return Outcome(seconds=time.perf_counter() - started)
+
+
+def unmap_units(
+    worker: Any,
+    current_generation: int,
+    units: Sequence[int],
+    sources: Sequence[int] = (),
+    targets: Sequence[int] = (),
+) -> Outcome:
+    """Moves blocks out of the way (`sources` to `targets`), then unmaps `units`. Units not mapped here are passed over."""
+    assert _memory is not None
+    started = time.perf_counter()
+    _memory.backend.fence()
+    if sources:
+        src, dst = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
+        _memory.move(src, dst)
+        _rewrite_block_tables(worker.model_runner, src, dst)
+    _memory.unmap([unit for unit in units if unit in _memory.pages_of], current_generation)
+    return Outcome(seconds=time.perf_counter() - started)
+
+
+def _rewrite_block_tables(runner: Any, sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
+    """Renumbers moved blocks wherever the V1 model runner remembers them: each request's lists and the batch's tables."""
+    moved = dict(zip(sources.tolist(), targets.tolist(), strict=True))
+    for state in runner.requests.values():
+        for ids in state.block_ids:
+            for at, block in enumerate(ids):
+                if block in moved:
+                    ids[at] = moved[block]
+    highest = int(max(sources.max(), targets.max()))
+    for table in runner.input_batch.block_table.block_tables:
+        numbers = table.block_table.np
+        renumber = np.arange(max(highest, int(numbers.max(initial=0))) + 1, dtype=numbers.dtype)
+        renumber[sources] = targets
+        for row in np.flatnonzero(table.num_blocks_per_row):
+            used = numbers[row, : table.num_blocks_per_row[row]]
+            used[:] = renumber[used]
+
+
+def _backend(device: str, page_bytes: int) -> Backend:
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return CpuBackend(page_bytes=page_bytes, device=device)
+    from polder.memory.cuda import CudaBackend  # only hosts with a driver have the bindings
+
+    return CudaBackend(int(index))
