@@ -189,11 +189,11 @@ class BrokerCore:
             engine.pinned, engine.recalled_total = known.pinned, known.recalled_total
             self.leases.drop(hello.engine)
             self.ledger.forget(owner)
-        lease, pages = 0, [[] for _ in hello.devices] if hello.held else None
+        lease, pages = 0, list[list[int]]([] for _ in hello.devices)
         if hello.held:
             self._claim(engine)
         self.engines[hello.engine] = engine
-        if pages is None:
+        if not hello.held:
             lease, pages = self._take(engine, hello.floor_units, now)
         welcome = Welcome(
             generation=self.generation,

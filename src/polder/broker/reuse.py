@@ -79,7 +79,8 @@ class ReuseTracker:
     def curve(self, now: float, seconds_per_token: float) -> list[float]:
         """Seconds of prefill saved per second with 0, 1, ..., `max_units` units; non-decreasing."""
         self._decay(now)
-        return (np.cumsum(self._saved) * (seconds_per_token / self._tau_s)).tolist()
+        values: list[float] = (np.cumsum(self._saved) * (seconds_per_token / self._tau_s)).tolist()
+        return values
 
     def _decay(self, now: float) -> None:
         if now > self._decayed_at:

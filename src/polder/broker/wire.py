@@ -63,7 +63,7 @@ class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=
 # ---------------------------------------------------------------- to the broker
 
 
-class Hello(Message, kw_only=True, tag="hello"):
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """An engine core presents itself. Sizes are in units: one page in every layer, on every rank."""
 
     engine: str
@@ -85,7 +85,7 @@ class Hello(Message, kw_only=True, tag="hello"):
     """On reconnection: unit -> pages per rank (one list a rank)."""
 
 
-class Demand(Message, kw_only=True, tag="demand"):
+class Demand(Message, frozen=True, kw_only=True, tag="demand"):
     """What an engine holds, uses and could use. The numbers are in units unless named otherwise."""
 
     held_units: int
@@ -105,13 +105,13 @@ class Demand(Message, kw_only=True, tag="demand"):
     """Counters and gauges shown by `polder top` and Prometheus, see EngineStatus.stats."""
 
 
-class Grown(Message, kw_only=True, tag="grown"):
+class Grown(Message, frozen=True, kw_only=True, tag="grown"):
     """The pages of a grant are mapped, zeroed and offered to the scheduler."""
 
     lease: int
 
 
-class Returned(Message, kw_only=True, tag="returned"):
+class Returned(Message, frozen=True, kw_only=True, tag="returned"):
     """Pages unmapped on every rank. Fewer units than recalled (`short`) means the rest is impossible now."""
 
     lease: int
@@ -120,7 +120,7 @@ class Returned(Message, kw_only=True, tag="returned"):
     short: int = 0
 
 
-class Fetch(Message, kw_only=True, tag="fetch"):
+class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
     """A worker asks for handles: one per page on CUDA; on the CPU one file stands for all pages."""
 
     engine: str
@@ -129,11 +129,11 @@ class Fetch(Message, kw_only=True, tag="fetch"):
     pages: list[int]
 
 
-class StatusRequest(Message, kw_only=True, tag="status?"):
+class StatusRequest(Message, frozen=True, kw_only=True, tag="status?"):
     pass
 
 
-class Resize(Message, kw_only=True, tag="resize"):
+class Resize(Message, frozen=True, kw_only=True, tag="resize"):
     """Pin an engine to `units` (tests, benchmarks, operators). 0 hands it back to the policy."""
 
     engine: str
@@ -143,7 +143,7 @@ class Resize(Message, kw_only=True, tag="resize"):
 # ---------------------------------------------------------------- from the broker
 
 
-class Welcome(Message, kw_only=True, tag="welcome"):
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     generation: int
     """Changes when the broker restarts: pages of another generation must be discarded when given back."""
     page_bytes: int
@@ -155,13 +155,13 @@ class Welcome(Message, kw_only=True, tag="welcome"):
     """Clipped to what the device can ever spare."""
 
 
-class Grant(Message, kw_only=True, tag="grant"):
+class Grant(Message, frozen=True, kw_only=True, tag="grant"):
     lease: int
     units: int
     pages: list[list[int]]
 
 
-class Recall(Message, kw_only=True, tag="recall"):
+class Recall(Message, frozen=True, kw_only=True, tag="recall"):
     lease: int
     units: int
     deadline_s: float
@@ -170,7 +170,7 @@ class Recall(Message, kw_only=True, tag="recall"):
     """True: preempt running requests if nothing else frees enough. False: only idle and cached memory."""
 
 
-class Handles(Message, kw_only=True, tag="handles"):
+class Handles(Message, frozen=True, kw_only=True, tag="handles"):
     """`fds` file descriptors come with it: handle i is (fds[fd_index[i]], offsets[i])."""
 
     generation: int
@@ -222,7 +222,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     """ "engine/use" -> pages, use one of kv, weights, staging, lent; "free" is not listed."""
 
 
-class Status(Message, kw_only=True, tag="status"):
+class Status(Message, frozen=True, kw_only=True, tag="status"):
     generation: int
     uptime_s: float
     devices: list[DeviceStatus]
@@ -237,11 +237,11 @@ class Status(Message, kw_only=True, tag="status"):
     """The last 512 times from an urgent demand to mapped pages (Grown), in milliseconds, newest last."""
 
 
-class Done(Message, kw_only=True, tag="done"):
+class Done(Message, frozen=True, kw_only=True, tag="done"):
     pass
 
 
-class Refused(Message, kw_only=True, tag="refused"):
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """The request cannot be met; `reason` says what to change."""
 
     reason: str

@@ -153,8 +153,9 @@ class BlockUnits:
                 for block in blocks:
                     held[block.block_id] += 1
         references = np.array([self._pool.blocks[i].ref_cnt for i in busy.tolist()], dtype=np.int64)
-        unknown = (references != held[busy]) | (busy == self._pool.null_block.block_id)
-        return busy[unknown]
+        unknown = np.not_equal(references, held[busy]) | np.equal(busy, int(self._pool.null_block.block_id))
+        found: Ids = busy[unknown]
+        return found
 
     def _apply(self, plan: Compaction, preempted: int) -> Shrink:
         pool, queue = self._pool, self._pool.free_block_queue

@@ -1,0 +1,202 @@
+"""Real vLLM engines for tests: small float32 models, a broker in a process of its own, everything ended at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
+from polder.broker import wire
+from polder.broker.client import request, status
+from polder.errors import BrokerUnavailable
+
+MODELS = Path(os.environ.get("POLDER_TEST_MODELS", "/tmp/polder-test-models"))
+_numbers = itertools.count()
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+}
+BLOCK_TOKENS = 32
+PAGE = 256 << 10
+"""Small, so that a tiny model has many units: a unit of model A in float32 is 4 blocks = 128 tokens = 8 pages."""
+A32, B32 = MODEL_A.in_float32(), MODEL_B.in_float32()
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Engines are configured by the environment of the process that starts them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@dataclass
+class Broker:
+    """A broker in its own process, so that a test can kill it."""
+
+    socket: Path
+    pages: int
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Broker:
+        code = (
+            "from pathlib import Path; from polder.broker.config import BrokerConfig; from polder.broker.server import serve;"
+            f"serve(BrokerConfig(socket=Path({str(self.socket)!r}), devices={{'cpu:0': {self.pages * PAGE}}}, page_bytes={PAGE}))"
+        )
+        self.process = subprocess.Popen([sys.executable, "-c", code])
+        wait_for(lambda: self.answers(), "the broker to answer")
+        return self
+
+    def answers(self) -> bool:
+        try:
+            self.status()
+        except BrokerUnavailable:
+            return False
+        return True
+
+    def status(self) -> wire.Status:
+        return status(self.socket)
+
+    def engine(self, name: str) -> wire.EngineStatus:
+        return next(e for e in self.status().engines if e.engine == name)
+
+    def pin(self, name: str, units: int) -> None:
+        """Pins an engine's size (0: hands it back to the policy) without waiting for it."""
+        request(self.socket, wire.Resize(engine=name, units=units))
+
+    def resize(self, name: str, units: int) -> None:
+        self.pin(name, units)
+        wait_for(lambda: self.engine(name).held_units == units, f"{name} to hold {units} units")
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(10)
+        self.socket.unlink(missing_ok=True)
+
+
+@dataclass
+class Output:
+    tokens: list[int]
+    cached: int
+
+
+@dataclass
+class Engine:
+    """An offline engine driven step by step from the test."""
+
+    name: str
+    llm: Any
+    _started: set[int] = field(default_factory=set)
+
+    @classmethod
+    def start(cls, name: str, recipe: ModelRecipe = A32, settings: dict[str, str] | None = None, **options: Any) -> Engine:
+        from vllm import LLM
+
+        model = ensure_model(recipe, MODELS)
+        before = {p.pid for p in psutil.Process().children(recursive=True)}
+        arguments: dict[str, Any] = {
+            "model": str(model),
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "enforce_eager": True,
+            "block_size": BLOCK_TOKENS,
+            "max_num_batched_tokens": 256,
+            "disable_log_stats": False,
+            **options,
+        }
+        with environment(ENVIRONMENT | (settings or {})):
+            llm = LLM(**arguments)
+        children = psutil.Process().children(recursive=True)
+        return cls(name, llm, {p.pid for p in children} - before)
+
+    def utility(self, method: str, *args: Any) -> Any:
+        return self.llm.llm_engine.engine_core.call_utility(method, *args)
+
+    def generate(
+        self, prompts: list[list[int]], tokens: int | list[int] = 24, events: dict[int, Callable[[], None]] | None = None
+    ) -> list[Output]:
+        """All prompts at once, `tokens` each; `events[n]` runs after the n-th step's output has come."""
+        from vllm import SamplingParams
+
+        engine, events = self.llm.llm_engine, dict(events or {})
+        lengths = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+        names = [f"{self.name}-{next(_numbers)}" for _ in prompts]
+        self.utility("pause_scheduler", "keep", False)  # so that the first batch is the same in every run
+        for name, prompt, length in zip(names, prompts, lengths, strict=True):
+            parameters = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True, detokenize=False)
+            engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+        time.sleep(0.2)
+        self.utility("resume_scheduler")
+        done: dict[str, Output] = {}
+        steps = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id] = Output(list(output.outputs[0].token_ids), output.num_cached_tokens)
+            steps += 1
+            if steps in events:
+                events.pop(steps)()
+        assert not events, f"only {steps} steps were made"
+        return [next(out for key, out in done.items() if key == n or key.startswith(n + "-")) for n in names]
+
+    def processes(self) -> list[psutil.Process]:
+        return [psutil.Process(pid) for pid in self._started if psutil.pid_exists(pid)]
+
+    def core_pid(self) -> int:
+        return next(p.pid for p in self.processes() if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline()))
+
+    def stop(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        _, alive = psutil.wait_procs(self.processes(), timeout=10)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=5)
+
+
+def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(10, 32_000) for _ in range(length + 13 * i)] for i in range(count)]
+
+
+def tokens_of(outputs: list[Output]) -> list[list[int]]:
+    return [output.tokens for output in outputs]
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.02)
+
+
+__all__ = ["A32", "B32", "MODELS", "PAGE", "Broker", "Engine", "Output", "environment", "prompts", "tokens_of", "wait_for"]
