@@ -189,12 +189,13 @@ class BrokerCore:
             engine.pinned, engine.recalled_total = known.pinned, known.recalled_total
             self.leases.drop(hello.engine)
             self.ledger.forget(owner)
-        lease, pages = 0, list[list[int]]([] for _ in hello.devices)
-        if hello.held:
-            self._claim(engine)
+        booked = self._claim(engine, now) if hello.held else None
+        if hello.held and booked is None:
+            reason = f"no room yet for what {hello.engine!r} holds: others are asked to give memory back"
+            self.outbox.append((connection, Refused(reason=reason, retry_s=RETRY_S)))
+            return
         self.engines[hello.engine] = engine
-        if not hello.held:
-            lease, pages = self._take(engine, hello.floor_units, now)
+        lease, pages = (0, booked) if booked is not None else self._take(engine, hello.floor_units, now)
         welcome = Welcome(
             generation=self.generation,
             page_bytes=self.config.page_bytes,
@@ -243,7 +244,7 @@ class BrokerCore:
         return free
 
     def _recall_for_floor(self, device: str, pages: int, now: float) -> None:
-        """Recalls enough for a newcomer's floor; the newcomer asks again until it is there."""
+        """Recalls enough for a newcomer's floor, or for a latecomer's pages; it asks again until they are there."""
         missing = pages - self.ledger.free(device)
         for engine in sorted(self.engines.values(), key=lambda e: self._held(e, device), reverse=True):
             per_unit = engine.pages_per_unit(device)
@@ -256,20 +257,35 @@ class BrokerCore:
             self._recall(engine, Recalled(units, preempt=True), now)
             missing -= units * per_unit
 
-    def _claim(self, engine: _Engine) -> None:
-        """Books what a reconnecting engine reports. Raises ProtocolError, having booked nothing, if that cannot be."""
-        pages: dict[str, list[int]] = {}
-        for unit, ranks in engine.hello.held.items():
-            if len(ranks) != len(engine.hello.devices) or any(len(p) != engine.hello.pages_per_unit for p in ranks):
+    def _claim(self, engine: _Engine, now: float) -> list[list[int]] | None:
+        """Books what a reconnecting engine reports: its pages per rank, in rising order of units; None if there is no room.
+
+        An engine that reports after the recovery time may find its numbers granted to others. Its memory is another (pages of
+        the former broker's segment, destroyed when given back), so any free numbers will do to keep the budget.
+        """
+        hello = engine.hello
+        reported = list[list[int]]([] for _ in hello.devices)
+        for unit, ranks in sorted(hello.held.items()):
+            if len(ranks) != len(hello.devices) or any(len(p) != hello.pages_per_unit for p in ranks):
                 raise ProtocolError(f"{engine.name} reports unit {unit} with a wrong number of pages")
-            for device, numbers in zip(engine.hello.devices, ranks, strict=True):
-                pages.setdefault(device, []).extend(numbers)
+            for rank, numbers in enumerate(ranks):
+                reported[rank] += numbers
         try:
-            for device, numbers in pages.items():
+            for device, numbers in zip(hello.devices, reported, strict=True):
                 self.ledger.claim(device, engine.owner, numbers)
         except ProtocolError:
             self.ledger.forget(engine.owner)
-            raise
+            return self._renumber(engine, now)
+        return reported
+
+    def _renumber(self, engine: _Engine, now: float) -> list[list[int]] | None:
+        hello = engine.hello
+        pages_each = len(hello.held) * hello.pages_per_unit
+        for device in set(hello.devices):
+            if self.ledger.free(device) < pages_each * hello.devices.count(device):
+                self._recall_for_floor(device, pages_each * hello.devices.count(device), now)
+                return None
+        return [self.ledger.take(device, engine.owner, pages_each).tolist() for device in hello.devices]
 
     def _resize(self, connection: int, message: Resize) -> None:
         engine = self.engines.get(message.engine)

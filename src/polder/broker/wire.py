@@ -149,7 +149,8 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     page_bytes: int
     lease: int
     pages: list[list[int]]
-    """The floor's pages per rank, empty when `held` was reported."""
+    """Per rank: the floor's pages, or the numbers under which the reported units are booked, in rising order of units. Those
+    are others than reported only if the engine came back so late that its own numbers had been granted again."""
     share_units: int
     ceiling_units: int
     """Clipped to what the device can ever spare."""

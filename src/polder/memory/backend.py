@@ -1,2 +1,135 @@
-from typing import Any
-Backend = Any
+"""What a device must be able to do for Polder. This file is the manual; `cpu.py` and `cuda.py` carry it out.
+
+The rules are those of the CUDA driver's virtual memory management, and the CPU backend keeps them too, so that what passes its
+tests on a laptop passes on a GPU:
+
+* Addresses and physical memory are separate. Addresses are reserved once and stay; pages come and go under them.
+* A page that is mapped is accessible at once for this process. Its bytes are whatever its last owner left: zero them.
+* Nothing here knows what the device is doing. Before pages are unmapped, the work that uses them must be over: `fence()`, or
+  an event of the caller's own. Ranges that are not being changed may be in use all the while.
+* Every method may be called from any thread. Calls on disjoint addresses and handles may run at the same time; two calls
+  on the same ones at the same time are the caller's bug.
+* Errors are polder.errors: OutOfPages (no memory now), IntegrityError (a rule above was broken, nothing changed) and
+  EnvironmentFault (the operating system or the driver refused; the message has its name for it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from polder.memory.page import Handle
+
+__all__ = ["Backend", "CopyJob", "CopyQueue"]
+
+
+class CopyJob(Protocol):
+    """One submission to a CopyQueue."""
+
+    def done(self) -> bool:
+        """True once `wait` would return at once. Never blocks."""
+
+    def wait(self) -> float:
+        """Blocks until the bytes are at their destination (or never will be); returns the seconds the copying itself took.
+
+        Raises the copy's error, the same one at every call. Several threads may wait at the same time.
+        """
+
+
+class CopyQueue(Protocol):
+    """A FIFO of copies on one device: a job starts when the job before it has ended. Made by `Backend.copy_queue`."""
+
+    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> CopyJob:
+        """Enqueues copies of `length[i]` bytes from address `src[i]` to `dst[i]`. Never raises: errors belong to the job."""
+
+    def close(self) -> None:
+        """Waits for all jobs, then stops the thread or destroys the stream."""
+
+
+class Backend(Protocol):
+    """Addresses and physical pages of one device, for one process."""
+
+    device: str
+    """As the broker names it: "cpu:0", "cuda:1". Tensors over this backend's addresses are on this device."""
+    page_bytes: int
+    sparse: bool
+    """True: `create` takes no physical memory; a page takes it when first mapped or touched, and `punch` gives it back."""
+
+    def reserve(self, size_bytes: int) -> int:
+        """Returns the first of `size_bytes` (a multiple of the page) unmapped addresses, aligned to 2 MiB.
+
+        They are the caller's until `free`; no other allocation lands there. An access faults: SIGSEGV on the CPU, a sticky
+        illegal-address error (Xid 31) on CUDA. Raises OutOfPages when the address space has no such gap.
+        """
+
+    def free(self, address: int, size_bytes: int) -> None:
+        """Ends a reservation, given exactly as `reserve` was. Raises when it is no reservation or pages are still mapped in it.
+
+        The caller answers for tensors over these addresses: others' memory may appear there afterwards.
+        """
+
+    def create(self, count: int) -> list[Handle]:
+        """Makes `count` new pages, zeroed on the CPU, of unknown content on CUDA; all can be exported.
+
+        They live until destroyed AND unmapped everywhere. Raises OutOfPages having taken nothing.
+        """
+
+    def destroy(self, handles: Sequence[Handle]) -> None:
+        """Gives the physical memory of pages back and forgets the handles, which this process must have unmapped.
+
+        CPU: for everybody: other processes that map the page read zeroes from now on, so only the page's owner may call this.
+        CUDA: the memory returns when the last handle and mapping, in whatever process, is gone.
+        """
+
+    def drop(self, handles: Sequence[Handle]) -> None:
+        """Forgets handles and leaves the memory to those who still map or hold it; on CUDA that is what `destroy` does."""
+
+    def punch(self, handles: Sequence[Handle]) -> None:
+        """Gives the physical memory of pages back and keeps the handles: the next touch finds zeroes. Sparse backends only."""
+
+    def map(self, address: int, handles: Sequence[Handle]) -> None:
+        """Puts the pages under adjacent addresses, the first at `address`, and makes them accessible.
+
+        The addresses must be reserved, page-aligned and unmapped. One access grant (CUDA), one mmap per stretch of neighbours in
+        a segment (CPU) for the whole call. When anything fails, all that this call had mapped is unmapped again, then the
+        error is raised: OutOfPages where the device had no memory for it.
+        """
+
+    def unmap(self, address: int, count: int) -> None:
+        """Takes `count` adjacent pages away in one call. All must be mapped, else it raises and nothing has changed.
+
+        No device work may still use them, see `fence`. The handles and the bytes live on.
+        """
+
+    def zero(self, address: int, size_bytes: int) -> None:
+        """Fills mapped memory with zero bytes; returns when they are there. Releases the GIL."""
+
+    def export(self, handle: Handle) -> tuple[int, int]:
+        """(fd, offset) by which another process can adopt the page. The fd is new, close-on-exec, and the caller's to close."""
+
+    def export_many(self, handles: Sequence[Handle]) -> tuple[list[int], list[int], list[int]]:
+        """(fds, fd_index, offsets): page i is `fds[fd_index[i]]` at `offsets[i]`. One fd a segment (CPU) or a page (CUDA).
+
+        The caller closes the fds. Raises with none left open.
+        """
+
+    def adopt(self, fd: int, offset: int) -> Handle:
+        """A handle of a page that another process exported. The fd stays the caller's to close, at once if it likes."""
+
+    def adopt_many(self, fds: Sequence[int], fd_index: Sequence[int], offsets: Sequence[int]) -> list[Handle]:
+        """`adopt` of what `export_many` made. Raises ProtocolError, having adopted nothing, when it does not fit together.
+
+        However often pages of one segment are adopted, the CPU backend keeps one descriptor of it.
+        """
+
+    def fence(self) -> None:
+        """Returns when all device work submitted before, by any thread, is over. Nothing to do on the CPU."""
+
+    def copy_queue(self) -> CopyQueue:
+        """A new queue of copies between addresses that this device can reach. The caller closes it."""
+
+    def resident_bytes(self) -> int:
+        """Physical memory behind the handles held here, in bytes. Pages shared with other processes are counted by each."""
+
+    def close(self) -> None:
+        """Forgets all handles and closes their descriptors. Reservations and mappings stay: tensors may live over them."""

@@ -1,8 +1,228 @@
-import ctypes
+"""Copies between addresses, behind the caller's back: submit, get a ticket, wait for it.
+
+**Order.** A copy engine is one queue. Submissions are carried out one after another in the order of their tickets, so when a
+ticket is done all earlier ones are, and a later submission may read what an earlier one writes. Within one submission there is
+no order: no piece may write what another piece of it reads or writes. On CUDA the queue is a stream of its own: it waits for
+no other stream, so the source must be complete (Backend.fence, or an event of the caller's) before it is submitted.
+
+**Threads.** All methods may be called from any thread. Tickets rise in the order in which submissions took effect. Any number
+of threads may wait for the same ticket or for different ones, and a ticket may be waited for again and again. Ticket 0 is that
+of nothing: it is always done.
+
+**Addresses.** From submission until the ticket is done, sources must stay mapped and unchanged, destinations must stay mapped,
+and nobody may read destinations. Nothing here checks or prolongs that: a span that is unmapped under a copy is a crash. Whoever
+wants pages unmapped waits for its tickets first.
+
+**Errors.** A copy that fails spoils its destination and nothing else: later submissions are still carried out. Its error is
+raised as EnvironmentFault by the first `wait` for its own ticket or a later one, by every further `wait` for its own, and if
+nobody waited, by `close`. Each `wait` raises one error, the oldest due. So waiting for the last ticket of several is enough to
+learn that one of them failed.
+
+**Cost.** Pieces that are neighbours both at the source and at the destination are merged before they are carried out. On the
+CPU a thread moves bytes with the GIL released (about 10 GB/s); submitting costs microseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from polder.errors import EnvironmentFault, IntegrityError
+from polder.memory.backend import Backend, CopyJob
+from polder.memory.page import Indices, as_indices
+
+__all__ = ["Addresses", "CopyEngine", "CopyStatistics"]
+
+Addresses = npt.NDArray[np.uint64]
+
+_REMEMBERED = 256  # errors already raised that a second wait for their ticket still finds
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyStatistics:
+    submitted: int
+    """Tickets given out."""
+    pending: int
+    """Of these, not known to be over."""
+    failed: int
+    bytes: int
+    """Copied without error."""
+    pieces: int
+    """Submitted, before merging."""
+    runs: int
+    """Carried out, after merging."""
+    busy_seconds: float
+    """Time that the copying itself took."""
+    stalls: int
+    """Waits that found their ticket not done."""
+    stall_seconds: float
+
+
+@dataclass(kw_only=True)
+class _Failure:
+    error: Exception
+    raised: bool = False
+
+
 class CopyEngine:
-    def __init__(self,backend): pass
-    def submit_blocks(self,db,ds,di,sb,ss,si,n):
-        for d,s in zip(di.tolist(),si.tolist()): ctypes.memmove(db+d*ds,sb+s*ss,n)
-        return 1
-    def wait(self,t): pass
-    def close(self): pass
+    """One FIFO of copies on one device; the essay above has its guarantees."""
+
+    def __init__(self, backend: Backend) -> None:
+        """On the CPU the thread starts with the first submission, so a process may fork before that."""
+        self._queue = backend.copy_queue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._last = 0
+        self._pending: dict[int, tuple[CopyJob, int]] = {}  # ticket -> job and its bytes, in order
+        self._failures: dict[int, _Failure] = {}
+        self._bytes = self._pieces = self._runs = self._failed = self._stalls = 0
+        self._busy_seconds = self._stall_seconds = 0.0
+
+    def submit(self, dst: Addresses, src: Addresses, length: int | Indices) -> int:
+        """Copies `length` bytes (one number, or one a piece) from address `src[i]` to `dst[i]`, for all i. Returns a ticket.
+
+        Raises IntegrityError when the arrays differ in length or the engine is closed.
+        """
+        dst, src = np.asarray(dst, dtype=np.uint64).reshape(-1), np.asarray(src, dtype=np.uint64).reshape(-1)
+        lengths = as_indices(length if isinstance(length, np.ndarray) else np.full(len(dst), length))
+        if not len(dst) == len(src) == len(lengths) or (lengths < 0).any():
+            raise IntegrityError(
+                f"{len(src)} sources, {len(dst)} destinations and {len(lengths)} lengths, or one negative"
+            )
+        merged_dst, merged_src, merged_lengths = _merge(dst, src, lengths)
+        with self._lock:
+            if self._closed:
+                raise IntegrityError("the copy engine is closed")
+            self._reap_done()
+            self._last += 1
+            job = self._queue.put(merged_dst, merged_src, merged_lengths)
+            self._pending[self._last] = (job, int(lengths.sum()))
+            self._pieces += len(lengths)
+            self._runs += len(merged_lengths)
+            return self._last
+
+    def submit_blocks(
+        self,
+        dst_base: int,
+        dst_stride: int,
+        dst_ids: Sequence[int] | Indices,
+        src_base: int,
+        src_stride: int,
+        src_ids: Sequence[int] | Indices,
+        block_bytes: int,
+    ) -> int:
+        """Copies `block_bytes` from block `src_ids[i]`, at `src_base + src_ids[i] * src_stride`, to block `dst_ids[i]`."""
+        return self.submit(_blocks(dst_base, dst_stride, dst_ids), _blocks(src_base, src_stride, src_ids), block_bytes)
+
+    def wait(self, ticket: int) -> None:
+        """Returns when this submission and all before it are over. Raises the error of one of them, see Errors above."""
+        self._check(ticket)
+        if not self.done(ticket):
+            started = time.perf_counter()
+            while True:
+                with self._lock:
+                    head = next(iter(self._pending), ticket + 1)
+                    if head > ticket:
+                        break
+                    job, _ = self._pending[head]
+                # Without the lock: others may submit, poll, or wait for the same job, which keeps its error for _reap.
+                with contextlib.suppress(Exception):
+                    job.wait()
+                with self._lock:
+                    self._reap(head)
+            with self._lock:
+                self._stalls += 1
+                self._stall_seconds += time.perf_counter() - started
+        self._raise_failure(ticket)
+
+    def done(self, ticket: int) -> bool:
+        """True when `wait` would not block; it may still raise. Never blocks."""
+        self._check(ticket)
+        with self._lock:
+            self._reap_done()
+            return next(iter(self._pending), ticket + 1) > ticket
+
+    def statistics(self) -> CopyStatistics:
+        with self._lock:
+            self._reap_done()
+            return CopyStatistics(
+                submitted=self._last,
+                pending=len(self._pending),
+                failed=self._failed,
+                bytes=self._bytes,
+                pieces=self._pieces,
+                runs=self._runs,
+                busy_seconds=self._busy_seconds,
+                stalls=self._stalls,
+                stall_seconds=self._stall_seconds,
+            )
+
+    def close(self) -> None:
+        """Waits for all copies and frees the thread or stream. Raises an error that nobody has waited for. May be repeated."""
+        with self._lock:
+            self._closed = True
+        self._queue.close()
+        with self._lock:
+            self._reap_done()
+        self._raise_failure(self._last)
+
+    # ------------------------------------------------------------------ inside
+
+    def _check(self, ticket: int) -> None:
+        if not 0 <= ticket <= self._last:
+            raise IntegrityError(f"ticket {ticket} was never given out, the last one is {self._last}")
+
+    def _reap_done(self) -> None:
+        """Books the jobs that are over, oldest first. Called with the lock held, and often, so that nothing piles up."""
+        while self._pending:
+            head = next(iter(self._pending))
+            if not self._pending[head][0].done():
+                return
+            self._reap(head)
+
+    def _reap(self, ticket: int) -> None:
+        """Books a job that is over, once. Called with the lock held."""
+        job, size = self._pending.pop(ticket, (None, 0))
+        if job is None:
+            return
+        try:
+            self._busy_seconds += job.wait()
+            self._bytes += size
+        except Exception as error:
+            self._failed += 1
+            self._failures[ticket] = _Failure(error=error)
+
+    def _raise_failure(self, ticket: int) -> None:
+        with self._lock:
+            due = [t for t, f in self._failures.items() if t <= ticket and (t == ticket or not f.raised)]
+            if not due:
+                return
+            first = min(due)
+            failure = self._failures[first]
+            failure.raised = True
+            old = [t for t, f in self._failures.items() if f.raised and t != first]
+            for t in old[: max(0, len(old) - _REMEMBERED)]:
+                del self._failures[t]
+        raise EnvironmentFault(f"copy {first} failed: {failure.error}") from failure.error
+
+
+def _blocks(base: int, stride: int, ids: Sequence[int] | Indices) -> Addresses:
+    return np.uint64(base) + as_indices(ids).astype(np.uint64) * np.uint64(stride)
+
+
+def _merge(dst: Addresses, src: Addresses, lengths: Indices) -> tuple[list[int], list[int], list[int]]:
+    """Joins pieces with their neighbours where both sides go on without a gap, and leaves out empty ones."""
+    some = lengths > 0
+    dst, src, lengths = dst[some], src[some], lengths[some]
+    if len(lengths) == 0:
+        return [], [], []
+    ends = lengths[:-1].astype(np.uint64)
+    breaks = (dst[1:] != dst[:-1] + ends) | (src[1:] != src[:-1] + ends)
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    return dst[starts].tolist(), src[starts].tolist(), np.add.reduceat(lengths, starts).tolist()

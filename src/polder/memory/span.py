@@ -1,26 +1,192 @@
+"""A span: reserved addresses with one slot a page. Pages come and go under the slots, the addresses never change (law 3).
+
+Tensors, compiled graphs and CUDA graphs made over a span therefore stay valid whatever is mapped, as in vAttention and Oneiros
+("virtual aliasing"). The calls to the backend are per run of adjacent slots, since on CUDA the cost of granting access
+and of unmapping is mostly per call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
+import numpy.typing as npt
+
+from polder.errors import IntegrityError
+from polder.memory.backend import Backend
+from polder.memory.page import Handle, Indices, as_indices, runs
 from polder.memory.tensor import tensor_over
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Span", "SpanStatistics"]
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanStatistics:
+    slots: int
+    mapped_slots: int
+    mapped_bytes: int
+    map_calls: int
+    """Calls to the backend's map since the span was made: one a run of adjacent slots."""
+    unmap_calls: int
+
+
+class _Addresses:
+    """The reservation. It ends when the span and every tensor over it are gone, so that nobody else's memory appears under them."""
+
+    def __init__(self, backend: Backend, slots: int) -> None:
+        self.mapped: Mask = np.zeros(slots, dtype=np.bool_)
+        self.first = backend.reserve(slots * backend.page_bytes)
+        # Not at interpreter exit: other threads may still use tensors, and the process gives everything back anyway.
+        weakref.finalize(self, _give_back, backend, self.first, self.mapped).atexit = False
+
+
 class Span:
-    def __init__(self,backend,slots):
-        self.backend=backend; self.n=slots; self.va=backend.reserve(slots*backend.page_bytes); self.mapped=np.zeros(slots,bool); self._t=None
-    def address(self,slot): return self.va+slot*self.backend.page_bytes
-    def _runs(self,slots):
-        i=0
-        while i<len(slots):
-            j=i+1
-            while j<len(slots) and slots[j]==slots[j-1]+1: j+=1
-            yield i,j; i=j
-    def map(self,slots,handles):
-        assert not self.mapped[slots].any()
-        for i,j in self._runs(slots): self.backend.map(self.address(int(slots[i])),handles[i:j])
-        self.mapped[slots]=True
-    def unmap(self,slots):
-        assert self.mapped[slots].all()
-        for i,j in self._runs(slots): self.backend.unmap(self.address(int(slots[i])),j-i)
-        self.mapped[slots]=False
-    def zero(self,slots):
-        for i,j in self._runs(slots): self.backend.zero(self.address(int(slots[i])),(j-i)*self.backend.page_bytes)
-    def tensor(self):
-        if self._t is None: self._t=tensor_over(self.va,self.n*self.backend.page_bytes,None,self)
-        return self._t
-    def close(self): self.backend.free(self.va,self.n*self.backend.page_bytes)
+    """`slots` page slots at fixed addresses. One thread changes a span at a time; reading mapped slots is anybody's, always.
+
+    The pages are the caller's: unmapping a slot destroys nothing, and the caller knows which page is where.
+    """
+
+    def __init__(self, backend: Backend, slots: int) -> None:
+        """Reserves the addresses, nothing mapped. Raises OutOfPages when there are no such addresses."""
+        self._backend = backend
+        self._addresses: _Addresses | None = _Addresses(backend, slots)
+        self._tensor: torch.Tensor | None = None
+        self._slots = slots
+        self._mapped_slots = self._map_calls = self._unmap_calls = 0
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def mapped(self) -> Mask:
+        """Which slots hold a page, as a read-only view: it follows later changes."""
+        view = self._open().mapped.view()
+        view.flags.writeable = False
+        return view
+
+    def address(self, slot: int) -> int:
+        """Address of the slot's first byte, mapped or not. `address(slots)` is the end of the span."""
+        if not 0 <= slot <= self._slots:
+            raise IntegrityError(f"slot {slot} of a span of {self._slots}")
+        return self._open().first + slot * self._backend.page_bytes
+
+    def map(self, slots: Sequence[int] | Indices, handles: Sequence[Handle]) -> None:
+        """Maps page `handles[i]` at slot `slots[i]`. Their bytes are stale: `zero` before use (law 2).
+
+        Raises IntegrityError before anything changes when a slot is taken, named twice or outside the span. When the backend
+        fails (OutOfPages, EnvironmentFault), everything that this call had mapped is unmapped again, then the error raised.
+        """
+        mapped = self._open().mapped
+        order, ordered = self._sorted(slots)
+        if len(ordered) != len(handles):
+            raise IntegrityError(f"{len(handles)} pages for {len(ordered)} slots")
+        _refuse(ordered[mapped[ordered]], "taken")
+        at = 0
+        try:
+            for first, count in runs(ordered):
+                self._backend.map(self.address(first), [handles[i] for i in order[at : at + count].tolist()])
+                self._map_calls += 1
+                self._mapped_slots += count
+                mapped[first : first + count] = True
+                at += count
+        except BaseException:
+            self._unmap_runs(ordered[:at])
+            raise
+
+    def unmap(self, slots: Sequence[int] | Indices) -> None:
+        """Takes the pages away; an access to the slots faults from now on.
+
+        The caller has made sure that nothing uses them any more, see Backend.fence. Raises IntegrityError before anything
+        changes when a slot is empty, named twice or outside the span. When the backend fails in between, the slots of the
+        runs before are empty, the others as they were, and `mapped` tells which.
+        """
+        _, ordered = self._sorted(slots)
+        _refuse(ordered[~self._open().mapped[ordered]], "empty")
+        self._unmap_runs(ordered)
+
+    def zero(self, slots: Sequence[int] | Indices) -> None:
+        """Fills mapped slots with zero bytes; returns when they are there. Raises IntegrityError as `unmap` does."""
+        _, ordered = self._sorted(slots)
+        _refuse(ordered[~self._open().mapped[ordered]], "empty")
+        for first, count in runs(ordered):
+            self._backend.zero(self.address(first), count * self._backend.page_bytes)
+
+    def tensor(self) -> torch.Tensor:
+        """The span as one flat int8 tensor on the backend's device, always the same one. Touch mapped slots only.
+
+        It may outlive the span: the addresses stay reserved (unmapped, once the span is closed) until its last view is gone.
+        """
+        if self._tensor is None:
+            addresses, size = self._open(), self._slots * self._backend.page_bytes
+            self._tensor = tensor_over(addresses.first, size, self._backend.device, addresses)
+        return self._tensor
+
+    def statistics(self) -> SpanStatistics:
+        return SpanStatistics(
+            slots=self._slots,
+            mapped_slots=self._mapped_slots,
+            mapped_bytes=self._mapped_slots * self._backend.page_bytes,
+            map_calls=self._map_calls,
+            unmap_calls=self._unmap_calls,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError when the count of mapped slots is not that of the slots marked as mapped."""
+        marked = 0 if self._addresses is None else int(self._addresses.mapped.sum())
+        if marked != self._mapped_slots:
+            raise IntegrityError(f"span counts {self._mapped_slots} mapped slots and marks {marked}")
+
+    def close(self) -> None:
+        """Unmaps everything and gives the addresses back, at once or when the last tensor over them is gone. May be repeated."""
+        if self._addresses is None:
+            return
+        self._unmap_runs(np.flatnonzero(self._addresses.mapped))
+        self._tensor = self._addresses = None
+
+    # ------------------------------------------------------------------ inside
+
+    def _open(self) -> _Addresses:
+        if self._addresses is None:
+            raise IntegrityError("the span is closed")
+        return self._addresses
+
+    def _sorted(self, slots: Sequence[int] | Indices) -> tuple[Indices, Indices]:
+        """The order that sorts the slots, and the slots sorted. Raises IntegrityError for one outside the span or named twice.
+
+        Sorted, because callers name slots unit by unit, and it is the same layer of successive units that lies together.
+        """
+        wanted = as_indices(slots)
+        order = np.argsort(wanted, kind="stable")
+        ordered = wanted[order]
+        if len(ordered) and (ordered[0] < 0 or ordered[-1] >= self._slots):
+            raise IntegrityError(f"slots {ordered[0]} to {ordered[-1]} of a span of {self._slots}")
+        _refuse(ordered[1:][np.diff(ordered) == 0], "named twice")
+        return order, ordered
+
+    def _unmap_runs(self, ordered: Indices) -> None:
+        mapped = self._open().mapped
+        for first, count in runs(ordered):
+            self._backend.unmap(self.address(first), count)
+            self._unmap_calls += 1
+            self._mapped_slots -= count
+            mapped[first : first + count] = False
+
+
+def _refuse(wrong: Indices, state: str) -> None:
+    if len(wrong):
+        raise IntegrityError(f"slot {wrong[0]} is {state}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
+
+
+def _give_back(backend: Backend, first: int, mapped: Mask) -> None:
+    for start, count in runs(np.flatnonzero(mapped)):
+        backend.unmap(first + start * backend.page_bytes, count)
+    backend.free(first, len(mapped) * backend.page_bytes)

@@ -81,6 +81,7 @@ class ElasticCore:
                 case Welcome():
                     logger.info("back with the broker, %d units held", len(self.blocks.mapped))
                     self._generation, self._sent, self._refusal = message.generation, None, ""
+                    self._pages = self._by_unit(sorted(self._pages), message.pages)
                 case Refused():
                     if message.reason != self._refusal:
                         logger.warning(

@@ -1,0 +1,82 @@
+"""The traces as workloads: which requests each engine gets, in what order, and which of them count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+from polder.bench.completions import encode_body
+from polder.bench.driver import ClosedLoop, OpenLoop, Turn
+from polder.bench.traces import (
+    AgentRow,
+    agent_prompt,
+    burst_prompt,
+    ideal_hit_ratio,
+    load_agent,
+    load_burst,
+)
+
+__all__ = ["BURST_PERIOD_S", "agents", "agents_ideal_hit_ratio", "bursts"]
+
+STAGGER_S = 0.3
+"""Users start one after the other (reference/workloads.md section 2)."""
+BURST_PERIOD_S = 120.0
+"""Length of tiny-burst-v1 on its own clock."""
+
+
+def agents(*, model: str, users: int, sessions: int) -> ClosedLoop:
+    """Engine A: user u plays sessions u, u + users, ... below `sessions`, one turn at a time."""
+    by_session: dict[int, list[AgentRow]] = {}
+    for row in load_agent():
+        by_session.setdefault(row.session, []).append(row)
+
+    def turn(row: AgentRow) -> Turn:
+        return Turn(
+            key=f"s{row.session}t{row.turn}",
+            body=encode_body(model=model, prompt=agent_prompt(row), output_tokens=row.output_tokens),
+            output_tokens=row.output_tokens,
+            think_s=row.think_s,
+            cold_start=row.session < users and row.turn == 0,
+        )
+
+    return ClosedLoop(
+        users=[
+            [turn(row) for row in chain.from_iterable(by_session[s] for s in range(user, sessions, users))]
+            for user in range(users)
+        ],
+        stagger_s=STAGGER_S,
+    )
+
+
+def agents_ideal_hit_ratio(*, sessions: int, block_tokens: int) -> float:
+    """Hit ratio of `agents` with a prefix cache without limit."""
+    return ideal_hit_ratio([agent_prompt(row) for row in load_agent() if row.session < sessions], block_tokens)
+
+
+def bursts(*, model: str, rounds: int = 1, time_scale: float = 1.0) -> OpenLoop:
+    """Engine B: the trace once, and as load that is not measured `rounds - 1` times more, `BURST_PERIOD_S` apart.
+
+    `time_scale` 0.2 plays it five times as fast.
+    """
+    rows = load_burst()
+    once: Sequence[tuple[float, bytes, int]] = [
+        (
+            row.t,
+            encode_body(model=model, prompt=burst_prompt(row), output_tokens=row.output_tokens),
+            row.output_tokens,
+        )
+        for row in rows
+    ]
+    return OpenLoop(
+        turns=[
+            Turn(
+                key=f"b{number}" if turn == 0 else f"b{number}r{turn}",
+                body=body,
+                output_tokens=output_tokens,
+                at_s=(at_s + turn * BURST_PERIOD_S) * time_scale,
+                measured=turn == 0,
+            )
+            for turn in range(rounds)
+            for number, (at_s, body, output_tokens) in enumerate(once)
+        ]
+    )

@@ -1,0 +1,59 @@
+"""`polder`: serve, broker, top, ctl, bench, doctor, version.
+
+Exit codes: 2 you asked for something impossible, 3 the machine or a neighbour is not as needed, 70 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from polder.cli import ctl, doctor, serve, top
+from polder.errors import EnvironmentFault, PolderError, UsageError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="polder",
+    help="Wins memory back for vLLM's KV cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve_fleet)
+app.command("broker")(serve.run_broker)
+app.command("top")(top.top)
+app.add_typer(ctl.app, name="ctl")
+app.command("doctor")(doctor.doctor)
+app.command("version")(doctor.version)
+
+
+def _add_bench() -> None:
+    from polder.cli import bench
+
+    app.add_typer(bench.app, name="bench")
+
+
+_add_bench()
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line on stderr and an exit code."""
+    try:
+        app()
+    except UsageError as error:
+        _fail(error, 2)
+    except EnvironmentFault as error:
+        _fail(error, 3)
+    except PolderError as error:
+        _fail(error, 70)
+
+
+def _fail(error: PolderError, code: int) -> None:
+    print(f"polder: {error}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

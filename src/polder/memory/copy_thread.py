@@ -1,0 +1,70 @@
+"""The CPU's copy queue: one thread that moves bytes with the GIL released."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+from polder.memory import _libc
+
+__all__ = ["ThreadJob", "ThreadQueue"]
+
+
+class ThreadJob:
+    """See polder.memory.backend.CopyJob."""
+
+    def __init__(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> None:
+        self._pieces = list(zip(dst, src, length, strict=True))
+        self._over = threading.Event()
+        self._seconds = 0.0
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        try:
+            for dst, src, length in self._pieces:
+                _libc.copy_bytes(dst, src, length)
+        except Exception as error:
+            self._error = error
+        self._seconds = time.perf_counter() - started
+        self._over.set()
+
+    def done(self) -> bool:
+        return self._over.is_set()
+
+    def wait(self) -> float:
+        self._over.wait()
+        if self._error is not None:
+            raise self._error
+        return self._seconds
+
+
+class ThreadQueue:
+    """See polder.memory.backend.CopyQueue. The thread starts with the first job, so that a process may fork before."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[ThreadJob | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> ThreadJob:
+        if self._thread is None:
+            # The thread knows the queue, not this object. A daemon: a process that ends without close() is not held up.
+            self._thread = threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True)
+            self._thread.start()
+        job = ThreadJob(dst, src, length)
+        self._jobs.put(job)
+        return job
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+def _work(jobs: queue.SimpleQueue[ThreadJob | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()

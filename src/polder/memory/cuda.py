@@ -1,0 +1,233 @@
+"""Pages of a GPU's memory, by the driver's virtual memory management (CUDA Driver API, section Virtual Memory Management).
+
+One driver handle a page: cuMemMap knows no offset, so a handle maps whole. Mapping is a call a page, while granting access and
+unmapping are one call a run, since it is these two that the driver makes slow (36 and 26 us a call on an A100, kvcached).
+The calls go through cuda-bindings, which releases the GIL in each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from polder.errors import ConfigError, EnvironmentFault, IntegrityError, OutOfPages, ProtocolError
+from polder.memory.cuda_stream import StreamQueue
+from polder.memory.page import PAGE_BYTES, Handle
+
+__all__ = ["CudaBackend", "CudaError", "Driver"]
+
+_OUT_OF_MEMORY = 2
+
+
+class CudaError(EnvironmentFault):
+    """The driver refused a call. `name` is its own word for it, e.g. "CUDA_ERROR_INVALID_VALUE"."""
+
+    def __init__(self, name: str, call: str) -> None:
+        super().__init__(f"{call}: {name}")
+        self.name = name
+
+
+class Driver:
+    """The driver's functions on one device's primary context (the one that torch uses), with errors as exceptions."""
+
+    def __init__(self, index: int) -> None:
+        """Raises EnvironmentFault when there is no driver, no bindings or no such device."""
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise EnvironmentFault(f"cuda-bindings is not installed, install polder[cuda]: {error}") from error
+        self.api: Any = driver
+        try:
+            self.call("cuInit", 0)
+        except CudaError as error:
+            raise EnvironmentFault(f"no usable NVIDIA GPU: {error}") from error
+        except Exception as error:  # the bindings' own: the library is missing, or too old for a symbol
+            raise EnvironmentFault(f"no NVIDIA driver found: {error}") from error
+        self.index = index
+        self.context = self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index))
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls `name`, returns its result (None, a value, or a tuple). Raises OutOfPages or CudaError."""
+        status, *results = getattr(self.api, name)(*arguments)
+        if int(status) == _OUT_OF_MEMORY:
+            raise OutOfPages(f"{name}: CUDA_ERROR_OUT_OF_MEMORY")
+        if int(status) != 0:
+            raise CudaError(getattr(status, "name", str(int(status))), name)
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Makes the context current in this thread for a while. The one before comes back, since it may be torch's."""
+        self.call("cuCtxPushCurrent", self.context)
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent")
+
+    def close(self) -> None:
+        self.call("cuDevicePrimaryCtxRelease", self.call("cuDeviceGet", self.index))
+
+
+class CudaBackend:
+    """polder.memory.backend.Backend for one GPU: the calling process works on device `index`, pages lie on `owner`.
+
+    With `owner` another device (a peer, NVLink), this device's kernels and copies reach its pages directly. Both must be visible
+    to this process: do not hide devices with CUDA_VISIBLE_DEVICES.
+    """
+
+    sparse = False
+
+    def __init__(self, index: int, owner: int | None = None, *, page_bytes: int = PAGE_BYTES) -> None:
+        """Raises EnvironmentFault without a usable driver, ConfigError when the driver cannot map such small pages."""
+        self.driver = Driver(index)
+        api = self.driver.api
+        self.device, self.page_bytes = f"cuda:{index}", page_bytes
+        self._fd_type = api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        self._properties = api.CUmemAllocationProp()
+        self._properties.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._properties.location.id = index if owner is None else owner
+        self._properties.requestedHandleTypes = self._fd_type
+        self._access = api.CUmemAccessDesc()
+        self._access.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._access.location.id = index
+        self._access.flags = api.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        minimum = api.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        granularity = int(self.driver.call("cuMemGetAllocationGranularity", self._properties, minimum))
+        if page_bytes <= 0 or page_bytes % granularity:
+            self.driver.close()
+            raise ConfigError(f"page size {page_bytes}: {self.device} maps multiples of {granularity} bytes")
+        self._lock = threading.Lock()
+        self._held: Counter[int] = Counter()  # driver handle -> references of this process
+        with self.driver.current():
+            self._stream = self.driver.call("cuStreamCreate", api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    # ------------------------------------------------------------------ addresses
+
+    def reserve(self, size_bytes: int) -> int:
+        return int(self.driver.call("cuMemAddressReserve", size_bytes, PAGE_BYTES, 0, 0))
+
+    def free(self, address: int, size_bytes: int) -> None:
+        self.driver.call("cuMemAddressFree", address, size_bytes)
+
+    def map(self, address: int, handles: Sequence[Handle]) -> None:
+        if not handles:
+            return
+        done = 0
+        try:
+            for handle in handles:
+                self.driver.call("cuMemMap", address + done * self.page_bytes, self.page_bytes, 0, handle.key, 0)
+                done += 1
+            self.driver.call("cuMemSetAccess", address, done * self.page_bytes, [self._access], 1)
+        except BaseException:
+            if done:  # and not one page more: a run with a hole fails whole, and would leave the rest mapped for ever
+                self.driver.call("cuMemUnmap", address, done * self.page_bytes)
+            raise
+
+    def unmap(self, address: int, count: int) -> None:
+        if count:
+            self.driver.call("cuMemUnmap", address, count * self.page_bytes)
+
+    def zero(self, address: int, size_bytes: int) -> None:
+        with self.driver.current():
+            self.driver.call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
+            self.driver.call("cuStreamSynchronize", self._stream)
+
+    def fence(self) -> None:
+        with self.driver.current():
+            self.driver.call("cuCtxSynchronize")
+
+    # ------------------------------------------------------------------ physical memory
+
+    def create(self, count: int) -> list[Handle]:
+        keys: list[int] = []
+        try:
+            for _ in range(count):
+                keys.append(int(self.driver.call("cuMemCreate", self.page_bytes, self._properties, 0)))
+        except BaseException as error:
+            self._release(keys)
+            if isinstance(error, OutOfPages):
+                raise OutOfPages(f"{self.device}: room for {len(keys)} of {count} pages") from error
+            raise
+        return self._hold(keys)
+
+    def destroy(self, handles: Sequence[Handle]) -> None:
+        wanted = Counter(handle.key for handle in handles)
+        with self._lock:
+            # The driver's behaviour on an invalid handle is undefined, so it never gets to see one.
+            if not wanted <= self._held:
+                raise IntegrityError(f"handles on {self.device} were destroyed already or belong elsewhere")
+            self._held -= wanted
+        self._release(list(wanted.elements()))
+
+    def drop(self, handles: Sequence[Handle]) -> None:
+        self.destroy(handles)
+
+    def punch(self, handles: Sequence[Handle]) -> None:
+        raise IntegrityError(f"{self.device}: a CUDA page has its memory for life, destroy it instead")
+
+    def resident_bytes(self) -> int:
+        with self._lock:
+            return len(self._held) * self.page_bytes
+
+    # ------------------------------------------------------------------ other processes
+
+    def export(self, handle: Handle) -> tuple[int, int]:
+        fd = int(self.driver.call("cuMemExportToShareableHandle", handle.key, self._fd_type, 0))
+        os.set_inheritable(fd, False)
+        return fd, 0
+
+    def export_many(self, handles: Sequence[Handle]) -> tuple[list[int], list[int], list[int]]:
+        fds: list[int] = []
+        try:
+            for handle in handles:
+                fds.append(self.export(handle)[0])
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds, list(range(len(fds))), [0] * len(fds)
+
+    def adopt(self, fd: int, offset: int) -> Handle:
+        return self.adopt_many([fd], [0], [offset])[0]
+
+    def adopt_many(self, fds: Sequence[int], fd_index: Sequence[int], offsets: Sequence[int]) -> list[Handle]:
+        if len(fd_index) != len(offsets) or any(offsets) or not all(0 <= i < len(fds) for i in fd_index):
+            raise ProtocolError(
+                f"{len(fds)} fds, {len(fd_index)} indices and {len(offsets)} offsets (all 0) do not fit"
+            )
+        keys: list[int] = []
+        try:
+            for i in fd_index:
+                keys.append(int(self.driver.call("cuMemImportFromShareableHandle", fds[i], self._fd_type)))
+        except BaseException:
+            self._release(keys)
+            raise
+        return self._hold(keys)
+
+    def copy_queue(self) -> StreamQueue:
+        return StreamQueue(self.driver)
+
+    def close(self) -> None:
+        with self._lock:
+            keys = list(self._held.elements())
+            self._held.clear()
+        self._release(keys)
+        if self._stream is not None:
+            with self.driver.current():
+                self.driver.call("cuStreamDestroy", self._stream)
+            self._stream = None
+            self.driver.close()
+
+    def _hold(self, keys: Sequence[int]) -> list[Handle]:
+        with self._lock:
+            self._held.update(keys)
+        return [Handle(key) for key in keys]
+
+    def _release(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self.driver.call("cuMemRelease", key)

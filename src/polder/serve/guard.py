@@ -1,0 +1,129 @@
+"""Stands between Polder and one child, so that the child's whole tree ends whatever happens to Polder.
+
+    python -I -S guard.py PARENT_PID GRACE_S COMMAND...
+
+vLLM's API server starts an engine core, which starts workers. PR_SET_PDEATHSIG reaches only the first of them, and only when the
+*thread* that started it ends; so this process does the watching. It is a subreaper: what its child leaves behind becomes its own
+child, even from another session. Guarantees:
+
+  * it ends only when no process that descends from its child is left;
+  * SIGTERM and SIGINT are passed on to the child; SIGQUIT kills the whole tree at once;
+  * when the parent dies, kill -9 included, the child gets SIGTERM and after GRACE_S the tree is killed;
+  * when this process is itself killed, the child dies with it (PR_SET_PDEATHSIG), and ManagedProcess kills the rest of the group;
+  * it ends with the child's code, 128 + N for signal N, as a shell does; 127 when the command cannot be started.
+
+Only the standard library, and no site-packages: it costs 15 ms and a few MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+LEAVE_S = 2.0  # orphans get SIGTERM and this time before SIGKILL
+TRACKER_S = 1.0  # multiprocessing's resource tracker removes shared memory once all its users are gone: it gets this much more
+
+
+def main(arguments: list[str]) -> int:
+    parent, grace_s, command = int(arguments[0]), float(arguments[1]), arguments[2:]
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        parent_fd = os.pidfd_open(parent)
+    except ProcessLookupError:
+        return 1
+    if os.getppid() != parent:  # it died before the line above
+        return 1
+    wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_out)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    try:
+        # One thread here, so code between fork and exec is safe.
+        child = subprocess.Popen(command, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+    except OSError as error:
+        print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    kill_now = _watch(child, parent_fd, wake_in, grace_s)
+    _sweep(child, 0.0 if kill_now else LEAVE_S)
+    code = child.wait()
+    return 128 - code if code < 0 else code
+
+
+def _watch(child: subprocess.Popen[bytes], parent_fd: int, wake: int, grace_s: float) -> bool:
+    """Returns when the child has ended, or (True) when the tree must be killed now."""
+    poll = select.poll()
+    poll.register(wake, select.POLLIN)
+    poll.register(parent_fd, select.POLLIN)
+    deadline = float("inf")
+    while child.poll() is None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return True
+        ready = dict(poll.poll(None if left == float("inf") else left * 1000))
+        if wake in ready:
+            numbers = os.read(wake, 4096)
+            if signal.SIGQUIT in numbers:
+                return True
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if number in numbers:
+                    child.send_signal(number)
+        if parent_fd in ready:
+            poll.unregister(parent_fd)
+            deadline = time.monotonic() + grace_s
+            child.terminate()
+    return False
+
+
+def _sweep(child: subprocess.Popen[bytes], leave_s: float) -> None:
+    """Ends everything that is left, and returns when nothing is. Killing a child makes its children ours: hence the rounds."""
+    kill_at = time.monotonic() + leave_s
+    told: set[int] = set()
+    while True:
+        child.poll()
+        pids = _children()
+        if not pids:
+            return
+        now = time.monotonic()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                if pid != child.pid and os.waitpid(pid, os.WNOHANG)[0]:
+                    continue
+                if now < kill_at:
+                    if pid not in told:
+                        told.add(pid)
+                        os.kill(pid, signal.SIGTERM)
+                elif not _is_tracker(pid) or now > kill_at + TRACKER_S:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _children() -> list[int]:
+    """Children of this process, orphans that it inherited included."""
+    me, found = os.getpid(), []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == me:
+                    found.append(int(name))
+    return found
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"multiprocessing.resource_tracker" in file.read()
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""Child processes that end when they should: at `stop`, when they fail, and with their parent whatever kills it.
+
+Each child runs under a guard (guard.py), which leads a session of its own, and ends only when nothing that descends from the child is
+left. So waiting for the guard is waiting for the whole tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polder.errors import EnvironmentFault
+from polder.serve import guard
+
+__all__ = ["ManagedProcess", "ProcessSpec", "free_port", "vllm_serve"]
+
+ORPHANED_GRACE_S = 10.0  # after our own death: between SIGTERM and SIGKILL to the child
+SWEEP_S = 10.0  # the guard's time to kill a tree
+TAIL_BYTES = 64 << 10
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is never reached through a proxy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the parent's environment."""
+    log_path: Path | None = None
+    """Both outputs are appended to it; None: the parent's own."""
+    health_url: str | None = None
+    """Answers 200 when the process is ready; None: ready as soon as it runs."""
+
+
+class ManagedProcess:
+    """One child with all its descendants. `stop` may be called from any thread, and while another is in `wait_ready`."""
+
+    def __init__(self, spec: ProcessSpec) -> None:
+        self.spec = spec
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        """Process, session and group id of the child's guard."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while anything of it runs, or before it was started; 128 + N when signal N ended it."""
+        if self._process is None:
+            return None
+        with self._lock:
+            if self._process.returncode is None and _has_ended(self._process.pid):
+                # A guard that was itself killed leaves its group behind. Its id is not yet reaped, so it is nobody else's.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            code = self._process.returncode
+        return 128 - code if code is not None and code < 0 else code
+
+    def alive(self) -> bool:
+        return self._process is not None and self.returncode is None
+
+    def start(self) -> None:
+        """Starts it; again, when it has ended before. Raises EnvironmentFault when it cannot."""
+        assert not self.alive(), "already running"
+        command = (sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(ORPHANED_GRACE_S), *self.spec.argv)
+        try:
+            with contextlib.ExitStack() as stack:
+                log = stack.enter_context(self.spec.log_path.open("ab")) if self.spec.log_path else None
+                self._process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **self.spec.env},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT if log else None,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise EnvironmentFault(f"cannot start {self.spec.name}: {error}") from error
+
+    def ready(self) -> bool:
+        """Whether it answers its health URL now. Blocks for 2 s at most."""
+        if self.spec.health_url is None:
+            return self.alive()
+        try:
+            with _direct.open(self.spec.health_url, timeout=2) as answer:
+                return bool(answer.status == 200) and self.alive()
+        except (urllib.error.URLError, OSError, ValueError):
+            return False
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Returns when it is ready. Raises EnvironmentFault with the end of its log when it dies first or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not self.ready():
+            if not self.alive():
+                raise EnvironmentFault(
+                    f"{self.spec.name} ended with code {self.returncode} before it was ready{self.log_tail()}"
+                )
+            if time.monotonic() > deadline:
+                raise EnvironmentFault(f"{self.spec.name} was not ready after {timeout_s:g} s{self.log_tail()}")
+            time.sleep(0.1)
+
+    def terminate(self) -> None:
+        """Asks it to end; returns at once."""
+        self._signal(signal.SIGTERM)
+
+    def stop(self, grace_s: float = 15.0) -> None:
+        """SIGTERM, after the grace SIGKILL to the tree; returns when nothing of it is left. Nothing happens when it does not run."""
+        self.terminate()
+        if not self._ended_within(grace_s):
+            self._signal(signal.SIGQUIT)
+            if not self._ended_within(SWEEP_S):
+                self._signal(signal.SIGKILL)
+                self._ended_within(SWEEP_S)
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The last lines of the log as the end of an error message; empty without a log."""
+        path = self.spec.log_path
+        if path is None or not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+        return f". The end of {path}:\n" + "\n".join(text.splitlines()[-lines:])
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.alive():
+            with self._lock:
+                assert self._process is not None
+                if self._process.returncode is None:  # else its id may be another's by now
+                    os.kill(self._process.pid, number)
+
+    def _ended_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.alive():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether our child has ended, without reaping it."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody has at this moment."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def vllm_serve(
+    model_path: Path | str,
+    *,
+    name: str,
+    port: int,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    log_path: Path | None = None,
+) -> ProcessSpec:
+    """One `vllm serve` on loopback, serving `model_path` under the model name `name`."""
+    command = Path(sys.executable).with_name("vllm")
+    program = (str(command),) if command.exists() else (sys.executable, "-m", "vllm.entrypoints.cli.main")
+    own = {"--served-model-name": name, "--host": "127.0.0.1", "--port": str(port)}
+    return ProcessSpec(
+        name=name,
+        # One log line a request would grow for ever; vLLM 0.32 logs the requests themselves only with --enable-log-requests.
+        argv=(*program, "serve", str(model_path), *(text for option in own.items() for text in option))
+        + ("--disable-uvicorn-access-log", *args),
+        env=dict(env or {}),
+        log_path=log_path,
+        health_url=f"http://127.0.0.1:{port}/health",
+    )

@@ -1,0 +1,49 @@
+"""How an engine is configured: what is stock, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from polder.engines.vllm.settings import read_settings
+from polder.errors import ConfigError
+
+
+def test_nothing_configured_is_stock() -> None:
+    assert read_settings({}, "m", {}) is None
+    assert read_settings({"other": 1}, "m", {"PATH": "/bin"}) is None
+
+
+def test_environment_and_additional_config_say_the_same() -> None:
+    environment = {"POLDER_BROKER": "/run/b", "POLDER_ENGINE": "a", "POLDER_KV_FLOOR": "64MiB", "POLDER_KV_SHARE": "1GiB"}
+    additional = {"polder": {"broker": "/run/b", "engine": "a", "kv_floor": "64MiB", "kv_share": "1GiB"}}
+    assert read_settings({}, "m", environment) == read_settings(additional, "m", {})
+
+
+def test_the_environment_wins() -> None:
+    settings = read_settings({"polder": {"broker": "/run/b", "engine": "x"}}, "m", {"POLDER_ENGINE": "y"})
+    assert settings is not None
+    assert (settings.engine, settings.broker) == ("y", Path("/run/b"))
+
+
+def test_the_name_defaults_to_the_model() -> None:
+    settings = read_settings({}, "llama", {"POLDER_KV_BUDGET": "1GiB"})
+    assert settings is not None
+    assert (settings.engine, settings.kv_budget_bytes, settings.broker) == ("llama", 1 << 30, None)
+
+
+@pytest.mark.parametrize(
+    ("additional", "environment", "words"),
+    [
+        ({"polder": {"brokr": "/run/b"}}, {}, "unknown"),
+        ({"polder": "yes"}, {}, "must be an object"),
+        ({}, {"POLDER_KV_FLOOR": "1GiB"}, "neither POLDER_BROKER nor POLDER_KV_BUDGET"),
+        ({}, {"POLDER_BROKER": "/run/b", "POLDER_KV_BUDGET": "1GiB"}, "exclude each other"),
+        ({}, {"POLDER_KV_BUDGET": "lots"}, "POLDER_KV_BUDGET: cannot read 'lots'"),
+        ({}, {"POLDER_BROKER": "/" + "x" * 120}, "107"),
+    ],
+)
+def test_a_bad_setting_says_what_is_wrong(additional: dict[str, object], environment: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_settings(additional, "m", environment)

@@ -1,0 +1,160 @@
+"""The devices that one suite runs on: the CPU, a GPU that gcc built, and a real one where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib.util
+import os
+import resource
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polder.memory.backend import Backend
+from polder.memory.cpu import CpuBackend
+from polder.memory.page import Handle
+from polder.memory.span import Span
+from polder.memory.tensor import tensor_over
+
+SOURCE = Path(__file__).parents[1] / "fixtures" / "fakecuda" / "fakecuda.c"
+REPOSITORY = Path(__file__).parents[2]
+CPU_PAGE = 16 << 10
+FAKE_MB = 64
+LIBRARY = "FAKECUDA_LIBRARY"
+"""Environment variable that tells children where the built driver is."""
+
+
+class FakeCuda:
+    """The fake driver, loaded into this process, and its extra functions."""
+
+    def __init__(self, path: str) -> None:
+        # Globally and under its soname, before cuda.bindings looks for libcuda.so.1: then that is what it finds.
+        self.library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        self.library.fakecuda_calls.restype = ctypes.c_long
+        self.library.fakecuda_fail.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int)
+        self.library.fakecuda_used.restype = ctypes.c_size_t
+
+    def calls(self, name: str) -> int:
+        return int(self.library.fakecuda_calls(name.encode()))
+
+    def fail(self, name: str, nth: int, error: int = 999) -> None:
+        self.library.fakecuda_fail(name.encode(), nth, error)
+
+    def reset(self) -> None:
+        self.library.fakecuda_reset()
+
+    def used(self, device: int) -> int:
+        return int(self.library.fakecuda_used(device))
+
+
+def build_fakecuda(directory: Path) -> Path:
+    """Compiles the fake driver. Skips the test when this machine has no compiler or no cuda.h of CUDA 13."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build the fake CUDA driver with")
+    include = _cuda_include()
+    if include is None:
+        pytest.skip("no cuda.h of CUDA 13 (looked in CUDA_HOME, /usr/local/cuda*, the triton package)")
+    target = directory / "libcuda.so.1"
+    flags = (
+        "-std=gnu11 -O1 -g -Wall -Wextra -Werror -fPIC -shared -fvisibility=hidden -Wl,-soname,libcuda.so.1 -pthread"
+    )
+    command = [compiler, *flags.split(), f"-I{include}", "-o", str(target), str(SOURCE)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+def _cuda_include() -> Path | None:
+    places = [Path(os.environ["CUDA_HOME"]) / "include"] if "CUDA_HOME" in os.environ else []
+    places += sorted(Path("/usr/local").glob("cuda*/include"))
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(Path(triton.origin).parent / "backends" / "nvidia" / "include")
+    for place in places:
+        header = place / "cuda.h"
+        if header.is_file():
+            versions = [line for line in header.read_text().splitlines() if line.startswith("#define CUDA_VERSION ")]
+            if versions and int(versions[0].split()[2]) >= 13000:
+                return place
+    return None
+
+
+class Machine:
+    """A kind of device: makes backends for it and looks at the bytes behind addresses."""
+
+    def __init__(self, kind: str, fake: FakeCuda | None = None) -> None:
+        self.kind, self.fake = kind, fake
+        self._made: list[Backend] = []
+        self.backend = self.another()
+        self.page = self.backend.page_bytes
+
+    def another(self) -> Backend:
+        """One more backend of this kind: what another process would have."""
+        made = make_backend(self.kind)
+        self._made.append(made)
+        return made
+
+    @contextlib.contextmanager
+    def span(self, slots: int, backend: Backend | None = None) -> Iterator[Span]:
+        with contextlib.closing(Span(backend or self.backend, slots)) as span:
+            yield span
+
+    @contextlib.contextmanager
+    def pages(self, count: int) -> Iterator[list[Handle]]:
+        handles = self.backend.create(count)
+        yield handles
+        self.backend.destroy(handles)
+
+    def fill(self, address: int, value: int, size: int | None = None) -> None:
+        size = self.page if size is None else size
+        if self.kind == "cuda":
+            self.tensor(address, size).fill_(value)
+            self.backend.fence()
+        else:
+            ctypes.memset(address, value, size)
+
+    def bytes(self, address: int, size: int | None = None) -> set[int]:
+        """The different byte values in a page, so {7} for one filled with sevens."""
+        size = self.page if size is None else size
+        if self.kind == "cuda":
+            return set(self.tensor(address, size).unique().cpu().tolist())
+        return set(ctypes.string_at(address, size))
+
+    def tensor(self, address: int, size: int) -> Any:
+        return tensor_over(address, size, self.backend.device, None)
+
+    def touch_kills(self, address: int) -> bool:
+        """Whether a process dies by SIGSEGV when it reads a byte there."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads: this child runs two calls
+            child = os.fork()
+        if child == 0:
+            faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            ctypes.string_at(address, 1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        return os.WIFSIGNALED(status) and os.WTERMSIG(status) == 11
+
+    def close(self) -> None:
+        for backend in self._made:
+            backend.close()
+
+
+def make_backend(kind: str) -> Backend:
+    if kind == "cpu":
+        return CpuBackend(page_bytes=CPU_PAGE)
+    from polder.memory.cuda import CudaBackend
+
+    backend = CudaBackend(0)
+    if kind == "fake-cuda":
+        backend.device = "cpu:0"  # the fake's addresses are host addresses, and this torch may know no GPU
+    return backend
