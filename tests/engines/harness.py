@@ -134,7 +134,8 @@ class Engine:
             "disable_log_stats": False,
             **options,
         }
-        with environment(ENVIRONMENT | (settings or {})):
+        # Without settings the plugin is not even loaded: the reference is vLLM as it comes.
+        with environment(ENVIRONMENT | (settings or {"VLLM_PLUGINS": ""})):
             llm = LLM(**arguments)
         children = psutil.Process().children(recursive=True)
         return cls(name, llm, {p.pid for p in children} - before)

@@ -126,7 +126,8 @@ class Machine:
         size = self.page if size is None else size
         if self.kind == "cuda":
             return set(self.tensor(address, size).unique().cpu().tolist())
-        return set(ctypes.string_at(address, size))
+        data = ctypes.string_at(address, size)
+        return {data[0]} if data.count(data[0]) == size else set(data)
 
     def tensor(self, address: int, size: int) -> Any:
         return tensor_over(address, size, self.backend.device, None)

@@ -19,6 +19,7 @@ from tests.memory.machines import LIBRARY, FakeCuda, make_backend
 
 def main() -> None:
     kind, sock = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
+    sock.settimeout(60)
     if kind == "fake-cuda":
         FakeCuda(os.environ[LIBRARY])
     backend = make_backend(kind)

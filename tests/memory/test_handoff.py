@@ -87,6 +87,7 @@ def test_another_process_maps_and_writes_the_same_pages(
             [sys.executable, "-m", "tests.memory.other_process", machine.kind, str(b.fileno())],
             pass_fds=[b.fileno()],
             cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         b.close()
         with contextlib.ExitStack() as stack:

@@ -149,7 +149,7 @@ class Lives(RuleBasedStateMachine):
 
 
 def test_the_laws_hold_after_every_step(machine: Machine) -> None:
-    examples, steps = (80, 40) if machine.kind == "cpu" else (15, 25)
+    examples, steps = (50, 40) if machine.kind == "cpu" else (15, 20)
     run_state_machine_as_test(
         lambda: Lives(machine),
         settings=settings(

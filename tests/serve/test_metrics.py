@@ -29,6 +29,7 @@ ENGINE = EngineStatus(
     recalled_units=5,
     reason="requests, within its share",
     curve=[0.0, 0.5],
+    giveback_ms=[150.0],
     stats={"prefix_queries_tokens_total": 100.0, "prefix_hits_tokens_total": 75.0, "steps_total": 9.0},
 )
 STATUS = Status(

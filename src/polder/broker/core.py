@@ -66,6 +66,7 @@ class _Engine:
     need_since: float | None = None
     need_units: int = 0
     core_ended_at: float | None = None
+    giveback_ms: deque[float] = field(default_factory=lambda: deque(maxlen=512))
 
     @property
     def name(self) -> str:
@@ -327,7 +328,9 @@ class BrokerCore:
         if self.leases.acknowledge(message.lease, engine.name) is None:
             return
         if engine.need_since is not None and self._grown_units(engine) >= engine.need_units:
-            self._giveback_ms.append((now - engine.need_since) * 1e3)
+            milliseconds = (now - engine.need_since) * 1e3
+            engine.giveback_ms.append(milliseconds)
+            self._giveback_ms.append(milliseconds)
             engine.need_since = None
 
     def _returned(self, engine: _Engine, message: Returned, now: float) -> None:
@@ -502,5 +505,6 @@ class BrokerCore:
             recalled_units=engine.recalled_total,
             reason=engine.target.reason,
             curve=demand.curve if demand else [],
+            giveback_ms=list(engine.giveback_ms),
             stats=demand.stats if demand else {},
         )

@@ -10,7 +10,7 @@ In order, on each device (sizes in units of the engine concerned, capacity in pa
 6. cache, where a unit saves most seconds of prefill a second. The curves have cliffs (an agent's prefixes fit wholly or
    not at all), so the next step is the best *run* of units, not the next unit: the lookahead of Qureshi and Patt,
    "Utility-Based Cache Partitioning", MICRO 2006, Algorithm 1;
-7. what is left stays where it is, or goes to an engine that would otherwise evict.
+7. what is left stays where it is, or goes to an engine that would otherwise evict, first to one whose cache is known to be reused.
 
 Memory is recalled only when somebody has a use for it: at once for requests, and for cache only against an engine that got
 nothing, and in favour of one that gave nothing, for `min_hold_s`. The reserve has two watermarks: it is refilled to the high
@@ -19,7 +19,7 @@ one when it falls below the low one, else left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -146,12 +146,19 @@ def choose_targets(
         reason[engine.name] = "pinned" if engine.pinned else "floor"
     free_to_move = [engine for engine in engines if not engine.pinned]
 
-    def raise_to(goal: dict[str, int], why: str) -> None:
-        """Levels the engines up to their goals, the one that is furthest below its share first, a unit at a time."""
+    def part_of_share(engine: EngineView) -> tuple[float, ...]:
+        return (level[engine.name] / max(1, engine.share),)
+
+    def useful_first(engine: EngineView) -> tuple[float, ...]:
+        reused = len(engine.curve) > 0 and engine.curve[-1] > 0
+        return (0.0 if reused else 1.0, *part_of_share(engine))
+
+    def raise_to(goal: dict[str, int], why: str, order: Callable[[EngineView], tuple[float, ...]] = part_of_share) -> None:
+        """Levels the engines up to their goals, a unit at a time, the one furthest below its share first."""
         nonlocal left
         open_ = {e.name: e for e in free_to_move if goal[e.name] > level[e.name]}
         while open_:
-            name = min(open_, key=lambda n: level[n] / max(1, open_[n].share))
+            name = min(open_, key=lambda n: order(open_[n]))
             engine = open_[name]
             if engine.pages_per_unit > left:
                 del open_[name]
@@ -174,6 +181,7 @@ def choose_targets(
     raise_to(
         {e.name: min(e.ceiling, e.kept + 1 + e.kept // 4) if e.cached >= e.kept else 0 for e in free_to_move},
         "free memory instead of evictions",
+        useful_first,
     )
     return {engine.name: Target(level[engine.name], reason[engine.name]) for engine in engines}
 

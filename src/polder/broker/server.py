@@ -74,6 +74,7 @@ class _Peer:
 class _Process:
     pid: int
     pidfd: int
+    killed: bool = False
 
 
 class BrokerServer:
@@ -137,7 +138,8 @@ class BrokerServer:
     def _tick(self, now: float) -> None:
         for pid in self.core.orphans(now, ORPHAN_GRACE_S):
             process = self._processes.get(pid)
-            if process is not None:
+            if process is not None and not process.killed:
+                process.killed = True
                 logger.warning("worker %d outlived its engine core: killing it", pid)
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)

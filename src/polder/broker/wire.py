@@ -208,6 +208,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     """Why the policy chose the target, in words."""
     curve: list[float]
+    giveback_ms: list[float]
+    """The last 512 times, in milliseconds, from its need (of what is within its share) to mapped pages, newest last."""
     stats: dict[str, float]
     """prefix_queries_tokens_total, prefix_hits_tokens_total, preemptions_total, polder_preemptions_total, running,
     waiting, kv_used_ratio, grows_total, shrinks_total, migrated_blocks_total, evicted_blocks_total,
@@ -235,7 +237,7 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     reclaimed_pages: int
     """Pages taken back from dead engines."""
     giveback_ms: list[float]
-    """The last 512 times from an urgent demand to mapped pages (Grown), in milliseconds, newest last."""
+    """Those of all engines, see EngineStatus.giveback_ms; newest last."""
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):

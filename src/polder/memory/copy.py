@@ -170,7 +170,7 @@ class CopyEngine:
         self._queue.close()
         with self._lock:
             self._reap_done()
-        self._raise_failure(self._last)
+        self._raise_failure(self._last + 1)
 
     # ------------------------------------------------------------------ inside
 
@@ -199,6 +199,7 @@ class CopyEngine:
             self._failures[ticket] = _Failure(error=error)
 
     def _raise_failure(self, ticket: int) -> None:
+        """Raises the oldest error up to `ticket` that was not raised yet, or is `ticket`'s own."""
         with self._lock:
             due = [t for t, f in self._failures.items() if t <= ticket and (t == ticket or not f.raised)]
             if not due:

@@ -42,7 +42,10 @@ class ThreadJob:
 
 
 class ThreadQueue:
-    """See polder.memory.backend.CopyQueue. The thread starts with the first job, so that a process may fork before."""
+    """See polder.memory.backend.CopyQueue. The thread starts with the first job, so that a process may fork before.
+
+    A child of a later fork has the queue without its thread: it must make a queue of its own.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name

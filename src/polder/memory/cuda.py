@@ -117,6 +117,7 @@ class CudaBackend:
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         if not handles:
             return
+        self._check_held(handles)
         done = 0
         try:
             for handle in handles:
@@ -158,7 +159,6 @@ class CudaBackend:
     def destroy(self, handles: Sequence[Handle]) -> None:
         wanted = Counter(handle.key for handle in handles)
         with self._lock:
-            # The driver's behaviour on an invalid handle is undefined, so it never gets to see one.
             if not wanted <= self._held:
                 raise IntegrityError(f"handles on {self.device} were destroyed already or belong elsewhere")
             self._held -= wanted
@@ -177,15 +177,15 @@ class CudaBackend:
     # ------------------------------------------------------------------ other processes
 
     def export(self, handle: Handle) -> tuple[int, int]:
-        fd = int(self.driver.call("cuMemExportToShareableHandle", handle.key, self._fd_type, 0))
-        os.set_inheritable(fd, False)
-        return fd, 0
+        return self.export_many([handle])[0][0], 0
 
     def export_many(self, handles: Sequence[Handle]) -> tuple[list[int], list[int], list[int]]:
+        self._check_held(handles)
         fds: list[int] = []
         try:
             for handle in handles:
-                fds.append(self.export(handle)[0])
+                fds.append(int(self.driver.call("cuMemExportToShareableHandle", handle.key, self._fd_type, 0)))
+                os.set_inheritable(fds[-1], False)
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -222,6 +222,12 @@ class CudaBackend:
                 self.driver.call("cuStreamDestroy", self._stream)
             self._stream = None
             self.driver.close()
+
+    def _check_held(self, handles: Sequence[Handle]) -> None:
+        """The driver's behaviour on an invalid handle is undefined, so it never gets to see one."""
+        with self._lock:
+            if not all(handle.key in self._held for handle in handles):
+                raise IntegrityError(f"handles on {self.device} were destroyed already or belong elsewhere")
 
     def _hold(self, keys: Sequence[int]) -> list[Handle]:
         with self._lock:

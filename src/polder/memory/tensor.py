@@ -13,7 +13,7 @@ import atexit
 import ctypes
 from typing import TYPE_CHECKING
 
-from polder.errors import ConfigError
+from polder.errors import ConfigError, EnvironmentFault
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,16 @@ def tensor_over(address: int, size_bytes: int, device: str, owner: object) -> to
     `device` ("cpu:0", "cuda:1") is where the addresses can be used; it is not checked. `owner` is kept alive until the tensor
     and every view of it are gone, then let go in the thread where the last one died; it must keep the addresses reserved.
 
-    Raises ConfigError for a device that is neither cpu nor cuda.
+    Raises ConfigError for a device that is neither cpu nor cuda, EnvironmentFault for cuda when torch was built without.
     """
     kind, _, index = device.partition(":")
     if kind not in _DEVICE_TYPE:
         raise ConfigError(f"device {device!r}: write cpu:0 or cuda:INDEX")
+    import torch
     from torch.utils.dlpack import from_dlpack
 
+    if kind == "cuda" and not torch.backends.cuda.is_built():
+        raise EnvironmentFault(f"torch {torch.__version__} has no CUDA, needed for tensors on {device}")
     shape = (ctypes.c_int64 * 1)(size_bytes)
     managed = _ManagedTensor(
         data=address,

@@ -6,89 +6,25 @@ budget's arithmetic) is in budget.py.
 
 from __future__ import annotations
 
-import difflib
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from polder.broker.config import BrokerConfig
 from polder.broker.policy import PolicyConfig
 from polder.errors import BudgetError, ConfigError, UsageError
-from polder.memory.page import PAGE_BYTES
 from polder.serve.budget import least_kv_bytes, option
+from polder.serve.schema import EXAMPLE, FleetFile, MemoryTable, ModelTable, read_file
 from polder.units import format_bytes, parse_bytes, parse_seconds
 
 __all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
 
-EXAMPLE = """\
-[server]
-host = "127.0.0.1"                # default
-port = 8000                       # default
-
-[memory]
-device = "cpu:0"                  # default: cuda:0 where there is an NVIDIA driver, else cpu:0
-kv_budget = "320MiB"              # KV memory of all models together
-page = "2MiB"                     # default
-reserve_low = 0.02                # free memory below which the reserve is refilled: a part of kv_budget, or a size ...
-reserve_high = 0.06               # ... up to this (defaults)
-hold = "1s"                       # cache memory changes hands no more often (default)
-deadline = "200ms"                # time to give recalled memory back (default)
-
-[[model]]                         # one for each model
-name = "chat"                     # what clients write as "model"
-path = "/models/llama"            # a folder with config.json; anything else that is no path is left to vLLM (a hub's name)
-max_model_len = 8192              # optional, as are all that follow
-floor = "64MiB"                   # never taken from it (default: what one request of max_model_len needs)
-share = "160MiB"                  # its own on demand, more is on loan (default: an equal part)
-ceiling = "1GiB"                  # never more than this (default: the whole budget)
-args = ["--enforce-eager"]        # more arguments for `vllm serve`
-env = { VLLM_CPU_OMP_THREADS_BIND = "0" }
-"""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
 _RESERVED = {"broker"}  # the name of a child, and of its log
 _OURS = ("--served-model-name", "--host", "--port", "--uds", "--max-model-len", "--model")
 _DEVICE = re.compile(r"(cpu|cuda):[0-9]+")
-
-
-class _Server(msgspec.Struct, forbid_unknown_fields=True):
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-
-class _Memory(msgspec.Struct, forbid_unknown_fields=True):
-    kv_budget: str | int
-    device: str = ""
-    page: str | int = PAGE_BYTES
-    reserve_low: str | float = PolicyConfig.reserve_low_ratio
-    reserve_high: str | float = PolicyConfig.reserve_high_ratio
-    hold: str | float = PolicyConfig.min_hold_s
-    deadline: str | float = PolicyConfig.deadline_s
-
-
-class _Model(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-    path: str
-    max_model_len: int | None = None
-    floor: str | int | None = None
-    share: str | int | None = None
-    ceiling: str | int | None = None
-    args: list[str] = []
-    env: dict[str, str] = {}
-
-
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    memory: _Memory
-    model: list[_Model]
-    server: _Server = msgspec.field(default_factory=_Server)
-
-
-_TABLES: dict[str, type[msgspec.Struct]] = {"memory": _Memory, "model": _Model, "server": _Server, "": _File}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,46 +99,22 @@ class Fleet:
 
 def load_fleet(path: Path) -> Fleet:
     """Reads and checks a fleet file. Raises ConfigError or BudgetError."""
+    file = read_file(path)
     try:
-        data = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    try:
-        fleet = _checked(msgspec.convert(data, _File), path.parent)
+        fleet = _checked(file, path.parent)
         fleet.check_budget()
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_explained(str(error))}") from error
     except UsageError as error:
         raise type(error)(f"{path}: {error}") from error
     return fleet
 
 
-def _explained(message: str) -> str:
-    """msgspec's message in the file's own words, with what to write instead."""
-    text, _, where = message.partition(" - at `$")
-    place = where.rstrip("`").lstrip(".")
-    table = re.split(r"[.\[]", place)[0]
-    known = _TABLES.get(table, _File).__struct_fields__
-    heading = f"{place}: " if place else ""
-    if unknown := re.match(r"Object contains unknown field `(.*)`", text):
-        close = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-        return f"{heading}unknown key {unknown[1]!r}; {hint}"
-    if missing := re.match(r"Object missing required field `(.*)`", text):
-        lines = {"kv_budget": 'kv_budget = "320MiB"', "memory": "[memory]", "model": "[[model]]"}
-        return f"{heading}{missing[1]!r} is missing; add a line {lines.get(missing[1], missing[1] + ' = ...')}"
-    return f"{heading}{text[:1].lower()}{text[1:]}"
-
-
-def _checked(file: _File, folder: Path) -> Fleet:
+def _checked(file: FleetFile, folder: Path) -> Fleet:
     if not file.model:
         raise ConfigError("no model; add a [[model]] with a name and a path")
     names = [model.name for model in file.model]
     for name in names:
         if not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ConfigError(f"model name {name!r}: use letters, digits and . _ - (and not {', '.join(_RESERVED)})")
+            raise ConfigError(f"model name {name!r}: use letters, digits and . _ : / - (and not {', '.join(_RESERVED)})")
         if names.count(name) > 1:
             raise ConfigError(f"model name {name!r} is given twice; each needs its own")
     if not 0 < file.server.port < 65536:
@@ -225,7 +137,7 @@ def _checked(file: _File, folder: Path) -> Fleet:
     return replace(fleet, models=tuple(_model(model, fleet, folder) for model in file.model))
 
 
-def _policy(memory: _Memory, budget_bytes: int) -> PolicyConfig:
+def _policy(memory: MemoryTable, budget_bytes: int) -> PolicyConfig:
     def part(key: str) -> float:
         value: str | float = getattr(memory, key)
         if isinstance(value, str):
@@ -240,7 +152,7 @@ def _policy(memory: _Memory, budget_bytes: int) -> PolicyConfig:
     )
 
 
-def _model(model: _Model, fleet: Fleet, folder: Path) -> Model:
+def _model(model: ModelTable, fleet: Fleet, folder: Path) -> Model:
     what = f"model {model.name}"
 
     def size(key: str) -> int | None:
@@ -279,7 +191,7 @@ def _model(model: _Model, fleet: Fleet, folder: Path) -> Model:
     )
 
 
-def _resolved(model: _Model, folder: Path) -> str:
+def _resolved(model: ModelTable, folder: Path) -> str:
     """A folder relative to the fleet file, or the path as it stands when it can only be a name."""
     local = folder / Path(model.path).expanduser()
     if any((local / name).is_file() for name in ("config.json", "params.json")):

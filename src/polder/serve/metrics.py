@@ -1,36 +1,42 @@
-"""Prometheus text: the broker's and the engines' own figures, and every vLLM's metrics under an `engine` label."""
+"""Prometheus text: Polder's own figures, and every vLLM's metrics under an `engine` label. Names are frozen by a test."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from polder.broker.wire import EngineStatus, Status
+from polder.serve.supervisor import ChildStatus
 
-__all__ = ["METRIC_NAMES", "merge_engine_metrics", "render_status"]
+__all__ = ["merge", "render", "unit_bytes"]
 
-_ENGINE_GAUGES = {
-    "held_units": "Units mapped or being mapped",
-    "busy_units": "Units that running requests need",
-    "waiting_units": "Units more that waiting requests need",
-    "cached_units": "Units' worth of blocks that hold reusable KV",
-    "target_units": "What the policy wants it to hold",
-    "floor_units": "Never taken from it",
-    "share_units": "Its own on demand",
-    "ceiling_units": "The most it can hold",
-    "borrowed_units": "Held above its share",
-    "lent_units": "Missing from its share while others borrow",
+_ENGINE_SIZES = {
+    "held": "Memory mapped or being mapped",
+    "busy": "What running requests need",
+    "waiting": "What waiting requests need in addition",
+    "cached": "Memory that holds reusable KV",
+    "target": "What the policy wants it to hold",
+    "floor": "Never taken from it",
+    "share": "Its own on demand",
+    "ceiling": "The most it can hold",
+    "borrowed": "Held above its share",
+    "lent": "Missing from its share while others hold it",
 }
-_ENGINE_STATS = {
+_ENGINE_GAUGES = {
+    "running": ("running_requests", "Requests being worked on"),
+    "waiting": ("waiting_requests", "Requests that wait for their turn"),
+    "kv_used_ratio": ("kv_used_ratio", "Part of its blocks that running requests hold"),
+}
+_ENGINE_COUNTERS = {
     "prefix_queries_tokens_total": "Prompt tokens looked up in the prefix cache",
     "prefix_hits_tokens_total": "Prompt tokens found in the prefix cache",
     "preemptions_total": "Requests preempted, for whatever reason",
-    "polder_preemptions_total": "Requests preempted to give memory back",
+    "polder_preemptions_total": "Requests preempted to give memory back",  # exported as giveback_preemptions_total
     "grows_total": "Times it grew",
     "shrinks_total": "Times it shrank",
     "grow_seconds_total": "Time spent growing, between steps",
@@ -39,103 +45,134 @@ _ENGINE_STATS = {
     "evicted_blocks_total": "Cached blocks lost to shrinking",
     "steps_total": "Engine steps",
 }
-_GIVEBACK_BUCKETS_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)
-METRIC_NAMES = tuple(
-    sorted(
-        [
-            "polder_device_pages",
-            "polder_device_free_pages",
-            "polder_device_page_bytes",
-            "polder_owner_pages",
-            "polder_grants_total",
-            "polder_recalls_total",
-            "polder_overdue_recalls_total",
-            "polder_refused_messages_total",
-            "polder_reclaimed_pages_total",
-            "polder_giveback_seconds",
-            "polder_engine_recalled_units_total",
-            *(f"polder_engine_{name}" for name in (*_ENGINE_GAUGES, *_ENGINE_STATS)),
-        ]
-    )
-)
-"""Public: dashboards depend on them. Frozen by a test."""
+_GIVEBACK_EDGES_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)
 
 
-class _StatusCollector(Collector):
-    def __init__(self, status: Status) -> None:
-        self._status = status
+def render(status: Status | None, children: Sequence[ChildStatus] = ()) -> str:
+    """Polder's own metrics as Prometheus text. `status` None: the broker does not answer, only the children are known."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Own(status, children))
+    return generate_latest(registry).decode()
+
+
+def unit_bytes(engine: EngineStatus, status: Status) -> int:
+    """Bytes of one unit of the engine, on all its ranks together."""
+    pages = {device.device: device.page_bytes for device in status.devices}
+    return engine.pages_per_unit * sum(pages.get(device, 0) for device in engine.devices)
+
+
+class _Own(Collector):
+    def __init__(self, status: Status | None, children: Sequence[ChildStatus]) -> None:
+        self._status, self._children = status, children
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._devices()
-        yield from self._broker()
-        yield from _engines(self._status.engines)
-
-    def _devices(self) -> Iterator[Metric]:
-        total = GaugeMetricFamily("polder_device_pages", "Pages of the KV budget", labels=["device"])
-        free = GaugeMetricFamily("polder_device_free_pages", "Pages nobody owns", labels=["device"])
-        size = GaugeMetricFamily("polder_device_page_bytes", "Bytes of a page", labels=["device"])
-        owned = GaugeMetricFamily("polder_owner_pages", "Pages by owner and use", labels=["device", "engine", "use"])
-        for device in self._status.devices:
-            total.add_metric([device.device], device.total_pages)
-            free.add_metric([device.device], device.free_pages)
-            size.add_metric([device.device], device.page_bytes)
-            for owner, pages in device.pages_by_owner.items():
-                engine, _, use = owner.rpartition("/")
-                owned.add_metric([device.device, engine, use], pages)
-        yield from (total, free, size, owned)
-
-    def _broker(self) -> Iterator[Metric]:
-        status = self._status
-        yield CounterMetricFamily("polder_grants", "Times memory was given to an engine", value=status.grants)
-        yield CounterMetricFamily("polder_recalls", "Times memory was asked back", value=status.recalls)
-        yield CounterMetricFamily("polder_overdue_recalls", "Recalls past their deadline", value=status.overdue)
-        yield CounterMetricFamily("polder_refused_messages", "Messages refused", value=status.refused_messages)
-        yield CounterMetricFamily("polder_reclaimed_pages", "Pages of dead engines", value=status.reclaimed_pages)
-        times = sorted(status.giveback_ms)
-        buckets = [(str(edge / 1e3), float(sum(t <= edge for t in times))) for edge in _GIVEBACK_BUCKETS_MS]
-        histogram = HistogramMetricFamily("polder_giveback_seconds", "From an owner's need to mapped pages, last 512")
-        histogram.add_metric([], [*buckets, ("+Inf", float(len(times)))], sum_value=sum(times) / 1e3)
-        yield histogram
+        yield GaugeMetricFamily("polder_broker_up", "Whether the broker answers", value=self._status is not None)
+        if self._children:
+            up = GaugeMetricFamily("polder_child_ready", "Whether the process is up and ready", labels=["child"])
+            restarts = CounterMetricFamily("polder_child_restarts", "Restarts since the fleet began", labels=["child"])
+            for child in self._children:
+                up.add_metric([child.name], child.state == "ready")
+                restarts.add_metric([child.name], child.restarts)
+            yield from (up, restarts)
+        if self._status is not None:
+            yield from _devices(self._status)
+            yield from _broker(self._status)
+            yield from _engines(self._status)
 
 
-def _engines(engines: list[EngineStatus]) -> Iterator[Metric]:
-    for name, text in _ENGINE_GAUGES.items():
-        gauge = GaugeMetricFamily(f"polder_engine_{name}", text, labels=["engine"])
-        for engine in engines:
-            gauge.add_metric([engine.engine], getattr(engine, name))
-        yield gauge
-    recalled = CounterMetricFamily("polder_engine_recalled_units", "Units given back on recall", labels=["engine"])
-    for engine in engines:
-        recalled.add_metric([engine.engine], engine.recalled_units)
-    yield recalled
-    for name, text in _ENGINE_STATS.items():
-        counter = CounterMetricFamily(f"polder_engine_{name}", text, labels=["engine"])
-        for engine in engines:
-            counter.add_metric([engine.engine], engine.stats.get(name, 0.0))
-        yield counter
+def _devices(status: Status) -> Iterator[Metric]:
+    total = GaugeMetricFamily("polder_device_total_bytes", "The KV budget", labels=["device"])
+    free = GaugeMetricFamily("polder_device_free_bytes", "Memory that nobody holds", labels=["device"])
+    page = GaugeMetricFamily("polder_device_page_bytes", "Size of a page", labels=["device"])
+    held = GaugeMetricFamily("polder_device_held_bytes", "Memory by owner and use", labels=["device", "engine", "use"])
+    for device in status.devices:
+        total.add_metric([device.device], device.total_pages * device.page_bytes)
+        free.add_metric([device.device], device.free_pages * device.page_bytes)
+        page.add_metric([device.device], device.page_bytes)
+        for owner, pages in device.pages_by_owner.items():
+            engine, _, use = owner.rpartition("/")
+            held.add_metric([device.device, engine, use], pages * device.page_bytes)
+    yield from (total, free, page, held)
 
 
-def render_status(status: Status) -> str:
-    """The status as Prometheus text."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_StatusCollector(status))
-    return generate_latest(registry).decode()
+def _broker(status: Status) -> Iterator[Metric]:
+    yield GaugeMetricFamily("polder_broker_uptime_seconds", "Time since the broker began", value=status.uptime_s)
+    yield CounterMetricFamily("polder_grants", "Times memory was given to an engine", value=status.grants)
+    yield CounterMetricFamily("polder_recalls", "Times memory was asked back", value=status.recalls)
+    yield CounterMetricFamily("polder_overdue_recalls", "Recalls past their deadline", value=status.overdue)
+    yield CounterMetricFamily("polder_refused_messages", "Messages refused", value=status.refused_messages)
+    yield CounterMetricFamily("polder_reclaimed_pages", "Pages of dead engines", value=status.reclaimed_pages)
+    times = sorted(status.giveback_ms)
+    buckets = [(str(edge / 1e3), float(sum(t <= edge for t in times))) for edge in _GIVEBACK_EDGES_MS]
+    # A window, not a counter since the start: compare it with itself, do not take its rate.
+    text = "From an owner's need to mapped pages, the last 512 times"
+    giveback = HistogramMetricFamily("polder_giveback_seconds", text)
+    giveback.add_metric([], [*buckets, ("+Inf", float(len(times)))], sum_value=sum(times) / 1e3)
+    yield giveback
 
 
-def merge_engine_metrics(texts: Iterable[tuple[str, str]]) -> str:
-    """Joins (engine, Prometheus text) pairs: each sample gets the engine's label, each family its HELP and TYPE once."""
-    families: dict[str, Metric] = {}
+def _engines(status: Status) -> Iterator[Metric]:
+    state = GaugeMetricFamily("polder_engine_state", "1 for the state it is in", labels=["engine", "state"])
+    unit = GaugeMetricFamily("polder_engine_unit_bytes", "The step in which it grows", labels=["engine"])
+    recalled = CounterMetricFamily("polder_engine_recalled_bytes", "Given back on recall", labels=["engine"])
+    sizes = {k: GaugeMetricFamily(f"polder_engine_{k}_bytes", v, labels=["engine"]) for k, v in _ENGINE_SIZES.items()}
+    gauges = {
+        key: GaugeMetricFamily(f"polder_engine_{name}", text, labels=["engine"])
+        for key, (name, text) in _ENGINE_GAUGES.items()
+    }
+    counters = {
+        key: CounterMetricFamily(f"polder_engine_{key.replace('polder_', 'giveback_')}", text, labels=["engine"])
+        for key, text in _ENGINE_COUNTERS.items()
+    }
+    for engine in status.engines:
+        label, size = [engine.engine], unit_bytes(engine, status)
+        state.add_metric([engine.engine, engine.state], 1)
+        unit.add_metric(label, size)
+        recalled.add_metric(label, engine.recalled_units * size)
+        for key, gauge in sizes.items():
+            gauge.add_metric(label, getattr(engine, f"{key}_units") * size)
+        for key, family in (gauges | counters).items():
+            if key in engine.stats:
+                family.add_metric(label, engine.stats[key])
+    yield from (state, unit, recalled, *sizes.values(), *gauges.values(), *counters.values())
+
+
+# ---------------------------------------------------------------- joining texts
+
+# Inside a label's value a quote is escaped, so this finds label names only.
+_ENGINE_LABEL = re.compile(r'([{,]\s*)engine="')
+
+
+def merge(texts: Iterable[tuple[str, str]]) -> str:
+    """Joins (engine, Prometheus text) pairs: samples get the engine's label, each family its HELP and TYPE once.
+
+    Lines are not parsed further: the figures stay digit for digit what vLLM printed, and a thousand lines cost a millisecond. vLLM's
+    own `engine` label (the data-parallel rank) becomes `exported_engine`, as Prometheus itself would name it. A pair with an
+    empty engine is passed on as it stands.
+    """
+    heads: dict[str, dict[str, str]] = {}
+    samples: dict[str, list[str]] = {}
     for engine, text in texts:
-        for family in text_string_to_metric_families(text):
-            joined = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            for sample in family.samples:
-                labels = {**sample.labels, "engine": engine}
-                joined.add_sample(sample.name, labels, sample.value, sample.timestamp, sample.exemplar)
+        family = ""
+        for line in text.splitlines():
+            if line.startswith(("# HELP ", "# TYPE ")):
+                family = line.split(" ", 3)[2]
+                heads.setdefault(family, {}).setdefault(line[:7], line)
+                samples.setdefault(family, [])
+            elif line and not line.startswith("#"):
+                name = re.split(r"[{ ]", line, maxsplit=1)[0]
+                owner = family if family and name.startswith(family) else name
+                samples.setdefault(owner, []).append(_labelled(line, engine) if engine else line)
+    lines: list[str] = []
+    for family, found in samples.items():
+        if found:
+            lines += [*heads.get(family, {}).values(), *found]
+    return "\n".join(lines) + "\n"
 
-    class Joined(Collector):
-        def collect(self) -> Iterable[Metric]:
-            return families.values()
 
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Joined())
-    return generate_latest(registry).decode()
+def _labelled(line: str, engine: str) -> str:
+    name = re.split(r"[{ ]", line, maxsplit=1)[0]
+    if line[len(name)] != "{":
+        return f'{name}{{engine="{engine}"}}{line[len(name) :]}'
+    labels = _ENGINE_LABEL.sub(r'\1exported_engine="', line[len(name) :])[1:].lstrip()
+    return f'{name}{{engine="{engine}"{"" if labels.startswith("}") else ","}{labels}'

@@ -73,6 +73,12 @@ class ManagedProcess:
     def alive(self) -> bool:
         return self._process is not None and self.returncode is None
 
+    def wait(self) -> None:
+        """Returns when it has ended."""
+        if self._process is not None:
+            with contextlib.suppress(ChildProcessError):  # reaped by another thread
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+
     def start(self) -> None:
         """Starts it; again, when it has ended before. Raises EnvironmentFault when it cannot."""
         assert not self.alive(), "already running"

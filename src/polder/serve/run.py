@@ -2,152 +2,173 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
 
-from polder.errors import AddressInUse
-from polder.serve.fleet import Fleet
+from polder.broker import client
+from polder.broker.config import BrokerConfig
+from polder.errors import AddressInUse, BrokerUnavailable, ConfigError, EnvironmentFault
+from polder.serve.budget import option
+from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
-from polder.serve.process import ProcessSpec, vllm_serve
-from polder.serve.supervisor import Supervisor
+from polder.serve.process import ProcessSpec, free_port, vllm_serve
+from polder.serve.runtime import SOCKET_NAME, runtime_dir
+from polder.serve.supervisor import Backoff, ChildStatus, Event, Supervisor
 
-__all__ = ["discover_socket", "run"]
+__all__ = ["broker_spec", "run"]
 
-POLL_S = 0.25
+DRAIN_S = 5  # open requests get this long once the fleet is told to stop
 
 
-def run(fleet: Fleet, *, socket_path: Path | None = None, log_dir: Path | None = None) -> None:
-    """Serves until SIGINT or SIGTERM. Raises PolderError before anything is started, and when a child cannot start."""
-    listener = _listen(fleet.host, fleet.port)
-    with listener, _runtime_dir() as runtime:
-        path = socket_path or runtime / "broker"
-        logs = log_dir or runtime
-        logs.mkdir(parents=True, exist_ok=True)
-        ports = {model.name: _free_port() for model in fleet.models}
-        specs = [_broker(fleet, path, logs)]
-        for model in fleet.models:
-            specs.append(
-                vllm_serve(
-                    model.path,
-                    name=model.name,
-                    port=ports[model.name],
-                    args=model.arguments(),
-                    env=model.environment(path),
-                    log_path=logs / f"{model.name}.log",
-                )
-            )
-        supervisor = Supervisor(specs, _report)
+def run(fleet: Fleet, report: Callable[[Event], None], *, socket_path: Path | None = None, log_dir: Path | None = None) -> None:
+    """Serves until SIGINT or SIGTERM. Must run in the main thread.
+
+    `report` hears of every start and death; it is called from several threads. Raises AddressInUse, ConfigError and
+    EnvironmentFault before anything is started, and EnvironmentFault when a child never becomes ready.
+    """
+    with _listen(fleet.host, fleet.port) as listener, runtime_dir() as private:
+        path = socket_path or private / SOCKET_NAME
+        _check_socket(path)
+        logs = log_dir or private
         try:
-            for spec in specs:
-                supervisor.start(spec.name)
-            upstreams = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-            app = make_app(upstreams, socket=path, children=supervisor.status)
-            _report(f"http://{fleet.host}:{fleet.port}/v1 for {', '.join(upstreams)}; broker on {path}; logs in {logs}")
-            asyncio.run(_serve(app, listener, supervisor))
-        finally:
-            _report("stopping")
-            supervisor.stop()
-            path.unlink(missing_ok=True)
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write logs to {logs}: {error.strerror}") from error
+        ports = {model.name: free_port() for model in fleet.models}
+        upstreams = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        teams: list[Supervisor] = []
+        app = make_app(upstreams, socket=path, children=lambda: [child for team in teams for child in team.status()])
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S)
+        )
+        given_up: list[str] = []
+
+        def hear(event: Event) -> None:
+            report(event)
+            if event.kind == "failed":
+                given_up.append(f"{event.child}: {event.detail}")
+                server.should_exit = True
+
+        broker = Supervisor([broker_spec(fleet.broker(path), logs / "broker.log")], hear, backoff=Backoff(most_s=2.0))
+        models = Supervisor(
+            [_model_spec(model, fleet, ports[model.name], path, logs) for model in fleet.models],
+            hear,
+            # Engines on one GPU that load together each take the other's allocations for their own.
+            starts_at_once=1 if fleet.device.startswith("cuda") else None,
+        )
+        teams += [broker, models]
+        with _ended_by_signals(server):
+            try:
+                broker.start()
+                if _broker_answers(path, server):
+                    models.start()
+                    server.run(sockets=[listener])
+            finally:
+                models.stop()
+                broker.stop(grace_s=5.0)
+                path.unlink(missing_ok=True)
+        if given_up:
+            raise EnvironmentFault("; ".join(given_up))
 
 
-async def _serve(app: object, listener: socket.socket, supervisor: Supervisor) -> None:
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-
-    async def watch() -> None:
-        while True:
-            supervisor.poll()
-            await asyncio.sleep(POLL_S)
-
-    watching = asyncio.create_task(watch())
-    # Our own handlers: uvicorn would raise the signal again after its shutdown, and the children have to be ended first.
-    server.capture_signals = contextlib.nullcontext
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    done, _ = await asyncio.wait({watching, serving}, return_when=asyncio.FIRST_COMPLETED)
-    server.should_exit = True
-    await asyncio.gather(serving, return_exceptions=True)
-    watching.cancel()
-    for task in done:
-        task.result()
-
-
-def _broker(fleet: Fleet, path: Path, logs: Path) -> ProcessSpec:
-    policy = fleet.policy
+def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
+    """`polder broker` with this configuration."""
+    policy = config.policy
+    devices = [word for name, size in config.devices.items() for word in ("--device", f"{name}={size}")]
+    options = {
+        "--socket": str(config.socket),
+        "--page": str(config.page_bytes),
+        "--reserve-low": repr(policy.reserve_low_ratio),
+        "--reserve-high": repr(policy.reserve_high_ratio),
+        "--hold": f"{policy.min_hold_s}s",
+        "--deadline": f"{policy.deadline_s}s",
+    }
     return ProcessSpec(
         name="broker",
         argv=(
-            *(sys.executable, "-m", "polder.cli.main", "broker"),
-            *(
-                "--socket",
-                str(path),
-                "--device",
-                f"{fleet.device}={fleet.budget_bytes}",
-                "--page",
-                str(fleet.page_bytes),
-            ),
-            *("--reserve-low", str(policy.reserve_low_ratio), "--reserve-high", str(policy.reserve_high_ratio)),
-            *("--hold", str(policy.min_hold_s), "--deadline", str(policy.deadline_s)),
+            *(sys.executable, "-m", "polder.cli.main", "broker", *devices),
+            *(word for option in options.items() for word in option),
         ),
-        log_path=logs / "broker.log",
+        log_path=log_path,
+    )
+
+
+def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: Path) -> ProcessSpec:
+    own_size = "--kv-cache-memory-bytes"
+    sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
+    # Without it each CPU engine plans for most of the machine's memory, and the second one refuses to start.
+    size = (own_size, str(fleet.budget_bytes)) if fleet.device.startswith("cpu") and not sized else ()
+    return vllm_serve(
+        model.path,
+        name=model.name,
+        port=port,
+        args=(*model.arguments(), *size),
+        env=model.environment(socket_path),
+        log_path=logs / f"{model.name.replace('/', '%2F')}.log",
     )
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Takes the endpoint's port before anything heavy starts. Raises AddressInUse."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    """Takes the endpoint's port before anything heavy is started. Raises AddressInUse, or ConfigError for an unknown host."""
+    where = f"{host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"server.host {host!r}: {error.strerror}; write an address of this machine") from error
+    listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host, port))
+        listener.bind(address)
+        listener.listen(1024)  # SO_REUSEADDR lets two bind one port; only one may listen
     except OSError as error:
         listener.close()
-        raise AddressInUse(f"cannot listen on {host}:{port}: {error.strerror}. Choose another server.port") from error
+        raise AddressInUse(f"cannot listen on {where}: {error.strerror}; stop who does, or choose another server.port") from error
     return listener
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _check_socket(path: Path) -> None:
+    """Raises ConfigError or AddressInUse when no broker can be started on the path."""
+    client.check_socket_path(path)
+    if not path.parent.is_dir():
+        raise ConfigError(f"no directory {path.parent} for the broker's socket; make it, or choose another --socket")
+    if path.exists() and not path.is_socket():
+        raise ConfigError(f"{path} exists and is no socket; choose another --socket")
+    with contextlib.suppress(BrokerUnavailable):
+        client.status(path, timeout_s=1.0)
+        raise AddressInUse(f"a broker already answers on {path}; stop it, or choose another --socket")
 
 
-def _user_dir() -> Path:
-    """Where this user's fleets announce themselves: $XDG_RUNTIME_DIR/polder, or /tmp/polder-UID."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "polder" if base else Path(tempfile.gettempdir()) / f"polder-{os.getuid()}"
+def _broker_answers(path: Path, server: uvicorn.Server) -> bool:
+    """Waits for the broker. False when the fleet has been told to stop, or the broker was given up."""
+    while not server.should_exit:
+        with contextlib.suppress(BrokerUnavailable):
+            client.status(path, timeout_s=1.0)
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @contextlib.contextmanager
-def _runtime_dir() -> Iterator[Path]:
-    """A private directory for this fleet's socket and logs, gone at the end."""
-    parent = _user_dir()
-    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(prefix="f", dir=parent))
+def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """SIGINT and SIGTERM end the server, also before it runs; later ones change nothing while the children are ended.
+
+    uvicorn puts its own handlers in place meanwhile and raises what it caught again afterwards: that comes to ours.
+    """
+
+    def ask(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield path
+        yield
     finally:
-        shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            parent.rmdir()  # only if no other fleet runs
-
-
-def discover_socket() -> Path | None:
-    """The broker's socket of the fleet of this user that started last, or None."""
-    found = sorted(_user_dir().glob("f*/broker"), key=lambda p: p.stat().st_mtime)
-    return found[-1] if found else None
-
-
-def _report(line: str) -> None:
-    print(f"polder: {line}", file=sys.stderr, flush=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,102 +1,182 @@
-"""Keeps children alive: a death is reported at once and answered with a restart, later each time it repeats."""
+"""Keeps children alive: a death is reported at once and answered with a restart, later each time it repeats.
+
+One thread a child, so that waiting for one (a model takes 20 s to minutes to load) delays neither another nor the gateway:
+
+    starting ──ready──► ready ──ends──► down ──back-off──► starting ...
+        └─────────ends, or is too slow───┘ └─ never ready in `attempts` starts ──► failed
+
+A child that was ready once is restarted for ever. One that never was has a wrong option or does not fit the machine: it is given up.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from polder.errors import EnvironmentFault
 from polder.serve.process import ManagedProcess, ProcessSpec
 
-__all__ = ["ChildStatus", "Supervisor"]
+__all__ = ["Backoff", "ChildStatus", "Event", "Supervisor"]
 
-BACKOFF_FIRST_S = 1.0
-BACKOFF_MOST_S = 30.0
-HEALTHY_AFTER_S = 60.0  # so long up, and the next death counts as the first again
+
+@dataclass(frozen=True, kw_only=True)
+class Backoff:
+    """Times in seconds."""
+
+    first_s: float = 1.0
+    most_s: float = 30.0
+    healthy_s: float = 60.0
+    """So long ready, and the next death counts as the first again."""
+    attempts: int = 3
+    """Starts that a child gets until it is ready for the first time."""
+    start_timeout_s: float = 1800.0
+
+    def next(self, before_s: float) -> float:
+        return min(2 * before_s, self.most_s) if before_s else self.first_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChildStatus:
     name: str
     state: str
-    """"starting", "ready" or "down"."""
+    """"starting", "ready", "down" (restarted after its back-off) or "failed" (given up)."""
     pid: int | None
+    """None while it does not run."""
     restarts: int
     retry_in_s: float
+    """Until the next start; 0 unless it is down."""
+    last_exit: str
+    """Why it ended the last time; empty if it never did."""
 
 
-class _Child:
-    def __init__(self, spec: ProcessSpec) -> None:
-        self.process = ManagedProcess(spec)
-        self.restarts = 0
-        self.backoff_s = BACKOFF_FIRST_S
-        self.started_at = 0.0
-        self.retry_at: float | None = None
-        self.ready = False
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What happened to a child. `kind`: started, ready, ended, failed, stopped."""
+
+    child: str
+    kind: str
+    pid: int | None
+    detail: str
+    """One line, and for a death the end of its log."""
 
 
 class Supervisor:
-    """Call `poll` a few times a second. All methods from one thread, which must live as long as the children."""
+    """Starts, restarts and ends children. `report` is called from their threads, in order for each child."""
 
     def __init__(
         self,
-        specs: list[ProcessSpec],
-        report: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
+        specs: Sequence[ProcessSpec],
+        report: Callable[[Event], None],
+        *,
+        backoff: Backoff | None = None,
+        starts_at_once: int | None = None,
     ) -> None:
-        """`report` gets one line for every start, death and restart."""
-        self._children = {spec.name: _Child(spec) for spec in specs}
-        self._report = report
-        self._clock = clock
+        """`starts_at_once`: how many children may be loading at the same time (None: all)."""
+        self._backoff = backoff or Backoff()
+        self._gate = threading.BoundedSemaphore(starts_at_once or max(1, len(specs)))
+        self._stopping = threading.Event()
+        self._children = [_Child(spec, report, self._backoff, self._gate, self._stopping) for spec in specs]
 
-    def start(self, name: str) -> ManagedProcess:
-        child = self._children[name]
-        child.process.start()
-        child.started_at, child.retry_at, child.ready = self._clock(), None, False
-        return child.process
-
-    def poll(self) -> None:
-        """Notices deaths and readiness, restarts what is due."""
-        now = self._clock()
-        for name, child in self._children.items():
-            if child.retry_at is not None:
-                if now >= child.retry_at:
-                    child.restarts += 1
-                    self._report(f"{name}: restarting (restart {child.restarts})")
-                    self.start(name)
-            elif not child.process.alive():
-                if now - child.started_at > HEALTHY_AFTER_S:
-                    child.backoff_s = BACKOFF_FIRST_S
-                code = child.process.returncode
-                self._report(
-                    f"{name}: ended with {code}; restarting in {child.backoff_s:g} s{child.process.log_tail(5)}"
-                )
-                child.process.stop(grace_s=0.0)  # whatever it started goes too
-                child.retry_at, child.ready = now + child.backoff_s, False
-                child.backoff_s = min(2 * child.backoff_s, BACKOFF_MOST_S)
-            elif not child.ready and child.process.ready():
-                child.ready = True
-                self._report(f"{name}: ready after {now - child.started_at:.0f} s")
+    def start(self) -> None:
+        for child in self._children:
+            child.thread.start()
 
     def status(self) -> list[ChildStatus]:
-        now = self._clock()
-        found = []
-        for name, child in self._children.items():
-            state = "down" if child.retry_at is not None else "ready" if child.ready else "starting"
-            found.append(
-                ChildStatus(
-                    name=name,
-                    state=state,
-                    pid=child.process.pid if state != "down" else None,
-                    restarts=child.restarts,
-                    retry_in_s=max(0.0, child.retry_at - now) if child.retry_at is not None else 0.0,
-                )
-            )
-        return found
+        return [child.status() for child in self._children]
 
     def stop(self, grace_s: float = 15.0) -> None:
-        """Ends all children and everything they started, side by side."""
-        for child in self._children.values():
-            child.process.terminate()
-        for child in self._children.values():
-            child.process.stop(grace_s)
+        """Ends all children side by side: SIGTERM, after the grace SIGKILL. Returns when nothing of them is left."""
+        self._stopping.set()
+        started = [child for child in self._children if child.thread.ident is not None]
+        stops = [threading.Thread(target=child.stop, args=(grace_s,)) for child in started]
+        for stop in stops:
+            stop.start()
+        for stop in stops:
+            stop.join()
+
+
+class _Child:
+    """One child and its thread; the other threads only read."""
+
+    def __init__(
+        self,
+        spec: ProcessSpec,
+        report: Callable[[Event], None],
+        backoff: Backoff,
+        gate: threading.BoundedSemaphore,
+        stopping: threading.Event,
+    ) -> None:
+        self.process = ManagedProcess(spec)
+        self.thread = threading.Thread(target=self._run, name=f"polder-{spec.name}", daemon=True)
+        self._report, self._backoff, self._gate, self._stopping = report, backoff, gate, stopping
+        self._state = "starting"
+        self._starts = 0
+        self._retry_at = 0.0
+        self._last_exit = ""
+
+    def status(self) -> ChildStatus:
+        state = self._state
+        return ChildStatus(
+            name=self.process.spec.name,
+            state=state,
+            pid=self.process.pid if self.process.alive() else None,
+            restarts=max(0, self._starts - 1),
+            retry_in_s=max(0.0, self._retry_at - time.monotonic()) if state == "down" else 0.0,
+            last_exit=self._last_exit,
+        )
+
+    def stop(self, grace_s: float) -> None:
+        """Ends the process and the thread. The supervisor's `stopping` is set."""
+        self.process.stop(grace_s)
+        while self.thread.is_alive():
+            self.thread.join(0.1)
+            self.process.stop(0.0)  # it was being started just then
+
+    def _run(self) -> None:
+        wait_s, was_ready = 0.0, False
+        while not self._stopping.is_set():
+            started_at = time.monotonic()
+            fault = self._start()
+            ready_at = time.monotonic()
+            if fault is None:
+                was_ready, self._state = True, "ready"
+                self._say("ready", f"ready after {ready_at - started_at:.1f} s")
+                self.process.wait()
+                fault = f"ended with code {self.process.returncode}{self.process.log_tail()}"
+            if self._stopping.is_set():
+                break
+            self._last_exit = fault.partition("\n")[0]
+            if not was_ready and self._starts >= self._backoff.attempts:
+                self._state = "failed"
+                self._say("failed", f"given up after {self._starts} starts: {fault}")
+                return
+            if time.monotonic() - ready_at >= self._backoff.healthy_s:
+                wait_s = 0.0
+            wait_s = self._backoff.next(wait_s)
+            self._state, self._retry_at = "down", time.monotonic() + wait_s
+            self._say("ended", f"{fault}\nstarting again in {wait_s:g} s")
+            self._stopping.wait(wait_s)
+        self._state = "down"
+        self._say("stopped", "stopped")
+
+    def _start(self) -> str | None:
+        """Starts it and waits until it is ready. Returns what went wrong, if anything did."""
+        with self._gate:
+            if self._stopping.is_set():
+                return "stopped"
+            self._state = "starting"
+            self._starts += 1
+            try:
+                self.process.start()
+                self._say("started", f"started as process {self.process.pid}")
+                self.process.wait_ready(self._backoff.start_timeout_s)
+            except EnvironmentFault as error:
+                self.process.stop(grace_s=5.0)
+                return str(error)
+        return None
+
+    def _say(self, kind: str, detail: str) -> None:
+        pid = self.process.pid if kind in ("started", "ready") else None
+        self._report(Event(child=self.process.spec.name, kind=kind, pid=pid, detail=detail))

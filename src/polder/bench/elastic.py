@@ -1,0 +1,156 @@
+"""`polder bench elastic`: two models under one KV budget, once in fixed halves, once elastic.
+
+Engine A serves the agents of tiny-agent-v1 (closed loop, high reuse, wants memory), engine B another model under the bursts of
+tiny-burst-v1 (open loop, no reuse, idle in between). B's trace is played once and measured; if A is not through by then, B's trace goes
+on as load that is not measured, so both arms are measured on the same requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from polder.bench.arms import BLOCK_TOKENS, Arm, EnginePlan, PolderArm, StockArm
+from polder.bench.checks import Check, elastic_checks
+from polder.bench.equality import FIRST_ROUND, SECOND_ROUND, Answers, compare, moves, questions, round_of_answers
+from polder.bench.machine import describe_machine, describe_versions, load_average
+from polder.bench.metrics import RunRecords, quantile_ratio_interval, ttfts_ms
+from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
+from polder.bench.plan import BUDGET_BYTES, BUDGET_WHY, USERS, BenchPlan
+from polder.bench.progress import Reporter, reporter_for
+from polder.bench.resize import resize_under_load
+from polder.bench.result import Arms, BenchResult, ratios_over, write_result
+from polder.bench.runs import Run, arm_metrics, run_once
+from polder.bench.tax import TIME_SCALE, tax_intervals, tax_metrics, tax_pairs
+from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts
+
+__all__ = ["ElasticBench"]
+
+ENGINES = ("A", "B")
+MAX_MODEL_LEN = {"A": 4224, "B": 1024}
+"""A: the longest prompt of the trace, 3,988, and its 64 tokens, in whole blocks. B: 929 and 32."""
+EQUALITY_MAX_MODEL_LEN = {"A": 2048, "B": 1024}
+BURST_ROUNDS = 8
+"""More than ever needed: the run ends when the last measured request has ended."""
+INTERVAL_METRICS = {"ttft_p50_ms": 50, "ttft_p90_ms": 90, "ttft_p99_ms": 99}
+
+
+class ElasticBench:
+    """One run of the bench. Stages add to `arms`; the result is made of them at the end."""
+
+    def __init__(self, plan: BenchPlan, *, workdir: Path, console: Console | None = None) -> None:
+        self.plan = plan
+        self._console = console or Console()
+        self._report: Reporter = reporter_for(self._console)
+        self._workdir = workdir
+        self._logs = workdir / "logs"
+        self._arms: Arms = {}
+        self._intervals: dict[str, tuple[float, float]] = {}
+        self._runs: list[Run] = []
+        self._stage_seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def run(self, json_file: Path, html_file: Path | None = None) -> BenchResult:
+        """Runs all stages, writes the files, prints the table. Raises PolderError when an engine fails."""
+        from polder.bench.report import print_report, write_html
+
+        for path in filter(None, (json_file, html_file)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with self._timed("models"), self._report.stage("Making the models"):
+            recipes = {"A": MODEL_A, "B": MODEL_B}
+            exact = {name: recipe.in_float32() for name, recipe in recipes.items()}
+            for recipe in (*recipes.values(), *exact.values()):
+                ensure_model(recipe, self._workdir / "models")
+        with TemporaryDirectory(prefix="polder-bench-") as runtime:
+            self._under_load(recipes, Path(runtime))
+            if "equality" in self.plan.stages:
+                self._equality(exact, Path(runtime))
+        result, checks = self._result()
+        write_result(result, json_file)
+        (self._workdir / "elastic-runs.json").write_bytes(msgspec.json.encode(self._runs))
+        if html_file is not None:
+            with self._report.stage("Drawing the report"):
+                write_html(html_file, result, checks, self._runs)
+        print_report(self._console, result, checks)
+        for path in filter(None, (json_file, html_file)):
+            self._report.note(f"written: {path}")
+        return result
+
+    # ------------------------------------------------------------------ stages
+
+    def _under_load(self, recipes: dict[str, ModelRecipe], runtime: Path) -> None:
+        """The stages in bf16, with the engines of both arms up from first to last: idle ones take no CPU."""
+        engines = self._engines(recipes, MAX_MODEL_LEN)
+        stock, polder = StockArm(engines, self._logs), PolderArm(engines, self._logs, runtime)
+        with self._up(stock, polder):
+            self._main(stock, polder)
+            if "resize" in self.plan.stages:
+                with self._timed("resize"), self._report.stage("Resizing engine A under load") as stage:
+                    found = asyncio.run(
+                        resize_under_load(polder, stream_tokens=self.plan.resize_stream_tokens, stage=stage)
+                    )
+                self._arms["polder-resize"] = {"A": found}
+            if "tax" in self.plan.stages:
+                self._tax(stock, polder)
+
+    def _main(self, stock: Arm, polder: Arm) -> None:
+        load_a = agents(model="A", users=USERS, sessions=self.plan.sessions)
+        load_b = bursts(model="B", rounds=BURST_ROUNDS)
+        for number, letter in enumerate(self.plan.order, start=1):
+            arm = stock if letter == "A" else polder
+            title = f"Run {number} of {len(self.plan.order)}: {arm.name}"
+            with self._timed(f"run {number} {arm.name}"), self._report.stage(title) as stage:
+                self._runs.append(asyncio.run(run_once(arm, load_a, load_b, stage)))
+        ideal = agents_ideal_hit_ratio(sessions=self.plan.sessions, block_tokens=BLOCK_TOKENS)
+        for arm in (stock, polder):
+            runs = [run for run in self._runs if run.arm == arm.name]
+            self._arms[arm.name] = arm_metrics(runs, ideal_hit_ratio=ideal)
+        for engine in ENGINES:
+            pooled = {
+                name: [
+                    ms
+                    for run in self._runs
+                    if run.arm == name
+                    for ms in ttfts_ms(RunRecords(records=run.records[engine]).good)
+                ]
+                for name in ("stock", "polder")
+            }
+            for metric, q in INTERVAL_METRICS.items():
+                self._intervals[f"polder/stock:{engine}.{metric}"] = quantile_ratio_interval(
+                    pooled["polder"], pooled["stock"], q=q
+                )
+
+    def _tax(self, stock: Arm, polder: Arm) -> None:
+        load = bursts(model="B", time_scale=TIME_SCALE)
+        with self._timed("tax"), self._report.stage("Engine B alone, stock and elastic in turn") as stage:
+            theirs, ours = asyncio.run(tax_pairs(stock, polder, load, pairs=self.plan.tax_pairs, stage=stage))
+        self._arms["stock-alone"] = {"B": tax_metrics(theirs)}
+        self._arms["polder-alone"] = {"B": tax_metrics(ours)}
+        for metric, interval in tax_intervals(theirs, ours).items():
+            self._intervals[f"polder-alone/stock-alone:B.{metric}"] = interval
+
+    def _equality(self, exact: dict[str, ModelRecipe], runtime: Path) -> None:
+        engines = self._engines(exact, EQUALITY_MAX_MODEL_LEN)
+        asked = {
+            "A": questions(model="A", count=12, longest=1200, seed=self.plan.seed),
+            "B": questions(model="B", count=6, longest=700, seed=self.plan.seed),
+        }
+        rounds = (FIRST_ROUND, SECOND_ROUND)
+        title = "Same prompts, stock and while memory moves (float32)"
+        with self._timed("equality"):
+            stock = StockArm(engines, self._logs, name="stock-equality")
+            with self._up(stock), self._report.stage(f"{title}: stock"):
+                theirs = [asyncio.run(round_of_answers(stock, asked)) for _ in rounds]
+            polder = PolderArm(engines, self._logs, runtime, name="polder-equality")
+            with self._up(polder), self._report.stage(f"{title}: polder"):
+                ours, moved = self._moving_rounds(polder, asked, rounds)
+        self._arms["polder-equality"] = {"all": compare(theirs, ours) | moved}

@@ -1,0 +1,126 @@
+"""Do answers stay the same while memory moves under them?
+
+A fixed set of prompts, greedy, on float32 models (in bf16 stock vLLM itself gives other tokens when a batch has another shape), sent
+all at once, then all once more, which hits the prefixes of the first time. Stock answers undisturbed. Polder answers while
+the bench pins the engine to other sizes in mid-decode: up, down with migration, down below what is in use so that
+requests are preempted, up again. Every token has to be the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from polder.bench.arms import Arm
+from polder.bench.completions import encode_body
+from polder.bench.driver import ClosedLoop, RequestRecord, Tally, Turn, play
+from polder.bench.metrics import Metrics
+from polder.bench.models import RESERVED_IDS
+from polder.bench.traces import VOCAB
+from polder.broker import client
+from polder.broker.wire import EngineStatus, Resize
+
+__all__ = ["FIRST_ROUND", "MOVES", "SECOND_ROUND", "Answers", "Pin", "compare", "moves", "questions", "round_of_answers"]
+
+OUTPUT_TOKENS = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pin:
+    """Pin engine A to `units` once `at` of the round's output tokens have come."""
+
+    at: float
+    units: int
+
+
+# Engine A in float32 has 1,024 tokens a unit; the questions of a round need about 8 units at their end.
+FIRST_ROUND = (
+    Pin(at=0.0, units=10),
+    Pin(at=0.15, units=16),
+    Pin(at=0.35, units=9),
+    Pin(at=0.55, units=5),
+    Pin(at=0.75, units=14),
+)
+SECOND_ROUND = (Pin(at=0.0, units=12), Pin(at=0.3, units=16), Pin(at=0.5, units=4), Pin(at=0.75, units=14))
+
+MOVES = {
+    "grows": "grows_total",
+    "shrinks": "shrinks_total",
+    "migrated_blocks": "migrated_blocks_total",
+    "evicted_blocks": "evicted_blocks_total",
+    "preemptions": "preemptions_total",
+}
+"""Metric -> engine's counter: what has to have happened while answers were compared, else their equality says nothing."""
+
+Answers = dict[str, list[int]]
+"""Request key -> output token ids."""
+
+
+def questions(*, model: str, count: int, longest: int, seed: int) -> list[tuple[str, list[int]]]:
+    """(key, prompt) of `count` prompts of up to `longest` tokens; every second one begins like the one before it."""
+    rng = np.random.default_rng(seed)
+    found: list[tuple[str, list[int]]] = []
+    for number in range(count):
+        length = int(rng.integers(longest // 3, longest))
+        prompt = rng.integers(RESERVED_IDS, VOCAB, size=length).tolist()
+        if number % 2:
+            before = found[-1][1]
+            prompt = before[: len(before) // 2] + prompt[: longest - len(before) // 2]
+        found.append((f"{model}{number}", prompt))
+    return found
+
+
+async def round_of_answers(
+    arm: Arm, asked: dict[str, Sequence[tuple[str, list[int]]]], pins: Sequence[Pin] = ()
+) -> tuple[Answers, list[RequestRecord]]:
+    """All questions at once, engine by engine; `pins` are carried out on engine A in the meantime."""
+    workloads = {
+        model: (arm.endpoint, ClosedLoop(users=[[_turn(model, key, prompt)] for key, prompt in prompts]))
+        for model, prompts in asked.items()
+    }
+    expected = sum(len(prompts) for prompts in asked.values()) * OUTPUT_TOKENS
+    tally = Tally()
+    pinning = asyncio.create_task(_pin(arm.broker, pins, tally, expected)) if arm.broker and pins else None
+    played = await play(workloads, tally)
+    if pinning is not None:
+        await pinning
+    records = [record for of_engine in played.records.values() for record in of_engine]
+    return {record.key: record.output_ids for record in records}, records
+
+
+def _turn(model: str, key: str, prompt: list[int]) -> Turn:
+    extra = {"return_token_ids": True}
+    return Turn(
+        key=key,
+        body=encode_body(model=model, prompt=prompt, output_tokens=OUTPUT_TOKENS, extra=extra),
+        output_tokens=OUTPUT_TOKENS,
+    )
+
+
+async def _pin(broker: Path, pins: Sequence[Pin], tally: Tally, expected: int) -> None:
+    for pin in pins:
+        while tally.output_tokens < pin.at * expected:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(client.request, broker, Resize(engine="A", units=pin.units))
+
+
+def compare(stock: Sequence[Answers], polder: Sequence[Answers]) -> Metrics:
+    """How many answers were compared, and how many tokens of them are not the same."""
+    pairs = [(ours[key], theirs[key]) for ours, theirs in zip(polder, stock, strict=True) for key in theirs]
+    different = [pair for pair in pairs if pair[0] != pair[1]]
+    tokens = [token for _, theirs in pairs for token in theirs]
+    return {
+        "answers_compared": float(len(pairs)),
+        "answers_different": float(len(different)),
+        "tokens_compared": float(len(tokens)),
+        "distinct_tokens": float(len(set(tokens))),
+    }
+
+
+def moves(before: EngineStatus, after: EngineStatus) -> Metrics:
+    """What happened to the engine's memory between two looks at it."""
+    return {name: after.stats[counter] - before.stats[counter] for name, counter in MOVES.items()}

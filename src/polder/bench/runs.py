@@ -1,0 +1,83 @@
+"""One main run: both engines of one arm under their traces, and what was seen meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from polder.bench.arms import Arm
+from polder.bench.driver import ClosedLoop, OpenLoop, RequestRecord, Tally, play
+from polder.bench.machine import load_average
+from polder.bench.metrics import Metrics, RunRecords, engine_metrics, merged, percentile
+from polder.bench.progress import Stage, following
+from polder.bench.result import without_nan
+from polder.bench.timeline import Timeline, sampling
+
+__all__ = ["Run", "arm_metrics", "run_once"]
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """One run of one arm. Kept beside the result, so that reports can be made again."""
+
+    arm: str
+    started_at: float
+    """perf_counter() seconds; the timeline's clock."""
+    wall_s: float
+    client_cpu_s: float
+    load_before: float
+    load_after: float
+    records: dict[str, list[RequestRecord]]
+    """Engine -> requests, load included that is not measured."""
+    preemptions: dict[str, float]
+    timeline: Timeline
+
+
+async def run_once(arm: Arm, agents: ClosedLoop, bursts: OpenLoop, stage: Stage) -> Run:
+    """Engine A under `agents` and engine B under `bursts`, from empty prefix caches."""
+    await asyncio.to_thread(arm.reset_prefix_caches)
+    before = await asyncio.to_thread(arm.preemptions)
+    load_before = load_average()
+    tally = Tally()
+    total = sum(len(turns) for turns in agents.users) + sum(turn.measured for turn in bursts.turns)
+    workloads = {"A": (arm.endpoint, agents), "B": (arm.endpoint, bursts)}
+    async with sampling(arm.broker) as timeline, following(stage, lambda: (tally.ended, total)):
+        played = await play(workloads, tally)
+    after = await asyncio.to_thread(arm.preemptions)
+    await asyncio.to_thread(arm.check)
+    return Run(
+        arm=arm.name,
+        started_at=played.started_at,
+        wall_s=played.wall_s,
+        client_cpu_s=played.client_cpu_s,
+        load_before=load_before,
+        load_after=load_average(),
+        records=played.records,
+        preemptions={engine: after[engine] - before[engine] for engine in after},
+        timeline=timeline,
+    )
+
+
+def arm_metrics(runs: Sequence[Run], *, ideal_hit_ratio: float) -> dict[str, Metrics]:
+    """Metrics of an arm's engines and of "all", over its runs."""
+    by_engine = {
+        engine: [RunRecords(records=run.records[engine], preemptions=run.preemptions[engine]) for run in runs]
+        for engine in ("A", "B")
+    }
+    found = {engine: engine_metrics(records) for engine, records in by_engine.items()}
+    found["all"] = engine_metrics(merged(by_engine))
+    hit = found["A"]["hit_ratio"]
+    assert isinstance(hit, float)
+    found["A"]["hit_ratio_of_ideal"] = hit / ideal_hit_ratio
+    givebacks = [ms for run in runs for ms in run.timeline.giveback_ms]
+    if any(run.timeline.samples for run in runs):
+        found["all"] |= {
+            "givebacks": float(len(givebacks)),
+            "giveback_p50_ms": percentile(givebacks, 50),
+            "giveback_p99_ms": percentile(givebacks, 99),
+            "giveback_max_ms": max(givebacks, default=float("nan")),
+            "recalls": float(sum(run.timeline.recalls for run in runs)),
+            "overdue_recalls": float(sum(run.timeline.overdue for run in runs)),
+        }
+    return {engine: without_nan(metrics) for engine, metrics in found.items()}

@@ -1,0 +1,86 @@
+"""Where a fleet keeps its socket and logs while it runs, and how other commands find it.
+
+    $XDG_RUNTIME_DIR/polder/        or /tmp/polder-UID/ without that variable; 0700, ours
+        f8x2k1qa/                   one a fleet, locked (flock) by its `polder serve` as long as that lives
+            broker.sock
+            chat.log ...
+
+A fleet that is killed cannot remove its directory. The next one does: a directory whose lock is free has no owner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from polder.errors import EnvironmentFault
+
+__all__ = ["SOCKET_NAME", "discover_socket", "runtime_dir", "user_dir"]
+
+SOCKET_NAME = "broker.sock"
+_PREFIX = "f"
+
+
+def user_dir() -> Path:
+    """The directory of this user's fleets; it need not exist."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "polder" if base else Path("/tmp") / f"polder-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def runtime_dir() -> Iterator[Path]:
+    """A private directory of this fleet, gone at the end. Raises EnvironmentFault when it cannot be made, or is not private."""
+    parent = user_dir()
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owned = parent.lstat()
+        if not stat.S_ISDIR(owned.st_mode) or owned.st_uid != os.getuid() or stat.S_IMODE(owned.st_mode) & 0o077:
+            raise EnvironmentFault(f"{parent} must be a directory of yours with mode 0700: remove it, or set XDG_RUNTIME_DIR")
+        with _locked(parent):
+            _sweep(parent)
+            path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot make a directory for the fleet in {parent}: {error.strerror}") from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            parent.rmdir()  # only if no other fleet runs
+
+
+def discover_socket() -> Path | None:
+    """The broker's socket of the fleet of this user that started last, or None."""
+    found = [(path.stat().st_mtime, path) for path in user_dir().glob(f"{_PREFIX}*/{SOCKET_NAME}") if path.exists()]
+    return max(found)[1] if found else None
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what killed fleets left. Called under the parent's lock, so a directory without a lock is nobody's."""
+    for path in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
