@@ -138,8 +138,12 @@ def test_destroyed_memory_returns_and_its_handles_are_dead(machine: Machine) -> 
 
 
 def test_a_handle_cannot_be_destroyed_twice_in_one_call(machine: Machine) -> None:
-    with machine.pages(2) as handles, pytest.raises(IntegrityError):
-        machine.backend.destroy([handles[0], handles[0]])
+    with machine.pages(2) as handles, machine.span(1) as span:
+        span.map([0], handles[:1])
+        machine.fill(span.address(0), 1)
+        with pytest.raises(IntegrityError):
+            machine.backend.destroy([handles[0], handles[0]])
+        assert machine.bytes(span.address(0)) == {1}
 
 
 def test_an_adopted_page_is_the_page(machine: Machine) -> None:

@@ -23,7 +23,7 @@ from polder.errors import EnvironmentFault
 from polder.memory.page import PAGE_BYTES
 from polder.serve.process import ManagedProcess, ProcessSpec, vllm_serve
 
-__all__ = ["BLOCK_TOKENS", "ENGINE_ENV", "Arm", "EnginePlan", "PolderArm", "StockArm"]
+__all__ = ["BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "Arm", "EnginePlan", "PolderArm", "StockArm"]
 
 BLOCK_TOKENS = 32
 ENGINE_ARGS = (

@@ -14,6 +14,7 @@ __all__ = ["Check", "elastic_checks"]
 Intervals = Mapping[str, tuple[float, float]]
 """Ratio's key -> (low, high), 95 %."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One line of the report."""

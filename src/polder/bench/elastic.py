@@ -11,6 +11,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,11 +20,11 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from polder.bench.arms import BLOCK_TOKENS, Arm, EnginePlan, PolderArm, StockArm
+from polder.bench.arms import BLOCK_TOKENS, ENGINE_ARGS, ENGINE_ENV, Arm, EnginePlan, PolderArm, StockArm
 from polder.bench.checks import Check, elastic_checks
-from polder.bench.equality import FIRST_ROUND, SECOND_ROUND, Answers, compare, moves, questions, round_of_answers
-from polder.bench.machine import describe_machine, describe_versions, load_average
-from polder.bench.metrics import RunRecords, quantile_ratio_interval, ttfts_ms
+from polder.bench.equality import compare, disturbed, questions, undisturbed
+from polder.bench.machine import describe_machine, describe_versions
+from polder.bench.metrics import RunRecords, percentile, quantile_ratio_interval, ttfts_ms
 from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
 from polder.bench.plan import BUDGET_BYTES, BUDGET_WHY, USERS, BenchPlan
 from polder.bench.progress import Reporter, reporter_for
@@ -31,6 +33,7 @@ from polder.bench.result import Arms, BenchResult, ratios_over, write_result
 from polder.bench.runs import Run, arm_metrics, run_once
 from polder.bench.tax import TIME_SCALE, tax_intervals, tax_metrics, tax_pairs
 from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts
+from polder.memory.page import PAGE_BYTES
 
 __all__ = ["ElasticBench"]
 
@@ -57,6 +60,7 @@ class ElasticBench:
         self._runs: list[Run] = []
         self._stage_seconds: dict[str, float] = {}
         self._started = time.monotonic()
+        self._started_at = datetime.now(UTC)
 
     def run(self, json_file: Path, html_file: Path | None = None) -> BenchResult:
         """Runs all stages, writes the files, prints the table. Raises PolderError when an engine fails."""
@@ -144,13 +148,113 @@ class ElasticBench:
             "A": questions(model="A", count=12, longest=1200, seed=self.plan.seed),
             "B": questions(model="B", count=6, longest=700, seed=self.plan.seed),
         }
-        rounds = (FIRST_ROUND, SECOND_ROUND)
         title = "Same prompts, stock and while memory moves (float32)"
         with self._timed("equality"):
             stock = StockArm(engines, self._logs, name="stock-equality")
             with self._up(stock), self._report.stage(f"{title}: stock"):
-                theirs = [asyncio.run(round_of_answers(stock, asked)) for _ in rounds]
+                theirs = asyncio.run(undisturbed(stock, asked))
             polder = PolderArm(engines, self._logs, runtime, name="polder-equality")
             with self._up(polder), self._report.stage(f"{title}: polder"):
-                ours, moved = self._moving_rounds(polder, asked, rounds)
+                ours, moved = asyncio.run(disturbed(polder, asked))
         self._arms["polder-equality"] = {"all": compare(theirs, ours) | moved}
+
+    # ------------------------------------------------------------------ the result
+
+    def _result(self) -> tuple[BenchResult, list[Check]]:
+        ratios = {}
+        for arm, baseline in (("polder", "stock"), ("polder-alone", "stock-alone")):
+            if arm in self._arms:
+                ratios |= ratios_over(self._arms, arm=arm, baseline=baseline)
+        checks = elastic_checks(self._arms, ratios, self._intervals)
+        result = BenchResult(
+            bench="elastic",
+            conditions=self._conditions(),
+            arms=self._arms,
+            ratios=ratios,
+            checks={check.name: check.passed for check in checks},
+        )
+        return result, checks
+
+    def _conditions(self) -> dict[str, Any]:
+        blocks = {engine.name: engine.blocks for engine in self._engines({"A": MODEL_A, "B": MODEL_B}, MAX_MODEL_LEN)}
+        return {
+            "plan": asdict(self.plan),
+            "budget": {
+                "bytes": BUDGET_BYTES,
+                "why": BUDGET_WHY,
+                "stock": {name: {"blocks": count, "bytes": BUDGET_BYTES // 2} for name, count in blocks.items()},
+                "polder": {"bytes": BUDGET_BYTES, "pages": BUDGET_BYTES // PAGE_BYTES, "page_bytes": PAGE_BYTES},
+            },
+            "engines": {
+                "A": f"{MODEL_A.name}: Llama, {MODEL_A.layers} layers, {MODEL_A.kv_bytes_per_token} B of KV per token, bf16",
+                "B": f"{MODEL_B.name}: Qwen3, {MODEL_B.layers} layers, {MODEL_B.kv_bytes_per_token} B of KV per token, bf16",
+                "arguments": " ".join(ENGINE_ARGS),
+                "environment": ENGINE_ENV,
+                "cores": "A's worker on core 0, B's on core 1; API servers, engine cores, gateway and client where there is room",
+                "endpoint": "both arms behind the same gateway; the tax stage asks the engines themselves",
+            },
+            "workload": {
+                "A": f"tiny-agent-v1, closed loop, {USERS} users, sessions 0-{self.plan.sessions - 1}; first turns of the users' "
+                "first sessions are not in TTFT",
+                "B": "tiny-burst-v1, open loop: its 238 requests once, measured; then again as load, not measured, until A is through",
+                "tax": f"B's trace played {1 / TIME_SCALE:g} times as fast, on engine B alone",
+            },
+            "intervals": {key: list(interval) for key, interval in sorted(self._intervals.items())},
+            "intervals_how": "95 %, bootstrap: requests resampled within each arm (main runs), pairs of runs resampled (tax)",
+            "runs": [
+                {
+                    "arm": run.arm,
+                    "wall_s": round(run.wall_s, 1),
+                    "client_cpu_s": round(run.client_cpu_s, 2),
+                    "load_before": run.load_before,
+                    "load_after": run.load_after,
+                    "ttft_p99_ms": {
+                        engine: round(percentile(ttfts_ms(RunRecords(records=records).good), 99))
+                        for engine, records in run.records.items()
+                    },
+                }
+                for run in self._runs
+            ],
+            "order": ["stock" if letter == "A" else "polder" for letter in self.plan.order],
+            "machine": describe_machine(),
+            "versions": describe_versions(),
+            "started": self._started_at.isoformat(timespec="seconds"),
+            "stage_seconds": self._stage_seconds,
+            "total_seconds": round(time.monotonic() - self._started),
+        }
+
+    # ------------------------------------------------------------------ plumbing
+
+    def _engines(self, recipes: dict[str, ModelRecipe], max_model_len: dict[str, int]) -> list[EnginePlan]:
+        return [
+            EnginePlan(
+                name=name,
+                recipe=recipes[name],
+                model_path=ensure_model(recipes[name], self._workdir / "models"),
+                max_model_len=max_model_len[name],
+                core=core,
+                share_bytes=BUDGET_BYTES // len(ENGINES),
+            )
+            for core, name in enumerate(ENGINES)
+        ]
+
+    @contextlib.contextmanager
+    def _up(self, *arms: Arm) -> Iterator[None]:
+        """Starts the arms together; whatever happens, nothing of them is left."""
+        names = " and ".join(arm.name for arm in arms)
+        try:
+            with self._timed(f"start {names}"), self._report.stage(f"Starting {names}"):
+                for arm in arms:
+                    arm.start()
+                for arm in arms:
+                    arm.wait_ready()
+            yield
+        finally:
+            for arm in arms:
+                arm.stop()
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._stage_seconds[stage] = round(time.monotonic() - started, 1)

@@ -9,7 +9,7 @@ requests are preempted, up again. Every token has to be the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +17,18 @@ import numpy as np
 
 from polder.bench.arms import Arm
 from polder.bench.completions import encode_body
-from polder.bench.driver import ClosedLoop, RequestRecord, Tally, Turn, play
+from polder.bench.driver import ClosedLoop, Tally, Turn, play
 from polder.bench.metrics import Metrics
 from polder.bench.models import RESERVED_IDS
+from polder.bench.pinning import engine_status
 from polder.bench.traces import VOCAB
 from polder.broker import client
-from polder.broker.wire import EngineStatus, Resize
+from polder.broker.wire import Resize
 
-__all__ = ["FIRST_ROUND", "MOVES", "SECOND_ROUND", "Answers", "Pin", "compare", "moves", "questions", "round_of_answers"]
+__all__ = ["MOVES", "Answers", "Pin", "Questions", "compare", "disturbed", "questions", "undisturbed"]
 
 OUTPUT_TOKENS = 96
+REPORT_S = 0.3  # engines report their counters every 50 ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +40,17 @@ class Pin:
 
 
 # Engine A in float32 has 1,024 tokens a unit; the questions of a round need about 8 units at their end.
-FIRST_ROUND = (
-    Pin(at=0.0, units=10),
-    Pin(at=0.15, units=16),
-    Pin(at=0.35, units=9),
-    Pin(at=0.55, units=5),
-    Pin(at=0.75, units=14),
+ROUNDS = (
+    (
+        Pin(at=0.0, units=10),
+        Pin(at=0.15, units=16),
+        Pin(at=0.35, units=9),
+        Pin(at=0.55, units=5),
+        Pin(at=0.75, units=14),
+    ),
+    (Pin(at=0.0, units=12), Pin(at=0.3, units=16), Pin(at=0.5, units=4), Pin(at=0.75, units=14)),
 )
-SECOND_ROUND = (Pin(at=0.0, units=12), Pin(at=0.3, units=16), Pin(at=0.5, units=4), Pin(at=0.75, units=14))
+"""What is done to engine A in each round. In the second, the first one's prompts are asked again."""
 
 MOVES = {
     "grows": "grows_total",
@@ -58,6 +63,9 @@ MOVES = {
 
 Answers = dict[str, list[int]]
 """Request key -> output token ids."""
+
+Questions = Mapping[str, Sequence[tuple[str, list[int]]]]
+"""Model -> (key, prompt's token ids)."""
 
 
 def questions(*, model: str, count: int, longest: int, seed: int) -> list[tuple[str, list[int]]]:
@@ -74,22 +82,51 @@ def questions(*, model: str, count: int, longest: int, seed: int) -> list[tuple[
     return found
 
 
-async def round_of_answers(
-    arm: Arm, asked: dict[str, Sequence[tuple[str, list[int]]]], pins: Sequence[Pin] = ()
-) -> tuple[Answers, list[RequestRecord]]:
-    """All questions at once, engine by engine; `pins` are carried out on engine A in the meantime."""
+async def undisturbed(arm: Arm, asked: Questions) -> list[Answers]:
+    """Both rounds."""
+    return [await _round(arm, asked) for _ in ROUNDS]
+
+
+async def disturbed(arm: Arm, asked: Questions) -> tuple[list[Answers], Metrics]:
+    """Both rounds, with engine A resized in mid-decode, and what happened to its memory meanwhile."""
+    broker = arm.broker
+    assert broker is not None, "only an elastic arm can be resized"
+    before = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    answers = [await _round(arm, asked, broker, pins) for pins in ROUNDS]
+    await asyncio.sleep(REPORT_S)
+    after = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    return answers, {name: after.stats[counter] - before.stats[counter] for name, counter in MOVES.items()}
+
+
+def compare(stock: Sequence[Answers], polder: Sequence[Answers]) -> Metrics:
+    """How many answers were compared, and how many of them are not the same token by token."""
+    pairs = [(ours[key], theirs[key]) for ours, theirs in zip(polder, stock, strict=True) for key in theirs]
+    tokens = [token for _, theirs in pairs for token in theirs]
+    return {
+        "answers_compared": float(len(pairs)),
+        "answers_different": float(sum(ours != theirs for ours, theirs in pairs)),
+        "failed_requests": float(sum(len(answer) != OUTPUT_TOKENS for pair in pairs for answer in pair)),
+        "tokens_compared": float(len(tokens)),
+        "distinct_tokens": float(len(set(tokens))),
+    }
+
+
+async def _round(arm: Arm, asked: Questions, broker: Path | None = None, pins: Sequence[Pin] = ()) -> Answers:
+    """All questions at once, engine by engine; `pins` are carried out on engine A meanwhile."""
     workloads = {
         model: (arm.endpoint, ClosedLoop(users=[[_turn(model, key, prompt)] for key, prompt in prompts]))
         for model, prompts in asked.items()
     }
-    expected = sum(len(prompts) for prompts in asked.values()) * OUTPUT_TOKENS
     tally = Tally()
-    pinning = asyncio.create_task(_pin(arm.broker, pins, tally, expected)) if arm.broker and pins else None
-    played = await play(workloads, tally)
-    if pinning is not None:
-        await pinning
-    records = [record for of_engine in played.records.values() for record in of_engine]
-    return {record.key: record.output_ids for record in records}, records
+    expected = sum(len(prompts) for prompts in asked.values()) * OUTPUT_TOKENS
+    pinning = asyncio.create_task(_pin(broker, pins, tally, expected)) if broker else None
+    try:
+        played = await play(workloads, tally)
+    finally:
+        if pinning is not None:
+            pinning.cancel()  # ended long ago, unless requests failed
+            await asyncio.gather(pinning, return_exceptions=True)
+    return {record.key: record.output_ids for of_engine in played.records.values() for record in of_engine}
 
 
 def _turn(model: str, key: str, prompt: list[int]) -> Turn:
@@ -106,21 +143,3 @@ async def _pin(broker: Path, pins: Sequence[Pin], tally: Tally, expected: int) -
         while tally.output_tokens < pin.at * expected:
             await asyncio.sleep(0.005)
         await asyncio.to_thread(client.request, broker, Resize(engine="A", units=pin.units))
-
-
-def compare(stock: Sequence[Answers], polder: Sequence[Answers]) -> Metrics:
-    """How many answers were compared, and how many tokens of them are not the same."""
-    pairs = [(ours[key], theirs[key]) for ours, theirs in zip(polder, stock, strict=True) for key in theirs]
-    different = [pair for pair in pairs if pair[0] != pair[1]]
-    tokens = [token for _, theirs in pairs for token in theirs]
-    return {
-        "answers_compared": float(len(pairs)),
-        "answers_different": float(len(different)),
-        "tokens_compared": float(len(tokens)),
-        "distinct_tokens": float(len(set(tokens))),
-    }
-
-
-def moves(before: EngineStatus, after: EngineStatus) -> Metrics:
-    """What happened to the engine's memory between two looks at it."""
-    return {name: after.stats[counter] - before.stats[counter] for name, counter in MOVES.items()}

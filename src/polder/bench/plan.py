@@ -30,16 +30,22 @@ class BenchPlan:
     order: str
     stages: tuple[Stage, ...]
     tax_pairs: int
-    resize_cycles: int = 6
+    resize_stream_tokens: int = 500
+    """Length of the decodes under which engine A is resized; about 20 ms a token."""
+    seed: int = 0
+    """Of the prompts of the equality stage; traces are fixed."""
 
     def ordered(self, order: str) -> BenchPlan:
         return replace(self, order=order)
 
 
 FULL = BenchPlan(
-    name="full", sessions=32, order="ABBA", stages=("main", "resize", "tax", "equality"), tax_pairs=24, resize_cycles=12
+    name="full",
+    sessions=32,
+    order="ABBA",
+    stages=("main", "resize", "tax", "equality"),
+    tax_pairs=24,
+    resize_stream_tokens=2000,
 )
-QUICK = BenchPlan(
-    name="quick", sessions=16, order="ABBA", stages=("main", "resize", "tax", "equality"), tax_pairs=8
-)
+QUICK = BenchPlan(name="quick", sessions=16, order="ABBA", stages=("main", "resize", "tax", "equality"), tax_pairs=8)
 DEMO = BenchPlan(name="demo", sessions=16, order="AB", stages=("main", "resize", "equality"), tax_pairs=0)

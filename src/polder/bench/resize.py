@@ -93,9 +93,7 @@ async def _resize(broker: Path, units: int) -> Resized:
     return Resized(grew=grew, started=started, ended=ended, engine_ms=engine_ms)
 
 
-def resize_metrics(
-    resized: Sequence[Resized], records: Sequence[RequestRecord], *, started_at: float
-) -> Metrics:
+def resize_metrics(resized: Sequence[Resized], records: Sequence[RequestRecord], *, started_at: float) -> Metrics:
     """`started_at`: perf_counter() at second 0 of the records."""
     gaps = np.concatenate(
         [np.column_stack([record.token_s[:-1], record.token_s[1:]]) for record in records if len(record.token_s) > 1]

@@ -1,10 +1,10 @@
 """The one JSON shape of all Polder benches.
 
-    {"bench": "elastic",
-     "conditions": {...},                                     what was run, where, with what
-     "arms": {arm: {engine or "all": {metric: value}}},
-     "ratios": {"ARM/BASELINE:ENGINE.METRIC": value},         always the arm's metric over the baseline's
-     "checks": {name: bool}}
+{"bench": "elastic",
+ "conditions": {...},                                     what was run, where, with what
+ "arms": {arm: {engine or "all": {metric: value}}},
+ "ratios": {"ARM/BASELINE:ENGINE.METRIC": value},         always the arm's metric over the baseline's
+ "checks": {name: bool}}
 """
 
 from __future__ import annotations

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from polder.broker import client
-from polder.broker.wire import Resize
-from polder.cli.where import find_socket
+from polder.broker.wire import EngineStatus, Resize
+from polder.cli.where import AsJson, Socket, find_socket
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Ask the broker why, or tell it otherwise.", no_args_is_help=True, add_completion=False)
-Socket = Annotated[Path | None, typer.Option(help="The broker's socket (default: $POLDER_BROKER, else found).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_EXPLAINED = (
+    *("engine", "state", "held_units", "target_units", "reason", "busy_units", "waiting_units", "cached_units"),
+    *("floor_units", "share_units", "ceiling_units", "borrowed_units", "lent_units", "pinned_units", "unit_tokens"),
+    "curve",
+)
 
 
 @app.command()
@@ -27,6 +28,8 @@ def resize(
     as_json: AsJson = False,
 ) -> None:
     """Pin an engine's KV cache to a size."""
+    from polder.broker import client
+
     client.request(find_socket(socket), Resize(engine=engine, units=units))
     done = f"pinned to {units} units" if units else "handed back to the policy"
     print(json.dumps({"engine": engine, "pinned_units": units}) if as_json else f"{engine}: {done}")
@@ -34,20 +37,27 @@ def resize(
 
 @app.command()
 def explain(socket: Socket = None, as_json: AsJson = False) -> None:
-    """Say why each engine holds what it holds."""
+    """Say why each engine has its target."""
+    from polder.broker import client
+
     engines = client.status(find_socket(socket)).engines
     if as_json:
-        keys = ("engine", "held_units", "target_units", "busy_units", "waiting_units", "share_units", "reason", "curve")
-        print(json.dumps([{key: getattr(engine, key) for key in keys} for engine in engines]))
+        print(json.dumps([{key: getattr(engine, key) for key in _EXPLAINED} for engine in engines]))
         return
-    for e in engines:
-        loan = f", {e.borrowed_units} of them on loan" if e.borrowed_units else ""
-        print(
-            f"{e.engine}: holds {e.held_units} units of {e.unit_tokens} tokens{loan}; target {e.target_units}: {e.reason}"
+    print("\n".join(_in_words(engine) for engine in engines) or "no engine is connected")
+
+
+def _in_words(e: EngineStatus) -> str:
+    loan = f", {e.borrowed_units} of them on loan" if e.borrowed_units else ""
+    lent = f", {e.lent_units} of its share are lent" if e.lent_units else ""
+    lines = [
+        f"{e.engine} ({e.state}): target {e.target_units} units of {e.unit_tokens} tokens: {e.reason}",
+        f"    holds {e.held_units}{loan}{lent}; floor {e.floor_units}, share {e.share_units}, ceiling {e.ceiling_units}",
+        f"    running requests need {e.busy_units}, waiting ones {e.waiting_units} more; {e.cached_units} hold reusable KV",
+    ]
+    if e.curve and e.curve[-1] > 0:
+        now, most = e.curve[min(e.held_units, len(e.curve) - 1)], e.curve[-1]
+        lines.append(
+            f"    its prefix cache saves {now:.3g} s of prefill a second, {most:.3g} if it held {len(e.curve) - 1} units"
         )
-        print(f"    requests need {e.busy_units}, {e.waiting_units} more wait; {e.cached_units} hold reusable KV")
-        if e.curve and e.curve[-1] > 0:
-            at = e.curve[min(e.held_units, len(e.curve) - 1)]
-            print(
-                f"    its prefix cache saves {at:.3g} s of prefill a second, {e.curve[-1]:.3g} if it held {len(e.curve) - 1}"
-            )
+    return "\n".join(lines)

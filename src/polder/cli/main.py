@@ -9,11 +9,12 @@ import sys
 
 import typer
 
-from polder.cli import ctl, doctor, serve, top
+from polder.cli import bench, ctl, doctor, serve, top
 from polder.errors import EnvironmentFault, PolderError, UsageError
 
 __all__ = ["app", "main"]
 
+# The verbs' modules import what they need when they run: `polder version` must not wait for rich, nor the broker for httpx.
 app = typer.Typer(
     name="polder",
     help="Wins memory back for vLLM's KV cache.",
@@ -25,21 +26,13 @@ app.command("serve")(serve.serve_fleet)
 app.command("broker")(serve.run_broker)
 app.command("top")(top.top)
 app.add_typer(ctl.app, name="ctl")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 app.command("version")(doctor.version)
 
 
-def _add_bench() -> None:
-    from polder.cli import bench
-
-    app.add_typer(bench.app, name="bench")
-
-
-_add_bench()
-
-
 def main() -> None:
-    """Entry point: errors of ours become one line on stderr and an exit code."""
+    """Entry point: errors of ours become a message on stderr and an exit code."""
     try:
         app()
     except UsageError as error:

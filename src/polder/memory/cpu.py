@@ -116,8 +116,7 @@ class CpuBackend:
         return self._segments.create(count) if count else []
 
     def destroy(self, handles: Sequence[Handle]) -> None:
-        self._segments.punch(handles)
-        self._segments.drop(handles)
+        self._segments.destroy(handles)
 
     def drop(self, handles: Sequence[Handle]) -> None:
         self._segments.drop(handles)

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from polder.errors import EnvironmentFault, IntegrityError, OutOfPages, ProtocolError
 from polder.memory import _libc
@@ -64,13 +65,16 @@ class Segments:
         with self._lock:
             self._check_held(handles)
 
+    def destroy(self, handles: Sequence[Handle]) -> None:
+        with self._lock:
+            self._counts(handles)  # refuses before a byte is lost
+        self.punch(handles)
+        self.drop(handles)
+
     def drop(self, handles: Sequence[Handle]) -> None:
         with self._lock:
-            counts = [(s, np.bincount(pages, minlength=len(s.held))) for s, pages in self._by_segment(handles)]
-            if any((count > segment.held).any() for segment, count in counts):
-                raise IntegrityError("page handles were destroyed or dropped already")
-            for segment, count in counts:
-                segment.held -= count.astype(np.int32)
+            for segment, count in self._counts(handles):
+                segment.held -= count
                 if not segment.held.any():
                     del self._by_fd[segment.fd], self._by_identity[segment.identity]
                     os.close(segment.fd)
@@ -138,6 +142,16 @@ class Segments:
             if segment is None:
                 raise IntegrityError(f"no segment {key} is held: its pages were destroyed or belong elsewhere")
             yield segment, table[table[:, 0] == key, 1] // self._page_bytes
+
+    def _counts(self, handles: Sequence[Handle]) -> list[tuple[_Segment, npt.NDArray[np.int32]]]:
+        """How often each page of each segment is named. Raises IntegrityError when that is more often than it is held."""
+        counts = [
+            (segment, np.bincount(pages, minlength=len(segment.held)).astype(np.int32))
+            for segment, pages in self._by_segment(handles)
+        ]
+        if any((count > segment.held).any() for segment, count in counts):
+            raise IntegrityError("page handles were destroyed or dropped already")
+        return counts
 
     def _check_held(self, handles: Sequence[Handle]) -> None:
         for segment, pages in self._by_segment(handles):

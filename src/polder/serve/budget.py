@@ -26,7 +26,7 @@ _SEVERAL_RANKS = (
 _NOT_PLAIN = (  # keys of config.json that mean another KV cache than one of full attention in every layer
     *("kv_lora_rank", "text_config", "num_kv_shared_layers", "attn_layer_period", "attn_layer_indices", "ssm_cfg"),
     *("hybrid_override_pattern", "layers_block_type", "full_attention_interval", "linear_attn_config", "mamba_d_state"),
-    *("mamba_expand", "block_configs", "cross_attention_layers",
+    *("mamba_expand", "block_configs", "cross_attention_layers"),
 )
 
 

@@ -22,7 +22,7 @@ from polder.units import format_bytes, parse_bytes, parse_seconds
 __all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
-_RESERVED = {"broker"}  # the name of a child, and of its log
+_RESERVED = ("broker", "gateway")  # names that events, logs and metrics use already
 _OURS = ("--served-model-name", "--host", "--port", "--uds", "--max-model-len", "--model")
 _DEVICE = re.compile(r"(cpu|cuda):[0-9]+")
 
@@ -114,7 +114,9 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
     names = [model.name for model in file.model]
     for name in names:
         if not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ConfigError(f"model name {name!r}: use letters, digits and . _ : / - (and not {', '.join(_RESERVED)})")
+            raise ConfigError(
+                f"model name {name!r}: use letters, digits and . _ : / - (and not {', '.join(_RESERVED)})"
+            )
         if names.count(name) > 1:
             raise ConfigError(f"model name {name!r} is given twice; each needs its own")
     if not 0 < file.server.port < 65536:

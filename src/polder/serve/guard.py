@@ -29,7 +29,9 @@ import time
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LEAVE_S = 2.0  # orphans get SIGTERM and this time before SIGKILL
-TRACKER_S = 1.0  # multiprocessing's resource tracker removes shared memory once all its users are gone: it gets this much more
+TRACKER_S = (
+    1.0  # multiprocessing's resource tracker removes shared memory once all its users are gone: it gets this much more
+)
 
 
 def main(arguments: list[str]) -> int:

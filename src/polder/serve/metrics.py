@@ -146,9 +146,8 @@ _ENGINE_LABEL = re.compile(r'([{,]\s*)engine="')
 def merge(texts: Iterable[tuple[str, str]]) -> str:
     """Joins (engine, Prometheus text) pairs: samples get the engine's label, each family its HELP and TYPE once.
 
-    Lines are not parsed further: the figures stay digit for digit what vLLM printed, and a thousand lines cost a millisecond. vLLM's
-    own `engine` label (the data-parallel rank) becomes `exported_engine`, as Prometheus itself would name it. A pair with an
-    empty engine is passed on as it stands.
+    Values are not parsed: they stay digit for digit what vLLM printed. vLLM's own `engine` label (the data-parallel rank)
+    becomes `exported_engine`, as Prometheus itself would name it. A pair with an empty engine is passed on as it stands.
     """
     heads: dict[str, dict[str, str]] = {}
     samples: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
 """Child processes that end when they should: at `stop`, when they fail, and with their parent whatever kills it.
 
-Each child runs under a guard (guard.py), which leads a session of its own, and ends only when nothing that descends from the child is
-left. So waiting for the guard is waiting for the whole tree.
+Each child runs under a guard (guard.py), which leads a session of its own, and ends only when nothing that descends from the
+child is left. So waiting for the guard is waiting for the whole tree.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class ManagedProcess:
         self._signal(signal.SIGTERM)
 
     def stop(self, grace_s: float = 15.0) -> None:
-        """SIGTERM, after the grace SIGKILL to the tree; returns when nothing of it is left. Nothing happens when it does not run."""
+        """SIGTERM, after the grace SIGKILL to the tree; returns when nothing of it is left. Harmless when it does not run."""
         self.terminate()
         if not self._ended_within(grace_s):
             self._signal(signal.SIGQUIT)
@@ -185,11 +185,12 @@ def vllm_serve(
     command = Path(sys.executable).with_name("vllm")
     program = (str(command),) if command.exists() else (sys.executable, "-m", "vllm.entrypoints.cli.main")
     own = {"--served-model-name": name, "--host": "127.0.0.1", "--port": str(port)}
+    options = [word for option in own.items() for word in option]
+    # A log line a request would grow for ever. The requests themselves are logged only with --enable-log-requests.
+    options.append("--disable-uvicorn-access-log")
     return ProcessSpec(
         name=name,
-        # One log line a request would grow for ever; vLLM 0.32 logs the requests themselves only with --enable-log-requests.
-        argv=(*program, "serve", str(model_path), *(text for option in own.items() for text in option))
-        + ("--disable-uvicorn-access-log", *args),
+        argv=(*program, "serve", str(model_path), *options, *args),
         env=dict(env or {}),
         log_path=log_path,
         health_url=f"http://127.0.0.1:{port}/health",

@@ -148,9 +148,7 @@ def _kept(headers: list[tuple[bytes, bytes]], dropped: set[bytes]) -> list[tuple
     return [(name, value) for name, value in named if name not in _PER_HOP | dropped | listed]
 
 
-def error_response(
-    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+def error_response(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error in OpenAI's shape."""
     body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
     return JSONResponse(body, status_code=status, headers=headers)

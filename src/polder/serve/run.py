@@ -21,14 +21,16 @@ from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
 from polder.serve.process import ProcessSpec, free_port, vllm_serve
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
-from polder.serve.supervisor import Backoff, ChildStatus, Event, Supervisor
+from polder.serve.supervisor import Backoff, Event, Supervisor
 
 __all__ = ["broker_spec", "run"]
 
 DRAIN_S = 5  # open requests get this long once the fleet is told to stop
 
 
-def run(fleet: Fleet, report: Callable[[Event], None], *, socket_path: Path | None = None, log_dir: Path | None = None) -> None:
+def run(
+    fleet: Fleet, report: Callable[[Event], None], *, socket_path: Path | None = None, log_dir: Path | None = None
+) -> None:
     """Serves until SIGINT or SIGTERM. Must run in the main thread.
 
     `report` hears of every start and death; it is called from several threads. Raises AddressInUse, ConfigError and
@@ -67,6 +69,8 @@ def run(fleet: Fleet, report: Callable[[Event], None], *, socket_path: Path | No
         teams += [broker, models]
         with _ended_by_signals(server):
             try:
+                place = f"http://{fleet.host}:{fleet.port}/v1 for {', '.join(ports)}; broker on {path}; logs in {logs}"
+                report(Event(child="gateway", kind="started", pid=os.getpid(), detail=place))
                 broker.start()
                 if _broker_answers(path, server):
                     models.start()
@@ -130,7 +134,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(1024)  # SO_REUSEADDR lets two bind one port; only one may listen
     except OSError as error:
         listener.close()
-        raise AddressInUse(f"cannot listen on {where}: {error.strerror}; stop who does, or choose another server.port") from error
+        raise AddressInUse(
+            f"cannot listen on {where}: {error.strerror}; stop who does, or choose another server.port"
+        ) from error
     return listener
 
 

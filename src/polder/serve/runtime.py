@@ -41,7 +41,9 @@ def runtime_dir() -> Iterator[Path]:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         owned = parent.lstat()
         if not stat.S_ISDIR(owned.st_mode) or owned.st_uid != os.getuid() or stat.S_IMODE(owned.st_mode) & 0o077:
-            raise EnvironmentFault(f"{parent} must be a directory of yours with mode 0700: remove it, or set XDG_RUNTIME_DIR")
+            raise EnvironmentFault(
+                f"{parent} must be a directory of yours with mode 0700: remove it, or set XDG_RUNTIME_DIR"
+            )
         with _locked(parent):
             _sweep(parent)
             path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))

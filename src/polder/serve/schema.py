@@ -73,7 +73,12 @@ class FleetFile(msgspec.Struct, forbid_unknown_fields=True):
     server: ServerTable = msgspec.field(default_factory=ServerTable)
 
 
-_TABLES: dict[str, type[msgspec.Struct]] = {"memory": MemoryTable, "model": ModelTable, "server": ServerTable, "": FleetFile}
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "memory": MemoryTable,
+    "model": ModelTable,
+    "server": ServerTable,
+    "": FleetFile,
+}
 
 
 def read_file(path: Path) -> FleetFile:

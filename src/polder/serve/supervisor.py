@@ -5,7 +5,8 @@ One thread a child, so that waiting for one (a model takes 20 s to minutes to lo
     starting ──ready──► ready ──ends──► down ──back-off──► starting ...
         └─────────ends, or is too slow───┘ └─ never ready in `attempts` starts ──► failed
 
-A child that was ready once is restarted for ever. One that never was has a wrong option or does not fit the machine: it is given up.
+A child that was ready once is restarted for ever. One that never was has a wrong option or does not fit the machine: it is
+given up.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ class FaultyBackend:
 
     calls: Counter[str]
 
-    def __init__(self, inner: Backend, fail: Mapping[str, Collection[int]] | None = None, error: Failure = OutOfPages) -> None:
+    def __init__(
+        self, inner: Backend, fail: Mapping[str, Collection[int]] | None = None, error: Failure = OutOfPages
+    ) -> None:
         self._inner, self._error = inner, error
         self._fail = {name: set(numbers) for name, numbers in (fail or {}).items()}
         self.calls = Counter()

@@ -9,6 +9,7 @@ They never raise for want of memory: a failure is an answer, since an exception 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,11 @@ class WorkerMemory:
             part = list(missing[start : start + MAX_FDS])
             request = Fetch(engine=self.plan.engine, rank=self.rank, device=self.device, pages=part)
             handles, fds = fetch_handles(self.plan.broker, request)
-            self.imported.adopt(handles.generation, part, fds, handles.fd_index, handles.offsets)
+            try:
+                self.imported.adopt(handles.generation, part, fds, handles.fd_index, handles.offsets)
+            finally:
+                for fd in fds:
+                    os.close(fd)
         self.span.map(slots, self.imported.handles(generation, pages))
         self.span.zero(slots)  # law 2: stale bytes read as NaN spoil even masked rows
         for at, unit in enumerate(units):

@@ -1,0 +1,113 @@
+"""What `polder top` shows: a bar for each device, memory and requests of each engine, give-back times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from polder.broker.wire import DeviceStatus, EngineStatus, Status
+from polder.cli.top import Snapshot
+from polder.errors import EnvironmentFault
+from polder.serve.metrics import unit_bytes
+from polder.units import format_bytes
+
+__all__ = ["render", "watch"]
+
+BAR = 60
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+_MEMORY = ("held", "floor", "share", "ceiling", "busy", "waiting", "cached", "borrowed", "lent", "recalled", "target")
+
+
+def watch(first: Snapshot, look: Callable[[], Snapshot], interval_s: float) -> None:
+    """Shows updates until it is interrupted; an unreachable broker is said and asked again."""
+    with Live(render(first), screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            try:
+                live.update(render(look()), refresh=True)
+            except EnvironmentFault as error:
+                live.update(Text(f"{error}; asking again", style="red"), refresh=True)
+
+
+def render(snapshot: Snapshot) -> RenderableType:
+    parts: list[RenderableType] = []
+    status = snapshot.broker
+    if status is None:
+        parts.append(Text("the broker does not answer; engines serve on with what they hold", style="red"))
+    else:
+        colours = {e.engine: COLOURS[i % len(COLOURS)] for i, e in enumerate(status.engines)}
+        parts += [_device(device, colours) for device in status.devices]
+        parts += [Text(), _memory(status, colours), Text(), _requests(status.engines, colours), Text(), _broker(status)]
+    down = [child for child in snapshot.children if child.state != "ready"]
+    parts += [Text(f"{c.name} is {c.state}, restarts {c.restarts} {c.last_exit}", style="red") for c in down]
+    return Group(*parts)
+
+
+def _device(device: DeviceStatus, colours: dict[str, str]) -> Text:
+    size = device.page_bytes
+    text = Text(f"{device.device}  {format_bytes(device.total_pages * size)}  ", style="bold")
+    parts = [(colours.get(owner.rpartition("/")[0], "white"), n) for owner, n in device.pages_by_owner.items()]
+    drawn = pages = 0
+    for colour, count in [*parts, ("dim", device.total_pages - sum(n for _, n in parts))]:
+        pages += count
+        end = round(BAR * pages / max(1, device.total_pages))  # of the sum, so that the bar has its length
+        text.append(("░" if colour == "dim" else "█") * (end - drawn), style=colour)
+        drawn = end
+    held = "  ".join(f"{owner} {format_bytes(n * size)}" for owner, n in device.pages_by_owner.items())
+    text.append(f"\n    {held}  free {format_bytes(device.free_pages * size)}", style="default")
+    return text
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold dim")
+    table.add_column(first)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("state", "why") else "right")
+    return table
+
+
+def _memory(status: Status, colours: dict[str, str]) -> Table:
+    table = _table("memory of", "state", *_MEMORY)
+    for engine in status.engines:
+        size = unit_bytes(engine, status)
+        table.add_row(
+            Text(engine.engine, style=colours[engine.engine]),
+            Text(engine.state, style="green" if engine.state == "serving" else "red"),
+            *(format_bytes(getattr(engine, f"{name}_units") * size).replace(" ", "\u00a0") for name in _MEMORY),
+        )
+    return table
+
+
+def _requests(engines: list[EngineStatus], colours: dict[str, str]) -> Table:
+    table = _table("requests of", "running", "waiting", "KV used", "hit ratio", "preempted", "units", "target", "why")
+    for engine in engines:
+        stats = engine.stats
+        queries = stats.get("prefix_queries_tokens_total", 0.0)
+        table.add_row(
+            Text(engine.engine, style=colours[engine.engine]),
+            f"{stats.get('running', 0.0):.0f}",
+            f"{stats.get('waiting', 0.0):.0f}",
+            f"{stats.get('kv_used_ratio', 0.0):.0%}",
+            f"{stats.get('prefix_hits_tokens_total', 0.0) / queries:.0%}" if queries else "-",
+            f"{stats.get('preemptions_total', 0.0):.0f}",
+            str(engine.held_units),
+            str(engine.target_units),
+            engine.reason,
+        )
+    return table
+
+
+def _broker(status: Status) -> Text:
+    line = f"up {status.uptime_s:.0f} s   {status.grants} grants   {status.recalls} recalls   {status.overdue} overdue"
+    times = sorted(status.giveback_ms)
+    if times:
+        p50, p99 = (times[min(len(times) - 1, int(len(times) * part))] for part in (0.5, 0.99))
+        line += f"   give-back p50 {p50:.0f} ms, p99 {p99:.0f} ms (last {len(times)})"
+    if status.reclaimed_pages:
+        line += f"   {status.reclaimed_pages} pages reclaimed from dead engines"
+    return Text(line, style="dim")
