@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture
-def short_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory whose path leaves room for a Unix socket's 107 bytes."""
-    import shutil
-    import tempfile
+def pytest_configure() -> None:
+    """A run that is told to end tears its fixtures down, engines included, as one that fails does."""
 
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """A directory whose path leaves room for a Unix socket's 107 bytes."""
     path = Path(tempfile.mkdtemp(prefix="pt-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)

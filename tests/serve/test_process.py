@@ -1,4 +1,4 @@
-"""Children end when they are told to, with their parent, and with everything they started."""
+"""Nothing that descends from a child outlives it, its stop, or its parent."""
 
 from __future__ import annotations
 
@@ -7,120 +7,117 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from polder.errors import EnvironmentFault
-from polder.serve.process import ManagedProcess, ProcessSpec
-from polder.serve.supervisor import Supervisor
-
-FAMILY = """
-import subprocess, sys, time, signal
-if {stubborn}: signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, flush=True)
-time.sleep(60)
-"""
+from polder.serve.process import ManagedProcess, ProcessSpec, free_port, vllm_serve
+from tests.serve.fakes import is_running, tree_argv, tree_pids, wait_for
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def python(code: str, **options: object) -> ProcessSpec:
+    return ProcessSpec(name="child", argv=(sys.executable, "-S", "-c", code), **options)  # type: ignore[arg-type]
 
 
-def spec(code: str, tmp_path: Path, name: str = "child") -> ProcessSpec:
-    return ProcessSpec(name=name, argv=(sys.executable, "-c", code), log_path=tmp_path / f"{name}.log")
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.parametrize("stubborn", [False, True])
-def test_stop_ends_grandchildren_too(tmp_path: Path, stubborn: bool) -> None:
-    process = ManagedProcess(spec(FAMILY.format(stubborn=stubborn), tmp_path))
+def test_stop_ends_grandchildren_that_ignore_sigterm(tmp_path: Path) -> None:
+    process = ManagedProcess(ProcessSpec(name="tree", argv=tree_argv(tmp_path)))
     process.start()
-    log = tmp_path / "child.log"
-    wait_for(lambda: log.read_text().strip().isdecimal())
-    grandchild = int(log.read_text())
-    process.stop(grace_s=0.5)
+    pids = tree_pids(tmp_path)
+    process.stop(grace_s=5.0)
     assert not process.alive()
-    assert gone(grandchild)
+    assert not [pid for pid in pids if is_running(pid)]
 
 
-def test_a_child_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
-    code = f"""
-import sys, time
-from pathlib import Path
-from polder.serve.process import ManagedProcess, ProcessSpec
-child = ManagedProcess(ProcessSpec(name="c", argv=(sys.executable, "-c", "import time; time.sleep(60)")))
-child.start()
-Path({str(tmp_path / "pid")!r}).write_text(str(child.pid))
-time.sleep(60)
-"""
+def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    flag = tmp_path / "up"
+    process = ManagedProcess(
+        python(f"import signal, time; signal.signal(15, signal.SIG_IGN); open({str(flag)!r}, 'w'); time.sleep(100)")
+    )
+    process.start()
+    wait_for(flag.exists, "the child")
+    before = time.monotonic()
+    process.stop(grace_s=0.3)
+    assert 0.3 <= time.monotonic() - before < 5
+    assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_grandchildren_end_when_the_child_dies(tmp_path: Path) -> None:
+    process = ManagedProcess(ProcessSpec(name="tree", argv=tree_argv(tmp_path)))
+    process.start()
+    pids = tree_pids(tmp_path)
+    child = int(subprocess.check_output(["pgrep", "-P", str(process.pid)]))
+    os.kill(child, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == 128 + signal.SIGKILL
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def test_the_group_ends_when_the_guard_is_killed(tmp_path: Path) -> None:
+    process = ManagedProcess(ProcessSpec(name="tree", argv=tree_argv(tmp_path)))
+    process.start()
+    same_session, own_session = tree_pids(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not process.alive()
+    wait_for(lambda: not is_running(same_session), "the group to end")
+    os.kill(own_session, signal.SIGKILL)  # out of reach without its guard: guard.py says so
+
+
+def test_the_tree_ends_when_the_parent_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from polder.serve.process import ManagedProcess, ProcessSpec;"
+        f"p = ManagedProcess(ProcessSpec(name='tree', argv={tree_argv(tmp_path)!r})); p.start(); time.sleep(100)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code])
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
-    child = int((tmp_path / "pid").read_text())
+    pids = tree_pids(tmp_path)
     parent.kill()
     parent.wait()
-    wait_for(lambda: gone(child))
+    wait_for(lambda: not [pid for pid in pids if is_running(pid)], "the tree to end")
 
 
-def test_a_child_that_dies_before_it_is_ready_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    bad = ProcessSpec(
-        name="bad",
-        argv=(sys.executable, "-c", "print('out of luck'); raise SystemExit(7)"),
-        log_path=tmp_path / "bad.log",
-        health_url="http://127.0.0.1:9/health",
+def test_a_death_before_readiness_fails_at_once_with_the_end_of_the_log(tmp_path: Path) -> None:
+    spec = python(
+        "print('bad option --frobnicate'); raise SystemExit(3)",
+        log_path=tmp_path / "log",
+        health_url=f"http://127.0.0.1:{free_port()}/health",
     )
-    process = ManagedProcess(bad)
+    process = ManagedProcess(spec)
     process.start()
-    with pytest.raises(EnvironmentFault, match=r"(?s)ended with code 7.*out of luck"):
-        process.wait_ready(10)
+    with pytest.raises(EnvironmentFault, match=r"child ended with code 3 .*(?s:.*)--frobnicate"):
+        process.wait_ready(30)
     process.stop()
 
 
-def test_a_missing_program_is_named(tmp_path: Path) -> None:
-    process = ManagedProcess(ProcessSpec(name="ghost", argv=("/no/such/program",), log_path=tmp_path / "ghost.log"))
-    with pytest.raises(EnvironmentFault, match="(?s)ghost.*no/such/program"):
-        process.start()
-        wait_for(lambda: not process.alive())
-        process.wait_ready(1)
-    process.stop()
+def test_readiness_is_the_health_url(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "health").touch()
+    argv = (sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(tmp_path))
+    process = ManagedProcess(
+        ProcessSpec(name="http", argv=argv, log_path=tmp_path / "log", health_url=f"http://127.0.0.1:{port}/health")
+    )
+    process.start()
+    try:
+        process.wait_ready(20)
+        (tmp_path / "health").unlink()
+        assert not process.ready()
+        with pytest.raises(EnvironmentFault, match="not ready after"):
+            process.wait_ready(0.2)
+    finally:
+        process.stop()
 
 
-def test_a_death_is_reported_and_restarted_later_each_time(tmp_path: Path) -> None:
-    now = 0.0
-    lines: list[str] = []
-    supervisor = Supervisor([spec("import time; time.sleep(60)", tmp_path)], lines.append, clock=lambda: now)
-    process = supervisor.start("child")
-    supervisor.poll()
-    assert supervisor.status()[0].state == "ready"
-    delays = []
-    for _ in range(3):
-        os.kill(process.pid, signal.SIGKILL)
-        wait_for(lambda: not process.alive())
-        supervisor.poll()
-        assert supervisor.status()[0].state == "down"
-        delays.append(supervisor.status()[0].retry_in_s)
-        now += delays[-1] - 0.01
-        supervisor.poll()
-        assert not process.alive(), "not before its time"
-        now += 0.02
-        supervisor.poll()
-        assert process.alive()
-    assert delays == pytest.approx([1.0, 2.0, 4.0])
-    assert supervisor.status()[0].restarts == 3
-    assert sum("ended with" in line for line in lines) == 3
-    supervisor.poll()
-    now += 61.0  # healthy for a minute: the next death is the first again
-    os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: not process.alive())
-    supervisor.poll()
-    assert supervisor.status()[0].retry_in_s == 1.0
-    supervisor.stop()
+def test_a_program_that_is_not_there_is_said(tmp_path: Path) -> None:
+    process = ManagedProcess(ProcessSpec(name="x", argv=("/no/such/program",), log_path=tmp_path / "log"))
+    process.start()
+    process.wait()
+    assert process.returncode == 127
+    assert "cannot start /no/such/program" in process.log_tail()
+
+
+def test_vllm_serve_is_bound_to_loopback_and_keeps_the_extra_arguments_last() -> None:
+    spec = vllm_serve("/m", name="chat", port=81, args=("--enforce-eager",), env={"A": "1"})
+    text = " ".join(spec.argv)
+    assert " serve /m --served-model-name chat --host 127.0.0.1 --port 81 " in text
+    assert text.endswith("--enforce-eager")
+    assert spec.health_url == "http://127.0.0.1:81/health"

@@ -1,7 +1,8 @@
 """The two systems under test: the same two models with the same bytes, once in fixed halves, once elastic.
 
-Both arms answer on one gateway (the same code), start engines by `vllm serve` with the same arguments and environment, and stay up
-for the whole bench. They differ in one thing: a stock engine has its blocks fixed at the start, an elastic one is given a broker.
+Both arms answer on one gateway (the same code), start engines by `vllm serve` with the same arguments and environment, and
+stay up for the whole bench. They differ in one thing: a stock engine has its blocks fixed at the start, an elastic one is
+given a broker.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from polder.bench.driver import Endpoint
 from polder.bench.models import ModelRecipe
 from polder.errors import EnvironmentFault
-from polder.memory.page import PAGE_BYTES
 from polder.serve.process import ManagedProcess, ProcessSpec, vllm_serve
 
 __all__ = ["BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "Arm", "EnginePlan", "PolderArm", "StockArm"]

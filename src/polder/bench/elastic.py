@@ -1,8 +1,8 @@
 """`polder bench elastic`: two models under one KV budget, once in fixed halves, once elastic.
 
-Engine A serves the agents of tiny-agent-v1 (closed loop, high reuse, wants memory), engine B another model under the bursts of
-tiny-burst-v1 (open loop, no reuse, idle in between). B's trace is played once and measured; if A is not through by then, B's trace goes
-on as load that is not measured, so both arms are measured on the same requests.
+Engine A serves the agents of tiny-agent-v1 (closed loop, high reuse, wants memory), engine B another model under the
+bursts of tiny-burst-v1 (open loop, no reuse, idle in between). B's trace is played once and measured; if A is not through
+by then, B's trace goes on as load that is not measured, so both arms are measured on the same requests.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class ElasticBench:
     # ------------------------------------------------------------------ the result
 
     def _result(self) -> tuple[BenchResult, list[Check]]:
-        ratios = {}
+        ratios: dict[str, float] = {}
         for arm, baseline in (("polder", "stock"), ("polder-alone", "stock-alone")):
             if arm in self._arms:
                 ratios |= ratios_over(self._arms, arm=arm, baseline=baseline)
@@ -194,9 +194,10 @@ class ElasticBench:
                 "endpoint": "both arms behind the same gateway; the tax stage asks the engines themselves",
             },
             "workload": {
-                "A": f"tiny-agent-v1, closed loop, {USERS} users, sessions 0-{self.plan.sessions - 1}; first turns of the users' "
-                "first sessions are not in TTFT",
-                "B": "tiny-burst-v1, open loop: its 238 requests once, measured; then again as load, not measured, until A is through",
+                "A": f"tiny-agent-v1, closed loop, {USERS} users, sessions 0-{self.plan.sessions - 1}; "
+                "first turns of the users' first sessions are not in TTFT",
+                "B": "tiny-burst-v1, open loop: its 238 requests once, measured; "
+                "then again as load, not measured, until A is through",
                 "tax": f"B's trace played {1 / TIME_SCALE:g} times as fast, on engine B alone",
             },
             "intervals": {key: list(interval) for key, interval in sorted(self._intervals.items())},

@@ -1,9 +1,9 @@
 """Do answers stay the same while memory moves under them?
 
-A fixed set of prompts, greedy, on float32 models (in bf16 stock vLLM itself gives other tokens when a batch has another shape), sent
-all at once, then all once more, which hits the prefixes of the first time. Stock answers undisturbed. Polder answers while
-the bench pins the engine to other sizes in mid-decode: up, down with migration, down below what is in use so that
-requests are preempted, up again. Every token has to be the same.
+A fixed set of prompts, greedy, on float32 models (in bf16 stock vLLM itself gives other tokens when a batch has another
+shape), sent all at once, then all once more, which hits the prefixes of the first time. Stock answers undisturbed. Polder
+answers while the bench pins the engine to other sizes in mid-decode: up, down with migration, down below what is in use so
+that requests are preempted, up again. Every token has to be the same.
 """
 
 from __future__ import annotations

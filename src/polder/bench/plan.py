@@ -14,9 +14,10 @@ Stage = Literal["main", "resize", "tax", "equality"]
 USERS = 16
 BUDGET_BYTES = 320 << 20
 BUDGET_WHY = (
-    f"{BUDGET_BYTES // MODEL_A.kv_bytes_per_token:,} tokens' worth of engine A's KV (8 KiB each): just above the 40,162 tokens that "
-    "the contexts of its 16 users reach at the end of their sessions, so the whole of the budget holds A's hot set and half of it "
-    "does not; 160 pages of 2 MiB, so halves, units and blocks come out whole and both arms have the same bytes to the block"
+    f"{BUDGET_BYTES // MODEL_A.kv_bytes_per_token:,} tokens' worth of engine A's KV (8 KiB each): just above the 40,162 "
+    "tokens that the contexts of its 16 users reach at the end of their sessions, so the whole of the budget holds A's hot "
+    "set and half of it does not; 160 pages of 2 MiB, so halves, units and blocks come out whole and both arms have the "
+    "same bytes to the block"
 )
 
 

@@ -1,9 +1,9 @@
 """How long does a resize of 100 pages take under load, and how much does it hold a step up?
 
-A few long decodes run on engine A while the bench pins it down and up by as many units as hold 100 pages. Three times of each resize:
-from the request to the broker until it is seen to be done (`shrink_ms`, `grow_ms`; the latter with up to 50 ms until the engine
-reports it), the engine's own time for it (`*_engine_ms`), and the longest gap between two tokens of a running request
-around it, less the ordinary gap (`*_step_delay_ms`).
+A few long decodes run on engine A while the bench pins it down and up by as many units as hold 100 pages. Three times of
+each resize: from the request to the broker until it is seen to be done (`shrink_*`, `grow_*`; a growth is seen up to 50 ms
+late, when the engine reports it), the engine's own time for it (`*_engine_*`), and the longest gap between two tokens of a
+running request around it, less the ordinary gap (`*_step_delay_*`).
 """
 
 from __future__ import annotations

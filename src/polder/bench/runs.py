@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from polder.bench.arms import Arm
-from polder.bench.driver import ClosedLoop, OpenLoop, RequestRecord, Tally, play
+from polder.bench.driver import ClosedLoop, Endpoint, OpenLoop, RequestRecord, Tally, Workload, play
 from polder.bench.machine import load_average
 from polder.bench.metrics import Metrics, RunRecords, engine_metrics, merged, percentile
 from polder.bench.progress import Stage, following
@@ -41,7 +41,7 @@ async def run_once(arm: Arm, agents: ClosedLoop, bursts: OpenLoop, stage: Stage)
     load_before = load_average()
     tally = Tally()
     total = sum(len(turns) for turns in agents.users) + sum(turn.measured for turn in bursts.turns)
-    workloads = {"A": (arm.endpoint, agents), "B": (arm.endpoint, bursts)}
+    workloads: dict[str, tuple[Endpoint, Workload]] = {"A": (arm.endpoint, agents), "B": (arm.endpoint, bursts)}
     async with sampling(arm.broker) as timeline, following(stage, lambda: (tally.ended, total)):
         played = await play(workloads, tally)
     after = await asyncio.to_thread(arm.preemptions)

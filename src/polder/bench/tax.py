@@ -1,9 +1,9 @@
 """What elasticity costs when there is nothing to win: no reuse, and nobody else who wants memory.
 
-Engine B alone, the burst trace played five times as fast, stock and elastic in turn, from empty prefix caches, straight to the
-engines. Runs are paired with their neighbours in time, so that a slow minute of the machine falls on both; the interval
-comes from resampling the pairs. An open loop ends when the trace ends, however fast the engine is, so throughput is output tokens over
-the time in which the engine had work.
+Engine B alone, the burst trace played five times as fast, stock and elastic in turn, from empty prefix caches, straight to
+the engines. Runs are paired with their neighbours in time, so that a slow minute of the machine falls on both; the interval
+comes from resampling the pairs. An open loop ends when the trace ends, however fast the engine is, so throughput is output
+tokens over the time in which the engine had work.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,15 +18,7 @@ def bench() -> None:
     """Every bench writes JSON of one shape: bench, conditions, arms, ratios, checks."""
 
 
-class Size(str, Enum):
-    """How much of the bench is run."""
-
-    demo = "demo"
-    quick = "quick"
-    full = "full"
-
-
-class Order(str, Enum):
+class Order(StrEnum):
     """Order of the runs: A is stock, B is Polder."""
 
     ABBA = "ABBA"

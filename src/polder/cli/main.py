@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would swallow the [tables] of the fleet file in the help
 )
 app.command("serve")(serve.serve_fleet)
 app.command("broker")(serve.run_broker)

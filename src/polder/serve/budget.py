@@ -78,13 +78,12 @@ def _read_config(path: Path) -> Mapping[str, Any] | None:
 
 
 def _token_bytes_of_layer(config: Mapping[str, Any], args: Sequence[str]) -> int | None:
-    layers, heads, hidden = (config.get(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    kv_heads = config.get("num_key_value_heads") or heads
-    if not all(isinstance(n, int) and n > 0 for n in (layers, heads, hidden, kv_heads)):
+    heads = _count(config, "num_attention_heads")
+    kv_heads = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+    head_dim = _count(config, "head_dim") or _count(config, "hidden_size") // max(1, heads)
+    if not (_count(config, "num_hidden_layers") and kv_heads and head_dim):
         return None
-    assert isinstance(heads, int) and isinstance(hidden, int) and isinstance(kv_heads, int)
-    head_dim = config.get("head_dim") or hidden // heads
-    if (option(args, "--kv-cache-dtype") or "auto") != "auto" or not isinstance(head_dim, int):
+    if (option(args, "--kv-cache-dtype") or "auto") != "auto":
         return None
     given = option(args, "--dtype") or "auto"
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16") if given == "auto" else given
@@ -104,3 +103,9 @@ def _length(config: Mapping[str, Any], max_model_len: int | None, args: Sequence
     if (config.get("rope_scaling") or {}).get("rope_type", "llama3") != "llama3":
         return None  # others multiply the length by rules of their own
     return length if isinstance(length, int) and length > 0 else None
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """A positive number, or 0 when there is none (missing, or a list with a number for each layer)."""
+    value = config.get(key)
+    return value if isinstance(value, int) and value > 0 else 0

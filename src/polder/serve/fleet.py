@@ -168,12 +168,12 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path) -> Model:
     if model.max_model_len is not None and model.max_model_len < 1:
         raise ConfigError(f"{what}: max_model_len {model.max_model_len}: write a number of tokens above 0")
     sizes = {key: size(key) for key in ("floor", "share", "ceiling")}
-    floor, share, ceiling = sizes.values()
     for low, high in (("floor", "ceiling"), ("share", "ceiling"), ("floor", "share")):
-        if (sizes[low] or 0) > (sizes[high] if sizes[high] is not None else float("inf")):
-            raise ConfigError(f"{what}: {low} {format_bytes(sizes[low] or 0)} is more than its {high}; lower it")
+        least, most = sizes[low], sizes[high]
+        if least is not None and most is not None and least > most:
+            raise ConfigError(f"{what}: {low} {format_bytes(least)} is more than its {high} {format_bytes(most)}")
     path = _resolved(model, folder)
-    least = least_kv_bytes(
+    least_bytes = least_kv_bytes(
         Path(path),
         max_model_len=model.max_model_len,
         args=model.args,
@@ -184,12 +184,12 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path) -> Model:
         name=model.name,
         path=path,
         max_model_len=model.max_model_len,
-        floor_bytes=floor,
-        share_bytes=share,
-        ceiling_bytes=ceiling,
+        floor_bytes=sizes["floor"],
+        share_bytes=sizes["share"],
+        ceiling_bytes=sizes["ceiling"],
         args=tuple(model.args),
         env=model.env,
-        least_bytes=least,
+        least_bytes=least_bytes,
     )
 
 

@@ -86,6 +86,8 @@ class Proxy:
             message = f"the body must be a JSON object with a string `model`: {error}"
             return error_response(400, message, "invalid_request_error")
         known = ", ".join(sorted(self._upstreams))
+        if not model and len(self._upstreams) == 1:
+            return next(iter(self._upstreams))  # vLLM, too, takes a request without `model`
         if not model:
             return error_response(400, f"`model` is missing; this server has {known}", "invalid_request_error")
         if model not in self._upstreams:
@@ -94,7 +96,8 @@ class Proxy:
 
     async def _forward(self, model: str, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         query = scope["query_string"].decode("ascii")
-        url = self._upstreams[model] + scope["path"] + (f"?{query}" if query else "")
+        url = self._upstreams[model] + (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+        url += f"?{query}" if query else ""
         # Not the client's build_request: it would add headers of its own, accept-encoding and cookies among them.
         request = httpx.Request(
             "POST", url, headers=_kept(scope["headers"], _REQUEST_ONLY), content=body, extensions=self._extensions
@@ -104,8 +107,8 @@ class Proxy:
         except httpx.TransportError as error:
             up = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError)
             what = "went down while it worked on this request" if up else "is not up: it is being started or restarted"
-            headers = {"Retry-After": str(self._retry_after_s(model))}
-            response = error_response(503, f"model {model!r} {what}", "service_unavailable", headers)
+            again = {"Retry-After": str(self._retry_after_s(model))}
+            response = error_response(503, f"model {model!r} {what}", "service_unavailable", again)
             await response(scope, receive, send)
             return
         try:

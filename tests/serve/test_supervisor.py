@@ -1,0 +1,120 @@
+"""A dead child is reported and comes back, later each time; a stop leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from polder.serve.process import ProcessSpec, free_port
+from polder.serve.supervisor import Backoff, Event, Supervisor
+from tests.serve.fakes import is_running, tree_argv, tree_pids, wait_for
+
+QUICK = Backoff(first_s=0.1, most_s=0.4, healthy_s=60.0, attempts=3)
+
+
+def child(code: str, name: str = "child", **options: object) -> ProcessSpec:
+    return ProcessSpec(name=name, argv=(sys.executable, "-S", "-c", code), **options)  # type: ignore[arg-type]
+
+
+def kinds(events: list[Event], name: str = "child") -> list[str]:
+    return [event.kind for event in events if event.child == name]
+
+
+def test_a_death_is_reported_and_answered_with_a_restart() -> None:
+    events: list[Event] = []
+    supervisor = Supervisor([child("import time; time.sleep(100)")], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[0].state == "ready", "the child")
+    first = supervisor.status()[0].pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: supervisor.status()[0].restarts == 1 and supervisor.status()[0].state == "ready", "the restart")
+    status = supervisor.status()[0]
+    assert status.pid not in (None, first)
+    assert status.last_exit == "ended with code 137"
+    supervisor.stop()
+    assert kinds(events) == ["started", "ready", "ended", "started", "ready", "stopped"]
+    assert supervisor.status()[0].pid is None
+
+
+def test_the_back_off_doubles_up_to_its_limit_and_is_forgotten_after_health() -> None:
+    backoff = Backoff(first_s=1.0, most_s=30.0)
+    waits = [0.0]
+    for _ in range(7):
+        waits.append(backoff.next(waits[-1]))
+    assert waits[1:] == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+
+    events: list[tuple[float, Event]] = []
+    forgetful = Backoff(first_s=0.05, most_s=10.0, healthy_s=0.1)
+    supervisor = Supervisor(
+        [child("import time; time.sleep(0.2)")], lambda e: events.append((time.monotonic(), e)), backoff=forgetful
+    )
+    supervisor.start()
+    wait_for(lambda: len([e for _, e in events if e.kind == "ended"]) == 4, "four deaths")
+    supervisor.stop()
+    assert all("starting again in 0.05 s" in e.detail for _, e in events if e.kind == "ended")
+
+
+def test_a_child_that_never_becomes_ready_is_given_up(tmp_path: Path) -> None:
+    events: list[Event] = []
+    spec = child(
+        "print('no such model'); raise SystemExit(1)",
+        log_path=tmp_path / "log",
+        health_url=f"http://127.0.0.1:{free_port()}/health",
+    )
+    supervisor = Supervisor([spec], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[0].state == "failed", "the supervisor to give up")
+    supervisor.stop()
+    assert kinds(events) == ["started", "ended", "started", "ended", "started", "failed"]
+    assert "given up after 3 starts" in events[-1].detail
+    assert "no such model" in events[-1].detail
+
+
+def test_a_stop_leaves_no_process_of_any_tree(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    supervisor = Supervisor(
+        [ProcessSpec(name=f.name, argv=tree_argv(f)) for f in folders], lambda _: None, backoff=QUICK
+    )
+    supervisor.start()
+    pids = [pid for folder in folders for pid in tree_pids(folder)]
+    before = time.monotonic()
+    supervisor.stop()
+    assert time.monotonic() - before < 5, "side by side"
+    assert not [pid for pid in pids if is_running(pid)]
+    assert not [t for t in threading.enumerate() if t.name in ("polder-a", "polder-b")]
+
+
+def test_a_stop_during_start_and_back_off_ends_at_once() -> None:
+    never_ready = child("import time; time.sleep(100)", "slow", health_url=f"http://127.0.0.1:{free_port()}/health")
+    dying = child("raise SystemExit(1)", "dying")
+    slow = Backoff(first_s=60.0, most_s=60.0)
+    supervisor = Supervisor([never_ready, dying], lambda _: None, backoff=slow)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[1].state == "down" and supervisor.status()[0].pid is not None, "both")
+    assert 50 < supervisor.status()[1].retry_in_s <= 60
+    before = time.monotonic()
+    supervisor.stop()
+    assert time.monotonic() - before < 3
+
+
+def test_one_start_at_a_time_when_asked() -> None:
+    events: list[Event] = []
+    url = f"http://127.0.0.1:{free_port()}/health"
+    specs = [child("import time; time.sleep(100)", name, health_url=url) for name in ("first", "second")]
+    supervisor = Supervisor(specs, events.append, backoff=QUICK, starts_at_once=1)
+    supervisor.start()
+    time.sleep(0.3)
+    assert [event.kind for event in events] == ["started"]
+    supervisor.stop()
+    assert len([event for event in events if event.kind == "started"]) == 1
+
+
+def test_a_supervisor_that_never_started_stops() -> None:
+    Supervisor([child("pass")], lambda _: None).stop()
