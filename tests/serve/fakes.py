@@ -43,6 +43,7 @@ def engine_status(name: str, **changes: Any) -> EngineStatus:
         "recalled_units": 3,
         "reason": "requests, beyond its share",
         "curve": [0.0, 0.5, 0.75],
+        "giveback_ms": [],
         "stats": {
             "prefix_queries_tokens_total": 1000.0,
             "prefix_hits_tokens_total": 640.0,
@@ -57,7 +58,7 @@ def engine_status(name: str, **changes: Any) -> EngineStatus:
 
 def canned_status() -> Status:
     lender = engine_status(
-        "b", held_units=6, busy_units=1, waiting_units=0, cached_units=4, borrowed_units=0, lent_units=4, stats={}
+        "b", held_units=6, busy_units=1, waiting_units=0, cached_units=4, borrowed_units=0, lent_units=4, stats={}, giveback_ms=[4.0, 30.0, 150.0]
     )
     device = DeviceStatus(
         device="cpu:0", page_bytes=2 * MIB, total_pages=160, free_pages=16, pages_by_owner={"a/kv": 96, "b/kv": 48}

@@ -94,6 +94,7 @@ def _save_weights(recipe: ModelRecipe, folder: Path) -> None:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     shape: dict[str, Any] = {
         "num_hidden_layers": recipe.layers,
         "hidden_size": recipe.hidden,

@@ -13,19 +13,18 @@ What must hold whatever the peers do:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from polder.broker.config import BrokerConfig
 from polder.broker.lease import LeaseBook
 from polder.broker.ledger import Ledger, Owner
-from polder.broker.policy import EngineView, Plan, Recalled, Target, decide
+from polder.broker.policy import Plan, Recalled, decide
+from polder.broker.roster import Engine, Roster
+from polder.broker.status import device_status, engine_status
 from polder.broker.wire import (
     PROTOCOL,
     Demand,
-    DeviceStatus,
     Done,
-    EngineStatus,
     Fetch,
     FromBroker,
     Grant,
@@ -50,36 +49,6 @@ GRANT_DEADLINE_S = 5.0
 
 
 @dataclass(kw_only=True)
-class _Engine:
-    hello: Hello
-    owner: Owner
-    pid: int
-    connection: int | None
-    processes: set[int]
-    demand: Demand | None = None
-    pinned: int = 0
-    target: Target = field(default_factory=lambda: Target(0, "new"))
-    grew_at: float = float("-inf")
-    shrank_at: float = float("-inf")
-    quiet_until: float = float("-inf")
-    recalled_total: int = 0
-    need_since: float | None = None
-    need_units: int = 0
-    core_ended_at: float | None = None
-    giveback_ms: deque[float] = field(default_factory=lambda: deque(maxlen=512))
-
-    @property
-    def name(self) -> str:
-        return self.hello.engine
-
-    def ranks_on(self, device: str) -> list[int]:
-        return [rank for rank, name in enumerate(self.hello.devices) if name == device]
-
-    def pages_per_unit(self, device: str) -> int:
-        return self.hello.pages_per_unit * len(self.ranks_on(device))
-
-
-@dataclass(kw_only=True)
 class BrokerCore:
     """State of one broker. `outbox` collects (connection, message) pairs for the server to send, in order."""
 
@@ -93,7 +62,8 @@ class BrokerCore:
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.config.total_pages())
         self.leases = LeaseBook()
-        self.engines: dict[str, _Engine] = {}
+        self.roster = Roster(ledger=self.ledger, leases=self.leases)
+        self.engines = self.roster.engines
         self.refused_messages = 0
         self.reclaimed_pages = 0
         self._giveback_ms: deque[float] = deque(maxlen=512)
@@ -112,11 +82,11 @@ class BrokerCore:
             case Fetch():
                 self._fetch(pid, message)
             case Demand():
-                self._demand(self._engine_of(connection), message, now)
+                self._demand(self.roster.of_connection(connection), message, now)
             case Grown():
-                self._grown(self._engine_of(connection), message, now)
+                self._grown(self.roster.of_connection(connection), message, now)
             case Returned():
-                self._returned(self._engine_of(connection), message, now)
+                self._returned(self.roster.of_connection(connection), message, now)
         self.plan(now)
 
     def disconnected(self, connection: int) -> None:
@@ -154,7 +124,7 @@ class BrokerCore:
         if now < self.recovering_until:
             return
         self.leases.mark_overdue(now)
-        plans = {device: self._plan_device(device, now) for device in self.ledger.devices}
+        plans = {device: self._decide(device, now) for device in self.ledger.devices}
         for engine in list(self.engines.values()):
             mine = [plans[device] for device in set(engine.hello.devices)]
             engine.target = min((plan.targets[engine.name] for plan in mine), key=lambda t: t.units)
@@ -183,7 +153,7 @@ class BrokerCore:
             self.outbox.append((connection, Refused(reason=reason, retry_s=RETRY_S)))
             return
         owner = Owner(hello.engine, "kv")
-        engine = _Engine(hello=hello, owner=owner, pid=pid, connection=connection, processes={pid})
+        engine = Engine(hello=hello, owner=owner, pid=pid, connection=connection, processes={pid})
         if known is not None:
             # The same process again: what it reports replaces what we booked; promises of the old connection are void.
             engine.processes |= known.processes
@@ -202,12 +172,12 @@ class BrokerCore:
             page_bytes=self.config.page_bytes,
             lease=lease,
             pages=pages,
-            share_units=self._share(engine),
-            ceiling_units=self._ceiling(engine),
+            share_units=self.roster.share(engine),
+            ceiling_units=self.roster.ceiling(engine),
         )
         self.outbox.append((connection, welcome))
 
-    def _refusal(self, hello: Hello, known: _Engine | None, pid: int) -> str | None:
+    def _refusal(self, hello: Hello, known: Engine | None, pid: int) -> str | None:
         if hello.protocol != PROTOCOL:
             return f"protocol {hello.protocol} spoken, {PROTOCOL} expected: install the same Polder on both sides"
         if known is not None and known.pid != pid and known.processes:
@@ -247,10 +217,10 @@ class BrokerCore:
     def _recall_for_floor(self, device: str, pages: int, now: float) -> None:
         """Recalls enough for a newcomer's floor, or for a latecomer's pages; it asks again until they are there."""
         missing = pages - self.ledger.free(device)
-        for engine in sorted(self.engines.values(), key=lambda e: self._held(e, device), reverse=True):
+        for engine in sorted(self.engines.values(), key=lambda e: self.roster.held(e, device), reverse=True):
             per_unit = engine.pages_per_unit(device)
             open_units = self.leases.units(engine.name, "recall")
-            spare = self._held(engine, device) - open_units - engine.hello.floor_units if per_unit else 0
+            spare = self.roster.held(engine, device) - open_units - engine.hello.floor_units if per_unit else 0
             missing -= open_units * per_unit
             if missing <= 0 or spare <= 0 or engine.connection is None:
                 continue
@@ -258,7 +228,7 @@ class BrokerCore:
             self._recall(engine, Recalled(units, preempt=True), now)
             missing -= units * per_unit
 
-    def _claim(self, engine: _Engine, now: float) -> list[list[int]] | None:
+    def _claim(self, engine: Engine, now: float) -> list[list[int]] | None:
         """Books what a reconnecting engine reports: its pages per rank, in rising order of units; None if there is no room.
 
         An engine that reports after the recovery time may find its numbers granted to others. Its memory is another (pages of
@@ -279,7 +249,7 @@ class BrokerCore:
             return self._renumber(engine, now)
         return reported
 
-    def _renumber(self, engine: _Engine, now: float) -> list[list[int]] | None:
+    def _renumber(self, engine: Engine, now: float) -> list[list[int]] | None:
         hello = engine.hello
         pages_each = len(hello.held) * hello.pages_per_unit
         for device in set(hello.devices):
@@ -294,7 +264,7 @@ class BrokerCore:
             names = ", ".join(sorted(self.engines)) or "none"
             self.outbox.append((connection, Refused(reason=f"no engine {message.engine!r} here; known: {names}")))
             return
-        low, high = engine.hello.floor_units, self._ceiling(engine)
+        low, high = engine.hello.floor_units, self.roster.ceiling(engine)
         if message.units and not low <= message.units <= high:
             reason = f"{message.engine}: {message.units} units is outside floor {low} .. ceiling {high}"
             self.outbox.append((connection, Refused(reason=reason)))
@@ -314,26 +284,28 @@ class BrokerCore:
             raise ProtocolError(f"{message.engine} fetches pages that it does not hold")
         engine.processes.add(pid)
 
-    def _demand(self, engine: _Engine, demand: Demand, now: float) -> None:
+    def _demand(self, engine: Engine, demand: Demand, now: float) -> None:
         if min(demand.held_units, demand.busy_units, demand.waiting_units, demand.cached_units) < 0:
             raise ProtocolError(f"{engine.name}: negative demand")
         engine.demand = demand
-        entitled = min(max(demand.busy_units + demand.waiting_units, engine.hello.floor_units), self._share(engine))
-        if entitled <= self._grown_units(engine):
+        entitled = min(
+            max(demand.busy_units + demand.waiting_units, engine.hello.floor_units), self.roster.share(engine)
+        )
+        if entitled <= self.roster.grown_units(engine):
             engine.need_since = None
         elif engine.need_since is None:
             engine.need_since, engine.need_units = now, entitled
 
-    def _grown(self, engine: _Engine, message: Grown, now: float) -> None:
+    def _grown(self, engine: Engine, message: Grown, now: float) -> None:
         if self.leases.acknowledge(message.lease, engine.name) is None:
             return
-        if engine.need_since is not None and self._grown_units(engine) >= engine.need_units:
+        if engine.need_since is not None and self.roster.grown_units(engine) >= engine.need_units:
             milliseconds = (now - engine.need_since) * 1e3
             engine.giveback_ms.append(milliseconds)
             self._giveback_ms.append(milliseconds)
             engine.need_since = None
 
-    def _returned(self, engine: _Engine, message: Returned, now: float) -> None:
+    def _returned(self, engine: Engine, message: Returned, now: float) -> None:
         per_unit = engine.hello.pages_per_unit
         if len(message.pages) != len(engine.hello.devices) or any(
             len(p) != len(message.pages[0]) or len(p) % per_unit for p in message.pages
@@ -351,77 +323,9 @@ class BrokerCore:
             if message.short:
                 engine.quiet_until = now + RETRY_S
 
-    # ------------------------------------------------------------------ sizes
-
-    def _engine_of(self, connection: int) -> _Engine:
-        for engine in self.engines.values():
-            if engine.connection == connection:
-                return engine
-        raise ProtocolError("say Hello first")
-
-    def _held(self, engine: _Engine, device: str) -> int:
-        per_unit = engine.pages_per_unit(device)
-        return self.ledger.held(device, engine.owner) // per_unit if per_unit else 0
-
-    def _held_units(self, engine: _Engine) -> int:
-        return min(self._held(engine, device) for device in engine.hello.devices)
-
-    def _grown_units(self, engine: _Engine) -> int:
-        """Units that are mapped: granted and acknowledged, and not asked back."""
-        open_ = self.leases.units(engine.name, "grant") + self.leases.units(engine.name, "recall")
-        return self._held_units(engine) - open_
-
-    def _ceiling(self, engine: _Engine) -> int:
-        most = engine.hello.ceiling_units
-        for device in set(engine.hello.devices):
-            others = sum(e.hello.floor_units * e.pages_per_unit(device) for e in self._others(engine))
-            most = min(most, (self.ledger.total(device) - others) // engine.pages_per_unit(device))
-        return most
-
-    def _share(self, engine: _Engine) -> int:
-        if engine.hello.share_units:
-            return max(engine.hello.floor_units, min(engine.hello.share_units, self._ceiling(engine)))
-        units = engine.hello.ceiling_units
-        for device in set(engine.hello.devices):
-            here = [e for e in (engine, *self._others(engine)) if device in e.hello.devices]
-            booked = sum(e.hello.share_units * e.pages_per_unit(device) for e in here)
-            equal = (self.ledger.total(device) - booked) // sum(1 for e in here if not e.hello.share_units)
-            units = min(units, equal // engine.pages_per_unit(device))
-        return max(engine.hello.floor_units, min(units, self._ceiling(engine)))
-
-    def _others(self, engine: _Engine) -> Iterable[_Engine]:
-        return (other for other in self.engines.values() if other.name != engine.name)
-
-    def _plan_device(self, device: str, now: float) -> Plan:
-        views = []
-        for engine in self.engines.values():
-            if device not in engine.hello.devices:
-                continue
-            demand, held = engine.demand, self._held(engine, device)
-            views.append(
-                EngineView(
-                    name=engine.name,
-                    pages_per_unit=engine.pages_per_unit(device),
-                    floor=engine.hello.floor_units,
-                    share=self._share(engine),
-                    ceiling=self._ceiling(engine),
-                    held=held,
-                    recalled=min(held, self.leases.units(engine.name, "recall")),
-                    pinned=engine.pinned,
-                    busy=demand.busy_units if demand else 0,
-                    waiting=demand.waiting_units if demand else 0,
-                    peak=demand.peak_units if demand else 0,
-                    cached=demand.cached_units if demand else 0,
-                    curve=demand.curve if demand else (),
-                    since_grow_s=now - engine.grew_at,
-                    since_shrink_s=now - engine.shrank_at,
-                )
-            )
-        return decide(self.ledger.total(device), self.ledger.free(device), views, self.config.policy)
-
     # ------------------------------------------------------------------ pages out
 
-    def _take(self, engine: _Engine, units: int, now: float) -> tuple[int, list[list[int]]]:
+    def _take(self, engine: Engine, units: int, now: float) -> tuple[int, list[list[int]]]:
         pages = []
         for device in engine.hello.devices:
             taken = self.ledger.take(device, engine.owner, units * engine.hello.pages_per_unit)
@@ -429,82 +333,36 @@ class BrokerCore:
         lease = self.leases.open("grant", engine.name, units, now=now, deadline_s=GRANT_DEADLINE_S)
         return lease.number, pages
 
-    def _grant(self, engine: _Engine, units: int, now: float) -> None:
+    def _grant(self, engine: Engine, units: int, now: float) -> None:
         assert engine.connection is not None
         needed = engine.demand.busy_units + engine.demand.waiting_units if engine.demand else 0
-        if self._held_units(engine) + units > needed:
+        if self.roster.held_units(engine) + units > needed:
             engine.grew_at = now
         lease, pages = self._take(engine, units, now)
         self.outbox.append((engine.connection, Grant(lease=lease, units=units, pages=pages)))
 
-    def _recall(self, engine: _Engine, recall: Recalled, now: float) -> None:
+    def _recall(self, engine: Engine, recall: Recalled, now: float) -> None:
         assert engine.connection is not None
         deadline_s = self.config.policy.deadline_s
         lease = self.leases.open("recall", engine.name, recall.units, now=now, deadline_s=deadline_s)
         message = Recall(lease=lease.number, units=recall.units, deadline_s=deadline_s, preempt=recall.preempt)
         self.outbox.append((engine.connection, message))
 
-    # ------------------------------------------------------------------ what is shown
+    def _decide(self, device: str, now: float) -> Plan:
+        views = self.roster.views(device, now)
+        return decide(self.ledger.total(device), self.ledger.free(device), views, self.config.policy)
 
     def status(self, now: float) -> Status:
         leases = self.leases.statistics()
         return Status(
             generation=self.generation,
             uptime_s=now - self.started_at,
-            devices=[self._device_status(device) for device in self.ledger.devices],
-            engines=[self._engine_status(engine) for engine in self.engines.values()],
+            devices=[device_status(self.roster, device, self.config.page_bytes) for device in self.ledger.devices],
+            engines=[engine_status(self.roster, engine) for engine in self.engines.values()],
             grants=leases.grants,
             recalls=leases.recalls,
             overdue=leases.overdue,
             refused_messages=self.refused_messages,
             reclaimed_pages=self.reclaimed_pages,
             giveback_ms=list(self._giveback_ms),
-        )
-
-    def _device_status(self, device: str) -> DeviceStatus:
-        statistics = self.ledger.statistics(device)
-        return DeviceStatus(
-            device=device,
-            page_bytes=self.config.page_bytes,
-            total_pages=statistics.total,
-            free_pages=statistics.free,
-            pages_by_owner={str(owner): pages for owner, pages in sorted(statistics.by_owner.items())},
-        )
-
-    def _engine_status(self, engine: _Engine) -> EngineStatus:
-        hello, demand = engine.hello, engine.demand
-        held, share = self._held_units(engine), self._share(engine)
-        on_loan = any(self._held_units(other) > self._share(other) for other in self._others(engine))
-        overdue = any(lease.overdue for lease in self.leases.of(engine.name, "recall"))
-        gone = engine.core_ended_at is not None
-        return EngineStatus(
-            engine=engine.name,
-            model=hello.model,
-            pid=engine.pid,
-            devices=hello.devices,
-            state="gone"
-            if gone
-            else "overdue"
-            if overdue
-            else "serving"
-            if engine.connection is not None
-            else "silent",
-            pages_per_unit=hello.pages_per_unit,
-            unit_tokens=hello.unit_tokens,
-            held_units=held,
-            floor_units=hello.floor_units,
-            share_units=share,
-            ceiling_units=self._ceiling(engine),
-            target_units=engine.target.units,
-            pinned_units=engine.pinned,
-            busy_units=demand.busy_units if demand else 0,
-            waiting_units=demand.waiting_units if demand else 0,
-            cached_units=demand.cached_units if demand else 0,
-            borrowed_units=max(0, held - share),
-            lent_units=max(0, share - held) if on_loan else 0,
-            recalled_units=engine.recalled_total,
-            reason=engine.target.reason,
-            curve=demand.curve if demand else [],
-            giveback_ms=list(engine.giveback_ms),
-            stats=demand.stats if demand else {},
         )

@@ -153,7 +153,9 @@ def choose_targets(
         reused = len(engine.curve) > 0 and engine.curve[-1] > 0
         return (0.0 if reused else 1.0, *part_of_share(engine))
 
-    def raise_to(goal: dict[str, int], why: str, order: Callable[[EngineView], tuple[float, ...]] = part_of_share) -> None:
+    def raise_to(
+        goal: dict[str, int], why: str, order: Callable[[EngineView], tuple[float, ...]] = part_of_share
+    ) -> None:
         """Levels the engines up to their goals, a unit at a time, the one furthest below its share first."""
         nonlocal left
         open_ = {e.name: e for e in free_to_move if goal[e.name] > level[e.name]}

@@ -102,16 +102,11 @@ def _broker(status: Status) -> Iterator[Metric]:
     yield CounterMetricFamily("polder_overdue_recalls", "Recalls past their deadline", value=status.overdue)
     yield CounterMetricFamily("polder_refused_messages", "Messages refused", value=status.refused_messages)
     yield CounterMetricFamily("polder_reclaimed_pages", "Pages of dead engines", value=status.reclaimed_pages)
-    times = sorted(status.giveback_ms)
-    buckets = [(str(edge / 1e3), float(sum(t <= edge for t in times))) for edge in _GIVEBACK_EDGES_MS]
-    # A window, not a counter since the start: compare it with itself, do not take its rate.
-    text = "From an owner's need to mapped pages, the last 512 times"
-    giveback = HistogramMetricFamily("polder_giveback_seconds", text)
-    giveback.add_metric([], [*buckets, ("+Inf", float(len(times)))], sum_value=sum(times) / 1e3)
-    yield giveback
 
 
 def _engines(status: Status) -> Iterator[Metric]:
+    text = "From its need within its share to mapped pages, the last 512 times"
+    giveback = HistogramMetricFamily("polder_engine_giveback_seconds", text, labels=["engine"])
     state = GaugeMetricFamily("polder_engine_state", "1 for the state it is in", labels=["engine", "state"])
     unit = GaugeMetricFamily("polder_engine_unit_bytes", "The step in which it grows", labels=["engine"])
     recalled = CounterMetricFamily("polder_engine_recalled_bytes", "Given back on recall", labels=["engine"])
@@ -131,10 +126,13 @@ def _engines(status: Status) -> Iterator[Metric]:
         recalled.add_metric(label, engine.recalled_units * size)
         for key, gauge in sizes.items():
             gauge.add_metric(label, getattr(engine, f"{key}_units") * size)
+        times = engine.giveback_ms  # a window: its counts fall, too
+        buckets = [(str(edge / 1e3), float(sum(t <= edge for t in times))) for edge in _GIVEBACK_EDGES_MS]
+        giveback.add_metric(label, [*buckets, ("+Inf", float(len(times)))], sum_value=sum(times) / 1e3)
         for key, family in (gauges | counters).items():
             if key in engine.stats:
                 family.add_metric(label, engine.stats[key])
-    yield from (state, unit, recalled, *sizes.values(), *gauges.values(), *counters.values())
+    yield from (state, unit, recalled, giveback, *sizes.values(), *gauges.values(), *counters.values())
 
 
 # ---------------------------------------------------------------- joining texts
