@@ -19,7 +19,9 @@ from polder.bench.metrics import (
 )
 
 
-def record(key: str = "r", *, due: float = 0.0, tokens: tuple[float, ...] = (0.1, 0.2), **more: object) -> RequestRecord:
+def record(
+    key: str = "r", *, due: float = 0.0, tokens: tuple[float, ...] = (0.1, 0.2), **more: object
+) -> RequestRecord:
     fields = {"sent_s": due, "token_s": list(tokens), "end_s": tokens[-1] if tokens else due} | more
     return RequestRecord(key=key, scheduled_s=due, **fields)  # type: ignore[arg-type]
 
@@ -52,7 +54,9 @@ def test_failed_requests_are_counted_and_nothing_else_of_them() -> None:
 
 
 def test_hit_ratio_is_in_tokens_and_tiers_sum_to_one() -> None:
-    runs = [RunRecords(records=[record(prompt_tokens=300, cached_tokens=0), record(prompt_tokens=100, cached_tokens=100)])]
+    runs = [
+        RunRecords(records=[record(prompt_tokens=300, cached_tokens=0), record(prompt_tokens=100, cached_tokens=100)])
+    ]
     found = engine_metrics(runs)
     assert found["hit_ratio"] == 0.25
     assert found["hit_ratio_by_tier"] == {"own": 0.25, "computed": 0.75}

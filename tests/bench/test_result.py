@@ -11,7 +11,9 @@ from polder.bench.result import Arms, BenchResult, ratios_over, read_result, wit
 
 ARMS: Arms = {
     "stock": {"A": {"ttft_p99_ms": 400.0, "hit_ratio": 0.5, "failed_requests": 0.0, "hit_ratio_by_tier": {"own": 0.5}}},
-    "polder": {"A": {"ttft_p99_ms": 100.0, "hit_ratio": 0.8, "failed_requests": 0.0, "hit_ratio_by_tier": {"own": 0.8}}},
+    "polder": {
+        "A": {"ttft_p99_ms": 100.0, "hit_ratio": 0.8, "failed_requests": 0.0, "hit_ratio_by_tier": {"own": 0.8}}
+    },
 }
 
 

@@ -50,9 +50,14 @@ def test_agent_ideal_hit_ratio_of_the_quick_set_is_the_published_one() -> None:
 
 
 def test_unique_tokens_of_the_agents() -> None:
-    """120,672 unique tokens over all sessions: each block id is two tokens of its session."""
-    blocks = {(row.session, b) for row in load_agent() for first, last in row.blocks for b in range(first, last + 1)}
-    assert 2 * len(blocks) == 120_672
+    """120,672 unique tokens over all sessions, in whole blocks of 16."""
+    unique = {
+        (row.session, end, tuple(prompt[end - 16 : end]))
+        for row in load_agent()
+        for prompt in [agent_prompt(row)]
+        for end in range(16, len(prompt) + 1, 16)
+    }
+    assert 16 * len(unique) == 120_672
 
 
 def test_prompts_have_the_trace_s_lengths_and_no_reserved_ids() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from polder.errors import BudgetError, ConfigError, UsageError
-from polder.serve.fleet import load_fleet
+from polder.serve.budget import least_kv_bytes
+from polder.serve.fleet import EXAMPLE, load_fleet
 
+MIB = 1 << 20
 GOOD = """
 [memory]
 kv_budget = "320MiB"
@@ -20,21 +23,25 @@ path = "{model}"
 max_model_len = 4096
 args = ["--block-size", "32"]
 """
+CONFIG: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_size": 512,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 8192,
+}
+"""8 layers of 4 KV heads x 64 in bf16: 8 KiB a token."""
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """8 layers of 4 KV heads x 64 in bf16: 8 KiB a token."""
+    return folder_of(tmp_path, CONFIG)
+
+
+def folder_of(tmp_path: Path, config: dict[str, Any]) -> Path:
     folder = tmp_path / "model"
-    folder.mkdir()
-    config = {
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "hidden_size": 512,
-        "dtype": "bfloat16",
-        "max_position_embeddings": 8192,
-    }
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -48,48 +55,89 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_a_good_file_says_what_it_says(tmp_path: Path, model: Path) -> None:
     fleet = load_fleet(write(tmp_path, GOOD.format(model=model)))
     assert (fleet.host, fleet.port, fleet.device) == ("127.0.0.1", 8000, "cpu:0")
-    assert fleet.budget_bytes == 320 << 20
-    assert fleet.models[0].environment(Path("/s"))["POLDER_BROKER"] == "/s"
+    assert fleet.budget_bytes == 320 * MIB
     assert fleet.models[0].arguments() == ("--max-model-len", "4096", "--block-size", "32")
     # 4,096 tokens are 128 blocks and the null block: 3 units of 64 blocks, each 2 MiB in 8 layers.
-    assert fleet.models[0].least_bytes(2 << 20) == 3 * 8 * (2 << 20)
+    assert fleet.models[0].least_bytes == 3 * 8 * 2 * MIB
+    assert fleet.broker(Path("/s")).devices == {"cpu:0": 320 * MIB}
+
+
+def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
+    fleet = load_fleet(write(tmp_path, EXAMPLE.replace("/models/llama", str(model))))
+    chat = fleet.models[0]
+    assert (chat.floor_bytes, chat.share_bytes, chat.ceiling_bytes) == (64 * MIB, 160 * MIB, 1024 * MIB)
+    assert fleet.policy.min_hold_s == 1.0
+    assert fleet.policy.deadline_s == 0.2
+    environment = chat.environment(Path("/s"))
+    assert environment["POLDER_BROKER"] == "/s"
+    assert environment["POLDER_ENGINE"] == "chat"
+    assert environment["POLDER_KV_SHARE"] == str(160 * MIB)
+    assert environment["POLDER_KV_BUDGET"] == "", "what the shell had set is undone"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+
+
+def test_a_reserve_is_a_part_or_a_size(tmp_path: Path, model: Path) -> None:
+    text = GOOD.format(model=model).replace("[[", 'reserve_low = "16MiB"\nreserve_high = 0.1\n[[')
+    policy = load_fleet(write(tmp_path, text)).policy
+    assert (policy.reserve_low_ratio, policy.reserve_high_ratio) == (0.05, 0.1)
+
+
+def test_a_path_is_relative_to_the_file(tmp_path: Path, model: Path) -> None:
+    assert load_fleet(write(tmp_path, GOOD.format(model="model"))).models[0].path == str(model)
+
+
+def test_what_is_no_path_is_left_to_vllm(tmp_path: Path) -> None:
+    only = load_fleet(write(tmp_path, GOOD.format(model="meta-llama/Llama-3.1-8B"))).models[0]
+    assert only.path == "meta-llama/Llama-3.1-8B"
+    assert only.least_bytes is None
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (("[memory]", "[memory"), "is not TOML"),
-        (('kv_budget = "320MiB"', ""), "kv_budget"),
-        (('kv_budget = "320MiB"', 'kv_budget = "320MB"'), "memory.kv_budget: cannot read '320MB'"),
-        (('device = "cpu:0"', 'devise = "cpu:0"'), "devise"),
+        (('kv_budget = "320MiB"', ""), "memory: 'kv_budget' is missing; add a line kv_budget = "),
+        (("[memory]", "[mem]"), r"unknown key 'mem'; known are memory, model, server|did you mean"),
+        (('kv_budget = "320MiB"', 'kv_budget = "320MB"'), "memory.kv_budget: cannot read '320MB'.*MiB"),
+        (('kv_budget = "320MiB"', 'kv_budget = "1MiB"'), "1 MiB is less than one page of 2 MiB"),
+        (('device = "cpu:0"', 'devise = "cpu:0"'), "memory: unknown key 'devise'; did you mean 'device'?"),
+        (('device = "cpu:0"', 'device = "gpu"'), "memory.device 'gpu': write cpu:0 or cuda:INDEX"),
+        (('device = "cpu:0"', 'page = "5KiB"'), "page size 5120"),
         (('name = "a"', 'name = "a b"'), "model name 'a b'"),
-        (("max_model_len = 4096", 'max_model_len = "long"'), "max_model_len"),
-        (("max_model_len = 4096", 'floor = "x"'), "model a: floor"),
-        (("[memory]", "[server]\nport = 99999\n[memory]"), "server.port 99999"),
+        (('name = "a"', 'name = "broker"'), "model name 'broker'"),
+        (('name = "a"', ""), r"model\[0\]: 'name' is missing"),
+        (("max_model_len = 4096", 'max_model_len = "long"'), r"model\[0\].max_model_len: expected `int"),
+        (("max_model_len = 4096", "max_model_len = 0"), "max_model_len 0: write a number of tokens"),
+        (("max_model_len = 4096", "tokens = 1"), r"model\[0\]: unknown key 'tokens'; known are name, path"),
+        (("max_model_len = 4096", 'floor = "x"'), "model a: floor: cannot read 'x'"),
+        (("max_model_len = 4096", 'share = "9MiB"\nceiling = "8MiB"'), "share 9 MiB is more than its ceiling 8 MiB"),
+        (("--block-size", "--port"), "model a: args: --port does not belong there"),
+        (("--block-size", "--max-model-len"), "write the key max_model_len"),
+        (("[memory]", "[server]\nport = 99999\n[memory]"), "server.port 99999: write a number from 1 to 65535"),
         (("[memory]", "[memory]\nreserve_low = 0.9"), "reserve watermarks"),
-        (("[memory]", '[memory]\nhold = "soon"'), "memory.hold"),
+        (("[memory]", '[memory]\nhold = "soon"'), "memory.hold: cannot read 'soon'.*150ms"),
     ],
 )
 def test_each_mistake_is_named(tmp_path: Path, model: Path, change: tuple[str, str], words: str) -> None:
     path = write(tmp_path, GOOD.format(model=model).replace(*change))
     with pytest.raises(UsageError, match=words) as raised:
         load_fleet(path)
-    assert "fleet.toml" in str(raised.value)
+    assert str(path) in str(raised.value)
 
 
 def test_names_must_differ(tmp_path: Path, model: Path) -> None:
     text = GOOD.format(model=model)
-    with pytest.raises(ConfigError, match="given twice"):
+    with pytest.raises(ConfigError, match="'a' is given twice"):
         load_fleet(write(tmp_path, text + text[text.index("[[model]]") :]))
 
 
 def test_no_model_is_no_fleet(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least one"):
+    with pytest.raises(ConfigError, match=r"add a \[\[model\]\]"):
         load_fleet(write(tmp_path, 'model = []\n[memory]\nkv_budget = "1GiB"\n'))
 
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config\.json in .*nowhere"):
+    with pytest.raises(ConfigError, match=r"path .*nowhere has no config\.json"):
         load_fleet(write(tmp_path, GOOD.format(model=tmp_path / "nowhere")))
 
 
@@ -98,8 +146,63 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_fleet(tmp_path / "none.toml")
 
 
+# ---------------------------------------------------------------- the budget
+
+
 def test_a_budget_too_small_says_how_much_is_needed(tmp_path: Path, model: Path) -> None:
     text = GOOD.format(model=model)
     second = text[text.index("[[model]]") :].replace('name = "a"', 'name = "b"')
-    with pytest.raises(BudgetError, match=r"a 48 MiB, b 48 MiB.*Raise kv_budget to 96 MiB"):
+    with pytest.raises(BudgetError, match=r'a 48 MiB, b 48 MiB.*Write kv_budget = "96MiB" or more'):
         load_fleet(write(tmp_path, text.replace("320MiB", "64MiB") + second))
+    assert load_fleet(write(tmp_path, text.replace("320MiB", "96MiB") + second)), "what it said is enough"
+
+
+def test_a_floor_below_one_request_is_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(BudgetError, match=r"model a: floor 16 MiB is less than .*write 48MiB or more"):
+        load_fleet(write(tmp_path, GOOD.format(model=model) + 'floor = "16MiB"\n'))
+
+
+def test_shares_over_the_budget_are_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(BudgetError, match="shares are 400 MiB together, more than memory.kv_budget 320 MiB"):
+        load_fleet(write(tmp_path, GOOD.format(model=model) + 'share = "400MiB"\n'))
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "expected"),
+    [
+        ({}, ("--block-size", "32"), 48 * MIB),
+        ({}, ("--block-size=32", "--dtype=float32"), 2 * 80 * MIB // 2),  # 129 blocks in units of 32: 5 x 16 MiB
+        ({"dtype": "float32"}, ("--block-size", "32"), 48 * MIB),  # vLLM serves it in half precision
+        ({}, (), 48 * MIB),  # CPU blocks of 128 tokens: 33 in units of 16
+        ({"num_key_value_heads": None}, ("--block-size", "32"), 80 * MIB),  # no grouping: 8 heads
+        ({"head_dim": 128}, ("--block-size", "32"), 80 * MIB),
+        ({"kv_lora_rank": 512}, (), None),
+        ({"sliding_window": 4096}, (), None),
+        ({"sliding_window": 4096, "use_sliding_window": False}, ("--block-size", "32"), 48 * MIB),
+        ({"layer_types": ["full_attention", "linear_attention"]}, (), None),
+        ({"text_config": {}, "num_hidden_layers": None}, (), None),
+        ({"num_key_value_heads": [4, 8]}, (), None),
+        ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, (), None),
+        ({}, ("--kv-cache-dtype", "fp8"), None),
+        ({}, ("--tensor-parallel-size", "2"), None),
+    ],
+)
+def test_the_least_memory_of_a_model(
+    tmp_path: Path, change: dict[str, Any], args: tuple[str, ...], expected: int | None
+) -> None:
+    folder = folder_of(tmp_path, CONFIG | change)
+    least = least_kv_bytes(folder, max_model_len=4096, args=args, device="cpu:0", page_bytes=2 * MIB)
+    assert least == expected
+
+
+def test_without_max_model_len_the_models_own_length_counts(tmp_path: Path) -> None:
+    def least(config: dict[str, Any], *args: str) -> int | None:
+        folder = folder_of(tmp_path, CONFIG | config)
+        return least_kv_bytes(
+            folder, max_model_len=None, args=("--block-size", "32", *args), device="cpu:0", page_bytes=2 * MIB
+        )
+
+    assert least({}) == 80 * MIB
+    assert least({}, "--max-model-len", "4096") == 48 * MIB
+    assert least({}, "--max-model-len", "auto") is None
+    assert least({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}) is None

@@ -4,145 +4,208 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 from polder.serve.gateway import make_app
 from polder.serve.supervisor import ChildStatus
+from tests.serve.fakes import FakeEngine, canned_status, fake_broker, running, wait_for
 
 EVENTS = [f"data: {i}\n\n".encode() for i in range(5)]
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+VLLM_METRICS = (
+    "# HELP vllm:running Requests.\n# TYPE vllm:running gauge\n"
+    'vllm:running{engine="0",model_name="x"} 3.0\n'
+    "# HELP vllm:hits_total Hits.\n# TYPE vllm:hits_total counter\nvllm:hits_total 7.0\n"
+)
 
 
-def engine(name: str, aborted: list[str]) -> Starlette:
-    """An engine in small."""
-
-    async def completions(request: Request) -> Response:
-        body = await request.json()
-
-        async def events() -> AsyncIterator[bytes]:
-            try:
-                for event in EVENTS:
-                    yield event
-                    await asyncio.sleep(body.get("pause", 0))
-            except asyncio.CancelledError:
-                aborted.append(name)
-                raise
-
-        if body.get("stream"):
-            return StreamingResponse(events(), media_type="text/event-stream")
-        return JSONResponse({"served_by": name, "authorization": request.headers.get("authorization"), "body": body})
-
-    async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": name}]})
-
-    async def metrics(_: Request) -> Response:
-        return PlainTextResponse(
-            "# HELP vllm:running Requests.\n# TYPE vllm:running gauge\n"
-            f'vllm:running{{model_name="{name}"}} 3.0\n'
-            "# HELP vllm:hits Hits.\n# TYPE vllm:hits counter\nvllm:hits_total 7.0\n"
-        )
-
-    return Starlette(
-        routes=[
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/metrics", metrics),
-        ]
-    )
+async def answer(send: Any, body: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers or []})
+    await send({"type": "http.response.body", "body": body})
 
 
-class Upstreams(httpx.AsyncBaseTransport):
-    """Sends each request to the app of its host; the host `down` refuses."""
-
-    def __init__(self, aborted: list[str]) -> None:
-        self._apps = {name: httpx.ASGITransport(engine(name, aborted)) for name in ("a", "b")}
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if request.url.host == "down":
-            raise httpx.ConnectError("refused")
-        return await self._apps[request.url.host].handle_async_request(request)
-
-
-CHILDREN = [ChildStatus(name="a", state="ready", pid=1, restarts=0, retry_in_s=0.0)]
-
-
-def client(children: list[ChildStatus] | None = None) -> httpx.AsyncClient:
-    app = make_app(
-        {"a": "http://a", "b": "http://b", "c": "http://down"},
-        socket=Path("/nonexistent/broker"),
-        children=lambda: children or CHILDREN,
-        transport=Upstreams([]),
-    )
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://polder")
-
-
-def call(method: str, path: str, children: list[ChildStatus] | None = None, **options: Any) -> httpx.Response:
-    async def ask() -> httpx.Response:
-        async with client(children) as http:
-            return await http.request(method, path, **options)
-
-    return asyncio.run(ask())
-
-
-@pytest.mark.parametrize("model", ["a", "b"])
-def test_a_request_goes_to_its_model_unchanged(model: str) -> None:
-    body = {"model": model, "prompt": [1, 2, 3], "unknown_to_us": {"x": None}}
-    answer = call("POST", "/v1/completions", json=body, headers={"authorization": "Bearer k"})
-    assert answer.json() == {"served_by": model, "authorization": "Bearer k", "body": body}
+async def vllm(engine: FakeEngine, scope: Any, receive: Any, send: Any) -> None:
+    """Answers as an engine does, by path and by what the request asks for."""
+    if scope["path"] == "/v1/models":
+        await answer(send, json.dumps({"data": [{"id": engine.name}]}).encode())
+    elif scope["path"] == "/metrics":
+        await answer(send, VLLM_METRICS.encode())
+    else:
+        wish = json.loads(engine.requests[-1]["body"]).get("wish", "")
+        if wish == "hang":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            engine.aborted.set()
+        elif wish == "break":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"half", "more_body": True})
+            raise ConnectionError("the engine died")
+        elif wish == "error":
+            await answer(send, b'{"error": {"message": "too long"}}', 400, [(b"content-type", b"application/json")])
+        elif wish == "stream":
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+            )
+            for event in EVENTS:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await asyncio.sleep(0.05)
+            while (await receive())["type"] != "http.disconnect" and wish == "stream-on":
+                pass
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await answer(send, engine.name.encode(), headers=[(b"x-cookie", b"1"), (b"x-cookie", b"2")])
 
 
-def test_a_stream_passes_through_byte_for_byte() -> None:
-    answer = call("POST", "/v1/completions", json={"model": "a", "stream": True})
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    assert answer.content == b"".join(EVENTS)
+CHILDREN = [ChildStatus(name="a", state="ready", pid=1, restarts=0, retry_in_s=0.0, last_exit="")]
+
+
+@contextmanager
+def fleet(children: list[ChildStatus] | None = None, socket: Path | None = None) -> Iterator[tuple[Any, FakeEngine]]:
+    """Engines a and b behind a gateway, c is down. Yields a client and engine a."""
+    engines = {name: FakeEngine(name, vllm) for name in ("a", "b")}
+    with running(engines["a"]) as a, running(engines["b"]) as b:
+        app = make_app({"a": a, "b": b, "c": NOWHERE}, socket=socket, children=lambda: children or CHILDREN)
+        with running(app) as base, httpx.Client(base_url=base, timeout=10, trust_env=False) as client:
+            yield client, engines["a"]
+
+
+def test_a_request_goes_to_its_model_byte_for_byte() -> None:
+    body = b'{ "model": "a",  "prompt": [1, 2],\n "unknown_to_us": {"x": null}, "\\u00e9": 1e2 }'
+    with fleet() as (client, engine):
+        got = client.post("/v1/completions?x=%2F1", content=body, headers={"authorization": "Bearer k", "X-Id": "7"})
+        other = client.post("/v1/chat/completions", json={"model": "b"})
+    assert (got.content, other.content) == (b"a", b"b")
+    seen = engine.requests[-1]
+    assert seen["body"] == body
+    assert (seen["path"], seen["query"]) == ("/v1/completions", b"x=%2F1")
+    assert seen["headers"][b"authorization"] == b"Bearer k"
+    assert seen["headers"][b"x-id"] == b"7"
+    assert got.headers.get_list("x-cookie") == ["1", "2"]
+    assert len(got.headers.get_list("date")) == len(got.headers.get_list("server")) == 1
+
+
+def test_nothing_is_added_that_the_client_did_not_send() -> None:
+    with fleet() as (client, engine):
+        request = client.build_request("POST", "/v1/completions", json={"model": "a"})
+        for name in ("accept-encoding", "user-agent", "accept"):
+            del request.headers[name]
+        client.send(request)
+    assert set(engine.requests[-1]["headers"]) == {b"host", b"content-length", b"content-type"}
+
+
+def test_a_stream_is_passed_on_piece_by_piece() -> None:
+    with fleet() as (client, _), client.stream("POST", "/v1/completions", json={"model": "a", "wish": "stream"}) as got:
+        assert got.headers["content-type"] == "text/event-stream"
+        assert "content-length" not in got.headers
+        pieces = list(got.iter_raw())
+    assert pieces == EVENTS, "held back or cut otherwise"
+
+
+@pytest.mark.parametrize("wish", ["hang", "stream-on"])
+def test_a_client_that_goes_away_aborts_the_engines_work(wish: str) -> None:
+    with fleet() as (client, engine):
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json={"model": "a", "wish": "hang"}, timeout=0.3)
+        assert engine.aborted.wait(5)
+
+
+def test_a_client_that_goes_away_in_mid_body_harms_nobody() -> None:
+    import socket
+
+    with fleet() as (client, engine):
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert client.post("/v1/completions", json={"model": "a"}).content == b"a"
+    assert len(engine.requests) == 1
+
+
+def test_an_answer_that_breaks_off_is_not_ended_as_if_it_were_whole() -> None:
+    with fleet() as (client, _), pytest.raises(httpx.RemoteProtocolError):
+        client.post("/v1/completions", json={"model": "a", "wish": "break"})
+
+
+def test_an_engines_own_error_is_passed_on() -> None:
+    with fleet() as (client, _):
+        got = client.post("/v1/completions", json={"model": "a", "wish": "error"})
+    assert got.status_code == 400
+    assert got.json()["error"]["message"] == "too long"
 
 
 def test_an_unknown_model_is_404_and_lists_the_known() -> None:
-    answer = call("POST", "/v1/completions", json={"model": "zebra"})
-    assert answer.status_code == 404
-    assert "a, b, c" in answer.json()["error"]["message"]
+    with fleet() as (client, _):
+        got = client.post("/v1/completions", json={"model": "zebra"})
+    assert got.status_code == 404
+    assert got.json()["error"]["type"] == "model_not_found"
+    assert "this server has a, b, c" in got.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"model": 3}', b""])
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"model": 3}', b"", b'{"prompt": "x"}', b'{"model": "\xff"}'])
 def test_a_bad_body_is_400(content: bytes) -> None:
-    answer = call("POST", "/v1/completions", content=content)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+    with fleet() as (client, _):
+        got = client.post("/v1/completions", content=content)
+    assert got.status_code == 400
+    assert got.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_over_the_limit_is_413(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polder.serve.proxy.MAX_BODY", 1000)
+    with fleet() as (client, _):
+        assert client.post("/v1/completions", json={"model": "a", "prompt": "x" * 2000}).status_code == 413
 
 
 def test_a_model_that_is_down_is_503_with_a_time_to_retry() -> None:
-    answer = call("POST", "/v1/completions", json={"model": "c"})
-    assert answer.status_code == 503
-    assert int(answer.headers["retry-after"]) > 0
+    down = [ChildStatus(name="c", state="down", pid=None, restarts=2, retry_in_s=8.0, last_exit="ended")]
+    with fleet(down) as (client, _):
+        got = client.post("/v1/completions", json={"model": "c"})
+    assert got.status_code == 503
+    assert got.headers["retry-after"] == "13"
+    assert "model 'c' is not up" in got.json()["error"]["message"]
+
+
+def test_unknown_paths_are_refused_in_the_same_shape() -> None:
+    with fleet() as (client, _):
+        assert client.get("/v1/completions").status_code == 405
+        got = client.post("/sleep")  # vLLM's own administration is not exposed
+    assert got.status_code == 404
+    assert "error" in got.json()
 
 
 def test_models_are_merged_and_a_dead_one_is_left_out() -> None:
-    assert [m["id"] for m in call("GET", "/v1/models").json()["data"]] == ["a", "b"]
+    with fleet() as (client, _):
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["a", "b"]
 
 
 def test_health_is_ok_only_when_every_child_is() -> None:
-    assert call("GET", "/health").status_code == 200
-    down = [*CHILDREN, ChildStatus(name="b", state="down", pid=None, restarts=2, retry_in_s=4.0)]
-    answer = call("GET", "/health", children=down)
-    assert answer.status_code == 503
-    assert answer.json()["children"][1]["restarts"] == 2
+    with fleet() as (client, _):
+        assert client.get("/health").status_code == 200
+    down = [*CHILDREN, ChildStatus(name="b", state="down", pid=None, restarts=2, retry_in_s=4.0, last_exit="ended")]
+    with fleet(down) as (client, _):
+        got = client.get("/health")
+    assert got.status_code == 503
+    assert got.json()["children"][1]["restarts"] == 2
 
 
-def test_metrics_of_all_engines_are_one_valid_text() -> None:
-    text = call("GET", "/metrics").text
+def test_metrics_are_the_brokers_and_every_engines(short_dir: Path) -> None:
+    with fake_broker(short_dir / "s", canned_status()), fleet(socket=short_dir / "s") as (client, _):
+        text = client.get("/metrics").text
+        status = client.get("/polder/status").json()
+    assert "polder_broker_up 1.0" in text
+    assert 'polder_device_held_bytes{device="cpu:0",engine="a",use="kv"}' in text
+    assert 'polder_child_ready{child="a"} 1.0' in text
     assert text.count("# TYPE vllm:running gauge") == 1
-    assert 'vllm:running{engine="a",model_name="a"} 3.0' in text
-    assert 'vllm:hits_total{engine="b"} 7.0' in text
+    assert 'vllm:running{engine="b",exported_engine="0",model_name="x"} 3.0' in text
+    assert status["broker"]["generation"] == 7
+    assert status["children"][0]["name"] == "a"
 
 
-def test_a_missing_broker_does_not_take_the_endpoint_down() -> None:
-    assert call("GET", "/polder/status").status_code == 503
-    assert json.loads(call("POST", "/v1/completions", json={"model": "a"}).content)["served_by"] == "a"
+def test_a_missing_broker_does_not_take_the_endpoint_down(short_dir: Path) -> None:
+    with fleet(socket=short_dir / "none") as (client, _):
+        assert client.get("/polder/status").json()["broker"] is None
+        assert "polder_broker_up 0.0" in client.get("/metrics").text
+        assert client.post("/v1/completions", json={"model": "a"}).content == b"a"

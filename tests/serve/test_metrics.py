@@ -4,64 +4,99 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from polder.broker.wire import DeviceStatus, EngineStatus, Status
-from polder.serve.metrics import METRIC_NAMES, render_status
+from polder.serve.metrics import merge, render
+from polder.serve.supervisor import ChildStatus
+from tests.serve.fakes import MIB, canned_status
 
-ENGINE = EngineStatus(
-    engine="a",
-    model="m",
-    pid=1,
-    devices=["cpu:0"],
-    state="serving",
-    pages_per_unit=8,
-    unit_tokens=2048,
-    held_units=12,
-    floor_units=3,
-    share_units=10,
-    ceiling_units=19,
-    target_units=12,
-    pinned_units=0,
-    busy_units=4,
-    waiting_units=1,
-    cached_units=11,
-    borrowed_units=2,
-    lent_units=0,
-    recalled_units=5,
-    reason="requests, within its share",
-    curve=[0.0, 0.5],
-    giveback_ms=[150.0],
-    stats={"prefix_queries_tokens_total": 100.0, "prefix_hits_tokens_total": 75.0, "steps_total": 9.0},
-)
-STATUS = Status(
-    generation=1,
-    uptime_s=12.0,
-    devices=[
-        DeviceStatus(device="cpu:0", page_bytes=2 << 20, total_pages=160, free_pages=64, pages_by_owner={"a/kv": 96})
-    ],
-    engines=[ENGINE],
-    grants=4,
-    recalls=2,
-    overdue=1,
-    refused_messages=0,
-    reclaimed_pages=0,
-    giveback_ms=[5.0, 150.0],
-)
+CHILD = ChildStatus(name="a", state="ready", pid=1, restarts=2, retry_in_s=0.0, last_exit="")
+NAMES = """
+polder_broker_up
+polder_broker_uptime_seconds
+polder_child_ready
+polder_child_restarts_total
+polder_device_free_bytes
+polder_device_held_bytes
+polder_device_page_bytes
+polder_device_total_bytes
+polder_engine_borrowed_bytes
+polder_engine_busy_bytes
+polder_engine_cached_bytes
+polder_engine_ceiling_bytes
+polder_engine_evicted_blocks_total
+polder_engine_floor_bytes
+polder_engine_giveback_preemptions_total
+polder_engine_giveback_seconds
+polder_engine_grow_seconds_total
+polder_engine_grows_total
+polder_engine_held_bytes
+polder_engine_kv_used_ratio
+polder_engine_lent_bytes
+polder_engine_migrated_blocks_total
+polder_engine_preemptions_total
+polder_engine_prefix_hits_tokens_total
+polder_engine_prefix_queries_tokens_total
+polder_engine_recalled_bytes_total
+polder_engine_running_requests
+polder_engine_share_bytes
+polder_engine_shrink_seconds_total
+polder_engine_shrinks_total
+polder_engine_state
+polder_engine_steps_total
+polder_engine_target_bytes
+polder_engine_unit_bytes
+polder_engine_waiting_bytes
+polder_engine_waiting_requests
+polder_grants_total
+polder_overdue_recalls_total
+polder_recalls_total
+polder_reclaimed_pages_total
+polder_refused_messages_total
+""".split()
 
 
 def test_the_names_are_those_that_were_published() -> None:
-    families = {family.name: family for family in text_string_to_metric_families(render_status(STATUS))}
-    names = {name + "_total" if family.type == "counter" else name for name, family in families.items()}
-    assert names == set(METRIC_NAMES)
-    assert len(METRIC_NAMES) == 32
+    families = text_string_to_metric_families(render(canned_status(), [CHILD]))
+    assert sorted(f"{f.name}_total" if f.type == "counter" else f.name for f in families) == NAMES
 
 
-def test_the_values_are_the_status() -> None:
-    text = render_status(STATUS)
+def test_the_values_are_the_status_in_bytes_and_seconds() -> None:
+    text = render(canned_status(), [CHILD])
     for line in (
-        'polder_owner_pages{device="cpu:0",engine="a",use="kv"} 96.0',
-        'polder_engine_borrowed_units{engine="a"} 2.0',
-        'polder_engine_prefix_hits_tokens_total{engine="a"} 75.0',
-        'polder_giveback_seconds_bucket{le="0.01"} 1.0',
+        f'polder_device_held_bytes{{device="cpu:0",engine="a",use="kv"}} {float(192 * MIB)!r}',
+        f'polder_engine_borrowed_bytes{{engine="a"}} {float(32 * MIB)!r}',
+        'polder_engine_prefix_hits_tokens_total{engine="a"} 640.0',
+        'polder_engine_waiting_requests{engine="a"} 2.0',
+        'polder_engine_state{engine="b",state="serving"} 1.0',
+        'polder_engine_giveback_seconds_bucket{engine="b",le="0.05"} 2.0',
+        'polder_engine_giveback_seconds_sum{engine="b"} 0.184',
+        'polder_child_restarts_total{child="a"} 2.0',
         "polder_overdue_recalls_total 1.0",
     ):
-        assert line in text
+        assert line in text, line
+    assert 'steps_total{engine="b"}' not in text, "what an engine does not report is not zero"
+
+
+def test_without_a_broker_only_its_absence_is_shown() -> None:
+    assert "polder_broker_up 0.0" in render(None)
+    assert "polder_grants" not in render(None)
+
+
+def test_engines_texts_become_one_valid_text() -> None:
+    text = (
+        "# HELP h Help with engine=\"x\" in it.\n# TYPE h histogram\n"
+        'h_bucket{le="1",note="a,engine=\\"q\\" }"} 1\nh_bucket{le="+Inf",note=""} 2\nh_sum 3.25\nh_count 2\n'
+        "# HELP g Gauge.\n# TYPE g gauge\n"
+        'g{engine="0"} 1e-05\ng{} 4 1700000000000\n# a comment\n\nuntyped 7\n'
+    )
+    merged = merge([("", "# TYPE own gauge\nown 1\n"), ("a", text), ("b", text)])
+    assert merged.count("# HELP h ") == merged.count("# TYPE h ") == merged.count("# TYPE g ") == 1
+    assert 'g{engine="a",exported_engine="0"} 1e-05\n' in merged, "digit for digit"
+    assert 'h_bucket{engine="b",le="1",note="a,engine=\\"q\\" }"} 1\n' in merged
+    assert 'untyped{engine="a"} 7' in merged
+    assert "\nown 1\n" in merged
+    families = {family.name: family for family in text_string_to_metric_families(merged)}
+    assert len(families["h"].samples) == 8
+    assert families["g"].samples[0].labels == {"engine": "a", "exported_engine": "0"}
+    lines = merged.splitlines()
+    at = [i for i, line in enumerate(lines) if line.startswith("h_")]
+    assert at == list(range(at[0], at[0] + 8)), "a family's samples stand together"
