@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from polder.bench.driver import RequestRecord
 from polder.bench.metrics import (
     RunRecords,

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+
 from polder.bench.models import ModelRecipe, ensure_model
 
 pytest.importorskip("transformers")

@@ -6,6 +6,8 @@ import io
 import re
 
 import pytest
+from rich.console import Console
+
 from polder.bench.checks import Check
 from polder.bench.driver import RequestRecord
 from polder.bench.progress import reporter_for
@@ -13,7 +15,6 @@ from polder.bench.report import print_report, render_html
 from polder.bench.result import BenchResult, ratios_over
 from polder.bench.runs import Run, arm_metrics
 from polder.bench.timeline import MemorySample, Timeline
-from rich.console import Console
 
 
 def canned_run(arm: str, speed: float) -> Run:
@@ -49,7 +50,7 @@ def canned_run(arm: str, speed: float) -> Run:
         load_after=2.0,
         records={"A": records("A", 30), "B": records("B", 20)},
         preemptions={"A": 0.0, "B": 0.0},
-        timeline=Timeline(samples=samples, giveback_ms=[20.0, 40.0], recalls=2) if arm == "polder" else Timeline(),
+        timeline=Timeline(samples=samples, giveback_ms={"B": [20.0, 40.0]}, recalls=2) if arm == "polder" else Timeline(),
     )
 
 
@@ -80,9 +81,9 @@ def test_arm_metrics_hold_givebacks_only_where_there_is_a_broker(
     canned: tuple[BenchResult, list[Check], list[Run]],
 ) -> None:
     arms = canned[0].arms
-    assert arms["polder"]["all"]["givebacks"] == 2
-    assert arms["polder"]["all"]["giveback_p99_ms"] == pytest.approx(39.8)
-    assert "givebacks" not in arms["stock"]["all"]
+    assert arms["polder"]["B"]["givebacks"] == 2
+    assert arms["polder"]["B"]["giveback_p99_ms"] == pytest.approx(39.8)
+    assert "givebacks" not in arms["stock"]["B"]
     assert arms["polder"]["A"]["hit_ratio_of_ideal"] == pytest.approx(0.8 / 0.9)
 
 

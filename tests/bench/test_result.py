@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from polder.bench.result import Arms, BenchResult, ratios_over, read_result, without_nan, write_result
 
 ARMS: Arms = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from polder.bench.models import RESERVED_IDS
 from polder.bench.traces import (
     VOCAB,

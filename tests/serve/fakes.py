@@ -58,7 +58,16 @@ def engine_status(name: str, **changes: Any) -> EngineStatus:
 
 def canned_status() -> Status:
     lender = engine_status(
-        "b", held_units=6, busy_units=1, waiting_units=0, cached_units=4, borrowed_units=0, lent_units=4, stats={}, giveback_ms=[4.0, 30.0, 150.0]
+        "b",
+        held_units=6,
+        busy_units=1,
+        waiting_units=0,
+        cached_units=4,
+        borrowed_units=0,
+        lent_units=4,
+        reason="floor",
+        stats={},
+        giveback_ms=[4.0, 30.0, 150.0],
     )
     device = DeviceStatus(
         device="cpu:0", page_bytes=2 * MIB, total_pages=160, free_pages=16, pages_by_owner={"a/kv": 96, "b/kv": 48}
@@ -145,13 +154,15 @@ def running(app: Any) -> Iterator[str]:
     """A real server in a thread; yields its base URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on" if hasattr(app, "router") else "off"))
+    lifespan: Any = "on" if hasattr(app, "router") else "off"
+    config = uvicorn.Config(app, log_level="critical", lifespan=lifespan, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        server.should_exit = True
         thread.join(10)
         listener.close()
         assert not thread.is_alive()
@@ -173,8 +184,13 @@ def is_running(pid: int) -> bool:
 
 
 TREE = """
-import os, subprocess, sys, time
-child = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(100)"
+import subprocess, sys, time
+child = '''
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(100)
+'''
 for i in range(2):
     subprocess.Popen([sys.executable, "-S", "-c", child, f"{sys.argv[1]}/{i}"], start_new_session=bool(i))
 time.sleep(100)

@@ -1,29 +1,32 @@
-"""The command line is public: verbs, flags and exit codes."""
+"""The command line is public: verbs, flags, output and exit codes."""
 
 from __future__ import annotations
 
 import json
-import socket
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import typer
 from rich.console import Console
 
+from polder.broker.wire import Resize
 from polder.cli.main import app
-from polder.cli.top import render
-from tests.broker.test_server import Running
+from polder.cli.top import Snapshot
+from polder.cli.view import render
+from polder.serve.supervisor import ChildStatus
+from tests.serve.fakes import canned_status, fake_broker
 from tests.serve.test_fleet import GOOD, model, write
-from tests.serve.test_metrics import STATUS
 
 __all__ = ["model"]
 
 SURFACE = {
     "serve": {"fleet", "--check", "--socket", "--log-dir", "--json"},
     "broker": {"--socket", "--device", "--page", "--reserve-low", "--reserve-high", "--hold", "--deadline"},
-    "top": {"--socket", "--once", "--json", "--interval"},
+    "top": {"--socket", "--url", "--once", "--json", "--interval"},
     "ctl resize": {"engine", "units", "--socket", "--json"},
     "ctl explain": {"--socket", "--json"},
     "doctor": {"--json"},
@@ -48,67 +51,173 @@ def test_verbs_and_flags_are_those_that_were_published() -> None:
     assert {verb: flags for verb, flags in surface().items() if not verb.startswith("bench")} == SURFACE
 
 
-def polder(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "polder.cli.main", *arguments], capture_output=True, text=True, timeout=60)
+def polder(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "polder.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
+
+
+def test_the_help_of_serve_shows_a_whole_fleet_file() -> None:
+    text = polder("serve", "--help").stdout
+    assert "[memory]\n" in text
+    assert "[[model]]" in text
+
+
+# ---------------------------------------------------------------- serve, broker
 
 
 def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = polder("serve", str(tmp_path / "none.toml"))
     assert done.returncode == 2
     assert done.stderr.startswith("polder: cannot read")
-    assert "Traceback" not in done.stderr
-
-
-def test_a_port_in_use_is_refused_before_anything_is_started(tmp_path: Path, model: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        path = write(tmp_path, f"[server]\nport = {port}\n" + GOOD.format(model=model))
-        done = polder("serve", str(path))
-    assert done.returncode == 3
-    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_check_starts_nothing_and_says_what_is_needed(tmp_path: Path, model: Path) -> None:
-    done = polder("serve", str(write(tmp_path, GOOD.format(model=model))), "--check", "--json")
+    path = str(write(tmp_path, GOOD.format(model=model)))
+    assert json.loads(polder("serve", path, "--check", "--json").stdout)["least_bytes"] == {"a": 48 << 20}
+    assert "a: 48 MiB of KV memory at least" in polder("serve", path, "--check").stdout
+
+
+def test_a_second_broker_on_a_socket_is_refused(short_dir: Path) -> None:
+    with fake_broker(short_dir / "s", canned_status()):
+        done = polder("broker", "--socket", str(short_dir / "s"), "--device", "cpu:0=4MiB")
+    assert done.returncode == 3
+    assert "already listens" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--device", "cpu:0"),
+        ("--device", "cpu:0=much"),
+        ("--device", "gpu=1GiB"),
+        ("--socket", "/tmp/" + "x" * 110),
+        ("--hold", "soon"),
+    ],
+)
+def test_a_bad_broker_option_is_refused(short_dir: Path, option: str, value: str) -> None:
+    options = {"--socket": str(short_dir / "b"), "--device": "cpu:0=4MiB"} | {option: value}
+    done = polder("broker", *(word for pair in options.items() for word in pair))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert value.partition("=")[2] in done.stderr
+
+
+# ---------------------------------------------------------------- top, ctl
+
+
+def test_top_once_json_is_the_whole_status(short_dir: Path) -> None:
+    with fake_broker(short_dir / "s", canned_status()):
+        by_option = polder("top", "--once", "--json", "--socket", str(short_dir / "s")).stdout
+        by_environment = polder("top", "--once", "--json", POLDER_BROKER=str(short_dir / "s")).stdout
+    golden = {"broker": {"t": "status", **msgspec.to_builtins(canned_status())}, "children": []}
+    assert json.loads(by_option) == json.loads(by_environment) == golden
+    assert list(golden["broker"]["engines"][0]) == [
+        *("engine", "model", "pid", "devices", "state", "pages_per_unit", "unit_tokens", "held_units", "floor_units"),
+        *("share_units", "ceiling_units", "target_units", "pinned_units", "busy_units", "waiting_units"),
+        *("cached_units", "borrowed_units", "lent_units", "recalled_units", "reason", "curve", "giveback_ms", "stats"),
+    ]
+
+
+def test_top_finds_the_fleet_that_runs(short_dir: Path) -> None:
+    folder = short_dir / "polder" / "fabc"
+    folder.mkdir(parents=True)
+    with fake_broker(folder / "broker.sock", canned_status()):
+        done = polder("top", "--once", POLDER_BROKER="", XDG_RUNTIME_DIR=str(short_dir))
     assert done.returncode == 0
-    assert json.loads(done.stdout)["least_bytes"] == {"a": 48 << 20}
+    assert "cpu:0  320 MiB" in done.stdout
+    none = polder("top", "--once", POLDER_BROKER="", XDG_RUNTIME_DIR=str(short_dir / "none"))
+    assert none.returncode == 3
+    assert "start `polder serve`, or name a broker with --socket" in none.stderr
 
 
 def test_no_broker_is_exit_code_3(short_dir: Path) -> None:
-    done = polder("top", "--once", "--socket", str(short_dir / "none"))
-    assert done.returncode == 3
-    assert "no broker answers" in done.stderr
-
-
-def test_a_second_broker_is_refused(short_dir: Path) -> None:
-    running = Running(short_dir / "b")
-    try:
-        done = polder("broker", "--socket", str(short_dir / "b"), "--device", "cpu:0=4MiB")
+    for arguments in (("top", "--once"), ("ctl", "explain")):
+        done = polder(*arguments, "--socket", str(short_dir / "none"))
         assert done.returncode == 3
-        assert "already listens" in done.stderr
-        as_json = polder("top", "--json", "--socket", str(short_dir / "b"))
-        assert json.loads(as_json.stdout)["devices"][0]["total_pages"] == 64
-    finally:
-        running.stop()
+        assert "no broker answers" in done.stderr
+    assert polder("top", "--once", "--url", "http://127.0.0.1:9").returncode == 3
 
 
-@pytest.mark.parametrize("device", ["cpu:0", "cpu:0=much", "gpu=1GiB"])
-def test_a_bad_device_is_refused(short_dir: Path, device: str) -> None:
-    assert polder("broker", "--socket", str(short_dir / "b"), "--device", device).returncode == 2
+def shown(snapshot: Snapshot) -> str:
+    with open("/dev/null", "w") as nowhere:
+        console = Console(width=160, record=True, file=nowhere)
+        console.print(render(snapshot))
+    return console.export_text()
 
 
 def test_top_shows_who_holds_what_and_why() -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(render(STATUS))
-    console.file.close()
-    text = console.export_text()
-    for words in ("320 MiB", "a/kv 192 MiB", "free 128 MiB", "3/10/19", "75%", "requests, within its share", "1 overdue"):
-        assert words in text
+    down = ChildStatus(name="b", state="down", pid=None, restarts=4, retry_in_s=2.0, last_exit="ended with code 137")
+    text = shown(Snapshot(broker=canned_status(), children=[down]))
+    lines = text.splitlines()
+    assert lines[0].count("█") == 54
+    assert lines[0].count("░") == 6, "the bar has its length"
+    assert "a/kv 192 MiB  b/kv 96 MiB  free 32 MiB" in text
+    memory = next(line for line in lines if line.startswith("a ")).replace("\u00a0", "").split()
+    assert memory == [
+        "a",
+        "serving",
+        "192MiB",
+        "32MiB",
+        "160MiB",
+        "288MiB",
+        "112MiB",
+        "16MiB",
+        "144MiB",
+        "32MiB",
+        "0B",
+        "48MiB",
+        "192MiB",
+    ]
+    requests = [line for line in lines if line.startswith("a ")][1].split(maxsplit=8)
+    assert [word.strip() for word in requests] == [
+        *["a", "3", "2", "58%", "64%", "1", "12", "12"],
+        "requests, beyond its share",
+    ]
+    assert "5 grants   3 recalls   1 overdue   give-back p50 30 ms, p99 150 ms (last 3)" in text
+    assert "b is down, restarts 4 ended with code 137" in text
 
 
-def test_doctor_says_what_is_missing_or_ok() -> None:
-    findings = json.loads(polder("doctor", "--json").stdout)
-    assert {f["check"] for f in findings} >= {"python", "vllm", "plugin", "memfd", "pidfd", "gpu"}
-    assert all(f["detail"] for f in findings)
+def test_top_says_that_the_broker_is_away() -> None:
+    assert "the broker does not answer" in shown(Snapshot(broker=None))
+
+
+def test_ctl_resizes_and_explains(short_dir: Path) -> None:
+    with fake_broker(short_dir / "s", canned_status()) as resizes:
+        where = ("--socket", str(short_dir / "s"))
+        assert polder("ctl", "resize", "a", "5", *where).stdout == "a: pinned to 5 units\n"
+        assert json.loads(polder("ctl", "resize", "a", "0", "--json", *where).stdout)["pinned_units"] == 0
+        unknown = polder("ctl", "resize", "zebra", "5", *where)
+        words = polder("ctl", "explain", *where).stdout
+        as_json = json.loads(polder("ctl", "explain", "--json", *where).stdout)
+    assert resizes == [Resize(engine="a", units=5), Resize(engine="a", units=0)]
+    assert unknown.returncode == 2
+    assert "no engine 'zebra' here" in unknown.stderr
+    assert "a (serving): target 12 units of 256 tokens: requests, beyond its share" in words
+    assert "holds 12, 2 of them on loan" in words
+    assert "holds 6, 4 of its share are lent" in words
+    assert [(e["engine"], e["reason"]) for e in as_json] == [("a", "requests, beyond its share"), ("b", "floor")]
+
+
+# ---------------------------------------------------------------- doctor, version
+
+
+def test_doctor_says_what_is_missing_or_right() -> None:
+    done = polder("doctor", "--json")
+    findings = {f["check"]: f for f in json.loads(done.stdout)}
+    assert set(findings) == {
+        *("python", "vllm", "torch", "plugin", "memfd", "pidfd", "unix socket", "shared memory", "open files"),
+        *("memory maps", "gpu"),
+    }
+    assert all(f["detail"] for f in findings.values())
+    assert done.returncode == (0 if all(f["ok"] for f in findings.values()) else 3)
+
+
+def test_doctor_says_what_to_do() -> None:
+    done = polder("doctor", VLLM_PLUGINS="other")
+    assert done.returncode == 3
+    assert "NO  plugin: VLLM_PLUGINS='other' leaves polder out: add it or unset the variable" in done.stdout
+
+
+def test_version() -> None:
+    assert json.loads(polder("version", "--json").stdout)["works_with"] == ["0.32.0"]

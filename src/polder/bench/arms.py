@@ -54,7 +54,7 @@ class EnginePlan:
     model_path: Path
     max_model_len: int
     core: int
-    """The only core its worker's threads run on."""
+    """The only core that its processes run on: with a core each, engines share memory, which is measured, and no compute."""
     share_bytes: int
     """KV memory: all of it in the stock arm, the share that is the engine's own on demand in the Polder arm."""
 
@@ -167,6 +167,7 @@ class StockArm(Arm):
             ),
             # No plugins at all: what runs here is vLLM as it is installed without Polder.
             env=engine.environment() | {"VLLM_PLUGINS": ""},
+            cpus=str(engine.core),
             log_path=self._log_dir / f"{engine.name}.log",
         )
 
@@ -263,6 +264,7 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
             f'path = "{engine.model_path.resolve()}"',
             f"max_model_len = {engine.max_model_len}",
             f'share = "{engine.share_bytes}B"',
+            f'cpus = "{engine.core}"',
             f"args = [{arguments}]",
             f"env = {{ {environment} }}",
             "",

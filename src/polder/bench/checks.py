@@ -49,8 +49,8 @@ def _main(arms: Arms, ratios: Mapping[str, float], intervals: Intervals) -> Iter
         passed=ours - theirs >= 0.30,
         detail=f"{theirs:.3f} -> {ours:.3f}, {ours - theirs:+.3f} (limit +0.30)",
     )
-    count = _number(arms["polder"]["all"]["givebacks"])
-    p99_ms = arms["polder"]["all"].get("giveback_p99_ms")
+    count = _number(arms["polder"]["B"]["givebacks"])
+    p99_ms = arms["polder"]["B"].get("giveback_p99_ms")
     yield Check(
         name="giveback_p99_under_200_ms",
         passed=p99_ms is not None and _number(p99_ms) < 200,
@@ -88,5 +88,5 @@ def _percent(interval: tuple[float, float]) -> str:
 
 
 def _number(metric: Metric) -> float:
-    assert isinstance(metric, float)
+    assert not isinstance(metric, dict)
     return metric

@@ -22,8 +22,9 @@ from rich.console import Console
 
 from polder.bench.arms import BLOCK_TOKENS, ENGINE_ARGS, ENGINE_ENV, Arm, EnginePlan, PolderArm, StockArm
 from polder.bench.checks import Check, elastic_checks
+from polder.bench.driver import play
 from polder.bench.equality import compare, disturbed, questions, undisturbed
-from polder.bench.machine import describe_machine, describe_versions
+from polder.bench.machine import check_engine, describe_machine, describe_versions, two_cores
 from polder.bench.metrics import RunRecords, percentile, quantile_ratio_interval, ttfts_ms
 from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
 from polder.bench.plan import BUDGET_BYTES, BUDGET_WHY, USERS, BenchPlan
@@ -32,7 +33,7 @@ from polder.bench.resize import resize_under_load
 from polder.bench.result import Arms, BenchResult, ratios_over, write_result
 from polder.bench.runs import Run, arm_metrics, run_once
 from polder.bench.tax import TIME_SCALE, tax_intervals, tax_metrics, tax_pairs
-from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts
+from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts, warm_up
 from polder.memory.page import PAGE_BYTES
 
 __all__ = ["ElasticBench"]
@@ -66,6 +67,7 @@ class ElasticBench:
         """Runs all stages, writes the files, prints the table. Raises PolderError when an engine fails."""
         from polder.bench.report import print_report, write_html
 
+        check_engine()
         for path in filter(None, (json_file, html_file)):
             path.parent.mkdir(parents=True, exist_ok=True)
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -109,6 +111,10 @@ class ElasticBench:
     def _main(self, stock: Arm, polder: Arm) -> None:
         load_a = agents(model="A", users=USERS, sessions=self.plan.sessions)
         load_b = bursts(model="B", rounds=BURST_ROUNDS)
+        with self._timed("warm-up"), self._report.stage("Warming up"):
+            for arm in (stock, polder):
+                warm_b = bursts(model="B", time_scale=TIME_SCALE)
+                asyncio.run(play({"A": (arm.endpoint, warm_up(model="A", users=USERS)), "B": (arm.endpoint, warm_b)}))
         for number, letter in enumerate(self.plan.order, start=1):
             arm = stock if letter == "A" else polder
             title = f"Run {number} of {len(self.plan.order)}: {arm.name}"
@@ -190,7 +196,7 @@ class ElasticBench:
                 "B": f"{MODEL_B.name}: Qwen3, {MODEL_B.layers} layers, {MODEL_B.kv_bytes_per_token} B of KV per token, bf16",
                 "arguments": " ".join(ENGINE_ARGS),
                 "environment": ENGINE_ENV,
-                "cores": "A's worker on core 0, B's on core 1; API servers, engine cores, gateway and client where there is room",
+                "cores": "all processes of A on core 0, all of B on core 1; gateway, broker and client where there is room",
                 "endpoint": "both arms behind the same gateway; the tax stage asks the engines themselves",
             },
             "workload": {
@@ -198,6 +204,7 @@ class ElasticBench:
                 "first turns of the users' first sessions are not in TTFT",
                 "B": "tiny-burst-v1, open loop: its 238 requests once, measured; "
                 "then again as load, not measured, until A is through",
+                "warm-up": "before the runs each arm gets the last prompt of every session of A, and B's trace; not counted",
                 "tax": f"B's trace played {1 / TIME_SCALE:g} times as fast, on engine B alone",
             },
             "intervals": {key: list(interval) for key, interval in sorted(self._intervals.items())},
@@ -236,7 +243,7 @@ class ElasticBench:
                 core=core,
                 share_bytes=BUDGET_BYTES // len(ENGINES),
             )
-            for core, name in enumerate(ENGINES)
+            for name, core in zip(ENGINES, two_cores(), strict=True)
         ]
 
     @contextlib.contextmanager

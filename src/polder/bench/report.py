@@ -98,7 +98,7 @@ def _tiles(result: BenchResult) -> Iterator[tuple[str, str]]:
     ratio = result.ratios.get("polder/stock:B.ttft_p99_ms")
     if ratio:
         yield f"{ratio:.2f}", "B: p99 TTFT, Polder's over stock's"
-    giveback = result.arms.get("polder", {}).get("all", {}).get("giveback_p99_ms")
+    giveback = result.arms.get("polder", {}).get("B", {}).get("giveback_p99_ms")
     if isinstance(giveback, float):
         yield f"{giveback:.0f} ms", "give-back p99, need to mapped pages"
 
@@ -177,7 +177,7 @@ def _flat(engines: Mapping[str, Mapping[str, Metric]]) -> Iterator[tuple[str, Me
 
 
 def _number(value: Metric | None) -> str:
-    if not isinstance(value, float):
+    if value is None or isinstance(value, dict):
         return ""
     digits = 0 if value == int(value) or abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
     return f"{value:,.{digits}f}"

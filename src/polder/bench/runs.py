@@ -70,13 +70,16 @@ def arm_metrics(runs: Sequence[Run], *, ideal_hit_ratio: float) -> dict[str, Met
     hit = found["A"]["hit_ratio"]
     assert isinstance(hit, float)
     found["A"]["hit_ratio_of_ideal"] = hit / ideal_hit_ratio
-    givebacks = [ms for run in runs for ms in run.timeline.giveback_ms]
     if any(run.timeline.samples for run in runs):
+        for engine in by_engine:
+            givebacks = [ms for run in runs for ms in run.timeline.giveback_ms.get(engine, [])]
+            found[engine] |= {
+                "givebacks": float(len(givebacks)),
+                "giveback_p50_ms": percentile(givebacks, 50),
+                "giveback_p99_ms": percentile(givebacks, 99),
+                "giveback_max_ms": max(givebacks, default=float("nan")),
+            }
         found["all"] |= {
-            "givebacks": float(len(givebacks)),
-            "giveback_p50_ms": percentile(givebacks, 50),
-            "giveback_p99_ms": percentile(givebacks, 99),
-            "giveback_max_ms": max(givebacks, default=float("nan")),
             "recalls": float(sum(run.timeline.recalls for run in runs)),
             "overdue_recalls": float(sum(run.timeline.overdue for run in runs)),
         }

@@ -36,7 +36,8 @@ class Timeline(msgspec.Struct, kw_only=True):
     """Samples of one run, and the give-backs that fell into it."""
 
     samples: list[MemorySample] = []
-    giveback_ms: list[float] = []
+    giveback_ms: dict[str, list[float]] = {}
+    """Engine -> times from its need of what is within its share to mapped pages."""
     recalls: int = 0
     overdue: int = 0
     """Recalls that passed their deadline."""
@@ -66,13 +67,15 @@ async def _sample(broker: Path, status: Status, timeline: Timeline) -> None:
     while True:
         timeline.samples.append(_look(status))
         await asyncio.sleep(SAMPLE_EVERY_S)
-        before = status.giveback_ms
+        before = {engine.engine: engine.giveback_ms for engine in status.engines}
         try:
             status = await asyncio.to_thread(client.status, broker)
         except BrokerUnavailable:
             timeline.dropped += 1  # a starved machine: a gap in a plot is better than a lost run
             continue
-        timeline.giveback_ms += new_givebacks(before, status.giveback_ms)
+        for engine in status.engines:
+            new = new_givebacks(before.get(engine.engine, []), engine.giveback_ms)
+            timeline.giveback_ms.setdefault(engine.engine, []).extend(new)
         timeline.recalls = status.recalls - first.recalls
         timeline.overdue = status.overdue - first.overdue
 

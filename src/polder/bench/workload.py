@@ -16,7 +16,7 @@ from polder.bench.traces import (
     load_burst,
 )
 
-__all__ = ["BURST_PERIOD_S", "agents", "agents_ideal_hit_ratio", "bursts"]
+__all__ = ["BURST_PERIOD_S", "agents", "agents_ideal_hit_ratio", "bursts", "warm_up"]
 
 STAGGER_S = 0.3
 """Users start one after the other (reference/workloads.md section 2)."""
@@ -78,5 +78,26 @@ def bursts(*, model: str, rounds: int = 1, time_scale: float = 1.0) -> OpenLoop:
             )
             for turn in range(rounds)
             for number, (at_s, body, output_tokens) in enumerate(once)
+        ]
+    )
+
+
+def warm_up(*, model: str, users: int) -> ClosedLoop:
+    """The longest prompt of each user's first session, one after the other: they fill the whole budget once.
+
+    Memory that was never touched costs page faults at its first use, and first steps allocate: neither is to fall on
+    the first run of one arm.
+    """
+    rows = [row for row in load_agent() if row.session < users and row.turn == 15]
+    return ClosedLoop(
+        users=[
+            [
+                Turn(
+                    key=f"w{row.session}",
+                    body=encode_body(model=model, prompt=agent_prompt(row), output_tokens=2),
+                    output_tokens=2,
+                )
+                for row in rows
+            ]
         ]
     )

@@ -6,6 +6,7 @@ budget's arithmetic) is in budget.py.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,8 @@ class Model:
     floor_bytes: int | None = None
     share_bytes: int | None = None
     ceiling_bytes: int | None = None
+    cpus: str = ""
+    """Cores of its processes, as taskset writes them: "0-7,16"; empty: all."""
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     least_bytes: int | None = None
@@ -187,10 +190,25 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path) -> Model:
         floor_bytes=sizes["floor"],
         share_bytes=sizes["share"],
         ceiling_bytes=sizes["ceiling"],
+        cpus=_cpus(model),
         args=tuple(model.args),
         env=model.env,
         least_bytes=least_bytes,
     )
+
+
+def _cpus(model: ModelTable) -> str:
+    """The list as it stands, if all its cores are ours to use."""
+    cores: set[int] = set()
+    for part in filter(None, model.cpus.split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f'model {model.name}: cpus {model.cpus!r}: write a list of cores such as "0-7,16"')
+        cores |= set(range(int(first), int(last or first) + 1))
+    missing = sorted(cores - os.sched_getaffinity(0))
+    if missing:
+        raise ConfigError(f"model {model.name}: cpus {model.cpus!r}: this machine gives us no core {missing[0]}")
+    return model.cpus
 
 
 def _resolved(model: ModelTable, folder: Path) -> str:

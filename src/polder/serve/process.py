@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +39,9 @@ class ProcessSpec:
     log_path: Path | None = None
     """Both outputs are appended to it; None: the parent's own."""
     health_url: str | None = None
-    """Answers 200 when the process is ready; None: ready as soon as it runs."""
+    """Answers 200 when the process is ready; None: ready as soon as it runs, or as `is_ready` says."""
+    is_ready: Callable[[], bool] | None = None
+    """Asked instead, for a process without HTTP."""
 
 
 class ManagedProcess:
@@ -100,7 +102,7 @@ class ManagedProcess:
     def ready(self) -> bool:
         """Whether it answers its health URL now. Blocks for 2 s at most."""
         if self.spec.health_url is None:
-            return self.alive()
+            return self.alive() and (self.spec.is_ready is None or self.spec.is_ready())
         try:
             with _direct.open(self.spec.health_url, timeout=2) as answer:
                 return bool(answer.status == 200) and self.alive()
@@ -179,18 +181,20 @@ def vllm_serve(
     port: int,
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    cpus: str = "",
     log_path: Path | None = None,
 ) -> ProcessSpec:
-    """One `vllm serve` on loopback, serving `model_path` under the model name `name`."""
+    """One `vllm serve` on loopback, serving `model_path` under the model name `name`, on the cores `cpus` (empty: all)."""
     command = Path(sys.executable).with_name("vllm")
     program = (str(command),) if command.exists() else (sys.executable, "-m", "vllm.entrypoints.cli.main")
     own = {"--served-model-name": name, "--host": "127.0.0.1", "--port": str(port)}
     options = [word for option in own.items() for word in option]
     # A log line a request would grow for ever. The requests themselves are logged only with --enable-log-requests.
     options.append("--disable-uvicorn-access-log")
+    pinned = ("taskset", "--cpu-list", cpus) if cpus else ()
     return ProcessSpec(
         name=name,
-        argv=(*program, "serve", str(model_path), *options, *args),
+        argv=(*pinned, *program, "serve", str(model_path), *options, *args),
         env=dict(env or {}),
         log_path=log_path,
         health_url=f"http://127.0.0.1:{port}/health",

@@ -72,7 +72,7 @@ def run(
                 place = f"http://{fleet.host}:{fleet.port}/v1 for {', '.join(ports)}; broker on {path}; logs in {logs}"
                 report(Event(child="gateway", kind="started", pid=os.getpid(), detail=place))
                 broker.start()
-                if _broker_answers(path, server):
+                if _is_up(broker, server):
                     models.start()
                     server.run(sockets=[listener])
             finally:
@@ -102,6 +102,7 @@ def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
             *(word for option in options.items() for word in option),
         ),
         log_path=log_path,
+        is_ready=lambda: _answers(config.socket),
     )
 
 
@@ -116,6 +117,7 @@ def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: 
         port=port,
         args=(*model.arguments(), *size),
         env=model.environment(socket_path),
+        cpus=model.cpus,
         log_path=logs / f"{model.name.replace('/', '%2F')}.log",
     )
 
@@ -147,18 +149,23 @@ def _check_socket(path: Path) -> None:
         raise ConfigError(f"no directory {path.parent} for the broker's socket; make it, or choose another --socket")
     if path.exists() and not path.is_socket():
         raise ConfigError(f"{path} exists and is no socket; choose another --socket")
-    with contextlib.suppress(BrokerUnavailable):
-        client.status(path, timeout_s=1.0)
+    if _answers(path):
         raise AddressInUse(f"a broker already answers on {path}; stop it, or choose another --socket")
 
 
-def _broker_answers(path: Path, server: uvicorn.Server) -> bool:
+def _answers(socket_path: Path) -> bool:
+    with contextlib.suppress(BrokerUnavailable):
+        client.status(socket_path, timeout_s=1.0)
+        return True
+    return False
+
+
+def _is_up(broker: Supervisor, server: uvicorn.Server) -> bool:
     """Waits for the broker. False when the fleet has been told to stop, or the broker was given up."""
     while not server.should_exit:
-        with contextlib.suppress(BrokerUnavailable):
-            client.status(path, timeout_s=1.0)
+        if broker.status()[0].state == "ready":
             return True
-        time.sleep(0.05)
+        time.sleep(0.02)
     return False
 
 

@@ -36,6 +36,7 @@ max_model_len = 8192              # optional, as are all that follow
 floor = "64MiB"                   # never taken from it (default: what one request of max_model_len needs)
 share = "160MiB"                  # its own on demand, more is on loan (default: an equal part)
 ceiling = "1GiB"                  # never more than this (default: the whole budget)
+cpus = "0-1"                      # its processes run on these cores only (default: on all)
 args = ["--enforce-eager"]        # more arguments for `vllm serve`
 env = { VLLM_CPU_OMP_THREADS_BIND = "0" }
 """
@@ -63,6 +64,7 @@ class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
     floor: str | int | None = None
     share: str | int | None = None
     ceiling: str | int | None = None
+    cpus: str = ""
     args: list[str] = []
     env: dict[str, str] = {}
 

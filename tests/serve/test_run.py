@@ -1,0 +1,234 @@
+"""`polder serve` as users run it, with small HTTP servers in place of vLLM: up, a death, a stop, nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from polder.broker import client
+from polder.serve.process import free_port
+from tests.serve.fakes import canned_status, fake_broker, is_running, wait_for
+
+ENGINE = """
+import http.server, os, sys, time
+name, port = sys.argv[1], int(sys.argv[2])
+if os.fork() == 0:  # an engine core, as vLLM has one
+    time.sleep(100)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(b'{"data": [{"id": "%s"}]}' % name.encode())
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.answer(f"{name} {os.getpid()} {os.environ['POLDER_BROKER']}".encode())
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+SERVE = """
+import sys
+import polder.serve.run as run
+from polder.cli.main import main
+from polder.serve.process import ProcessSpec
+
+script = sys.argv[1]
+
+def engine(path, *, name, port, args, env, log_path):
+    argv = (sys.executable, "-S", script, name, str(port))
+    return ProcessSpec(name=name, argv=argv, env=env, log_path=log_path, health_url=f"http://127.0.0.1:{port}/health")
+
+run.vllm_serve = engine
+sys.argv = ["polder", "serve", *sys.argv[2:]]
+main()
+"""
+
+
+class Serve:
+    """One `polder serve --json` in a process of its own."""
+
+    def __init__(self, tmp_path: Path, short_dir: Path, engine: str = ENGINE) -> None:
+        self.port = free_port()
+        self.runtime = short_dir
+        (tmp_path / "engine.py").write_text(engine)
+        (tmp_path / "fleet.toml").write_text(
+            f'[server]\nport = {self.port}\n[memory]\ndevice = "cpu:0"\nkv_budget = "16MiB"\n'
+            '[[model]]\nname = "a"\npath = "some/model"\n[[model]]\nname = "b"\npath = "some/model"\n'
+        )
+        self._argv = [sys.executable, "-c", SERVE, str(tmp_path / "engine.py"), str(tmp_path / "fleet.toml"), "--json"]
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, *arguments: str) -> Serve:
+        self.process = subprocess.Popen(
+            [*self._argv, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XDG_RUNTIME_DIR": str(self.runtime)},
+        )
+        return self
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False)
+
+    def ready(self) -> bool:
+        try:
+            return self.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def ask(self, model: str) -> httpx.Response:
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        return httpx.post(url, json={"model": model}, trust_env=False, timeout=10)
+
+    def children(self) -> dict[str, dict[str, Any]]:
+        return {child["name"]: child for child in self.get("/health").json()["children"]}
+
+    def tree(self) -> list[int]:
+        """All processes under it."""
+        assert self.process is not None
+        found, todo = [], [self.process.pid]
+        while todo:
+            below = subprocess.run(["pgrep", "-P", str(todo.pop())], capture_output=True, text=True).stdout.split()
+            todo += [int(pid) for pid in below]
+            found += [int(pid) for pid in below]
+        return found
+
+    def end(self, number: signal.Signals) -> tuple[list[dict[str, Any]], str]:
+        """Its events and what it wrote to stderr."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=20)
+        return [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.fixture
+def serve(tmp_path: Path, short_dir: Path) -> Iterator[Serve]:
+    serve = Serve(tmp_path, short_dir)
+    yield serve
+    if serve.process is not None and serve.process.poll() is None:
+        serve.process.kill()
+        serve.process.communicate()
+
+
+def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:
+    serve.start()
+    wait_for(serve.ready, "the fleet", 30)
+    assert serve.ask("a").text.startswith("a ")
+    name, pid, broker = serve.ask("b").text.split()
+    assert name == "b"
+    assert client.status(Path(broker)).devices[0].total_pages == 8
+    assert [m["id"] for m in serve.get("/v1/models").json()["data"]] == ["a", "b"]
+
+    os.kill(int(pid), signal.SIGKILL)
+    wait_for(lambda: serve.children()["b"]["restarts"] == 1, "the restart")
+    assert serve.ask("a").status_code == 200, "the other serves on"
+    wait_for(serve.ready, "b to be back")
+    assert serve.ask("b").text.split()[1] != pid
+
+    tree = serve.tree()
+    assert len(tree) >= 3 * 2 + 2, "guards, broker, engines, cores"
+    events, errors = serve.end(signal.SIGTERM)
+    assert serve.process is not None
+    assert serve.process.returncode == 0, errors
+    assert not [pid for pid in tree if is_running(pid)]
+    assert list(serve.runtime.iterdir()) == []
+    kinds = [(event["child"], event["event"]) for event in events if event["child"] == "b"]
+    assert kinds == [("b", kind) for kind in ("started", "ready", "ended", "started", "ready", "stopped")]
+    assert errors == ""
+
+
+def test_a_killed_serve_takes_everything_along(serve: Serve) -> None:
+    serve.start()
+    wait_for(serve.ready, "the fleet", 30)
+    tree = serve.tree()
+    assert serve.process is not None
+    serve.process.kill()
+    serve.process.communicate()
+    wait_for(lambda: not [pid for pid in tree if is_running(pid)], "the tree to end")
+
+
+def test_a_killed_broker_comes_back_on_its_socket(serve: Serve) -> None:
+    serve.start("--socket", str(serve.runtime / "here"))
+    wait_for(serve.ready, "the fleet", 30)
+    before = client.status(serve.runtime / "here").generation
+    guard = serve.children()["broker"]["pid"]
+    os.kill(int(subprocess.check_output(["pgrep", "-P", str(guard)])), signal.SIGKILL)
+    wait_for(lambda: serve.children()["broker"]["restarts"] == 1 and serve.ready(), "the broker")
+    assert client.status(serve.runtime / "here").generation != before
+    serve.end(signal.SIGINT)
+    assert serve.process is not None
+    assert serve.process.returncode == 0
+    assert list(serve.runtime.iterdir()) == []
+
+
+def test_an_engine_that_cannot_start_ends_the_fleet_with_its_words(tmp_path: Path, short_dir: Path) -> None:
+    serve = Serve(tmp_path, short_dir, "raise SystemExit('unknown option --frobnicate')").start(
+        "--log-dir", str(tmp_path / "logs")
+    )
+    assert serve.process is not None
+    out, errors = serve.process.communicate(timeout=30)
+    assert serve.process.returncode == 3
+    assert "given up after 3 starts" in errors
+    assert "unknown option --frobnicate" in errors
+    assert [json.loads(line)["event"] for line in out.splitlines()].count("ended") >= 2
+    assert "--frobnicate" in (tmp_path / "logs" / "a.log").read_text()
+    assert list(short_dir.iterdir()) == []
+
+
+# ---------------------------------------------------------------- refused before anything is started
+
+
+def refusal(serve: Serve, *arguments: str) -> tuple[int, str]:
+    serve.start(*arguments)
+    assert serve.process is not None
+    out, errors = serve.process.communicate(timeout=20)
+    assert out == "", "something was started"
+    assert errors.startswith("polder: ")
+    assert len(errors.splitlines()) == 1
+    return serve.process.returncode, errors
+
+
+def test_a_port_in_use(serve: Serve) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", serve.port))
+        taken.listen()
+        code, words = refusal(serve)
+    assert code == 3
+    assert f"cannot listen on 127.0.0.1:{serve.port}: Address already in use" in words
+
+
+def test_a_socket_path_too_long(serve: Serve, short_dir: Path) -> None:
+    assert refusal(serve, "--socket", str(short_dir / ("x" * 100)))[0] == 2
+    serve.runtime = short_dir / ("y" * 100)
+    code, words = refusal(serve)
+    assert code == 2
+    assert "the limit is 107" in words
+
+
+def test_a_broker_on_the_socket(serve: Serve, short_dir: Path) -> None:
+    with fake_broker(short_dir / "s", canned_status()):
+        code, words = refusal(serve, "--socket", str(short_dir / "s"))
+    assert code == 3
+    assert "a broker already answers on" in words
+
+
+def test_a_socket_where_none_can_be(serve: Serve, short_dir: Path) -> None:
+    (short_dir / "file").touch()
+    assert "is no socket" in refusal(serve, "--socket", str(short_dir / "file"))[1]
+    assert "no directory" in refusal(serve, "--socket", str(short_dir / "none" / "s"))[1]
