@@ -49,7 +49,7 @@ from polder.serve.process import ProcessSpec
 
 script = sys.argv[1]
 
-def engine(path, *, name, port, args, env, log_path):
+def engine(path, *, name, port, args, env, cpus, log_path):
     argv = (sys.executable, "-S", script, name, str(port))
     return ProcessSpec(name=name, argv=argv, env=env, log_path=log_path, health_url=f"http://127.0.0.1:{port}/health")
 
@@ -121,9 +121,9 @@ class Serve:
 def serve(tmp_path: Path, short_dir: Path) -> Iterator[Serve]:
     serve = Serve(tmp_path, short_dir)
     yield serve
-    if serve.process is not None and serve.process.poll() is None:
+    if serve.process is not None and serve.process.returncode is None:
         serve.process.kill()
-        serve.process.communicate()
+        print(*serve.process.communicate())  # shown when the test fails
 
 
 def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:

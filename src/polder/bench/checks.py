@@ -27,7 +27,7 @@ class Check:
 
 def elastic_checks(arms: Arms, ratios: Mapping[str, float], intervals: Intervals) -> list[Check]:
     return [
-        *_main(arms, ratios, intervals),
+        *(_main(arms, ratios, intervals) if "polder" in arms else ()),
         *(_equality(arms["polder-equality"]["all"]) if "polder-equality" in arms else ()),
         *(_tax(intervals) if "polder-alone" in arms else ()),
         _no_failures(arms),

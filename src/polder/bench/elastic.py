@@ -98,7 +98,8 @@ class ElasticBench:
         engines = self._engines(recipes, MAX_MODEL_LEN)
         stock, polder = StockArm(engines, self._logs), PolderArm(engines, self._logs, runtime)
         with self._up(stock, polder):
-            self._main(stock, polder)
+            if "main" in self.plan.stages:
+                self._main(stock, polder)
             if "resize" in self.plan.stages:
                 with self._timed("resize"), self._report.stage("Resizing engine A under load") as stage:
                     found = asyncio.run(

@@ -202,7 +202,7 @@ def _cpus(model: ModelTable) -> str:
     cores: set[int] = set()
     for part in filter(None, model.cpus.split(",")):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
             raise ConfigError(f'model {model.name}: cpus {model.cpus!r}: write a list of cores such as "0-7,16"')
         cores |= set(range(int(first), int(last or first) + 1))
     missing = sorted(cores - os.sched_getaffinity(0))

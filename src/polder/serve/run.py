@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def run(
 ) -> None:
     """Serves until SIGINT or SIGTERM. Must run in the main thread.
 
-    `report` hears of every start and death; it is called from several threads. Raises AddressInUse, ConfigError and
+    `report` hears of every start and death, from several threads, one at a time. Raises AddressInUse, ConfigError and
     EnvironmentFault before anything is started, and EnvironmentFault when a child never becomes ready.
     """
     with _listen(fleet.host, fleet.port) as listener, runtime_dir() as private:
@@ -52,9 +53,11 @@ def run(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S)
         )
         given_up: list[str] = []
+        one_at_a_time = threading.Lock()
 
         def hear(event: Event) -> None:
-            report(event)
+            with one_at_a_time:
+                report(event)
             if event.kind == "failed":
                 given_up.append(f"{event.child}: {event.detail}")
                 server.should_exit = True
@@ -70,7 +73,7 @@ def run(
         with _ended_by_signals(server):
             try:
                 place = f"http://{fleet.host}:{fleet.port}/v1 for {', '.join(ports)}; broker on {path}; logs in {logs}"
-                report(Event(child="gateway", kind="started", pid=os.getpid(), detail=place))
+                hear(Event(child="gateway", kind="started", pid=os.getpid(), detail=place))
                 broker.start()
                 if _is_up(broker, server):
                     models.start()
@@ -92,8 +95,8 @@ def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
         "--page": str(config.page_bytes),
         "--reserve-low": repr(policy.reserve_low_ratio),
         "--reserve-high": repr(policy.reserve_high_ratio),
-        "--hold": f"{policy.min_hold_s}s",
-        "--deadline": f"{policy.deadline_s}s",
+        "--hold": f"{policy.min_hold_s:.9f}s",
+        "--deadline": f"{policy.deadline_s:.9f}s",
     }
     return ProcessSpec(
         name="broker",
