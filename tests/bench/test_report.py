@@ -50,7 +50,9 @@ def canned_run(arm: str, speed: float) -> Run:
         load_after=2.0,
         records={"A": records("A", 30), "B": records("B", 20)},
         preemptions={"A": 0.0, "B": 0.0},
-        timeline=Timeline(samples=samples, giveback_ms={"B": [20.0, 40.0]}, recalls=2) if arm == "polder" else Timeline(),
+        timeline=Timeline(samples=samples, giveback_ms={"B": [20.0, 40.0]}, recalls=2)
+        if arm == "polder"
+        else Timeline(),
     )
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from polder.bench.arms import EnginePlan, fleet_toml
 from polder.bench.checks import elastic_checks
 from polder.bench.driver import RequestRecord
+from polder.bench.engine_plan import EnginePlan, fleet_toml
 from polder.bench.equality import OUTPUT_TOKENS, compare, questions
 from polder.bench.metrics import RunRecords
 from polder.bench.models import MODEL_A, MODEL_B

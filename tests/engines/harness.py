@@ -117,6 +117,7 @@ class Engine:
     name: str
     llm: Any
     _started: set[int] = field(default_factory=set)
+    _shared: set[Path] = field(default_factory=set)
 
     @classmethod
     def start(cls, name: str, recipe: ModelRecipe = A32, settings: dict[str, str] | None = None, **options: Any) -> Engine:
@@ -124,6 +125,7 @@ class Engine:
 
         model = ensure_model(recipe, MODELS)
         before = {p.pid for p in psutil.Process().children(recursive=True)}
+        shared_before = set(Path("/dev/shm").iterdir())
         arguments: dict[str, Any] = {
             "model": str(model),
             "dtype": "float32",
@@ -138,7 +140,7 @@ class Engine:
         with environment(ENVIRONMENT | (settings or {"VLLM_PLUGINS": ""})):
             llm = LLM(**arguments)
         children = psutil.Process().children(recursive=True)
-        return cls(name, llm, {p.pid for p in children} - before)
+        return cls(name, llm, {p.pid for p in children} - before, set(Path("/dev/shm").iterdir()) - shared_before)
 
     def utility(self, method: str, *args: Any) -> Any:
         return self.llm.llm_engine.engine_core.call_utility(method, *args)
@@ -182,6 +184,8 @@ class Engine:
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)
+        for path in self._shared:  # vLLM's message queues: a killed engine core leaves them behind
+            path.unlink(missing_ok=True)
 
 
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:

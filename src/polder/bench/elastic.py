@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,21 +19,22 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from polder.bench.arms import BLOCK_TOKENS, ENGINE_ARGS, ENGINE_ENV, Arm, EnginePlan, PolderArm, StockArm
+from polder.bench.arms import Arm, PolderArm, StockArm
 from polder.bench.checks import Check, elastic_checks
+from polder.bench.conditions import describe_bench, describe_runs
 from polder.bench.driver import play
+from polder.bench.engine_plan import BLOCK_TOKENS, EnginePlan
 from polder.bench.equality import compare, disturbed, questions, undisturbed
 from polder.bench.machine import check_engine, describe_machine, describe_versions, two_cores
-from polder.bench.metrics import RunRecords, percentile, quantile_ratio_interval, ttfts_ms
+from polder.bench.metrics import RunRecords, quantile_ratio_interval, ttfts_ms
 from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
-from polder.bench.plan import BUDGET_BYTES, BUDGET_WHY, USERS, BenchPlan
+from polder.bench.plan import BUDGET_BYTES, USERS, BenchPlan
 from polder.bench.progress import Reporter, reporter_for
 from polder.bench.resize import resize_under_load
 from polder.bench.result import Arms, BenchResult, ratios_over, write_result
 from polder.bench.runs import Run, arm_metrics, run_once
 from polder.bench.tax import TIME_SCALE, tax_intervals, tax_metrics, tax_pairs
 from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts, warm_up
-from polder.memory.page import PAGE_BYTES
 
 __all__ = ["ElasticBench"]
 
@@ -183,48 +183,10 @@ class ElasticBench:
         return result, checks
 
     def _conditions(self) -> dict[str, Any]:
-        blocks = {engine.name: engine.blocks for engine in self._engines({"A": MODEL_A, "B": MODEL_B}, MAX_MODEL_LEN)}
+        engines = self._engines({"A": MODEL_A, "B": MODEL_B}, MAX_MODEL_LEN)
         return {
-            "plan": asdict(self.plan),
-            "budget": {
-                "bytes": BUDGET_BYTES,
-                "why": BUDGET_WHY,
-                "stock": {name: {"blocks": count, "bytes": BUDGET_BYTES // 2} for name, count in blocks.items()},
-                "polder": {"bytes": BUDGET_BYTES, "pages": BUDGET_BYTES // PAGE_BYTES, "page_bytes": PAGE_BYTES},
-            },
-            "engines": {
-                "A": f"{MODEL_A.name}: Llama, {MODEL_A.layers} layers, {MODEL_A.kv_bytes_per_token} B of KV per token, bf16",
-                "B": f"{MODEL_B.name}: Qwen3, {MODEL_B.layers} layers, {MODEL_B.kv_bytes_per_token} B of KV per token, bf16",
-                "arguments": " ".join(ENGINE_ARGS),
-                "environment": ENGINE_ENV,
-                "cores": "all processes of A on core 0, all of B on core 1; gateway, broker and client where there is room",
-                "endpoint": "both arms behind the same gateway; the tax stage asks the engines themselves",
-            },
-            "workload": {
-                "A": f"tiny-agent-v1, closed loop, {USERS} users, sessions 0-{self.plan.sessions - 1}; "
-                "first turns of the users' first sessions are not in TTFT",
-                "B": "tiny-burst-v1, open loop: its 238 requests once, measured; "
-                "then again as load, not measured, until A is through",
-                "warm-up": "before the runs each arm gets the last prompt of every session of A, and B's trace; not counted",
-                "tax": f"B's trace played {1 / TIME_SCALE:g} times as fast, on engine B alone",
-            },
-            "intervals": {key: list(interval) for key, interval in sorted(self._intervals.items())},
-            "intervals_how": "95 %, bootstrap: requests resampled within each arm (main runs), pairs of runs resampled (tax)",
-            "runs": [
-                {
-                    "arm": run.arm,
-                    "wall_s": round(run.wall_s, 1),
-                    "client_cpu_s": round(run.client_cpu_s, 2),
-                    "load_before": run.load_before,
-                    "load_after": run.load_after,
-                    "ttft_p99_ms": {
-                        engine: round(percentile(ttfts_ms(RunRecords(records=records).good), 99))
-                        for engine, records in run.records.items()
-                    },
-                }
-                for run in self._runs
-            ],
-            "order": ["stock" if letter == "A" else "polder" for letter in self.plan.order],
+            **describe_bench(self.plan, engines),
+            **describe_runs(self._runs, self._intervals),
             "machine": describe_machine(),
             "versions": describe_versions(),
             "started": self._started_at.isoformat(timespec="seconds"),

@@ -30,9 +30,9 @@ __all__ = ["EngineView", "Plan", "PolicyConfig", "Recalled", "Target", "decide"]
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    reserve_low_ratio: float = 0.02
+    reserve_low_ratio: float = 0.04
     """Below this share of the device's pages free, the reserve is refilled ..."""
-    reserve_high_ratio: float = 0.06
+    reserve_high_ratio: float = 0.08
     """... up to this share."""
     min_hold_s: float = 1.0
     """No cache memory goes to an engine that gave some back, nor is taken from one that got some, within this time."""

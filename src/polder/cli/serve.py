@@ -52,8 +52,8 @@ def run_broker(
     socket: Annotated[Path, typer.Option(help="Where engines connect; at most 107 bytes of path.")],
     device: Annotated[list[str], typer.Option(help="NAME=SIZE of KV budget, e.g. cpu:0=64GiB; may be repeated.")],
     page: Annotated[str, typer.Option(help="Page size.")] = "2MiB",
-    reserve_low: Annotated[float, typer.Option(help="Refill the reserve below this part of the device.")] = 0.02,
-    reserve_high: Annotated[float, typer.Option(help="... up to this part.")] = 0.06,
+    reserve_low: Annotated[float, typer.Option(help="Refill the reserve below this part of the device.")] = 0.04,
+    reserve_high: Annotated[float, typer.Option(help="... up to this part.")] = 0.08,
     hold: Annotated[str, typer.Option(help="Cache memory changes hands no more often.")] = "1s",
     deadline: Annotated[str, typer.Option(help="Time to give recalled memory back.")] = "200ms",
 ) -> None:

@@ -24,8 +24,8 @@ port = 8000                       # default
 device = "cpu:0"                  # default: cuda:0 where there is an NVIDIA driver, else cpu:0
 kv_budget = "320MiB"              # KV memory of all models together
 page = "2MiB"                     # default
-reserve_low = 0.02                # free memory below which the reserve is refilled: a part of kv_budget, or a size ...
-reserve_high = 0.06               # ... up to this (defaults)
+reserve_low = 0.04                # free memory below which the reserve is refilled: a part of kv_budget, or a size ...
+reserve_high = 0.08               # ... up to this (defaults)
 hold = "1s"                       # cache memory changes hands no more often (default)
 deadline = "200ms"                # time to give recalled memory back (default)
 
