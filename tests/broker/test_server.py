@@ -82,6 +82,11 @@ def connected(path: Path, message: wire.Hello) -> tuple[Channel, wire.FromBroker
     return channel, channel.receive()
 
 
+def receive_to_the_end(channel: Channel) -> None:
+    while True:
+        channel.receive()
+
+
 ENGINE = """
 import sys, time
 from pathlib import Path
@@ -156,8 +161,7 @@ def test_giving_back_a_foreign_page_changes_nothing(broker: Running) -> None:
     assert isinstance(welcome_a, wire.Welcome)
     b.send(wire.Returned(lease=0, pages=[welcome_a.pages[0][:2]]))
     with pytest.raises(BrokerUnavailable):
-        while True:
-            b.receive()
+        receive_to_the_end(b)
     assert broker.status().devices[0].pages_by_owner["a/kv"] == 6
     a.close()
     b.close()

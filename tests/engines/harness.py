@@ -120,7 +120,9 @@ class Engine:
     _shared: set[Path] = field(default_factory=set)
 
     @classmethod
-    def start(cls, name: str, recipe: ModelRecipe = A32, settings: dict[str, str] | None = None, **options: Any) -> Engine:
+    def start(
+        cls, name: str, recipe: ModelRecipe = A32, settings: dict[str, str] | None = None, **options: Any
+    ) -> Engine:
         from vllm import LLM
 
         model = ensure_model(recipe, MODELS)
@@ -146,7 +148,10 @@ class Engine:
         return self.llm.llm_engine.engine_core.call_utility(method, *args)
 
     def generate(
-        self, prompts: list[list[int]], tokens: int | list[int] = 24, events: dict[int, Callable[[], None]] | None = None
+        self,
+        prompts: list[list[int]],
+        tokens: int | list[int] = 24,
+        events: dict[int, Callable[[], None]] | None = None,
     ) -> list[Output]:
         """All prompts at once, `tokens` each; `events[n]` runs after the n-th step's output has come."""
         from vllm import SamplingParams
@@ -176,7 +181,9 @@ class Engine:
         return [psutil.Process(pid) for pid in self._started if psutil.pid_exists(pid)]
 
     def core_pid(self) -> int:
-        return next(p.pid for p in self.processes() if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline()))
+        return next(
+            p.pid for p in self.processes() if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline())
+        )
 
     def stop(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -204,4 +211,16 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) 
         time.sleep(0.02)
 
 
-__all__ = ["A32", "B32", "MODELS", "PAGE", "Broker", "Engine", "Output", "environment", "prompts", "tokens_of", "wait_for"]
+__all__ = [
+    "A32",
+    "B32",
+    "MODELS",
+    "PAGE",
+    "Broker",
+    "Engine",
+    "Output",
+    "environment",
+    "prompts",
+    "tokens_of",
+    "wait_for",
+]

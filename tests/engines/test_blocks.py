@@ -103,7 +103,9 @@ class Pool(RuleBasedStateMachine):
         self.pool.take_events()
         done = (self.units.shrink_preempting if preempting else self.units.shrink)(count, 1)
         if preempting:
-            assert before - len(self.units.mapped) == asked, "with preemption everything above the floor can be given up"
+            assert before - len(self.units.mapped) == asked, (
+                "with preemption everything above the floor can be given up"
+            )
         else:
             assert done.preempted_requests == 0
         for source, target in zip(done.plan.sources.tolist(), done.plan.targets.tolist(), strict=True):

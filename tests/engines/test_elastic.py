@@ -51,7 +51,9 @@ def counters(elastic: Engine) -> dict[str, float]:
     return dict(elastic.utility("polder_check"))
 
 
-def test_growing_from_the_floor_by_demand_gives_the_tokens_of_stock(stock: Engine, elastic: Engine, broker: Broker) -> None:
+def test_growing_from_the_floor_by_demand_gives_the_tokens_of_stock(
+    stock: Engine, elastic: Engine, broker: Broker
+) -> None:
     broker.resize("a", broker.engine("a").floor_units)
     broker.pin("a", 0)
     asked = prompts(8, 250, seed=1)
@@ -64,7 +66,10 @@ def test_shrinking_and_growing_in_mid_request_moves_busy_blocks_and_keeps_the_to
 ) -> None:
     broker.resize("a", UNITS)
     before = counters(elastic)
-    asked, lengths = prompts(12, 150, seed=2), [4, 40] * 6  # every other one ends early and leaves holes among the others
+    asked, lengths = (
+        prompts(12, 150, seed=2),
+        [4, 40] * 6,
+    )  # every other one ends early and leaves holes among the others
     events = {
         20: lambda: broker.resize("a", 13),
         25: lambda: broker.resize("a", UNITS),
@@ -108,7 +113,9 @@ def test_evicted_blocks_are_never_hit(stock: Engine, elastic: Engine, broker: Br
     assert tokens_of(again) == tokens_of(stock.generate(asked))
 
 
-def test_shrinking_below_what_is_in_use_preempts_and_fails_nobody(stock: Engine, elastic: Engine, broker: Broker) -> None:
+def test_shrinking_below_what_is_in_use_preempts_and_fails_nobody(
+    stock: Engine, elastic: Engine, broker: Broker
+) -> None:
     broker.resize("a", UNITS)
     before = counters(elastic)
     asked = prompts(10, 300, seed=6)

@@ -14,7 +14,9 @@ PAGE = 4096
 
 
 def layer_major(layers: int, block_bytes: int, units: int) -> KvGeometry:
-    per_unit = unit_blocks([TensorPlace(offset=0, layers=layers, layer_stride=block_bytes, block_stride=block_bytes)], PAGE)
+    per_unit = unit_blocks(
+        [TensorPlace(offset=0, layers=layers, layer_stride=block_bytes, block_stride=block_bytes)], PAGE
+    )
     blocks = per_unit * units
     places = (TensorPlace(offset=0, layers=layers, layer_stride=block_bytes * blocks, block_stride=block_bytes),)
     return KvGeometry(
@@ -26,7 +28,9 @@ def layer_major(layers: int, block_bytes: int, units: int) -> KvGeometry:
     )
 
 
-@given(layers=st.integers(1, 6), block_bytes=st.sampled_from([256, 768, 1024, 4096, 6144, 12288]), units=st.integers(1, 5))
+@given(
+    layers=st.integers(1, 6), block_bytes=st.sampled_from([256, 768, 1024, 4096, 6144, 12288]), units=st.integers(1, 5)
+)
 def test_units_partition_the_buffer(layers: int, block_bytes: int, units: int) -> None:
     geometry = layer_major(layers, block_bytes, units)
     geometry.check()

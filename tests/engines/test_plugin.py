@@ -93,9 +93,13 @@ def serve_and_fail(settings: dict[str, str], *arguments: str) -> str:
         ({"POLDER_KV_BUDGET": "512MiB", "POLDER_KV_FLOOR": "16MiB"}, ("--max-model-len", "1024"), "give at least"),
     ],
 )
-def test_plain_vllm_serve_refuses_with_what_to_change(settings: dict[str, str], arguments: tuple[str, ...], words: str) -> None:
+def test_plain_vllm_serve_refuses_with_what_to_change(
+    settings: dict[str, str], arguments: tuple[str, ...], words: str
+) -> None:
     assert words in serve_and_fail(settings, *arguments)
 
 
 def test_a_missing_broker_is_named_at_the_start() -> None:
-    assert "no broker answers on /nowhere/b" in serve_and_fail({"POLDER_BROKER": "/nowhere/b"}, "--max-model-len", "1024")
+    assert "no broker answers on /nowhere/b" in serve_and_fail(
+        {"POLDER_BROKER": "/nowhere/b"}, "--max-model-len", "1024"
+    )

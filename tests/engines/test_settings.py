@@ -16,7 +16,12 @@ def test_nothing_configured_is_stock() -> None:
 
 
 def test_environment_and_additional_config_say_the_same() -> None:
-    environment = {"POLDER_BROKER": "/run/b", "POLDER_ENGINE": "a", "POLDER_KV_FLOOR": "64MiB", "POLDER_KV_SHARE": "1GiB"}
+    environment = {
+        "POLDER_BROKER": "/run/b",
+        "POLDER_ENGINE": "a",
+        "POLDER_KV_FLOOR": "64MiB",
+        "POLDER_KV_SHARE": "1GiB",
+    }
     additional = {"polder": {"broker": "/run/b", "engine": "a", "kv_floor": "64MiB", "kv_share": "1GiB"}}
     assert read_settings({}, "m", environment) == read_settings(additional, "m", {})
 
@@ -44,6 +49,8 @@ def test_the_name_defaults_to_the_model() -> None:
         ({}, {"POLDER_BROKER": "/" + "x" * 120}, "107"),
     ],
 )
-def test_a_bad_setting_says_what_is_wrong(additional: dict[str, object], environment: dict[str, str], words: str) -> None:
+def test_a_bad_setting_says_what_is_wrong(
+    additional: dict[str, object], environment: dict[str, str], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         read_settings(additional, "m", environment)
