@@ -22,7 +22,7 @@ from polder.broker import wire
 from polder.broker.client import request, status
 from polder.errors import BrokerUnavailable
 
-MODELS = Path(os.environ.get("POLDER_TEST_MODELS", "/tmp/polder-test-models"))
+MODELS = Path(os.environ.get("POLDER_TEST_MODELS", Path(__file__).parents[2] / "out" / "test-models"))
 _numbers = itertools.count()
 
 ENVIRONMENT = {
