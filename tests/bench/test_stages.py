@@ -18,7 +18,7 @@ from polder.bench.resize import Resized, resize_metrics
 from polder.bench.result import Arms, ratios_over
 from polder.bench.tax import TaxRun, tax_intervals, tax_metrics
 from polder.bench.timeline import new_givebacks
-from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts
+from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts, one_by_one
 from polder.serve.fleet import load_fleet
 
 
@@ -194,3 +194,11 @@ def test_tax_counts_the_whole_interval(ttft: tuple[float, float], speed: tuple[f
     intervals = INTERVALS | {f"{key}ttft_p50_ms": ttft, f"{key}busy_output_tokens_per_s": speed}
     checks = elastic_checks(found, ratios_over(found, arm="polder", baseline="stock"), intervals)
     assert {check.name: check.passed for check in checks}["tax_within_1_percent"] is within
+
+
+def test_blocks_hold_every_burst_request_once() -> None:
+    blocks = one_by_one(model="B", blocks=17)
+    keys = [turn.key for block in blocks for user in block.users for turn in user]
+    assert sorted(keys) == sorted(turn.key for turn in bursts(model="B").turns)
+    assert all(len(block.users) == 1 for block in blocks), "one request at a time"
+    assert {len(block.users[0]) for block in blocks} == {14}

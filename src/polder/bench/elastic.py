@@ -33,8 +33,8 @@ from polder.bench.progress import Reporter, reporter_for
 from polder.bench.resize import resize_under_load
 from polder.bench.result import Arms, BenchResult, ratios_over, write_result
 from polder.bench.runs import Run, arm_metrics, run_once
-from polder.bench.tax import TIME_SCALE, tax_intervals, tax_metrics, tax_pairs
-from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts, warm_up
+from polder.bench.tax import tax_intervals, tax_metrics, tax_pairs
+from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts, one_by_one, warm_up
 
 __all__ = ["ElasticBench"]
 
@@ -44,6 +44,9 @@ MAX_MODEL_LEN = {"A": 4224, "B": 1024}
 EQUALITY_MAX_MODEL_LEN = {"A": 2048, "B": 1024}
 BURST_ROUNDS = 8
 """More than ever needed: the run ends when the last measured request has ended."""
+WARM_UP_TIME_SCALE = 0.2
+TAX_BLOCKS = 17
+"""14 requests each: a pair of blocks takes three or four seconds."""
 INTERVAL_METRICS = {"ttft_p50_ms": 50, "ttft_p90_ms": 90, "ttft_p99_ms": 99}
 
 
@@ -114,7 +117,7 @@ class ElasticBench:
         load_b = bursts(model="B", rounds=BURST_ROUNDS)
         with self._timed("warm-up"), self._report.stage("Warming up"):
             for arm in (stock, polder):
-                warm_b = bursts(model="B", time_scale=TIME_SCALE)
+                warm_b = bursts(model="B", time_scale=WARM_UP_TIME_SCALE)
                 asyncio.run(play({"A": (arm.endpoint, warm_up(model="A", users=USERS)), "B": (arm.endpoint, warm_b)}))
         for number, letter in enumerate(self.plan.order, start=1):
             arm = stock if letter == "A" else polder
@@ -141,9 +144,9 @@ class ElasticBench:
                 )
 
     def _tax(self, stock: Arm, polder: Arm) -> None:
-        load = bursts(model="B", time_scale=TIME_SCALE)
+        blocks = one_by_one(model="B", blocks=TAX_BLOCKS)
         with self._timed("tax"), self._report.stage("Engine B alone, stock and elastic in turn") as stage:
-            theirs, ours = asyncio.run(tax_pairs(stock, polder, load, pairs=self.plan.tax_pairs, stage=stage))
+            theirs, ours = asyncio.run(tax_pairs(stock, polder, blocks, rounds=self.plan.tax_rounds, stage=stage))
         self._arms["stock-alone"] = {"B": tax_metrics(theirs)}
         self._arms["polder-alone"] = {"B": tax_metrics(ours)}
         for metric, interval in tax_intervals(theirs, ours).items():

@@ -30,7 +30,8 @@ class BenchPlan:
     """Sessions of tiny-agent-v1 that engine A is measured on, 16 requests each."""
     order: str
     stages: tuple[Stage, ...]
-    tax_pairs: int
+    tax_rounds: int
+    """Times that every block of engine B's trace is played on both arms in the tax stage; a pair is a block."""
     resize_stream_tokens: int = 500
     """Length of the decodes under which engine A is resized; about 20 ms a token."""
     seed: int = 0
@@ -45,8 +46,8 @@ FULL = BenchPlan(
     sessions=32,
     order="ABBA",
     stages=("main", "resize", "tax", "equality"),
-    tax_pairs=24,
+    tax_rounds=8,
     resize_stream_tokens=2000,
 )
-QUICK = BenchPlan(name="quick", sessions=16, order="ABBA", stages=("main", "resize", "tax", "equality"), tax_pairs=8)
-DEMO = BenchPlan(name="demo", sessions=16, order="AB", stages=("main", "resize", "equality"), tax_pairs=0)
+QUICK = BenchPlan(name="quick", sessions=16, order="ABBA", stages=("main", "resize", "tax", "equality"), tax_rounds=3)
+DEMO = BenchPlan(name="demo", sessions=16, order="AB", stages=("main", "resize", "equality"), tax_rounds=0)

@@ -1,9 +1,11 @@
 """What elasticity costs when there is nothing to win: no reuse, and nobody else who wants memory.
 
-Engine B alone, the burst trace played five times as fast, stock and elastic in turn, from empty prefix caches, straight to
-the engines. Runs are paired with their neighbours in time, so that a slow minute of the machine falls on both; the interval
-comes from resampling the pairs. An open loop ends when the trace ends, however fast the engine is, so throughput is output
-tokens over the time in which the engine had work.
+Engine B alone, the burst trace's requests one after the other, straight to the engines. The trace is cut into blocks of a
+second or two, and every block is played on both arms in turn, A B B A, so that a slow second of the machine falls on both. One
+block on both arms is a pair; the intervals come from resampling the pairs. One at a time, because at any load that queues the
+median TTFT is waiting, which multiplies the machine's noise: 8 pairs of whole traces at five times their speed left an interval
+of -18 to +21 %. Prefix caches are emptied before each round, so no request finds anything. Throughput is output tokens over
+time with work.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polder.bench.arms import Arm
-from polder.bench.driver import Endpoint, OpenLoop, play
+from polder.bench.driver import ClosedLoop, Endpoint, play
 from polder.bench.metrics import (
     Metrics,
     RunRecords,
@@ -26,14 +28,12 @@ from polder.bench.metrics import (
 from polder.bench.progress import Stage
 from polder.bench.result import without_nan
 
-__all__ = ["TIME_SCALE", "TaxRun", "play_alone", "tax_intervals", "tax_metrics", "tax_pairs"]
-
-TIME_SCALE = 0.2
+__all__ = ["TaxRun", "play_alone", "tax_intervals", "tax_metrics", "tax_pairs"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaxRun:
-    """One run of engine B alone."""
+    """One block on engine B alone."""
 
     records: RunRecords
 
@@ -47,27 +47,28 @@ class TaxRun:
         return sum(len(record.token_s) for record in good) / busy_seconds(good)
 
 
-async def play_alone(arm: Arm, bursts: OpenLoop) -> TaxRun:
-    await asyncio.to_thread(arm.reset_prefix_caches)
-    played = await play({"B": (Endpoint(base_url=arm.engine_url("B")), bursts)})
+async def play_alone(arm: Arm, block: ClosedLoop) -> TaxRun:
+    played = await play({"B": (Endpoint(base_url=arm.engine_url("B")), block)})
     return TaxRun(records=RunRecords(records=played.records["B"]))
 
 
 async def tax_pairs(
-    stock: Arm, polder: Arm, bursts: OpenLoop, *, pairs: int, stage: Stage
+    stock: Arm, polder: Arm, blocks: Sequence[ClosedLoop], *, rounds: int, stage: Stage
 ) -> tuple[list[TaxRun], list[TaxRun]]:
-    """`pairs` runs of each arm, A B B A A B B A ..., after one of each that is not counted."""
+    """All `blocks` on both arms, `rounds` times over, after one round that is not counted."""
     done: dict[str, list[TaxRun]] = {stock.name: [], polder.name: []}
-    for number in range(pairs + 1):
-        order = (stock, polder) if number % 2 else (polder, stock)
-        for arm in order:
-            done[arm.name].append(await play_alone(arm, bursts))
-            stage.update(sum(map(len, done.values())), 2 * (pairs + 1))
-    return done[stock.name][1:], done[polder.name][1:]
+    for _ in range(rounds + 1):
+        for arm in (stock, polder):
+            await asyncio.to_thread(arm.reset_prefix_caches)
+        for number, block in enumerate(blocks):
+            for arm in (stock, polder) if number % 2 else (polder, stock):
+                done[arm.name].append(await play_alone(arm, block))
+            stage.update(len(done[stock.name]), (rounds + 1) * len(blocks))
+    return done[stock.name][len(blocks) :], done[polder.name][len(blocks) :]
 
 
 def tax_metrics(runs: Sequence[TaxRun]) -> Metrics:
-    """Metrics of one arm; the two that the tax is about are geometric means over the runs, as the ratio's are."""
+    """Metrics of one arm; the two that the tax is about are geometric means over the blocks, as the ratio's are."""
     found = engine_metrics([run.records for run in runs])
     found["ttft_p50_ms"] = bootstrap_interval([run.ttft_p50_ms for run in runs])[1]
     found["busy_output_tokens_per_s"] = bootstrap_interval([run.busy_tokens_per_s for run in runs])[1]

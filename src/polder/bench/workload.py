@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 from polder.bench.completions import encode_body
@@ -16,7 +17,7 @@ from polder.bench.traces import (
     load_burst,
 )
 
-__all__ = ["BURST_PERIOD_S", "agents", "agents_ideal_hit_ratio", "bursts", "warm_up"]
+__all__ = ["BURST_PERIOD_S", "agents", "agents_ideal_hit_ratio", "bursts", "one_by_one", "warm_up"]
 
 STAGGER_S = 0.3
 """Users start one after the other (reference/workloads.md section 2)."""
@@ -51,6 +52,12 @@ def agents(*, model: str, users: int, sessions: int) -> ClosedLoop:
 def agents_ideal_hit_ratio(*, sessions: int, block_tokens: int) -> float:
     """Hit ratio of `agents` with a prefix cache without limit."""
     return ideal_hit_ratio([agent_prompt(row) for row in load_agent() if row.session < sessions], block_tokens)
+
+
+def one_by_one(*, model: str, blocks: int) -> list[ClosedLoop]:
+    """Engine B's trace without its times: one request after the other, cut into `blocks` of about equal length."""
+    turns = [replace(turn, at_s=0.0) for turn in bursts(model=model).turns]
+    return [ClosedLoop(users=[turns[number::blocks]]) for number in range(blocks)]
 
 
 def bursts(*, model: str, rounds: int = 1, time_scale: float = 1.0) -> OpenLoop:
