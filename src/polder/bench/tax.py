@@ -47,7 +47,12 @@ class TaxRun:
         return sum(len(record.token_s) for record in good) / busy_seconds(good)
 
 
+QUIET_S = 1.2
+"""vLLM's processes spin for a second after their last message: without this pause the other arm's would take the core."""
+
+
 async def play_alone(arm: Arm, block: ClosedLoop) -> TaxRun:
+    await asyncio.sleep(QUIET_S)
     played = await play({"B": (Endpoint(base_url=arm.engine_url("B")), block)})
     return TaxRun(records=RunRecords(records=played.records["B"]))
 
