@@ -7,7 +7,6 @@ given a broker.
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from polder.bench.driver import Endpoint
 from polder.bench.engine_plan import EnginePlan, fleet_toml
 from polder.errors import EnvironmentFault
-from polder.serve.process import ManagedProcess, ProcessSpec, vllm_serve
+from polder.serve.process import ManagedProcess, ProcessSpec, free_port, vllm_serve
 
 __all__ = ["Arm", "PolderArm", "StockArm"]
 
@@ -205,12 +204,6 @@ class PolderArm(Arm):
     def _children(self) -> dict[str, dict[str, int | str]]:
         answer = httpx.get(f"{self.endpoint.base_url}/health", timeout=30.0, trust_env=False).json()
         return {child["name"]: child for child in answer["children"]}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _listening_url(pid: int | str) -> str:
