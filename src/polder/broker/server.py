@@ -29,8 +29,7 @@ from polder.broker.core import BrokerCore
 from polder.broker.transport import Deframer, address_of, check_socket_path, encode, to_broker
 from polder.broker.wire import MAX_FDS, Fetch, Handles, Hello, Message, ToBroker
 from polder.errors import AddressInUse, ConfigError, ProtocolError
-from polder.memory.backend import Backend
-from polder.memory.cpu import CpuBackend
+from polder.memory.devices import open_backend
 from polder.memory.pool import PagePool
 from polder.units import format_bytes
 
@@ -92,7 +91,7 @@ class BrokerServer:
             started_at=now,
             recovering_until=now + config.recovery_s if crashed_before else float("-inf"),
         )
-        self._backends = {device: _backend(device, config.page_bytes) for device in config.devices}
+        self._backends = {device: open_backend(device, config.page_bytes) for device in config.devices}
         self._pools = {d: PagePool(self._backends[d], total) for d, total in config.total_pages().items()}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -273,15 +272,6 @@ class BrokerServer:
             for fd in fds:
                 os.close(fd)
         self.core.disconnected(peer.number)
-
-
-def _backend(device: str, page_bytes: int) -> Backend:
-    kind, _, index = device.partition(":")
-    if kind == "cpu":
-        return CpuBackend(page_bytes=page_bytes, device=device)
-    from polder.memory.cuda import CudaBackend  # only hosts with a driver have the bindings
-
-    return CudaBackend(int(index))
 
 
 def _listen(path: Path) -> tuple[socket.socket, bool]:

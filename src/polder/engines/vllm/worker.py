@@ -22,9 +22,8 @@ from polder.broker.client import fetch_handles
 from polder.broker.wire import MAX_FDS, Fetch
 from polder.engines.vllm.geometry import KvGeometry, TensorPlace
 from polder.errors import PolderError
-from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
-from polder.memory.cpu import CpuBackend
+from polder.memory.devices import open_backend
 from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
 
@@ -70,7 +69,7 @@ class WorkerMemory:
     def __init__(self, plan: WorkerPlan, rank: int, device: str, geometry: KvGeometry) -> None:
         """Reserves the addresses and maps the plan's units, zeroed. Raises PolderError or OSError."""
         self.plan, self.rank, self.device, self.geometry = plan, rank, device, geometry
-        self.backend = _backend(device, plan.page_bytes)
+        self.backend = open_backend(device, plan.page_bytes)
         self.imported = ImportedPages(self.backend)
         self.span = Span(self.backend, geometry.total_slots)
         self.copies = CopyEngine(self.backend)
@@ -258,12 +257,3 @@ def _rewrite_block_tables(runner: Any, sources: np.ndarray[Any, Any], targets: n
         for row in np.flatnonzero(table.num_blocks_per_row):
             used = numbers[row, : table.num_blocks_per_row[row]]
             used[:] = renumber[used]
-
-
-def _backend(device: str, page_bytes: int) -> Backend:
-    kind, _, index = device.partition(":")
-    if kind == "cpu":
-        return CpuBackend(page_bytes=page_bytes, device=device)
-    from polder.memory.cuda import CudaBackend  # only hosts with a driver have the bindings
-
-    return CudaBackend(int(index))
