@@ -20,6 +20,7 @@ import psutil
 from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
 from polder.broker import wire
 from polder.broker.client import request, status
+from polder.engines.vllm import plugin
 from polder.errors import BrokerUnavailable
 
 MODELS = Path(os.environ.get("POLDER_TEST_MODELS", Path(__file__).parents[2] / "out" / "test-models"))
@@ -140,6 +141,8 @@ class Engine:
         }
         # Without settings the plugin is not even loaded: the reference is vLLM as it comes.
         with environment(ENVIRONMENT | (settings or {"VLLM_PLUGINS": ""})):
+            if settings:
+                plugin.register()  # vLLM loads plugins once a process, and here a stock engine may have come first
             llm = LLM(**arguments)
         children = psutil.Process().children(recursive=True)
         return cls(name, llm, {p.pid for p in children} - before, set(Path("/dev/shm").iterdir()) - shared_before)

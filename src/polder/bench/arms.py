@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from polder.bench.driver import Endpoint
 from polder.bench.engine_plan import EnginePlan, fleet_toml
+from polder.bench.scrape import Sample, cache_samples
 from polder.errors import EnvironmentFault
 from polder.serve.process import ManagedProcess, ProcessSpec, free_port, vllm_serve
 
@@ -70,10 +71,10 @@ class Arm(ABC):
         """The engine's own address, behind the gateway."""
 
     def reset_prefix_caches(self) -> None:
-        """Empties all prefix caches; waits for requests that are still being aborted."""
+        """Empties all prefix caches and the tiers behind them; waits for requests that are still being aborted."""
         for engine in self.engines:
             deadline = time.monotonic() + RESET_TIMEOUT_S
-            url = f"{self.engine_url(engine.name)}/reset_prefix_cache"
+            url = f"{self.engine_url(engine.name)}/reset_prefix_cache?reset_external=true"
             while not httpx.post(url, timeout=RESET_TIMEOUT_S, trust_env=False).json()["success"]:
                 if time.monotonic() > deadline:
                     raise EnvironmentFault(f"{self.name}/{engine.name} did not empty its prefix cache")
@@ -83,14 +84,20 @@ class Arm(ABC):
         """Requests preempted since the start, for each engine."""
         return {engine.name: self._preemptions(engine.name) for engine in self.engines}
 
+    def samples(self) -> dict[str, dict[str, Sample]]:
+        """For each engine, what its /metrics says of caches and tiers."""
+        return {engine.name: cache_samples(self._metrics_text(engine.name)) for engine in self.engines}
+
     def _preemptions(self, engine: str) -> float:
-        text = httpx.get(f"{self.engine_url(engine)}/metrics", timeout=30.0, trust_env=False).text
         return sum(
             sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(self._metrics_text(engine))
             for sample in family.samples
             if sample.name == "vllm:num_preemptions_total"
         )
+
+    def _metrics_text(self, engine: str) -> str:
+        return httpx.get(f"{self.engine_url(engine)}/metrics", timeout=30.0, trust_env=False).text
 
 
 class StockArm(Arm):

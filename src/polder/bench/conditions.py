@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from polder.bench.engine_plan import ENGINE_ARGS, ENGINE_ENV, EnginePlan
+from polder.bench.engine_plan import ENGINE_ENV, EnginePlan
 from polder.bench.metrics import RunRecords, percentile, ttfts_ms
 from polder.bench.models import MODEL_A, MODEL_B
 from polder.bench.plan import BUDGET_BYTES, BUDGET_WHY, USERS, BenchPlan
@@ -30,7 +30,7 @@ def describe_bench(plan: BenchPlan, engines: Sequence[EnginePlan]) -> dict[str, 
         "engines": {
             "A": f"{MODEL_A.name}: Llama, {MODEL_A.layers} layers, {MODEL_A.kv_bytes_per_token} B of KV per token, bf16",
             "B": f"{MODEL_B.name}: Qwen3, {MODEL_B.layers} layers, {MODEL_B.kv_bytes_per_token} B of KV per token, bf16",
-            "arguments": " ".join(ENGINE_ARGS),
+            "arguments": " ".join(engines[0].arguments()),
             "environment": ENGINE_ENV,
             "cores": "all processes of A on core 0, all of B on core 1; gateway, broker and client where there is room",
             "endpoint": "both arms behind the same gateway; the tax stage asks the engines themselves",

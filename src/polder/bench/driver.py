@@ -19,7 +19,18 @@ import httpx
 
 from polder.bench.completions import DONE, decode_chunk, token_ids
 
-__all__ = ["ClosedLoop", "Endpoint", "OpenLoop", "Played", "RequestRecord", "Tally", "Turn", "Workload", "play"]
+__all__ = [
+    "ClosedLoop",
+    "Endpoint",
+    "OpenLoop",
+    "Played",
+    "RequestRecord",
+    "Tally",
+    "Turn",
+    "Workload",
+    "measured_turns",
+    "play",
+]
 
 REQUEST_TIMEOUT_S = 300.0
 """A request silent for longer counts as failed: far above any latency seen, it only keeps a run from hanging."""
@@ -123,7 +134,7 @@ async def play(workloads: Mapping[str, tuple[Endpoint, Workload]], tally: Tally 
         players = {name: _Player(client, endpoint, started_at, tally) for name, (endpoint, _) in workloads.items()}
         loads = [asyncio.create_task(players[name].play(workload)) for name, (_, workload) in workloads.items()]
         measured = [
-            asyncio.create_task(players[name].wait_for(_measured_turns(workload)))
+            asyncio.create_task(players[name].wait_for(measured_turns(workload)))
             for name, (_, workload) in workloads.items()
         ]
         try:
@@ -147,7 +158,8 @@ async def play(workloads: Mapping[str, tuple[Endpoint, Workload]], tally: Tally 
         )
 
 
-def _measured_turns(workload: Workload) -> int:
+def measured_turns(workload: Workload) -> int:
+    """Requests of a workload that count."""
     turns = workload.turns if isinstance(workload, OpenLoop) else [t for user in workload.users for t in user]
     return sum(turn.measured for turn in turns)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from polder.bench.models import ModelRecipe
 
-__all__ = ["BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "EnginePlan", "fleet_toml"]
+__all__ = ["BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "EnginePlan", "TierPlan", "fleet_toml"]
 
 BLOCK_TOKENS = 32
 ENGINE_ARGS = (
     "--enforce-eager",
     *("--block-size", str(BLOCK_TOKENS)),
-    # A chunk bounds how long a step lasts, and with it how long memory takes to come back.
-    *("--max-num-batched-tokens", "512"),
     "--enable-prefix-caching",
     "--enable-prompt-tokens-details",  # usage.prompt_tokens_details.cached_tokens
 )
@@ -26,6 +25,18 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierPlan:
+    """What a Polder arm gives an engine beyond its own pool."""
+
+    store_to: tuple[Literal["peer", "host"], ...] = ()
+    """Tiers that the engine stores to."""
+    host_bytes: int = 0
+    """Its quota of the host tier."""
+    lend_bytes: int = 0
+    """Most of its own KV memory that it lends at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,16 @@ class EnginePlan:
     """The only core that its processes run on: with a core each, engines share memory, which is measured, and no compute."""
     share_bytes: int
     """KV memory: all of it in the stock arm, the share that is the engine's own on demand in the Polder arm."""
+    batched_tokens: int = 512
+    """A chunk of prefill bounds how long a step lasts, and with it how long memory takes to come back."""
+    sizing: Literal["elastic", "fixed"] = "elastic"
+    """Polder arms: "fixed" makes the share floor and ceiling too, so that memory is never moved between engines."""
+    tiers: TierPlan | None = None
+    """Polder arms: None is an engine without tiers."""
+    extra_args: tuple[str, ...] = ()
+    """What one arm alone adds to the arguments."""
+    extra_env: Mapping[str, str] = field(default_factory=dict)
+    """What one arm alone adds to the environment."""
 
     @property
     def blocks(self) -> int:
@@ -47,30 +68,56 @@ class EnginePlan:
         return self.share_bytes // (BLOCK_TOKENS * self.recipe.kv_bytes_per_token)
 
     def arguments(self) -> tuple[str, ...]:
-        return (*ENGINE_ARGS, "--dtype", self.recipe.dtype)
+        batched = ("--max-num-batched-tokens", str(self.batched_tokens))
+        return (*ENGINE_ARGS, *batched, "--dtype", self.recipe.dtype, *self.extra_args)
 
     def environment(self) -> dict[str, str]:
-        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.core)}
+        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.core)} | dict(self.extra_env)
 
 
 def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
     """The fleet file whose budget is the sum of the engines' shares."""
+    host_bytes = sum(engine.tiers.host_bytes for engine in engines if engine.tiers)
     lines = [
         *("[server]", f"port = {port}", ""),
-        *("[memory]", 'device = "cpu:0"', f'kv_budget = "{sum(e.share_bytes for e in engines)}B"', ""),
+        *("[memory]", 'device = "cpu:0"', f'kv_budget = "{sum(e.share_bytes for e in engines)}B"'),
+        *([f'host = "{host_bytes}B"'] if host_bytes else ()),
+        "",
     ]
     for engine in engines:
-        arguments = ", ".join(f'"{text}"' for text in engine.arguments())
-        environment = ", ".join(f'{key} = "{value}"' for key, value in engine.environment().items())
         lines += [
             "[[model]]",
             f'name = "{engine.name}"',
             f'path = "{engine.model_path.resolve()}"',
             f"max_model_len = {engine.max_model_len}",
             f'share = "{engine.share_bytes}B"',
+            *_sizing_lines(engine),
+            *_tier_lines(engine.tiers),
             f'cpus = "{engine.core}"',
-            f"args = [{arguments}]",
-            f"env = {{ {environment} }}",
+            f"args = [{', '.join(_quoted(text) for text in engine.arguments())}]",
+            f"env = {{ {', '.join(f'{key} = {_quoted(value)}' for key, value in engine.environment().items())} }}",
             "",
         ]
     return "\n".join(lines)
+
+
+def _sizing_lines(engine: EnginePlan) -> list[str]:
+    if engine.sizing == "elastic":
+        return []
+    return [f'floor = "{engine.share_bytes}B"', f'ceiling = "{engine.share_bytes}B"']
+
+
+def _tier_lines(tiers: TierPlan | None) -> list[str]:
+    if tiers is None:
+        return []
+    return [
+        *([f"tiers = [{', '.join(_quoted(name) for name in tiers.store_to)}]"] if tiers.store_to else ()),
+        *([f'host = "{tiers.host_bytes}B"'] if tiers.host_bytes else ()),
+        *([f'lend = "{tiers.lend_bytes}B"'] if tiers.lend_bytes else ()),
+    ]
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string; no value of a bench holds quotes or backslashes."""
+    assert not set(text) & {'"', "\\"}, text
+    return f'"{text}"'

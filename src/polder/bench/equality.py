@@ -25,7 +25,7 @@ from polder.bench.traces import VOCAB
 from polder.broker import client
 from polder.broker.wire import Resize
 
-__all__ = ["MOVES", "Answers", "Pin", "Questions", "compare", "disturbed", "questions", "undisturbed"]
+__all__ = ["MOVES", "Answers", "Pin", "Questions", "compare", "disturbed", "question_turn", "questions", "undisturbed"]
 
 OUTPUT_TOKENS = 96
 REPORT_S = 0.3  # engines report their counters every 50 ms
@@ -114,7 +114,7 @@ def compare(stock: Sequence[Answers], polder: Sequence[Answers]) -> Metrics:
 async def _round(arm: Arm, asked: Questions, broker: Path | None = None, pins: Sequence[Pin] = ()) -> Answers:
     """All questions at once, engine by engine; `pins` are carried out on engine A meanwhile."""
     workloads = {
-        model: (arm.endpoint, ClosedLoop(users=[[_turn(model, key, prompt)] for key, prompt in prompts]))
+        model: (arm.endpoint, ClosedLoop(users=[[question_turn(model, key, prompt)] for key, prompt in prompts]))
         for model, prompts in asked.items()
     }
     tally = Tally()
@@ -129,7 +129,8 @@ async def _round(arm: Arm, asked: Questions, broker: Path | None = None, pins: S
     return {record.key: record.output_ids for of_engine in played.records.values() for record in of_engine}
 
 
-def _turn(model: str, key: str, prompt: list[int]) -> Turn:
+def question_turn(model: str, key: str, prompt: list[int]) -> Turn:
+    """A question as a request whose answer brings its token ids."""
     extra = {"return_token_ids": True}
     return Turn(
         key=key,

@@ -33,6 +33,7 @@ __all__ = [
     "merged",
     "percentile",
     "quantile_ratio_interval",
+    "tbts_ms",
     "ttfts_ms",
 ]
 
@@ -70,7 +71,7 @@ def engine_metrics(runs: Sequence[RunRecords]) -> Metrics:
     """Metrics of one engine over all runs of an arm: percentiles of the pooled requests, sums over summed time."""
     good = [record for run in runs for record in run.good]
     span_s = sum(run.span_s for run in runs)
-    ttft, tbt = ttfts_ms(good), _intervals_ms(good)
+    ttft, tbt = ttfts_ms(good), tbts_ms(good)
     worst = [_slowest_tenth_ms(record) for record in good if len(record.token_s) > 1]
     prompt = sum(record.prompt_tokens for record in good)
     cached = sum(record.cached_tokens for record in good)
@@ -166,7 +167,8 @@ def merged(runs: Mapping[str, Sequence[RunRecords]]) -> list[RunRecords]:
     ]
 
 
-def _intervals_ms(records: Sequence[RequestRecord]) -> Floats:
+def tbts_ms(records: Sequence[RequestRecord]) -> Floats:
+    """All times between two tokens of one request."""
     return np.concatenate([np.diff(record.token_s) * 1e3 for record in records]) if records else np.empty(0)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import msgspec
 
 from polder.bench.arms import Arm
-from polder.bench.driver import ClosedLoop, Endpoint, OpenLoop, RequestRecord, Tally, Workload, play
+from polder.bench.driver import Endpoint, RequestRecord, Tally, Workload, measured_turns, play
 from polder.bench.machine import load_average
 from polder.bench.metrics import Metrics, RunRecords, engine_metrics, merged, percentile
 from polder.bench.progress import Stage, following
 from polder.bench.result import without_nan
+from polder.bench.scrape import gained
 from polder.bench.timeline import Timeline, sampling
 
 __all__ = ["Run", "arm_metrics", "run_once"]
@@ -32,19 +33,21 @@ class Run(msgspec.Struct, kw_only=True):
     """Engine -> requests, load included that is not measured."""
     preemptions: dict[str, float]
     timeline: Timeline
+    samples: dict[str, dict[str, float]] = {}
+    """Engine -> sample of its /metrics -> what the run added to it, or for a gauge its value at the end."""
 
 
-async def run_once(arm: Arm, agents: ClosedLoop, bursts: OpenLoop, stage: Stage) -> Run:
-    """Engine A under `agents` and engine B under `bursts`, from empty prefix caches."""
+async def run_once(arm: Arm, load_a: Workload, load_b: Workload, stage: Stage) -> Run:
+    """Engine A under `load_a` and engine B under `load_b`, from empty prefix caches."""
     await asyncio.to_thread(arm.reset_prefix_caches)
-    before = await asyncio.to_thread(arm.preemptions)
+    before, samples_before = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
     load_before = load_average()
     tally = Tally()
-    total = sum(len(turns) for turns in agents.users) + sum(turn.measured for turn in bursts.turns)
-    workloads: dict[str, tuple[Endpoint, Workload]] = {"A": (arm.endpoint, agents), "B": (arm.endpoint, bursts)}
+    total = measured_turns(load_a) + measured_turns(load_b)
+    workloads: dict[str, tuple[Endpoint, Workload]] = {"A": (arm.endpoint, load_a), "B": (arm.endpoint, load_b)}
     async with sampling(arm.broker) as timeline, following(stage, lambda: (tally.ended, total)):
         played = await play(workloads, tally)
-    after = await asyncio.to_thread(arm.preemptions)
+    after, samples_after = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
     await asyncio.to_thread(arm.check)
     return Run(
         arm=arm.name,
@@ -56,6 +59,7 @@ async def run_once(arm: Arm, agents: ClosedLoop, bursts: OpenLoop, stage: Stage)
         records=played.records,
         preemptions={engine: after[engine] - before[engine] for engine in after},
         timeline=timeline,
+        samples={engine: gained(samples_before[engine], samples_after[engine]) for engine in samples_after},
     )
 
 

@@ -33,7 +33,7 @@ __all__ = ["TaxRun", "play_alone", "tax_intervals", "tax_metrics", "tax_pairs"]
 
 @dataclass(frozen=True, kw_only=True)
 class TaxRun:
-    """One block on engine B alone."""
+    """One block on one engine alone."""
 
     records: RunRecords
 
@@ -51,25 +51,33 @@ QUIET_S = 1.2
 """vLLM's processes spin for a second after their last message: without this pause the other arm's would take the core."""
 
 
-async def play_alone(arm: Arm, block: ClosedLoop) -> TaxRun:
+async def play_alone(arm: Arm, block: ClosedLoop, engine: str = "B") -> TaxRun:
     await asyncio.sleep(QUIET_S)
-    played = await play({"B": (Endpoint(base_url=arm.engine_url("B")), block)})
-    return TaxRun(records=RunRecords(records=played.records["B"]))
+    played = await play({engine: (Endpoint(base_url=arm.engine_url(engine)), block)})
+    return TaxRun(records=RunRecords(records=played.records[engine]))
 
 
 async def tax_pairs(
-    stock: Arm, polder: Arm, blocks: Sequence[ClosedLoop], *, rounds: int, stage: Stage
+    stock: Arm,
+    polder: Arm,
+    blocks: Sequence[ClosedLoop],
+    *,
+    rounds: int,
+    stage: Stage,
+    engine: str = "B",
+    uncounted_rounds: int = 1,
 ) -> tuple[list[TaxRun], list[TaxRun]]:
-    """All `blocks` on both arms, `rounds` times over, after one round that is not counted."""
+    """All `blocks` on one engine of both arms, `rounds` times over, after some rounds that are not counted."""
     done: dict[str, list[TaxRun]] = {stock.name: [], polder.name: []}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + uncounted_rounds):
         for arm in (stock, polder):
             await asyncio.to_thread(arm.reset_prefix_caches)
         for number, block in enumerate(blocks):
             for arm in (stock, polder) if number % 2 else (polder, stock):
-                done[arm.name].append(await play_alone(arm, block))
-            stage.update(len(done[stock.name]), (rounds + 1) * len(blocks))
-    return done[stock.name][len(blocks) :], done[polder.name][len(blocks) :]
+                done[arm.name].append(await play_alone(arm, block, engine))
+            stage.update(len(done[stock.name]), (rounds + uncounted_rounds) * len(blocks))
+    uncounted = uncounted_rounds * len(blocks)
+    return done[stock.name][uncounted:], done[polder.name][uncounted:]
 
 
 def tax_metrics(runs: Sequence[TaxRun]) -> Metrics:

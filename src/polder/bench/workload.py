@@ -6,18 +6,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+import msgspec
+
 from polder.bench.completions import encode_body
 from polder.bench.driver import ClosedLoop, OpenLoop, Turn
 from polder.bench.traces import (
     AgentRow,
     agent_prompt,
     burst_prompt,
+    chat_prompt,
     ideal_hit_ratio,
     load_agent,
     load_burst,
+    load_chat,
 )
 
-__all__ = ["BURST_PERIOD_S", "agents", "agents_ideal_hit_ratio", "bursts", "one_by_one", "warm_up"]
+__all__ = [
+    "BURST_PERIOD_S",
+    "agents",
+    "agents_ideal_hit_ratio",
+    "bursts",
+    "chats",
+    "chats_ideal_hit_ratio",
+    "one_by_one",
+    "unique_prompts",
+    "unmeasured",
+    "warm_up",
+]
 
 STAGGER_S = 0.3
 """Users start one after the other (reference/workloads.md section 2)."""
@@ -49,9 +64,49 @@ def agents(*, model: str, users: int, sessions: int) -> ClosedLoop:
     )
 
 
+def unmeasured(load: ClosedLoop) -> ClosedLoop:
+    """The same as load only, beside another engine that is measured."""
+    users = [[replace(turn, measured=False) for turn in turns] for turns in load.users]
+    return ClosedLoop(users=users, stagger_s=load.stagger_s)
+
+
 def agents_ideal_hit_ratio(*, sessions: int, block_tokens: int) -> float:
     """Hit ratio of `agents` with a prefix cache without limit."""
     return ideal_hit_ratio([agent_prompt(row) for row in load_agent() if row.session < sessions], block_tokens)
+
+
+def chats(*, model: str) -> OpenLoop:
+    """Engine A under tiny-chat-v1: 227 requests at the times of the trace."""
+    return OpenLoop(
+        turns=[
+            Turn(
+                key=f"c{number}",
+                body=encode_body(model=model, prompt=chat_prompt(row), output_tokens=row.output_tokens),
+                output_tokens=row.output_tokens,
+                at_s=row.t,
+            )
+            for number, row in enumerate(load_chat())
+        ]
+    )
+
+
+def chats_ideal_hit_ratio(*, block_tokens: int) -> float:
+    """Hit ratio of `chats` with a prefix cache without limit."""
+    return ideal_hit_ratio([chat_prompt(row) for row in load_chat()], block_tokens)
+
+
+def unique_prompts(*, model: str, requests: int, scale: int, blocks: int, at_a_time: int) -> list[ClosedLoop]:
+    """The first `requests` of tiny-burst-v1 with prompts `scale` times as long, of which no two share a prefix.
+
+    Cut into `blocks` of about equal length; in a block `at_a_time` users send one request after the other.
+    """
+    turns = []
+    for number, row in enumerate(load_burst()[:requests]):
+        longer = msgspec.structs.replace(row, input_tokens=row.input_tokens * scale)
+        body = encode_body(model=model, prompt=burst_prompt(longer), output_tokens=row.output_tokens)
+        turns.append(Turn(key=f"u{number}", body=body, output_tokens=row.output_tokens))
+    cut = [turns[number::blocks] for number in range(blocks)]
+    return [ClosedLoop(users=[block[user::at_a_time] for user in range(at_a_time)]) for block in cut]
 
 
 def one_by_one(*, model: str, blocks: int) -> list[ClosedLoop]:

@@ -6,10 +6,21 @@ import os
 from pathlib import Path
 
 from polder.broker.transport import Channel, check_socket_path
-from polder.broker.wire import Done, Fetch, FromBroker, Handles, Refused, Resize, Status, StatusRequest
+from polder.broker.wire import (
+    Done,
+    Fetch,
+    FetchTable,
+    FromBroker,
+    Handles,
+    Refused,
+    Resize,
+    Status,
+    StatusRequest,
+    Table,
+)
 from polder.errors import BrokerUnavailable, ProtocolError, UsageError
 
-__all__ = ["check_socket_path", "fetch_handles", "request", "status"]
+__all__ = ["check_socket_path", "fetch_handles", "fetch_table", "request", "status"]
 
 
 def request(socket: Path, message: StatusRequest | Resize, *, timeout_s: float = 5.0) -> Status | Done:
@@ -39,7 +50,19 @@ def fetch_handles(socket: Path, message: Fetch, *, timeout_s: float = 5.0) -> tu
     raise ProtocolError(f"{type(answer).__name__} is no answer to Fetch")
 
 
-def _ask(socket: Path, message: StatusRequest | Resize | Fetch, timeout_s: float) -> tuple[FromBroker, list[int]]:
+def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) -> int:
+    """The file descriptor of a lender's table, which is the caller's to close. Raises UsageError when there is no such lender."""
+    answer, fds = _ask(socket, message, timeout_s)
+    if isinstance(answer, Table) and len(fds) == 1:
+        return fds[0]
+    for fd in fds:
+        os.close(fd)
+    raise ProtocolError(f"{type(answer).__name__} with {len(fds)} descriptors is no answer to FetchTable")
+
+
+def _ask(
+    socket: Path, message: StatusRequest | Resize | Fetch | FetchTable, timeout_s: float
+) -> tuple[FromBroker, list[int]]:
     channel = Channel(socket, timeout_s=timeout_s)
     try:
         channel.send(message)

@@ -17,7 +17,7 @@ __all__ = ["BrokerConfig"]
 class BrokerConfig:
     socket: Path
     devices: dict[str, int]
-    """Device name ("cpu:0", "cuda:1") -> bytes of KV budget on it; rounded down to whole pages."""
+    """Device name ("cpu:0", "cuda:1") -> bytes of KV budget on it; "host:0" -> bytes of the host tier. Rounded down to pages."""
     page_bytes: int = PAGE_BYTES
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     recovery_s: float = 2.0
@@ -30,8 +30,8 @@ class BrokerConfig:
             raise ConfigError(f"page size {self.page_bytes}: must be a positive multiple of 4 KiB")
         for name, size in self.devices.items():
             kind, _, index = name.partition(":")
-            if kind not in ("cpu", "cuda") or not index.isdecimal():
-                raise ConfigError(f"device {name!r}: write cpu:0 or cuda:INDEX")
+            if kind not in ("cpu", "cuda", "host") or not index.isdecimal():
+                raise ConfigError(f"device {name!r}: write cpu:0, cuda:INDEX, or host:0 for the host tier")
             if kind == "cuda" and self.page_bytes % (2 << 20):
                 raise ConfigError(f"page size {format_bytes(self.page_bytes)}: CUDA pages are multiples of 2 MiB")
             if size < self.page_bytes:

@@ -26,10 +26,12 @@ from polder.broker.wire import (
     Demand,
     Done,
     Fetch,
+    FetchTable,
     FromBroker,
     Grant,
     Grown,
     Hello,
+    Neighbours,
     Recall,
     Refused,
     Resize,
@@ -42,10 +44,12 @@ from polder.broker.wire import (
 from polder.errors import ProtocolError
 from polder.units import format_bytes
 
-__all__ = ["BrokerCore"]
+__all__ = ["HOST", "BrokerCore"]
 
 RETRY_S = 0.1  # after a recall that came back short: time until the policy asks that engine again
 GRANT_DEADLINE_S = 5.0
+HOST = "host:0"
+"""The device whose pages make the host tier."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +71,7 @@ class BrokerCore:
         self.refused_messages = 0
         self.reclaimed_pages = 0
         self._giveback_ms: deque[float] = deque(maxlen=512)
+        self._announced: Neighbours | None = None
 
     # ------------------------------------------------------------------ what happens
 
@@ -80,7 +85,9 @@ class BrokerCore:
             case Resize():
                 self._resize(connection, message)
             case Fetch():
-                self._fetch(pid, message)
+                self._fetch(connection, pid, message)
+            case FetchTable():
+                self._fetch_table(connection, message)
             case Demand():
                 self._demand(self.roster.of_connection(connection), message, now)
             case Grown():
@@ -106,8 +113,10 @@ class BrokerCore:
                 engine.core_ended_at = now
             if not engine.processes:
                 self.reclaimed_pages += sum(self.ledger.forget(engine.owner).values())
+                self.reclaimed_pages += sum(self.ledger.forget(Owner(engine.name, "lent")).values())
                 self.leases.drop(engine.name)
                 del self.engines[engine.name]
+        self._announce()
         self.plan(now)
 
     def orphans(self, now: float, grace_s: float) -> list[int]:
@@ -174,8 +183,35 @@ class BrokerCore:
             pages=pages,
             share_units=self.roster.share(engine),
             ceiling_units=self.roster.ceiling(engine),
+            host=self._take_host(hello),
         )
         self.outbox.append((connection, welcome))
+        self._announced = None  # the newcomer must hear of the others, whoever they are
+        self._announce()
+
+    def _take_host(self, hello: Hello) -> list[list[int]]:
+        """Books the engine's pages of the host tier, those of a former connection included."""
+        owner = Owner(hello.engine, "lent")
+        if HOST not in self.ledger.devices:
+            return []
+        wanted = hello.host_pages * len(hello.devices)
+        if self.ledger.held(HOST, owner) != wanted:  # else it comes back, and uses the ones that it has
+            self.ledger.forget(owner)
+            self.ledger.take(HOST, owner, wanted)
+        pages = self.ledger.pages_of(HOST, owner).tolist()
+        return [pages[rank :: len(hello.devices)] for rank in range(len(hello.devices))]
+
+    def _announce(self) -> None:
+        """Tells all engines who is here, if that has changed."""
+        lenders = [e for e in self.engines.values() if e.hello.table_bytes and e.core_ended_at is None]
+        message = Neighbours(
+            lenders=[e.name for e in lenders],
+            pids=[e.pid for e in lenders],
+            cores=[e.pid for e in self.engines.values() if e.core_ended_at is None],
+        )
+        if message != self._announced:
+            self._announced = message
+            self.outbox += [(e.connection, message) for e in self.engines.values() if e.connection is not None]
 
     def _refusal(self, hello: Hello, known: Engine | None, pid: int) -> str | None:
         if hello.protocol != PROTOCOL:
@@ -200,6 +236,20 @@ class BrokerCore:
                     f"{format_bytes(others * page)}, and the budget is {format_bytes(total * page)}. Raise kv_budget to "
                     f"{format_bytes((others + mine) * page)} or more, or lower --max-model-len"
                 )
+        return self._host_refusal(hello)
+
+    def _host_refusal(self, hello: Hello) -> str | None:
+        pages, page = hello.host_pages * len(hello.devices), self.config.page_bytes
+        if not pages:
+            return None
+        if HOST not in self.ledger.devices:
+            return f"this broker has no host tier, and {hello.engine!r} wants {format_bytes(pages * page)} of it: start it with {HOST}=SIZE"
+        free = self.ledger.free(HOST) + self.ledger.held(HOST, Owner(hello.engine, "lent"))
+        if pages > free:
+            return (
+                f"{hello.engine!r} wants {format_bytes(pages * page)} of the host tier, and {format_bytes(free * page)} of "
+                f"{format_bytes(self.ledger.total(HOST) * page)} are not taken by others: lower its quota, or enlarge the tier"
+            )
         return None
 
     def _floor_is_free(self, hello: Hello, now: float) -> bool:
@@ -272,17 +322,40 @@ class BrokerCore:
         engine.pinned = message.units
         self.outbox.append((connection, Done()))
 
-    def _fetch(self, pid: int, message: Fetch) -> None:
+    def _fetch(self, connection: int, pid: int, message: Fetch) -> None:
         """Checks a worker's request and notes the worker as a process of the engine. The server adds the handles."""
         engine = self.engines.get(message.engine)
         if engine is None or not 0 <= message.rank < len(engine.hello.devices):
             raise ProtocolError(f"fetch for an unknown engine or rank: {message.engine!r} {message.rank}")
-        if engine.hello.devices[message.rank] != message.device:
+        if not message.lender and message.device not in (engine.hello.devices[message.rank], HOST):
             raise ProtocolError(f"rank {message.rank} of {message.engine} is not on {message.device}")
-        held = set(self.ledger.pages_of(message.device, engine.owner).tolist())
-        if not held.issuperset(message.pages):
-            raise ProtocolError(f"{message.engine} fetches pages that it does not hold")
         engine.processes.add(pid)
+        if self.fetchable(message):
+            return
+        if not message.lender:
+            raise ProtocolError(f"{message.engine} fetches pages that it does not hold")
+        # No fault of its own: the lender gave these pages back, or ended, while the message was on its way.
+        self.outbox.append((connection, Refused(reason=f"{message.lender!r} does not lend these pages any more")))
+
+    def fetchable(self, message: Fetch) -> bool:
+        """Whether the pages belong to whom the message says, so that their handles may be given out."""
+        if message.device not in self.ledger.devices:
+            return False
+        if message.lender:
+            lender = self.engines.get(message.lender)
+            if lender is None or not lender.hello.table_bytes:
+                return False
+            owner = lender.owner
+        else:
+            owner = Owner(message.engine, "lent" if message.device == HOST else "kv")
+        return set(self.ledger.pages_of(message.device, owner).tolist()).issuperset(message.pages)
+
+    def _fetch_table(self, connection: int, message: FetchTable) -> None:
+        lender = self.engines.get(message.lender)
+        if message.engine not in self.engines:
+            raise ProtocolError(f"table asked for by an unknown engine {message.engine!r}")
+        if lender is None or not lender.hello.table_bytes or lender.core_ended_at is not None:
+            self.outbox.append((connection, Refused(reason=f"{message.lender!r} lends nothing here")))
 
     def _demand(self, engine: Engine, demand: Demand, now: float) -> None:
         if min(demand.held_units, demand.busy_units, demand.waiting_units, demand.cached_units) < 0:

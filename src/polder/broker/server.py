@@ -27,10 +27,11 @@ from pathlib import Path
 from polder.broker.config import BrokerConfig
 from polder.broker.core import BrokerCore
 from polder.broker.transport import Deframer, address_of, check_socket_path, encode, to_broker
-from polder.broker.wire import MAX_FDS, Fetch, Handles, Hello, Message, ToBroker
+from polder.broker.wire import MAX_FDS, Fetch, FetchTable, Handles, Hello, Message, Refused, Table, ToBroker
 from polder.errors import AddressInUse, ConfigError, ProtocolError
 from polder.memory.devices import open_backend
 from polder.memory.pool import PagePool
+from polder.tiers.lending import LendingTable
 from polder.units import format_bytes
 
 __all__ = ["BrokerServer", "serve"]
@@ -97,6 +98,7 @@ class BrokerServer:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._peers: dict[int, _Peer] = {}
         self._processes: dict[int, _Process] = {}
+        self._tables: dict[str, tuple[int, int]] = {}  # lender -> (process of its core, fd of its table)
         self._next = 1
         for device, total in config.total_pages().items():
             logger.info("%s: %d pages, %s", device, total, format_bytes(total * config.page_bytes))
@@ -123,6 +125,8 @@ class BrokerServer:
         for process in self._processes.values():
             os.close(process.pidfd)
         self._processes.clear()
+        for lender in list(self._tables):
+            self._retire(lender)
         self._selector.close()
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
@@ -184,8 +188,39 @@ class BrokerServer:
         if isinstance(message, Hello | Fetch) and peer.pid not in self._processes:
             self._watch(peer)
         self.core.handle(peer.number, peer.pid, message, time.monotonic())
-        if isinstance(message, Fetch):
+        if isinstance(message, Fetch) and self.core.fetchable(message):
             self._send_handles(peer, message)
+        elif isinstance(message, FetchTable):
+            self._send_table(peer, message)
+
+    def _send_table(self, peer: _Peer, message: FetchTable) -> None:
+        """The lender's table; made when it is first asked for, which is by the lender itself."""
+        lender = self.core.engines.get(message.lender)
+        if lender is None or not lender.hello.table_bytes or lender.core_ended_at is not None:
+            return  # refused by the core
+        pid, fd = self._tables.get(message.lender, (0, -1))
+        if pid != lender.pid:
+            if message.engine != message.lender:
+                self._queue(peer, Refused(reason=f"{message.lender!r} has no table yet"), [])
+                return
+            self._retire(message.lender)
+            fd = os.memfd_create(f"polder-lots-{message.lender}", os.MFD_CLOEXEC)
+            os.ftruncate(fd, lender.hello.table_bytes)
+            self._tables[message.lender] = lender.pid, fd
+        self._queue(peer, Table(), [os.dup(fd)])
+
+    def _retire(self, lender: str) -> None:
+        """Takes back what a lender that is no more had lent, before its pages can become anybody else's (law 4)."""
+        _, fd = self._tables.pop(lender, (0, -1))
+        if fd >= 0:
+            try:
+                table = LendingTable(fd)
+            except ProtocolError:
+                logger.debug("%s ended before it had filled its table", lender)
+            else:
+                table.retire()
+                table.close()
+            os.close(fd)
 
     def _send_handles(self, peer: _Peer, message: Fetch) -> None:
         fds, fd_index, offsets = self._pools[message.device].export(message.pages)
@@ -221,6 +256,8 @@ class BrokerServer:
         os.close(process.pidfd)
         del self._processes[process.pid]
         logger.info("process %d ended", process.pid)
+        for lender in [name for name, (pid, _) in self._tables.items() if pid == process.pid]:
+            self._retire(lender)
         self.core.process_ended(process.pid, time.monotonic())
 
     # ------------------------------------------------------------------ output

@@ -11,8 +11,11 @@ does not decode to a struct of the expected direction, closes the connection it 
                  ── Grown ──────────────►               they are mapped and offered to the scheduler
                  ◄── Recall ─────────────               give `units` back before `deadline_s`
                  ── Returned ───────────►               the acknowledgement: these pages are unmapped
-    worker       ── Fetch ──────────────► broker        handles of pages it is about to map
+    worker       ── Fetch ──────────────► broker        handles of pages it is about to map: its own, or lent ones
                  ◄── Handles + fds ──────
+    engine core  ◄── Neighbours ────────  broker        whenever an engine comes or goes: who lends, who lives
+    both         ── FetchTable ─────────► broker        the table of a lender's lots (tiers/lending.py)
+                 ◄── Table + fd ─────────
     anybody      ── StatusRequest ──────► broker
                  ◄── Status ─────────────
     operator     ── Resize ─────────────► broker        pin an engine to a number of units (0 = let the policy decide)
@@ -32,11 +35,13 @@ __all__ = [
     "Done",
     "EngineStatus",
     "Fetch",
+    "FetchTable",
     "FromBroker",
     "Grant",
     "Grown",
     "Handles",
     "Hello",
+    "Neighbours",
     "Pages",
     "Recall",
     "Refused",
@@ -44,6 +49,7 @@ __all__ = [
     "Returned",
     "Status",
     "StatusRequest",
+    "Table",
     "ToBroker",
     "Welcome",
 ]
@@ -81,6 +87,10 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     ceiling_units: int
     share_units: int
     """Guaranteed on demand; what an engine holds above it is on loan. 0: an equal part of the device."""
+    host_pages: int = 0
+    """Pages of host memory that each rank wants for its host tier, for as long as the engine lives."""
+    table_bytes: int = 0
+    """Above 0: this engine lends, and wants a table of that size."""
     held: dict[int, list[list[int]]] = {}
     """On reconnection: unit -> pages per rank (one list a rank)."""
 
@@ -127,6 +137,15 @@ class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
     rank: int
     device: str
     pages: list[int]
+    lender: str = ""
+    """Not empty: the pages are under this engine's KV cache, and some of their blocks are lent."""
+
+
+class FetchTable(Message, frozen=True, kw_only=True, tag="table?"):
+    """Asks for the table of a lender's lots; a lender asks for its own."""
+
+    engine: str
+    lender: str
 
 
 class StatusRequest(Message, frozen=True, kw_only=True, tag="status?"):
@@ -154,6 +173,23 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     share_units: int
     ceiling_units: int
     """Clipped to what the device can ever spare."""
+    host: list[list[int]] = []
+    """Per rank: its pages of host memory."""
+
+
+class Neighbours(Message, frozen=True, kw_only=True, tag="neighbours"):
+    """All engines here, the receiver included."""
+
+    lenders: list[str]
+    """Engines with a table, in the order in which they came; a lender that came back with a new process has a new table."""
+    pids: list[int]
+    """Processes of the lenders' cores, in the same order."""
+    cores: list[int]
+    """Processes of all engines' cores."""
+
+
+class Table(Message, frozen=True, kw_only=True, tag="table"):
+    """The table's file descriptor comes with it."""
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
@@ -252,5 +288,5 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """Above 0: nothing needs changing, ask again after that time."""
 
 
-ToBroker = Hello | Demand | Grown | Returned | Fetch | StatusRequest | Resize
-FromBroker = Welcome | Grant | Recall | Handles | Status | Done | Refused
+ToBroker = Hello | Demand | Grown | Returned | Fetch | FetchTable | StatusRequest | Resize
+FromBroker = Welcome | Grant | Recall | Handles | Neighbours | Table | Status | Done | Refused

@@ -25,6 +25,13 @@ class Order(StrEnum):
     AB = "AB"
 
 
+class LinkEmulation(StrEnum):
+    """Whether copies to and from a tier take as long as its link would."""
+
+    EMULATED = "emulated"
+    NONE = "none"
+
+
 @app.command()
 def elastic(
     json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
@@ -40,3 +47,29 @@ def elastic(
 
     plan = DEMO if demo else QUICK if quick else FULL
     ElasticBench(plan.ordered(order.value) if order else plan, workdir=workdir).run(json_file, html_file)
+
+
+@app.command()
+def turns(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the tables as HTML here.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="256 requests of the agents instead of 512, fewer arms and stages.")
+    ] = False,
+    stages: Annotated[str, typer.Option(help="Only these: agents,chat,noreuse,lender,equality.")] = "",
+    arms: Annotated[str, typer.Option(help="Only these: stock,native,polder-host,polder-peer,polder.")] = "",
+    links: Annotated[
+        LinkEmulation, typer.Option(help="Emulated: peer 3.2 GB/s, host 400 MB/s. None: memcpy's speed.")
+    ] = LinkEmulation.EMULATED,
+    workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
+) -> None:
+    """Agents of many turns on a pool that is too small: plain vLLM, vLLM's CPU offloading, and Polder's tiers."""
+    from dataclasses import replace
+
+    from polder.bench.turns import TurnsBench
+    from polder.bench.turns_plan import ARMS, FULL_TURNS, QUICK_TURNS, STAGES, parse_names
+
+    plan = (QUICK_TURNS if quick else FULL_TURNS).only(
+        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
+    )
+    TurnsBench(replace(plan, links=links.value), workdir=workdir).run(json_file, html_file)

@@ -9,9 +9,9 @@ __all__ = ["open_backend"]
 
 
 def open_backend(device: str, page_bytes: int) -> Backend:
-    """The backend of "cpu:0" or "cuda:INDEX". Raises ConfigError for a page size that the device cannot have."""
+    """The backend of "cpu:0", "host:0" or "cuda:INDEX". Raises ConfigError for a page size that the device cannot have."""
     kind, _, index = device.partition(":")
-    if kind == "cpu":
+    if kind in ("cpu", "host"):
         return CpuBackend(page_bytes=page_bytes, device=device)
     from polder.memory.cuda import CudaBackend  # only hosts with a driver have the bindings
 

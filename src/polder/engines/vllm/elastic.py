@@ -16,12 +16,26 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from polder.broker.client import fetch_table
 from polder.broker.reuse import ReuseTracker
-from polder.broker.wire import Demand, Grant, Grown, Hello, Recall, Refused, Returned, Welcome
+from polder.broker.wire import (
+    Demand,
+    FetchTable,
+    Grant,
+    Grown,
+    Hello,
+    Neighbours,
+    Recall,
+    Refused,
+    Returned,
+    Welcome,
+)
 from polder.engines.vllm import worker
 from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.lender import Lender
 from polder.engines.vllm.link import BrokerLink, Down, Tick, Up
 from polder.engines.vllm.negotiate import Agreement
+from polder.errors import PolderError
 
 __all__ = ["ElasticCore"]
 
@@ -58,8 +72,20 @@ class ElasticCore:
         self._sent_at = 0.0
         self._sent: Demand | None = None
         self._refusal = ""
+        self._useful, self._useful_at = 0, float("-inf")
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self._watch_scheduler()
+        self._socket = agreement.socket
+        # The connector's manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do.
+        self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
+        self._postponed: list[Recall] = []
+        self.lender: Lender | None = None
+        if agreement.lend_bytes:
+            ranks_of = len(self._hello.devices)
+            self.lender = Lender(
+                self._scheduler.kv_cache_manager.block_pool, agreement.geometry, ranks_of, agreement.lend_bytes
+            )
+            self._open_table()
         self.link = BrokerLink(agreement.socket, agreement.channel, wake)
         self.link.send(Grown(lease=agreement.welcome.lease))
         self._report(time.monotonic())
@@ -75,13 +101,21 @@ class ElasticCore:
                 case Grant():
                     self._grow(message)
                 case Recall():
-                    self._shrink(message)
+                    self._postponed.append(message)
+                case Neighbours():
+                    if self.tiers is not None:
+                        self.tiers.on_neighbours(message)
+                    if self.lender is not None:
+                        self.lender.on_neighbours(message.cores)
                 case Up():
                     self.link.send(self._hello_again())
                 case Welcome():
                     logger.info("back with the broker, %d units held", len(self.blocks.mapped))
+                    new_broker = message.generation != self._generation
                     self._generation, self._sent, self._refusal = message.generation, None, ""
                     self._pages = self._by_unit(sorted(self._pages), message.pages)
+                    if new_broker and self.lender is not None:
+                        self._open_table()  # it knows nothing of what was lent
                 case Refused():
                     if message.reason != self._refusal:
                         logger.warning(
@@ -93,11 +127,17 @@ class ElasticCore:
                     pass
                 case _:
                     logger.warning("unexpected message %s", type(message).__name__)
+        self._settle()
         self._report(time.monotonic())
 
     def on_step(self, seconds: float) -> None:
         """A step that took `seconds` has ended."""
         self.counters["steps_total"] += 1
+        if self.tiers is not None:
+            self.tiers.tiers.prefill.observe(self._step_tokens, seconds)
+        if self.lender is not None:
+            self.lender.note_used(self.blocks.busy_blocks)
+        self._settle()
         if self._step_tokens >= 64 and seconds > 0:
             rate = seconds / self._step_tokens
             self._seconds_per_token = (
@@ -110,9 +150,43 @@ class ElasticCore:
         self._report(time.monotonic())
 
     def close(self) -> None:
+        if self.lender is not None:
+            self.lender.close()
         self.link.close()
 
+    def check_integrity(self) -> None:
+        """Checks the laws, now."""
+        self.blocks.check_integrity()
+        if self.lender is not None:
+            self.lender.check_integrity()
+        if self.tiers is not None:
+            self.tiers.tiers.check_integrity()
+
     # ------------------------------------------------------------------ resizing
+
+    def _settle(self) -> None:
+        """Gives recalled memory back, as soon as no transfer of the tiers reads or writes a block that may have to move."""
+        if not self._postponed:
+            return
+        tiers = None if self.tiers is None else self.tiers.tiers
+        if tiers is not None and tiers.busy:
+            tiers.hold()  # no new ones; the engine keeps stepping until the last has ended
+            return
+        postponed, self._postponed = self._postponed, []
+        for recall in postponed:
+            self._shrink(recall)
+        if tiers is not None:
+            tiers.resume()
+
+    def _open_table(self) -> None:
+        """Lends by a table that the broker knows. Without one, nothing is lent."""
+        assert self.lender is not None
+        try:
+            fd = fetch_table(self._socket, FetchTable(engine=self._hello.engine, lender=self._hello.engine))
+        except PolderError as error:
+            logger.warning("nothing is lent: %s", error)
+            return
+        self.lender.open(fd, self._pages)
 
     def _grow(self, grant: Grant) -> None:
         started = time.perf_counter()
@@ -127,7 +201,10 @@ class ElasticCore:
                 self._rpc(worker.unmap_units, self._generation, units)  # some ranks may have mapped theirs
             self.link.send(Returned(lease=grant.lease, pages=grant.pages))
             return
-        self._pages |= self._by_unit(units, grant.pages)
+        added = self._by_unit(units, grant.pages)
+        self._pages |= added
+        if self.lender is not None:
+            self.lender.mapped(added)
         self.blocks.offer(units)
         self.link.send(Grown(lease=grant.lease))
         self._count("grows_total", "grow_seconds_total", "grow_max_seconds", started)
@@ -137,6 +214,8 @@ class ElasticCore:
         shrink = self.blocks.shrink_preempting if recall.preempt else self.blocks.shrink
         done = shrink(recall.units, self._hello.floor_units)
         units, plan = done.plan.units.tolist(), done.plan
+        if units and self.lender is not None:
+            self.lender.unmapped(units)
         if units:
             self._rpc(worker.unmap_units, self._generation, units, plan.sources.tolist(), plan.targets.tolist())
         taken = [self._pages.pop(unit) for unit in units]
@@ -158,6 +237,11 @@ class ElasticCore:
 
     def _report(self, now: float) -> None:
         """Sends the demand if it is worth sending: at once when requests wait for memory, else now and then."""
+        if self.tiers is not None:
+            self.tiers.retry_lenders(now)
+        if self.lender is not None:
+            useful = self._useful_units(now) * self.blocks.usable_blocks // len(self.blocks.mapped)
+            self.lender.look(now, self.blocks.busy_blocks, self.blocks.usable_blocks, useful)
         since = now - self._sent_at
         if since < URGENT_EVERY_S:
             return
@@ -179,6 +263,15 @@ class ElasticCore:
         )
         self._sent, self._sent_at = demand, now
         self.link.send(demand)
+
+    def _useful_units(self, now: float) -> int:
+        """Units of cache beyond which more saves next to nothing, by the measured reuse curve."""
+        if now - self._useful_at >= 1.0:
+            self._useful_at = now
+            curve = self._reuse.curve(now, self._seconds_per_token)
+            # Below a hundredth of a second saved per second, what reuse there is does not pay for keeping memory.
+            self._useful = next((u for u, s in enumerate(curve) if s >= 0.95 * curve[-1]), 0) if curve and curve[-1] > 0.01 else 0
+        return self._useful
 
     def _need_units(self) -> tuple[int, int]:
         """Units for the blocks in use, and units more for what running and waiting requests will need soon."""
@@ -215,6 +308,8 @@ class ElasticCore:
             "waiting": float(len(self._scheduler.waiting)),
             "kv_used_ratio": self.blocks.busy_blocks / usable,
             "seconds_per_token": self._seconds_per_token,
+            **(self.lender.figures() if self.lender is not None else {}),
+            **(self.tiers.tiers.figures() if self.tiers is not None else {}),
         }
 
     # ------------------------------------------------------------------ plumbing
@@ -227,6 +322,9 @@ class ElasticCore:
         def watched_schedule(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
             self._step_tokens = output.total_num_scheduled_tokens
+            dirty = self.lender.take_dirty() if self.lender is not None else []
+            if dirty:  # bytes of another model: read as numbers they may be NaN
+                output.new_block_ids_to_zero = [*(output.new_block_ids_to_zero or ()), *dirty]
             return output
 
         def watched_admission(request: Any, num_hits: int) -> None:

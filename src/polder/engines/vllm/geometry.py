@@ -87,6 +87,29 @@ class KvGeometry:
                     moves.append((base, place.block_stride, sources, targets, place.block_stride))
         return moves
 
+    def granules(self) -> tuple[int, Slots, Slots]:
+        """How the bytes of one block lie in the pages of its unit, for lending it: (granule bytes, pages, offsets).
+
+        A granule is the largest piece that divides the page and every block. The arrays have shape [unit_blocks, granules]: index of
+        the granule's page among the unit's pages, as in `slots`, and the granule's first byte there.
+        """
+        starts: list[tuple[int, int]] = []
+        for place in self.places:
+            for layer in range(1 if place.block_outermost else place.layers):
+                start = (place.offset + layer * place.layer_stride, place.block_stride)
+                if start not in starts:
+                    starts.append(start)
+        size = math.gcd(self.page_bytes, *(stride for _, stride in starts))
+        first, _ = self._unit_zero()
+        pages, offsets = [], []
+        for block in range(self.unit_blocks):
+            addresses = np.concatenate(
+                [start + block * stride + np.arange(0, stride, size, dtype=np.int64) for start, stride in starts]
+            )
+            pages.append(np.searchsorted(first, addresses // self.page_bytes))
+            offsets.append(addresses % self.page_bytes)
+        return size, np.array(pages), np.array(offsets)
+
     def check(self) -> None:
         """Raises ConfigError when units would share pages: the layout is one that Polder cannot make elastic."""
         slots = self.slots(range(self.units))

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from polder.broker.client import status
+from polder.broker.core import HOST
 from polder.broker.config import BrokerConfig
 from polder.broker.server import BrokerServer
 from polder.broker.transport import Channel
 from polder.broker.wire import Hello, Refused, Welcome
 from polder.engines.vllm import worker
-from polder.engines.vllm.geometry import unit_blocks
+from polder.engines.vllm.lender import lot_geometry
+from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
+from polder.tiers.lending import table_bytes
+from polder.engines.vllm.geometry import KvGeometry, unit_blocks
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
 from polder.units import format_bytes
@@ -46,6 +50,8 @@ class Agreement:
     unit_blocks: int
     block_tokens: int
     groups: int
+    geometry: KvGeometry
+    lend_bytes: int
 
 
 class LocalBroker:
@@ -73,19 +79,23 @@ def negotiate(
     kv_cache_specs: list[Any],
 ) -> tuple[list[Any], Agreement]:
     """vLLM's KV cache configs for the ceiling, and the agreement. Raises BudgetError, ConfigError, BrokerUnavailable."""
-    check_supported(vllm_config)
+    check_supported(vllm_config, settings)
     devices = [str(name) for name in core.model_executor.collective_rpc(worker.device_name)]
     socket = settings.broker
     if socket is None:
         assert settings.kv_budget_bytes is not None
-        core.polder_local_broker = LocalBroker(dict.fromkeys(devices, settings.kv_budget_bytes), settings.page_bytes)
+        budget = dict.fromkeys(devices, settings.kv_budget_bytes)
+        if settings.host_bytes:
+            budget[HOST] = settings.host_bytes
+        core.polder_local_broker = LocalBroker(budget, settings.page_bytes)
         socket = core.polder_local_broker.socket
     page_bytes, most_bytes = _ask_sizes(socket, devices)
     ceiling_bytes = min(settings.kv_ceiling_bytes or most_bytes, most_bytes)
     configs, blocks_of_unit = _configs_of_units(
         get_kv_cache_configs, vllm_config, kv_cache_specs, ceiling_bytes, page_bytes
     )
-    hello, block_tokens = _hello(vllm_config, settings, configs[0], devices, page_bytes, blocks_of_unit)
+    geometry = worker.geometry_of(configs[0], page_bytes, blocks_of_unit)
+    hello, block_tokens = _hello(vllm_config, settings, configs[0], geometry, devices)
     channel, welcome = _say_hello(socket, hello)
     plan = worker.WorkerPlan(
         broker=socket,
@@ -95,6 +105,7 @@ def negotiate(
         units=tuple(range(hello.floor_units)),
         pages=tuple(tuple(pages) for pages in welcome.pages),
         unit_blocks=blocks_of_unit,
+        tiers=agree_on_tiers(vllm_config, settings, configs[0], hello, welcome, socket, geometry),
     )
     core.model_executor.collective_rpc(worker.prepare, args=(plan,))
     logger.info(
@@ -114,14 +125,20 @@ def negotiate(
         unit_blocks=blocks_of_unit,
         block_tokens=block_tokens,
         groups=len(configs[0].kv_cache_groups),
+        geometry=geometry,
+        lend_bytes=settings.lend_bytes,
     )
     return configs, agreement
 
 
-def check_supported(vllm_config: Any) -> None:
+def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
     """Raises ConfigError for what elastic KV does not work with yet; docs/failures.md lists it."""
-    if vllm_config.kv_transfer_config is not None:
-        raise ConfigError("elastic KV does not work together with --kv-transfer-config yet: remove one of them")
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector != CONNECTOR:
+        raise ConfigError(f"elastic KV does not work together with {transfer.kv_connector} yet: remove --kv-transfer-config")
+    if bool(settings.tiers) != (transfer is not None):
+        flag = f'--kv-transfer-config \'{{"kv_connector":"{CONNECTOR}","kv_role":"kv_both"}}\''
+        raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ConfigError("elastic KV does not work with pipeline parallelism yet")
     if vllm_config.parallel_config.data_parallel_size > 1:
@@ -188,9 +205,9 @@ def _configs_of_units(
 
 
 def _hello(
-    vllm_config: Any, settings: EngineSettings, config: Any, devices: list[str], page_bytes: int, blocks_of_unit: int
+    vllm_config: Any, settings: EngineSettings, config: Any, geometry: KvGeometry, devices: list[str]
 ) -> tuple[Hello, int]:
-    geometry = worker.geometry_of(config, page_bytes, blocks_of_unit)
+    page_bytes, blocks_of_unit = geometry.page_bytes, geometry.unit_blocks
     unit_bytes = geometry.pages_per_unit * page_bytes
     sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
     max_model_len = vllm_config.model_config.max_model_len
@@ -220,6 +237,8 @@ def _hello(
         floor_units=floor,
         ceiling_units=geometry.units,
         share_units=max(1, settings.kv_share_bytes // unit_bytes) if settings.kv_share_bytes is not None else 0,
+        host_pages=settings.host_bytes // len(devices) // page_bytes,
+        table_bytes=table_bytes(lot_geometry(geometry, len(devices))) if settings.lend_bytes else 0,
     )
     return hello, min(sizes)
 

@@ -1,4 +1,4 @@
-"""The entry point (`vllm.general_plugins`): six replacements in vLLM, made only when this engine is to be elastic.
+"""The entry point (`vllm.general_plugins`): replacements in vLLM, effective only when this engine is to be elastic, and a connector.
 
 vLLM calls `register` in every process it starts, sometimes more than once. In a process that is not configured by the environment
 the patches still have to be in place, because additional-config is known only later; they look it up when they run, and do exactly
@@ -83,9 +83,22 @@ def _patch() -> None:
 
     _patch_start(engine_core)
     _patch_loop(engine_core)
+    _register_connector()
     # Both modules import the function by name, so both names are replaced.
     v1_runner.allocate_kv_cache = worker.allocate_kv_cache
     v2_runner.allocate_kv_cache = worker.allocate_kv_cache
+
+
+def _register_connector() -> None:
+    """By name, in every process: the API server rebuilds a connector's metrics from its registered class (see tier_connector.py)."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+    from polder.engines.vllm.tiers import CONNECTOR, SPEC
+
+    package = "polder.engines.vllm"
+    KVConnectorFactory.register_connector(CONNECTOR, f"{package}.tier_connector", CONNECTOR)
+    OffloadingSpecFactory.register_spec(SPEC, f"{package}.tier_manager", SPEC)
 
 
 def _patch_start(engine_core: Any) -> None:
@@ -166,8 +179,8 @@ def _patch_loop(engine_core: Any) -> None:
 
     def polder_check(self: Any) -> dict[str, float]:
         """A utility any client of the engine can call: checks the laws now and returns the counters."""
-        self.polder.blocks.check_integrity()
-        return dict(self.polder.counters)
+        self.polder.check_integrity()
+        return dict(self.polder._stats())
 
     core_class.polder_check = polder_check
     process_class._handle_client_request = handle_client_request

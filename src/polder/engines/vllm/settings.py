@@ -10,13 +10,20 @@
 | POLDER_KV_SHARE     | kv_share          | its own on demand; more than that is on loan (default: an equal part)              |
 | POLDER_KV_CEILING   | kv_ceiling        | never more than this (default: the device's whole budget)                          |
 
-With neither POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. The environment wins over additional-config.
+| POLDER_TIERS        | tiers             | where blocks go that the cache has no room for: "peer", "host" or "peer,host"      |
+| POLDER_HOST         | host              | this engine's quota of host memory, all ranks together (needs the tier "host")     |
+| POLDER_LEND         | lend              | most KV memory lent to other engines at a time, all ranks together (default: none) |
+| POLDER_LINKS        | links             | for tests and benches: emulated bandwidths, "peer=3.2GB/s,host=400MB/s"            |
+| POLDER_FAULTS       | faults            | for tests: faults of the tiers, "fail=0.2,corrupt=0.01,seed=1"                     |
+
+An engine with tiers needs the connector too: --kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'
+(`polder serve` adds it). With neither POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. The environment wins over additional-config.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +31,11 @@ from typing import Any
 from polder.broker.transport import check_socket_path
 from polder.errors import ConfigError
 from polder.memory.page import PAGE_BYTES
+from polder.testing.faulty_tier import parse_faults
+from polder.testing.links import parse_links
 from polder.units import parse_bytes
 
-__all__ = ["ENVIRONMENT", "EngineSettings", "read_settings"]
+__all__ = ["ENVIRONMENT", "TIERS", "EngineSettings", "read_settings"]
 
 ENVIRONMENT = {
     "broker": "POLDER_BROKER",
@@ -36,7 +45,15 @@ ENVIRONMENT = {
     "kv_floor": "POLDER_KV_FLOOR",
     "kv_share": "POLDER_KV_SHARE",
     "kv_ceiling": "POLDER_KV_CEILING",
+    "tiers": "POLDER_TIERS",
+    "host": "POLDER_HOST",
+    "lend": "POLDER_LEND",
+    "links": "POLDER_LINKS",
+    "faults": "POLDER_FAULTS",
 }
+
+TIERS = ("peer", "host")
+"""From the fastest to the slowest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +66,12 @@ class EngineSettings:
     kv_floor_bytes: int | None
     kv_share_bytes: int | None
     kv_ceiling_bytes: int | None
+    tiers: tuple[str, ...] = ()
+    """Some of TIERS, in their order."""
+    host_bytes: int = 0
+    lend_bytes: int = 0
+    links: str = ""
+    faults: str = ""
 
 
 def read_settings(
@@ -89,4 +112,23 @@ def read_settings(
         kv_floor_bytes=size("kv_floor"),
         kv_share_bytes=size("kv_share"),
         kv_ceiling_bytes=size("kv_ceiling"),
+        tiers=_tiers(str(values.get("tiers", "")), size("host") or 0),
+        host_bytes=size("host") or 0,
+        lend_bytes=size("lend") or 0,
+        links=_checked(parse_links, str(values.get("links", ""))),
+        faults=_checked(parse_faults, str(values.get("faults", ""))),
     )
+
+
+def _tiers(text: str, host_bytes: int) -> tuple[str, ...]:
+    named = {part.strip() for part in text.split(",") if part.strip()}
+    if named - set(TIERS):
+        raise ConfigError(f"POLDER_TIERS={text!r}: known are {', '.join(TIERS)}")
+    if ("host" in named) != bool(host_bytes):
+        raise ConfigError('the tier "host" and POLDER_HOST (its size) belong together: give both or neither')
+    return tuple(tier for tier in TIERS if tier in named)
+
+
+def _checked(parse: Callable[[str], object], text: str) -> str:
+    parse(text)
+    return text

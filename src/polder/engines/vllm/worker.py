@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,14 +27,19 @@ from polder.memory.devices import open_backend
 from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
 
+if TYPE_CHECKING:
+    from polder.engines.vllm.tier_worker import TierPlan
+
 __all__ = [
     "Outcome",
+    "WorkerMemory",
     "WorkerPlan",
     "allocate_kv_cache",
     "describe",
     "device_name",
     "geometry_of",
     "map_units",
+    "memory",
     "places_of",
     "prepare",
     "unmap_units",
@@ -53,6 +58,7 @@ class WorkerPlan:
     pages: tuple[tuple[int, ...], ...]
     """Of these units, per rank."""
     unit_blocks: int
+    tiers: TierPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +126,11 @@ _plan: WorkerPlan | None = None
 _rank = 0
 _device = ""
 _memory: WorkerMemory | None = None
+
+
+def memory() -> WorkerMemory | None:
+    """This process's KV memory, once it is allocated."""
+    return _memory
 
 
 def device_name(worker: Any) -> str:

@@ -1,0 +1,201 @@
+"""The lender's side in the engine core: which blocks are on offer, and how they come back.
+
+A block on offer counts as free: it stands in vLLM's free queue, with a callback that vLLM calls when it hands the block out
+(BlockPool.unpin_blocks), and the callback takes it back. So lending needs no permission to end, and costs the scheduler one lock a block.
+
+How much to offer is decided once a second from what the engine itself needs: the blocks it used at most in the last `PEAK_S`, what its own
+prefix cache makes use of (the reuse curve that the broker's policy sees too), and a reserve. The coldest free blocks are offered. They
+stand at the end of the free queue, renewed every second, so the engine first uses up its own cold cache, then takes back.
+
+Blocks that were written by a borrower are zeroed before the engine uses them: foreign bytes, read as numbers of another type, can be NaN.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from polder.engines.vllm.geometry import KvGeometry
+from polder.tiers.lending import LendingTable, LotGeometry
+
+__all__ = ["Lender", "lot_geometry"]
+
+logger = logging.getLogger("polder.engine")
+
+EVERY_S = 1.0
+PEAK_S = 20.0
+RESERVE = 0.1
+"""Of all blocks: neither needed nor lent, so that small needs take nothing back."""
+AT_ONCE = 64
+"""Blocks offered in one go: offering takes a lock a block, and is done between two steps."""
+
+
+def lot_geometry(geometry: KvGeometry, ranks: int) -> LotGeometry:
+    """The table's shape for an engine with this KV cache."""
+    granule_bytes, pages, _ = geometry.granules()
+    return LotGeometry(
+        lots=geometry.units * geometry.unit_blocks,
+        ranks=ranks,
+        unit_lots=geometry.unit_blocks,
+        unit_pages=geometry.pages_per_unit,
+        page_bytes=geometry.page_bytes,
+        granules=pages.shape[1],
+        granule_bytes=granule_bytes,
+    )
+
+
+class Lender:
+    """Offers idle blocks of one BlockPool. Runs in the engine core's thread, between steps but for `_on_reuse`."""
+
+    def __init__(self, pool: Any, geometry: KvGeometry, ranks: int, lend_bytes: int) -> None:
+        self._pool, self._geometry, self._ranks = pool, geometry, ranks
+        self._lots = lot_geometry(geometry, ranks)
+        self.most_blocks = lend_bytes // self._lots.lot_bytes
+        self._table: LendingTable | None = None
+        self._offered: set[int] = set()
+        self._used: deque[tuple[float, int]] = deque()  # (time, most blocks used since the one before)
+        self._peak_now = 0
+        self._looked_at = float("-inf")
+        self._dirty: list[int] = []
+        self._cores: list[int] = []
+        self.recalls = self.borrowed_recalls = 0
+        self.recall_seconds: deque[float] = deque(maxlen=4096)
+
+    # ------------------------------------------------------------------ the table
+
+    def open(self, fd: int, pages: dict[int, list[list[int]]]) -> None:
+        """A new table from the broker, which knows nobody yet; the fd is closed. `pages`: unit -> pages per rank."""
+        self.close()
+        try:
+            self._table = LendingTable.create(fd, self._lots)
+        finally:
+            os.close(fd)
+        _, granule_pages, offsets = self._geometry.granules()
+        self._table.granule_page[:], self._table.granule_offset[:] = granule_pages, offsets
+        self.mapped(pages)
+
+    def mapped(self, pages: dict[int, list[list[int]]]) -> None:
+        """These units have pages now. Before any of their blocks is offered."""
+        if self._table is not None:
+            for unit, ranks in pages.items():
+                self._table.pages[:, unit] = ranks
+
+    def unmapped(self, units: list[int]) -> None:
+        """Their blocks were taken back before (BlockUnits tells vLLM's watchers)."""
+        if self._table is not None:
+            self._table.pages[:, units] = -1
+
+    def on_neighbours(self, cores: list[int]) -> None:
+        self._cores = cores
+        if self._table is not None:
+            self._table.reap(cores)
+
+    # ------------------------------------------------------------------ offering
+
+    def note_used(self, busy_blocks: int) -> None:
+        """After a step."""
+        self._peak_now = max(self._peak_now, busy_blocks)
+
+    def look(self, now: float, busy_blocks: int, usable_blocks: int, useful_cache_blocks: int) -> None:
+        """Offers more, or less, at most every EVERY_S."""
+        if self._table is None or now - self._looked_at < EVERY_S:
+            return
+        self._looked_at = now
+        self._used.append((now, max(self._peak_now, busy_blocks)))
+        self._peak_now = busy_blocks
+        while self._used[0][0] < now - PEAK_S:
+            self._used.popleft()
+        peak = max(used for _, used in self._used)
+        own = peak + max(useful_cache_blocks, int(RESERVE * usable_blocks))
+        wanted = min(self.most_blocks, usable_blocks - own)
+        if len(self._offered) < wanted:
+            self._offer(min(AT_ONCE, wanted - len(self._offered)))
+        self._renew()
+
+    def _offer(self, count: int) -> None:
+        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over."""
+        chosen: list[Any] = []
+        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
+        while block is not None and block.next_free_block is not None and len(chosen) < count:
+            if block.block_id not in self._offered:
+                chosen.append(block)
+            block = block.next_free_block
+        for block in chosen:
+            self._pool._maybe_evict_cached_block(block)
+        self._pool.touch(chosen)
+        self._pool.unpin_blocks(chosen, self._on_reuse)
+        lots = np.array([block.block_id for block in chosen], dtype=np.int64)
+        assert self._table is not None
+        self._table.offer(lots)
+        self._offered.update(lots.tolist())
+
+    def _renew(self) -> None:
+        """Back to the end of the free queue: the engine's own cold cache goes first."""
+        queue = self._pool.free_block_queue
+        blocks = [self._pool.blocks[number] for number in sorted(self._offered)]
+        for block in blocks:
+            queue.remove(block)
+        queue.append_n(blocks)
+
+    def _on_reuse(self, block: Any) -> None:
+        """vLLM hands this block to a request, or resets its cache."""
+        number = block.block_id
+        if number not in self._offered:
+            return
+        self._offered.discard(number)
+        assert self._table is not None
+        started = time.perf_counter()
+        borrowed = self._table.take_back(number)
+        self.recalls += 1
+        if borrowed:
+            self.borrowed_recalls += 1
+            self.recall_seconds.append(time.perf_counter() - started)
+            self._dirty.append(number)
+
+    def take_dirty(self) -> list[int]:
+        """Blocks taken back with a borrower's bytes in them, since the last call: to be zeroed before they are used."""
+        dirty, self._dirty = self._dirty, []
+        return dirty
+
+    def recall_all(self) -> None:
+        """Takes everything back (an operator, or a test)."""
+        blocks = [self._pool.blocks[number] for number in sorted(self._offered)]
+        self._pool._notify_reuse(blocks)
+
+    def figures(self) -> dict[str, float]:
+        times = sorted(self.recall_seconds)
+        return {
+            "lent_offered_bytes": float(len(self._offered) * self._lots.lot_bytes),
+            "lent_borrowed_bytes": float(self._borrowed() * self._lots.lot_bytes),
+            "lent_recalls_total": float(self.recalls),
+            "lent_borrowed_recalls_total": float(self.borrowed_recalls),
+            "lent_recall_p99_seconds": times[int(0.99 * (len(times) - 1))] if times else 0.0,
+            "lent_recall_max_seconds": times[-1] if times else 0.0,
+        }
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless what is on offer is free, has no hash, and is odd in the table."""
+        if self._table is None:
+            return
+        for number in self._offered:
+            block = self._pool.blocks[number]
+            assert block.ref_cnt == 0, f"block {number} is lent and in use"
+            assert block.block_hash is None, f"block {number} is lent and cached"
+        odd = set(np.flatnonzero(self._table.epoch % 2).tolist())
+        assert odd == self._offered, f"{len(odd)} lots on offer, {len(self._offered)} blocks booked"
+        self._table.check_integrity()
+
+    def close(self) -> None:
+        if self._table is not None:
+            self._table.retire()
+            self._table.close()
+            self._table = None
+        self._offered.clear()
+
+    def _borrowed(self) -> int:
+        return 0 if self._table is None else int(np.count_nonzero(self._table.holder))

@@ -1,0 +1,234 @@
+"""The tiers' half in the engine core: vLLM's OffloadingManager and OffloadingSpec over polder.tiers.tierset."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    LoadStoreSpec,
+    LookupResult,
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingManager,
+    OffloadingMetricMetadata,
+    OffloadingSpec,
+    OffloadingWorker,
+    OffloadKey,
+    OffloadPolicy,
+    PrepareStoreOutput,
+    ReqContext,
+    RequestOffloadingContext,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from polder.broker.client import fetch_table
+from polder.broker.wire import FetchTable, Neighbours
+from polder.engines.vllm import worker
+from polder.engines.vllm.settings import TIERS
+from polder.engines.vllm.tier_worker import TierJob, TierPlan, open_worker
+from polder.errors import ConfigError, PolderError
+from polder.tiers.borrowing import PeerSlots
+from polder.tiers.eviction import Lru
+from polder.tiers.index import PENDING
+from polder.tiers.lending import open_table
+from polder.tiers.slots import HostSlots, Slots
+from polder.tiers.statistics import TierStatistics
+from polder.tiers.tierset import TierSet
+
+__all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager", "agree"]
+
+logger = logging.getLogger("polder.engine")
+
+_SOURCES = {"peer": CacheHitSource.P2P, "host": CacheHitSource.HOST}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierAgreement:
+    """What this engine's core agreed on with the broker, for the manager that vLLM makes later."""
+
+    plan: TierPlan
+    engine: str
+    broker: Path
+    ranks: int
+    block_tokens: int
+
+
+_agreed: TierAgreement | None = None
+
+
+def agree(agreement: TierAgreement) -> None:
+    """Notes the agreement; the next manager in this process follows it."""
+    global _agreed
+    _agreed = agreement
+
+
+class TierManager(OffloadingManager):  # type: ignore[misc]
+    """Answers vLLM's scheduler. The blocks' keys are vLLM's: block hash and KV cache group."""
+
+    def __init__(self, agreement: TierAgreement) -> None:
+        self._agreement = agreement
+        plan = agreement.plan
+        slot_bytes = plan.shard_bytes * agreement.ranks
+        self.peers: PeerSlots | None = None
+        slots: list[Slots] = []
+        for name, capacity in zip(plan.tiers, plan.capacities, strict=True):
+            if name == "peer":
+                self.peers = PeerSlots(
+                    name=name, number=plan.number, shard_bytes=plan.shard_bytes, ranks=agreement.ranks, capacity=capacity
+                )
+                slots.append(self.peers)
+            else:
+                slots.append(HostSlots(name=name, size_bytes=capacity * slot_bytes, slot_bytes=slot_bytes))
+        policy = Lru(sum(plan.capacities))
+        self.tiers = TierSet(slots, policy, ranks=agreement.ranks, block_tokens=agreement.block_tokens)
+        self._lender_pids: dict[str, int] = {}
+        self._sent: dict[str, float] = {}
+        self._neighbours: Neighbours | None = None
+        self._retried_at = float("-inf")
+
+    # ------------------------------------------------------------------ vLLM asks
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        found = int(self.tiers.find([key])[0])
+        if self.tiers.held:
+            return LookupResult.RETRY
+        return LookupResult.HIT if found >= 0 else LookupResult.HIT_PENDING if found == PENDING else LookupResult.MISS
+
+    def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
+        found = int(self.tiers.find([key])[0])
+        return _SOURCES[self._agreement.plan.tiers[found]] if found >= 0 else CacheHitSource.EXTERNAL_UNSPECIFIED
+
+    def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> TierJob:
+        return TierJob(self.tiers.prepare_load(list(keys)))
+
+    def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput:
+        ordered = list(keys)
+        size = self._agreement.block_tokens
+        depths = np.array([(req_context.get_offload_key_position(key) or size) // size - 1 for key in ordered], dtype=np.int64)
+        prepared = self.tiers.prepare_store(ordered, depths)
+        if prepared is None:
+            return PrepareStoreOutput(keys_to_store=[], store_spec=LoadStoreSpec(), evicted_keys=[])
+        positions, job = prepared
+        return PrepareStoreOutput(
+            keys_to_store=[ordered[i] for i in positions.tolist()], store_spec=TierJob(job), evicted_keys=[]
+        )
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        # All blocks of the request, those that were found included: a block that came from a slow tier may now move to a fast one.
+        return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
+
+    def reset_cache(self) -> None:
+        self.tiers.drop_all()
+
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        """What changed since the last call. Gauges always come."""
+        stats = OffloadingConnectorStats()
+        for name, value in self.tiers.figures().items():
+            metric, labels = _metric_of(name)
+            if not name.endswith("_total"):
+                stats.set_gauge(metric, value, labels)
+            elif value != self._sent.get(name, 0.0):
+                stats.increase_counter(metric, value - self._sent.get(name, 0.0), labels)
+                self._sent[name] = value
+        return stats
+
+    def shutdown(self) -> None:
+        self.tiers.close()
+
+    # ------------------------------------------------------------------ the neighbours
+
+    def on_neighbours(self, message: Neighbours) -> None:
+        """Engines came or went: borrows from those that lend, and forgets those that do no more."""
+        if self.peers is None:
+            return
+        self._neighbours = message
+        here = dict(zip(message.lenders, message.pids, strict=True))
+        here.pop(self._agreement.engine, None)
+        for name in [known for known, pid in self._lender_pids.items() if here.get(known) != pid]:
+            del self._lender_pids[name]
+            self.peers.detach(name)
+        self.peers.share_with(max(1, len(message.cores) - 1))
+        for name, pid in here.items():
+            if name not in self._lender_pids:
+                self._attach(name, pid)
+
+    def retry_lenders(self, now: float) -> None:
+        """Once a second: lenders that had no table yet when they were announced."""
+        if self._neighbours is not None and now - self._retried_at > 1.0:
+            self._retried_at = now
+            if any(n not in self._lender_pids and n != self._agreement.engine for n in self._neighbours.lenders):
+                self.on_neighbours(self._neighbours)
+
+    def _attach(self, name: str, pid: int) -> None:
+        assert self.peers is not None
+        try:
+            request = FetchTable(engine=self._agreement.engine, lender=name)
+            table = open_table(fetch_table(self._agreement.broker, request, timeout_s=1.0))
+        except PolderError as error:
+            logger.info("%s does not lend yet: %s", name, error)  # it is asked again when anybody comes or goes, and every second
+            return
+        self._lender_pids[name] = pid
+        self.peers.attach(name, table)
+        logger.info("borrowing from %s: %d lots", name, table.geometry.lots)
+
+
+class PolderOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
+    """vLLM's way to a manager and a worker of ours."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # What the next turn of a conversation begins with is mostly what was generated in this one.
+        self.offload_prompt_only = bool(self.extra_config.get("offload_prompt_only", False))
+        if self.blocks_per_chunk != 1:
+            raise ConfigError("PolderConnector stores block by block: remove block_size from kv_connector_extra_config")
+        self._manager: TierManager | None = None
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: Mapping[str, Any]) -> dict[str, OffloadingMetricMetadata]:
+        definitions: dict[str, OffloadingMetricMetadata] = {}
+        names = list(TierStatistics(TIERS).figures(0))
+        names += [f"tier_{tier}_{gauge}" for tier in TIERS for gauge in _TIER_GAUGES]
+        for name in [*names, *_GAUGES]:
+            metric, labels = _metric_of(name)
+            kind = OffloadingCounterMetadata if name.endswith("_total") else OffloadingGaugeMetadata
+            definitions[metric] = kind(documentation=_document(metric), labelnames=("tier",) if labels else ())
+        return definitions
+
+    def get_manager(self) -> TierManager:
+        if self._manager is None:
+            if _agreed is None:
+                raise ConfigError(
+                    "PolderConnector needs an engine with tiers: set POLDER_TIERS, and POLDER_BROKER or POLDER_KV_BUDGET"
+                )
+            self._manager = TierManager(_agreed)
+        return self._manager
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        memory = worker.memory()
+        if memory is None or memory.plan.tiers is None:
+            raise ConfigError("PolderConnector needs an engine with tiers: set POLDER_TIERS")
+        return open_worker(memory, memory.plan.tiers, kv_caches)
+
+
+_TIER_GAUGES = ("used_bytes", "size_bytes", "load_bytes_per_second")
+_GAUGES = ("tier_prefill_seconds_per_token", "tier_writing_pays")
+
+
+def _metric_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """"tier_host_hit_tokens_total" -> ("polder_tier_hit_tokens", ("host",)): the client library appends _total itself."""
+    plain = name.removesuffix("_total")
+    for tier in TIERS:
+        if plain.startswith(f"tier_{tier}_"):
+            return "polder_tier_" + plain.removeprefix(f"tier_{tier}_"), (tier,)
+    return "polder_" + plain, ()
+
+
+def _document(metric: str) -> str:
+    return "Polder: " + metric.removeprefix("polder_").replace("_", " ") + " (docs/tiers.md)."

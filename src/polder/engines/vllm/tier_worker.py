@@ -1,0 +1,208 @@
+"""The tiers' half in every worker: vLLM's OffloadingWorker over polder.tiers.transfer.
+
+vLLM calls it with the ids of its own blocks and with the job that the scheduler's half made (tier_manager.py); here the ids become
+addresses. A job that fails is reported as done, since OffloadingConnector asserts success and would end the engine
+(KC/offloading/worker.py:286-288); which loads failed is told beside it, and the connector (tier_connector.py) makes them misses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, OffloadingWorker, TransferResult
+
+from polder.broker.client import fetch_handles, fetch_table
+from polder.broker.core import HOST
+from polder.broker.wire import MAX_FDS, Fetch, FetchTable
+from polder.engines.vllm.worker import WorkerMemory
+from polder.memory.devices import open_backend
+from polder.memory.pool import ImportedPages
+from polder.memory.span import Span
+from polder.testing.faulty_tier import EmulatedMemory, FaultyMemory, parse_faults
+from polder.testing.links import EmulatedLink, parse_links
+from polder.tiers.borrowing import ChunkGeometry
+from polder.tiers.lending import open_table
+from polder.tiers.places import CpuMover, CudaMover, HostMemory, Lent, PeerMemory, wait_for_end
+from polder.tiers.transfer import Direction, Finished, Job, Pieces, TierMemory, TierWorker
+
+__all__ = ["PolderWorker", "TierJob", "TierPlan", "open_worker"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierPlan:
+    """What the workers must know of the tiers; part of WorkerPlan."""
+
+    tiers: tuple[str, ...]
+    """Names, from the fastest to the slowest."""
+    capacities: tuple[int, ...]
+    """Slots of each."""
+    shard_bytes: int
+    """One block on one rank: a slot's bytes there."""
+    host_pages: tuple[tuple[int, ...], ...]
+    """Per rank."""
+    number: int
+    """This borrower's: its core's process id."""
+    namespace: int
+    links: str
+    faults: str
+
+
+class TierJob(LoadStoreSpec):  # type: ignore[misc]
+    """The job, as vLLM carries it from its scheduler to its workers."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+
+class PolderWorker(OffloadingWorker):  # type: ignore[misc]
+    """Adapts TierWorker to vLLM."""
+
+    def __init__(self, tiers: TierWorker, groups: Sequence[Sequence[tuple[int, int, int]]], on_close: Callable[[], None]) -> None:
+        """`groups`: for each KV cache group (address of block 0, bytes from block to block, bytes of a block) of every layer."""
+        self.tiers, self._groups, self._on_close = tiers, groups, on_close
+        self._numbers: dict[int, int] = {}  # job number -> vLLM's job id
+        self._reports: list[Finished] = []
+        self.failed_loads: set[int] = set()
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        return self._submit(job_id, dst_spec, src_spec)
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        return self._submit(job_id, src_spec, dst_spec)
+
+    def get_finished(self) -> list[TransferResult]:
+        results = []
+        for finished in self.tiers.poll():
+            job_id = self._numbers.pop(finished.number)
+            self._reports.append(finished)
+            if finished.failed:
+                self.failed_loads.add(job_id)
+            size = sum(moved for moved, _ in finished.moved.values())
+            seconds = max((taken for _, taken in finished.moved.values()), default=0.0)
+            results.append(TransferResult(job_id, success=True, transfer_size=size, transfer_time=seconds))
+        return results
+
+    def take_reports(self) -> list[Finished]:
+        """What ended since the last call, for the scheduler's half."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def wait(self, job_ids: set[int]) -> None:
+        self.tiers.wait(number for number, job_id in self._numbers.items() if job_id in job_ids)
+
+    def shutdown(self) -> None:
+        self.tiers.close()
+        self._on_close()
+
+    def _submit(self, job_id: int, spec: TierJob, blocks: Any) -> bool:
+        self._numbers[spec.job.number] = job_id
+        pieces: list[Pieces] = []
+        at = 0
+        for group, size in zip(self._groups, blocks.group_sizes, strict=True):
+            for block in blocks.block_ids[at : at + size].tolist():
+                pieces.append([(base + block * stride, length) for base, stride, length in group])
+            at += size
+        self.tiers.submit(spec.job, pieces)
+        return True
+
+
+def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCaches) -> PolderWorker:
+    """The worker of this rank, over the KV cache that vLLM registered."""
+    groups = []
+    for refs in kv_caches.group_data_refs:
+        layers = []
+        for ref in refs:
+            tensor = kv_caches.tensors[ref.tensor_idx].tensor
+            layers.append((tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), ref.page_size_bytes))
+        groups.append(layers)
+    links, faults = parse_links(plan.links), parse_faults(plan.faults)
+    host = _HostRegion(memory, plan) if "host" in plan.tiers else None
+    lanes: dict[tuple[int, Direction], TierMemory] = {}
+    directions: tuple[Direction, ...] = ("load", "store")
+    for tier, name in enumerate(plan.tiers):
+        emulated = [EmulatedLink(links[name]) for _ in directions] if name in links else []
+        for direction in directions:
+            lane: TierMemory
+            if name == "host":
+                assert host is not None
+                lane = HostMemory(host.address, plan.shard_bytes)
+            else:
+                lane = _peer_memory(memory, plan)
+            if emulated:
+                lane = EmulatedMemory(lane, *emulated)
+            if faults.fail or faults.corrupt:
+                lane = FaultyMemory(lane, faults)
+            lanes[tier, direction] = lane
+    mover = CpuMover() if memory.device.startswith("cpu") else CudaMover(memory.backend)
+    worker = TierWorker(lanes, mover, seed=plan.namespace + memory.rank, capacities=dict(enumerate(plan.capacities)))
+    return PolderWorker(worker, groups, host.close if host is not None else lambda: None)
+
+
+class _HostRegion:
+    """This rank's pages of the host tier, mapped one after another, and registered with the driver where there is a GPU."""
+
+    def __init__(self, memory: WorkerMemory, plan: TierPlan) -> None:
+        pages = plan.host_pages[memory.rank]
+        self._backend = open_backend(HOST, memory.plan.page_bytes)
+        self._imported = ImportedPages(self._backend)
+        _adopt(memory, self._imported, HOST, list(pages), lender="")
+        self._span = Span(self._backend, len(pages))
+        self._span.map(range(len(pages)), self._imported.handles(memory.plan.generation, list(pages)))
+        self.address = self._span.address(0)
+        self._unpin = _pin(self.address, len(pages) * memory.plan.page_bytes) if memory.device.startswith("cuda") else None
+
+    def close(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+        self._span.close()
+        self._imported.close()
+        self._backend.close()
+
+
+def _pin(address: int, size_bytes: int) -> Callable[[], None]:
+    """Page-locks host memory for the GPU (cudaHostRegister); raises what torch raises."""
+    import torch
+
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(address, size_bytes, 0))
+    return lambda: runtime.cudaHostUnregister(address)
+
+
+def _peer_memory(memory: WorkerMemory, plan: TierPlan) -> PeerMemory:
+    cuda = memory.device.startswith("cuda")
+
+    def open_lender(name: str) -> Lent:
+        fd = fetch_table(memory.plan.broker, FetchTable(engine=memory.plan.engine, lender=name))
+        table = open_table(fd, on_dead_writer=wait_for_end if cuda else None)
+
+        def fetch(imported: ImportedPages, rank: int, pages: Sequence[int]) -> None:
+            _adopt(memory, imported, table_devices[rank], list(pages), lender=name)
+
+        table_devices = _devices(memory, name)
+        cut = ChunkGeometry.of(table.geometry, plan.shard_bytes)
+        return Lent(table=table, cut=cut, generation=memory.plan.generation, fetch=fetch)
+
+    return PeerMemory(number=plan.number, rank=memory.rank, backend=memory.backend, open_lender=open_lender)
+
+
+def _devices(memory: WorkerMemory, lender: str) -> list[str]:
+    """The device of each rank of the lender."""
+    from polder.broker.client import status
+
+    return next(engine.devices for engine in status(memory.plan.broker).engines if engine.engine == lender)
+
+
+def _adopt(memory: WorkerMemory, imported: ImportedPages, device: str, pages: list[int], lender: str) -> None:
+    """Brings handles of pages into this process. On CUDA every page is a descriptor, and a message carries a limited number."""
+    for start in range(0, len(pages), MAX_FDS):
+        part = pages[start : start + MAX_FDS]
+        request = Fetch(engine=memory.plan.engine, rank=memory.rank, device=device, pages=part, lender=lender)
+        handles, fds = fetch_handles(memory.plan.broker, request)
+        try:
+            imported.adopt(memory.plan.generation, part, fds, handles.fd_index, handles.offsets)
+        finally:
+            for fd in fds:
+                os.close(fd)

@@ -1,0 +1,1 @@
+"""One comparison of seconds for every choice: reload from there, stream, or recompute."""

@@ -1,0 +1,62 @@
+"""Break-even: how much of a hit is worth loading (law 7: a tier that would be slower than recomputing, for this request now, is not used).
+
+A prefix of n blocks was found in tiers. Loading its first c blocks takes as long as the slowest link involved needs for its part
+and for what is queued before it; the other n - c blocks are computed. The request waits for both, so
+
+    seconds(c) = overhead + max over links of (queued + bytes(c)) / bandwidth + (n - c) * tokens * seconds_per_token
+
+and the best c is chosen: 0 (nothing is loaded), n, or something between when a fast tier holds the head and a slow one the tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Cut", "best_cut"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Load the first `blocks` blocks."""
+
+    blocks: int
+    load_s: float
+    """Expected time until they are there."""
+    recompute_s: float
+    """Expected time to compute the same blocks."""
+
+
+def best_cut(
+    links: IntArray,
+    *,
+    block_bytes: float,
+    block_tokens: int,
+    seconds_per_byte: Mapping[int, float],
+    queued_bytes: Mapping[int, float],
+    seconds_per_token: float,
+    overhead_s: float,
+) -> Cut:
+    """The best number of blocks to load.
+
+    `links`: shape [n], the link that block i of the prefix would come by. A link missing from `seconds_per_byte` was never
+    measured: it costs nothing here, so that the first load measures it.
+    """
+    n = len(links)
+    counts = np.arange(n + 1, dtype=np.float64)
+    load = np.zeros(n + 1)
+    for link in np.unique(links).tolist():
+        cost = seconds_per_byte.get(link, 0.0)
+        mine = np.concatenate(([0], np.cumsum(links == link)))
+        load = np.maximum(load, np.where(mine > 0, cost * (queued_bytes.get(link, 0.0) + mine * block_bytes), 0.0))
+    load[1:] += overhead_s
+    recompute = counts * (block_tokens * seconds_per_token)
+    # Ties go to the longer load: it saves compute that somebody else can use.
+    gain = recompute - load
+    best = int(n - np.argmax(gain[::-1]))
+    return Cut(blocks=best, load_s=float(load[best]), recompute_s=float(recompute[best]))

@@ -1,0 +1,57 @@
+"""The ceiling: Belady's replacement, which knows the future, with bypass.
+
+A full cache gives up the block whose next use is furthest away; if that is the block just asked for, it is not stored at all (Belady, IBM
+Systems Journal 5(2), 1966; with bypass no online policy and no other offline one hits more blocks of one size). A prefix is used from its
+tail to its head, so of blocks that are used again together the deeper ones go first and a hit block is always behind hit blocks.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from polder.sim.traces import Trace
+
+__all__ = ["belady_hit_ratio"]
+
+
+def belady_hit_ratio(trace: Trace, capacity: int) -> float:
+    """Share of the trace's blocks that an optimal cache of `capacity` blocks hits; O(n log capacity)."""
+    order = _tail_to_head(trace)
+    blocks = trace.blocks[order]
+    next_use = _next_use(blocks)
+    never = len(blocks)
+    held: dict[int, int] = {}  # block: its next use
+    furthest: list[tuple[int, int]] = []  # (-next use, block), stale unless `held` agrees
+    hit = 0
+    for block, following in zip(blocks.tolist(), next_use.tolist(), strict=True):
+        if block in held:
+            hit += 1
+            del held[block]
+        if following == never:
+            continue  # nothing is gained by keeping it
+        if len(held) >= capacity:
+            while held.get(furthest[0][1]) != -furthest[0][0]:
+                heapq.heappop(furthest)
+            if -furthest[0][0] <= following:
+                continue
+            del held[heapq.heappop(furthest)[1]]
+        held[block] = following
+        heapq.heappush(furthest, (-following, block))
+    return hit / len(blocks)
+
+
+def _tail_to_head(trace: Trace) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Positions in `trace.blocks`, each request's reversed."""
+    lengths = np.diff(trace.starts)
+    return np.repeat(trace.starts[1:] + trace.starts[:-1] - 1, lengths) - np.arange(len(trace.blocks))
+
+
+def _next_use(blocks: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """For each position the next one with the same block, or len(blocks)."""
+    order = np.argsort(blocks, kind="stable")
+    following = np.full(len(blocks), len(blocks), dtype=np.int64)
+    same = blocks[order[1:]] == blocks[order[:-1]]
+    following[order[:-1][same]] = order[1:][same]
+    return following

@@ -1,0 +1,83 @@
+"""Tiers that fail on purpose: loads that do not come, bytes that arrive changed. Seeded, so that a run can be repeated."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from dataclasses import dataclass
+
+from polder.errors import ConfigError
+from polder.testing.links import EmulatedLink
+from polder.tiers.slots import Recipe
+from polder.tiers.transfer import Mover, Pieces, TierMemory
+
+__all__ = ["EmulatedMemory", "Faults", "FaultyMemory", "parse_faults"]
+
+_FAULT = re.compile(r"(fail|corrupt|seed)=([0-9.]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    fail: float = 0.0
+    """Share of loaded blocks that raise."""
+    corrupt: float = 0.0
+    """Share of loaded blocks of which one byte is changed on the way."""
+    seed: int = 0
+
+
+def parse_faults(text: str) -> Faults:
+    """"fail=0.2,corrupt=0.01,seed=1". Raises ConfigError on anything else."""
+    values: dict[str, float] = {}
+    for part in filter(None, (word.strip() for word in text.split(","))):
+        match = _FAULT.fullmatch(part)
+        if match is None:
+            raise ConfigError(f"fault {part!r}: write fail=0.2, corrupt=0.01 or seed=1")
+        values[match[1]] = float(match[2])
+    return Faults(fail=values.get("fail", 0.0), corrupt=values.get("corrupt", 0.0), seed=int(values.get("seed", 0)))
+
+
+class FaultyMemory:
+    """Another tier's memory, with faults in its loads."""
+
+    def __init__(self, inner: TierMemory, faults: Faults) -> None:
+        self._inner, self._faults, self._random = inner, faults, random.Random(faults.seed)
+
+    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        return self._inner.store(recipe, row, block, mover)
+
+    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        if self._random.random() < self._faults.fail:
+            raise OSError("injected fault")
+        there = self._inner.load(recipe, row, block, mover)
+        if there and self._random.random() < self._faults.corrupt:
+            address, size = block[self._random.randrange(len(block))]
+            at = self._random.randrange(size - 1)
+            mover.copy([(address + at, 1)], [(address + at + 1, 1)])  # may change nothing; half of the random bytes do
+            mover.copy([(address, min(64, size // 2))], [(address + size // 2, min(64, size // 2))])
+        return there
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class EmulatedMemory:
+    """Another tier's memory behind an emulated link."""
+
+    def __init__(self, inner: TierMemory, load: EmulatedLink, store: EmulatedLink) -> None:
+        self._inner, self._load, self._store = inner, load, store
+
+    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        started = time.perf_counter()
+        done = self._inner.store(recipe, row, block, mover)
+        self._store.charge(sum(size for _, size in block), started)
+        return done
+
+    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        started = time.perf_counter()
+        done = self._inner.load(recipe, row, block, mover)
+        self._load.charge(sum(size for _, size in block), started)
+        return done
+
+    def close(self) -> None:
+        self._inner.close()

@@ -1,0 +1,225 @@
+"""The peer tier's slots: a borrower's blocks in its neighbours' idle KV blocks, in bytes.
+
+Two models' blocks differ in size, and the least common multiple of two block sizes can be hundreds of MiB (papers.md 1.5), so nothing is
+aligned to it. A lender's block (a lot) is cut into **chunks**: its granules, or parts of them when a granule is larger than what the
+borrower needs. A slot takes as many chunks as one block of the borrower has bytes on each of its ranks, from any lots of one lender, and
+wastes less than a chunk a rank. When a lot is taken back, the slots with a chunk in it are lost; their other chunks make new slots.
+
+A chunk's number is ((lot * lender's ranks + rank) * granules + granule) * parts + part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from polder.errors import IntegrityError
+from polder.tiers.lending import LendingTable, LotGeometry
+from polder.tiers.slots import IntArray, Recipe, SlotStatistics
+
+__all__ = ["ChunkGeometry", "PeerSlots"]
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkGeometry:
+    """How one borrower cuts one lender's lots."""
+
+    lots: LotGeometry
+    chunk_bytes: int
+    parts: int
+    """Chunks of one granule."""
+    per_rank: int
+    """Chunks that one rank of the borrower needs for one block."""
+
+    @classmethod
+    def of(cls, lots: LotGeometry, shard_bytes: int) -> ChunkGeometry:
+        """For blocks of `shard_bytes` on each rank of the borrower."""
+        wanted = -(-shard_bytes // _ALIGNMENT) * _ALIGNMENT
+        parts = max(1, lots.granule_bytes // wanted)
+        chunk = lots.granule_bytes if parts == 1 else wanted
+        return cls(lots=lots, chunk_bytes=chunk, parts=parts, per_rank=-(-shard_bytes // chunk))
+
+    @property
+    def per_lot(self) -> int:
+        return self.lots.ranks * self.lots.granules * self.parts
+
+    def place(self, chunk: int, table: LendingTable) -> tuple[int, int, int, int]:
+        """(lender's rank, unit, index of the page in the unit, offset in the page) of a chunk."""
+        granule, part = divmod(chunk, self.parts)
+        shard, q = divmod(granule, self.lots.granules)
+        lot, rank = divmod(shard, self.lots.ranks)
+        unit, inside = divmod(lot, self.lots.unit_lots)
+        offset = int(table.granule_offset[inside, q]) + part * self.chunk_bytes
+        return rank, unit, int(table.granule_page[inside, q]), offset
+
+
+class _Lender:
+    """What is borrowed from one lender."""
+
+    def __init__(self, name: str, table: LendingTable, shard_bytes: int, ranks: int, first: int) -> None:
+        self.name, self.table, self.first = name, table, first
+        self.cut = ChunkGeometry.of(table.geometry, shard_bytes)
+        self.slot_chunks = ranks * self.cut.per_rank
+        self.capacity = table.geometry.lots * self.cut.per_lot // self.slot_chunks
+        self.ranks = ranks
+        self.lot_epoch = np.zeros(table.geometry.lots, dtype=np.int64)  # 0: not ours
+        self.chunks = np.full((self.capacity, self.slot_chunks), -1, dtype=np.int64)
+        self.made = np.zeros(self.capacity, dtype=np.bool_)
+        self.taken = np.zeros(self.capacity, dtype=np.bool_)
+        self.loose: list[int] = []  # chunks of our lots that are in no slot
+        self.unmade = list(range(self.capacity - 1, -1, -1))
+        self.free: list[int] = []  # made and not taken
+
+    def lose(self) -> IntArray:
+        """Notices lots that were taken back. Returns the taken slots that are gone with them."""
+        ours = np.flatnonzero(self.lot_epoch)
+        if self.table.closed:
+            gone = ours
+        else:
+            gone = ours[self.table.epoch[ours].astype(np.int64) != self.lot_epoch[ours]]
+        if not len(gone):
+            return np.empty(0, dtype=np.int64)
+        self.lot_epoch[gone] = 0
+        per_lot = self.cut.per_lot
+        self.loose = [chunk for chunk in self.loose if self.lot_epoch[chunk // per_lot]]
+        made = np.flatnonzero(self.made)
+        hit = made[(self.lot_epoch[self.chunks[made] // per_lot] == 0).any(axis=1)]
+        rest = self.chunks[hit].ravel()
+        self.loose.extend(rest[self.lot_epoch[rest // per_lot] != 0].tolist())
+        lost = hit[self.taken[hit]]
+        self.made[hit] = self.taken[hit] = False
+        self.chunks[hit] = -1
+        self.unmade.extend(hit.tolist())
+        gone_slots = set(hit.tolist())
+        self.free = [slot for slot in self.free if slot not in gone_slots]
+        return lost
+
+    def grow(self, count: int, number: int, most_lots: int) -> None:
+        """Makes slots until `count` are free, claiming lots for them while there are lots on offer."""
+        missing = (count - len(self.free)) * self.slot_chunks - len(self.loose)
+        room = most_lots - int(np.count_nonzero(self.lot_epoch))
+        if missing > 0 and room > 0:
+            lots, epochs = self.table.claim(number, min(room, -(-missing // self.cut.per_lot)))
+            self.lot_epoch[lots] = epochs
+            for lot in lots.tolist():
+                self.loose.extend(range(lot * self.cut.per_lot, (lot + 1) * self.cut.per_lot))
+        while len(self.free) < count and len(self.loose) >= self.slot_chunks and self.unmade:
+            slot = self.unmade.pop()
+            self.chunks[slot] = self.loose[: self.slot_chunks]
+            del self.loose[: self.slot_chunks]
+            self.made[slot] = True
+            self.free.append(slot)
+
+
+class PeerSlots:
+    """Slots in what the neighbours lend at the moment. `number`: this borrower's, its process id."""
+
+    def __init__(self, *, name: str, number: int, shard_bytes: int, ranks: int, capacity: int) -> None:
+        """`capacity`: the most slots that can ever exist, over all lenders; `shard_bytes`: of one block on one rank."""
+        self.name, self.capacity, self.slot_bytes = name, capacity, shard_bytes * ranks
+        self._number, self._shard_bytes, self._ranks = number, shard_bytes, ranks
+        self._lenders: list[_Lender] = []
+        self._gone: list[IntArray] = []  # slots of lenders that left, not yet reported as lost
+        self._lost = 0
+        self._share = 1
+
+    @property
+    def lenders(self) -> list[str]:
+        return [lender.name for lender in self._lenders]
+
+    def attach(self, name: str, table: LendingTable) -> None:
+        """A lender has come (or come back with a new table). One too many for `capacity` is passed over."""
+        self.detach(name)
+        first = 0
+        capacity = _Lender(name, table, self._shard_bytes, self._ranks, 0).capacity
+        for known in sorted(self._lenders, key=lambda lender: lender.first):
+            if known.first - first >= capacity:
+                break
+            first = known.first + known.capacity
+        if first + capacity <= self.capacity:
+            self._lenders.append(_Lender(name, table, self._shard_bytes, self._ranks, first))
+
+    def detach(self, name: str) -> None:
+        """A lender is gone: its slots are lost."""
+        for lender in [known for known in self._lenders if known.name == name]:
+            self._gone.append(lender.first + np.flatnonzero(lender.taken))
+            self._lenders.remove(lender)
+            lender.table.close()
+
+    def share_with(self, borrowers: int) -> None:
+        """This many engines borrow from the same lenders: each claims no more than an equal part of what is there."""
+        self._share = max(1, borrowers)
+
+    def take(self, count: int) -> IntArray:
+        found: list[int] = []
+        for lender in self._lenders:
+            if len(found) < count and not lender.table.closed:
+                wanted = count - len(found)
+                lender.grow(wanted, self._number, lender.table.geometry.lots // self._share)
+                slots = lender.free[:wanted]
+                del lender.free[:wanted]
+                lender.taken[slots] = True
+                found.extend(lender.first + slot for slot in slots)
+        return np.array(found, dtype=np.int64)
+
+    def give(self, slots: IntArray) -> None:
+        for lender, _, local in self._split(slots):
+            mine = local[lender.taken[local]]
+            lender.taken[mine] = False
+            lender.free.extend(mine.tolist())
+
+    def lost(self) -> IntArray:
+        lost = [*self._gone, *(lender.first + lender.lose() for lender in self._lenders)]
+        self._gone = []
+        self._lost += sum(map(len, lost))
+        return np.concatenate(lost) if lost else np.empty(0, dtype=np.int64)
+
+    def recipes(self, slots: IntArray) -> list[tuple[IntArray, Recipe]]:
+        found = []
+        for lender, positions, local in self._split(slots):
+            shape = (len(local), self._ranks, lender.cut.per_rank)
+            chunks = lender.chunks[local].reshape(shape)
+            epochs = lender.lot_epoch[chunks // lender.cut.per_lot]
+            found.append((positions, Recipe(lender=lender.name, slots=local, chunks=chunks, epochs=epochs)))
+        return found
+
+    def statistics(self) -> SlotStatistics:
+        return SlotStatistics(
+            slots=sum(int(lender.made.sum()) for lender in self._lenders),
+            used=sum(int(lender.taken.sum()) for lender in self._lenders),
+            slot_bytes=self.slot_bytes,
+            lost=self._lost,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every chunk of our lots is in exactly one slot or loose, and no slot has another's."""
+        for lender in self._lenders:
+            made = lender.chunks[np.flatnonzero(lender.made)].ravel()
+            chunks = np.concatenate([made, np.array(lender.loose, dtype=np.int64)])
+            owned = int(np.count_nonzero(lender.lot_epoch)) * lender.cut.per_lot
+            ours = (lender.lot_epoch[chunks // lender.cut.per_lot] != 0).all()
+            if len(np.unique(chunks)) != len(chunks) or len(chunks) != owned or not ours:
+                raise IntegrityError(f"{lender.name}: {len(chunks)} chunks booked, {owned} borrowed")
+            free = np.zeros(lender.capacity, dtype=np.bool_)
+            free[lender.free] = True
+            if len(set(lender.free)) != len(lender.free) or not np.array_equal(free | lender.taken, lender.made):
+                raise IntegrityError(f"{lender.name}: a slot is neither free nor taken, or both")
+
+    def close(self) -> None:
+        for lender in self._lenders:
+            if not lender.table.closed:
+                lender.table.release(self._number, np.flatnonzero(lender.lot_epoch))
+            lender.table.close()
+        self._lenders.clear()
+
+    def _split(self, slots: IntArray) -> list[tuple[_Lender, IntArray, IntArray]]:
+        """(lender, positions in `slots`, the lender's own numbers of them), for the lenders that have some."""
+        parts = []
+        for lender in self._lenders:
+            at = np.flatnonzero((slots >= lender.first) & (slots < lender.first + lender.capacity))
+            if len(at):
+                parts.append((lender, at, slots[at] - lender.first))
+        return parts

@@ -1,0 +1,389 @@
+"""Lending blocks of a live KV cache to other processes, without asking and without waiting: the table and its protocol.
+
+A lender keeps its KV cache in pages that others can map. Blocks that it has no use for go on offer as **lots**. A borrower claims
+lots and puts blocks of its own there. When the lender's scheduler hands such a block to a request, it takes the lot back, in the
+same call, without asking anybody. Everything they have to agree on stands in one memory file, the table: per lot an **epoch**, odd
+while the lot is on offer or borrowed, even while it is the lender's own; the **holder**, the number of the borrower's core that
+claimed it; and the **writer**, the process that is writing into it now; and **recalled**, set while the lender waits for the lot.
+
+Guarantees, whatever anybody does, crashes included (tests/tiers/test_lending_model.py explores all interleavings):
+
+  1. No borrower writes into a lot after `take_back` has returned. A write happens with the lot's lock held, after the epoch was
+     compared under that lock; taking back takes the lock too. The lock is the kernel's (an open-file-description lock on one byte
+     of the table), so it ends with the process that held it: a borrower killed in mid-write leaves nothing locked.
+  2. A borrower never takes foreign bytes for its own. Reads take no lock: the epoch is compared after the copy, and a lot that was
+     taken back meanwhile is a miss. (The checksum that the block was stored with is compared as well, see transfer.py.)
+  3. Two borrowers never hold the same lot: claims are made under the lot's lock.
+  4. Taking back waits for at most one block's copy: who gets the lock while the lot is recalled does nothing with it. A borrower
+     that holds a lock for longer (stopped, or swapped out) is killed, whatever it was doing: the owner comes first (law 6), and
+     there is no other way to be sure that it will not write. Only lenders kill. Borrowers do not wait for each other: a claim
+     passes over a lot that is locked, and a write gives up after half the deadline; both are misses.
+
+A lock is taken by one process on one lot, and a borrower that needs several lots for one block locks them in rising order, while
+the lender never holds more than one; so nobody waits in a circle. No epoch comes twice: every claim that ends raises it.
+
+On a GPU the copy that a dead process had launched may still run when its lock is gone: a `writer` mark that is found there means
+that its process died in mid-write, and `on_dead_writer` (given by the cuda side) waits until its context is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import math
+import mmap
+import os
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polder.errors import ProtocolError
+
+__all__ = ["LendingTable", "LotGeometry", "open_table", "table_bytes"]
+
+logger = logging.getLogger("polder.tiers")
+
+IntArray = npt.NDArray[np.int64]
+
+RECALL_DEADLINE_S = 1.0
+"""A lock that a lender waits for longer than this costs its holder its life."""
+
+_MAGIC = 0x504F4C4445520001
+_HEADER_BYTES = 4096
+_LOCKS_AT = 1 << 40  # beyond the bytes of the file, so that no lock is ever about data
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
+
+
+@dataclass(frozen=True, kw_only=True)
+class LotGeometry:
+    """Where the bytes of lots are. A lot is one block of the lender, on all its ranks: `ranks * granules` granules.
+
+    A granule is the largest piece that lies in one page and divides both the page and the block.
+    """
+
+    lots: int
+    ranks: int
+    unit_lots: int
+    """Lots of one unit; their pages come and go together."""
+    unit_pages: int
+    """Pages of one unit on one rank."""
+    page_bytes: int
+    granules: int
+    """Of one lot on one rank."""
+    granule_bytes: int
+
+    @property
+    def units(self) -> int:
+        return self.lots // self.unit_lots
+
+    @property
+    def lot_bytes(self) -> int:
+        return self.ranks * self.granules * self.granule_bytes
+
+
+_GEOMETRY_FIELDS = tuple(LotGeometry.__dataclass_fields__)
+
+
+def _sections(geometry: LotGeometry) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+    """Name -> (offset, dtype, shape) of the table's arrays."""
+    arrays: list[tuple[str, str, tuple[int, ...]]] = [
+        ("epoch", "<u8", (geometry.lots,)),
+        ("holder", "<u8", (geometry.lots,)),
+        ("writer", "<u8", (geometry.lots,)),
+        ("recalled", "<u8", (geometry.lots,)),
+        ("pages", "<i8", (geometry.ranks, geometry.units, geometry.unit_pages)),
+        ("granule_page", "<i4", (geometry.unit_lots, geometry.granules)),
+        ("granule_offset", "<i4", (geometry.unit_lots, geometry.granules)),
+    ]
+    sections, at = {}, _HEADER_BYTES
+    for name, dtype, shape in arrays:
+        sections[name] = (at, dtype, shape)
+        at += -(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64
+    sections["end"] = (at, "", ())
+    return sections
+
+
+def table_bytes(geometry: LotGeometry) -> int:
+    return _sections(geometry)["end"][0]
+
+
+class LendingTable:
+    """One process's view of a lender's table. Not thread-safe: every thread that locks needs a view of its own."""
+
+    epoch: npt.NDArray[np.uint64]
+    holder: npt.NDArray[np.uint64]
+    writer: npt.NDArray[np.uint64]
+    recalled: npt.NDArray[np.uint64]
+    pages: IntArray
+    """[ranks, units, unit_pages]: page numbers under each unit, -1 while it is not mapped."""
+    granule_page: npt.NDArray[np.int32]
+    """[unit_lots, granules]: index into `pages[rank, unit]` of the page that granule q of lot i of a unit lies in."""
+    granule_offset: npt.NDArray[np.int32]
+    """[unit_lots, granules]: and its first byte there."""
+
+    def __init__(self, fd: int, *, on_dead_writer: Callable[[int], None] | None = None) -> None:
+        """Opens the table that `fd` is of; the fd stays the caller's. Raises ProtocolError when it is none.
+
+        Locks belong to an open file, and a descriptor that was passed shares its open file with the sender: so this opens anew.
+        """
+        self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._on_dead_writer = on_dead_writer
+        size = os.fstat(self._fd).st_size
+        try:
+            if size < _HEADER_BYTES:
+                raise ProtocolError(f"a lending table of {size} bytes")
+            self._map = mmap.mmap(self._fd, size)
+            self._header: npt.NDArray[np.uint64] = np.frombuffer(self._map, "<u8", 64)
+            if int(self._header[0]) != _MAGIC:
+                raise ProtocolError("not a lending table of this version of Polder")
+            fields = self._header[2 : 2 + len(_GEOMETRY_FIELDS)].tolist()
+            self.geometry = LotGeometry(**dict(zip(_GEOMETRY_FIELDS, fields, strict=True)))
+            if min(fields) < 1 or self.geometry.lots % self.geometry.unit_lots:
+                raise ProtocolError(f"a lending table of {self.geometry}")
+            sections = _sections(self.geometry)
+            if size < sections.pop("end")[0]:
+                raise ProtocolError("a lending table that is cut short")
+        except BaseException:
+            os.close(self._fd)
+            raise
+        for name, (at, dtype, shape) in sections.items():
+            array = np.frombuffer(self._map, dtype, int(np.prod(shape)), at).reshape(shape)
+            setattr(self, name, array)
+
+    @classmethod
+    def create(cls, fd: int, geometry: LotGeometry) -> LendingTable:
+        """Makes the empty file `fd` a table: nothing on offer, no unit mapped."""
+        os.ftruncate(fd, table_bytes(geometry))
+        header = np.zeros(64, dtype="<u8")
+        header[0] = _MAGIC
+        header[2 : 2 + len(_GEOMETRY_FIELDS)] = [getattr(geometry, name) for name in _GEOMETRY_FIELDS]
+        os.pwrite(fd, header.tobytes(), 0)
+        table = cls(fd)
+        table.pages[:] = -1
+        # Recipes know a table by its lender's name only: one for the table that the lender had before must not fit this one.
+        table.epoch[:] = time.time_ns() // 1_000_000 * 2
+        return table
+
+    @property
+    def closed(self) -> bool:
+        """The lender is gone: nothing here may be used any more."""
+        return bool(self._header[1])
+
+    # ------------------------------------------------------------------ the lender
+
+    def offer(self, lots: IntArray) -> None:
+        """These blocks hold nothing the lender needs: their epochs become odd. What is on offer or borrowed already stays so."""
+        for lot in lots.tolist():
+            with self._locked(lot):
+                if not self.epoch[lot] % 2:
+                    self.holder[lot] = 0
+                    self.epoch[lot] += np.uint64(1)
+
+    def take_back(self, lot: int) -> bool:
+        """The lender uses this block from now on. Returns whether somebody had borrowed it.
+
+        Waits for a copy in flight, at most; a borrower that does not let go within RECALL_DEADLINE_S is killed.
+        """
+        self.recalled[lot] = 1  # a borrower that writes block after block would get the lock before us again and again
+        with self._locked(lot):
+            borrowed = bool(self.holder[lot])
+            self._bury(int(self.writer[lot]), lot)
+            self.epoch[lot] += np.uint64(int(self.epoch[lot]) % 2)
+            self.holder[lot] = 0
+            self.recalled[lot] = 0
+        return borrowed
+
+    def reap(self, alive: Sequence[int]) -> int:
+        """Puts the lots of borrowers that are no more on offer again. `alive`: the numbers of those that are. Returns how many."""
+        held = np.flatnonzero(self.holder)
+        orphaned = held[~np.isin(self.holder[held], np.array(list(alive), dtype=np.uint64))]
+        for lot in orphaned.tolist():
+            self.take_back(lot)
+        self.offer(orphaned)
+        return len(orphaned)
+
+    def retire(self) -> None:
+        """The lender is going, or gone: takes everything back and marks the table closed."""
+        self._header[1] = 1
+        for lot in np.flatnonzero(self.epoch % 2).tolist():
+            self.take_back(lot)
+
+    # ------------------------------------------------------------------ the borrower
+
+    def claim(self, number: int, count: int) -> tuple[IntArray, IntArray]:
+        """Claims up to `count` lots on offer that nobody holds, for the borrower with this number. Returns (lots, their epochs)."""
+        lots: list[int] = []
+        epochs: list[int] = []
+        if not self.closed:
+            for lot in np.flatnonzero((self.epoch % 2 == 1) & (self.holder == 0)).tolist():
+                if len(lots) == count:
+                    break
+                if not self._try_lock(lot):
+                    continue  # somebody else is claiming it, or the lender takes it back
+                try:
+                    free = self.epoch[lot] % 2 and not self.holder[lot] and not self.writer[lot]
+                    if free and not self.recalled[lot]:
+                        self.holder[lot] = number
+                        lots.append(lot)
+                        epochs.append(int(self.epoch[lot]))
+                finally:
+                    self._unlock(lot)
+        return np.array(lots, dtype=np.int64), np.array(epochs, dtype=np.int64)
+
+    def release(self, number: int, lots: IntArray) -> None:
+        """Lets go of lots that this borrower holds and writes into no more. Reads under way become invalid: the epochs are raised.
+
+        A lot that is locked now stays held until its lender learns that the borrower is gone (`reap`).
+        """
+        for lot in lots.tolist():
+            if not self._try_lock(lot):
+                continue
+            try:
+                if int(self.holder[lot]) == number:
+                    self.epoch[lot] += np.uint64(2)
+                    self.holder[lot] = 0
+            finally:
+                self._unlock(lot)
+
+    @contextlib.contextmanager
+    def writing(self, number: int, lots: Sequence[int], epochs: Sequence[int]) -> Iterator[bool]:
+        """Around one write into `lots` (rising): True if they are all still ours, and stay ours until the end of the block."""
+        held: list[int] = []
+        marked: list[int] = []
+        try:
+            for lot, epoch in zip(lots, epochs, strict=True):
+                if not self._lock_for_write(lot, held):
+                    break
+                held.append(lot)
+                ours = not self.closed and int(self.epoch[lot]) == epoch and int(self.holder[lot]) == number
+                # A mark: another rank of ours died in mid-write, and only the lender may bury it.
+                if not ours or self.writer[lot] or self.recalled[lot]:
+                    break
+                self.writer[lot] = os.getpid()
+                marked.append(lot)
+            else:
+                yield True
+                return
+            self._let_go(held, marked)
+            yield False
+        finally:
+            self._let_go(held, marked)
+
+    def valid(self, lots: IntArray, epochs: IntArray) -> bool:
+        """After a read: none of the lots was taken back before it ended."""
+        return not self.closed and bool((self.epoch[lots].astype(np.int64) == epochs).all())
+
+    # ------------------------------------------------------------------ both
+
+    def check_integrity(self) -> None:
+        """Raises ProtocolError when a lot that is the lender's own has a holder."""
+        wrong = np.flatnonzero((self.epoch % 2 == 0) & (self.holder != 0))
+        if len(wrong):
+            raise ProtocolError(f"lot {wrong[0]} is its lender's own, yet {int(self.holder[wrong[0]])} holds it")
+
+    def close(self) -> None:
+        """Ends this view; the table lives on. May be repeated."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # ------------------------------------------------------------------ inside
+
+    @contextlib.contextmanager
+    def _locked(self, lot: int) -> Iterator[None]:
+        self._lock(lot)
+        try:
+            yield
+        finally:
+            self._unlock(lot)
+
+    def _let_go(self, held: list[int], marked: list[int]) -> None:
+        while marked:
+            self.writer[marked.pop()] = 0
+        while held:
+            self._unlock(held.pop())
+
+    def _lock(self, lot: int) -> None:
+        """For the lender: gets the lock, in the end by killing who has it."""
+        started = time.monotonic()
+        deadline = started + RECALL_DEADLINE_S
+        while not self._try_lock(lot):
+            now = time.monotonic()
+            if now > deadline:
+                self._kill_holders(lot)
+                deadline = now + RECALL_DEADLINE_S
+            time.sleep(20e-6 if now - started < 0.005 else 0.001)
+
+    def _lock_for_write(self, lot: int, held: list[int]) -> bool:
+        """For a borrower: gets the lock, or gives up in time for the lender, who may wait for one that is `held` already."""
+        deadline = time.monotonic() + RECALL_DEADLINE_S / 2
+        while not self._try_lock(lot):
+            if time.monotonic() > deadline or any(self.recalled[other] for other in held):
+                return False
+            time.sleep(20e-6)
+        return True
+
+    def _try_lock(self, lot: int) -> bool:
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, 0, _LOCKS_AT + lot, 1, 0))
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _unlock(self, lot: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, 0, _LOCKS_AT + lot, 1, 0))
+
+    def _kill_holders(self, lot: int) -> None:
+        """Ends the process that has held one lot's lock for too long. It may have been stopped before it could leave its mark."""
+        inode = os.fstat(self._fd).st_ino
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            if pid == os.getpid() or not _has_locked(pid, inode, _LOCKS_AT + lot):
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                try:
+                    if _has_locked(pid, inode, _LOCKS_AT + lot):  # else it let go just now, or the number is another's
+                        logger.error("process %d holds lot %d for over %.1f s: killing it", pid, lot, RECALL_DEADLINE_S)
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                finally:
+                    os.close(pidfd)
+
+    def _bury(self, pid: int, lot: int) -> None:
+        """The lock is ours and a writer's mark is still there: that process died in mid-write."""
+        if pid:
+            if self._on_dead_writer is not None:
+                self._on_dead_writer(pid)
+            self.writer[lot] = 0
+
+
+def _has_locked(pid: int, inode: int, at: int) -> bool:
+    """Whether a descriptor of this process holds the lock on byte `at` of the file: the kernel tells in fdinfo (proc(5))."""
+    folder = f"/proc/{pid}/fdinfo"
+    try:
+        for fd in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError), open(f"{folder}/{fd}") as info:
+                for line in info:
+                    # lock:	1: OFDLCK ADVISORY  WRITE -1 00:01:46329 1099511627781 1099511627782
+                    words = line.split()
+                    if words[:1] == ["lock:"] and words[-3].endswith(f":{inode}"):
+                        first, last = words[-2:]
+                        if int(first) <= at and (last == "EOF" or at <= int(last)):
+                            return True
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        pass  # it ended, or is none of ours
+    return False
+
+
+def open_table(fd: int, **options: Any) -> LendingTable:
+    """LendingTable of a descriptor that came from elsewhere, which is closed."""
+    try:
+        return LendingTable(fd, **options)
+    finally:
+        os.close(fd)

@@ -1,0 +1,214 @@
+"""Memory that tiers are made of, as a worker sees it: the host region, and the lenders' KV caches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from polder.memory import _libc
+from polder.memory.backend import Backend
+from polder.memory.copy import CopyEngine
+from polder.memory.pool import ImportedPages
+from polder.memory.span import Span
+from polder.memory.tensor import tensor_over
+from polder.tiers.borrowing import ChunkGeometry
+from polder.tiers.lending import LendingTable
+from polder.tiers.slots import Recipe
+from polder.tiers.transfer import Mover, Pieces
+
+__all__ = ["CpuMover", "CudaMover", "HostMemory", "Lent", "PeerMemory", "pair", "wait_for_end"]
+
+
+def pair(dst: Pieces, src: Pieces) -> tuple[list[int], list[int], list[int]]:
+    """Cuts two lists of pieces where either has a border: (destinations, sources, lengths). `dst` may be the longer one."""
+    targets, sources, lengths = [], [], []
+    to, room, ahead = 0, 0, iter(dst)
+    for start, size in src:
+        while size:
+            if not room:
+                to, room = next(ahead)
+            part = min(size, room)
+            targets.append(to)
+            sources.append(start)
+            lengths.append(part)
+            to, room, start, size = to + part, room - part, start + part, size - part
+    return targets, sources, lengths
+
+
+class CpuMover:
+    """memmove, with the GIL released, and xxh3."""
+
+    def copy(self, dst: Pieces, src: Pieces) -> None:
+        for to, start, size in zip(*pair(dst, src), strict=True):
+            _libc.copy_bytes(to, start, size)
+
+    def checksum(self, pieces: Pieces, seed: int) -> int:
+        digest = xxhash.xxh3_64(seed=seed)
+        for address, size in pieces:
+            digest.update((ctypes.c_ubyte * size).from_address(address))
+        return digest.intdigest()
+
+
+class CudaMover:
+    """The copy engine's stream, and a sum that the device computes itself: fetching the bytes to hash them would cost more than
+    recomputing them. The sum is not xxh3, but every bit counts and so does its place: words times odd numbers, modulo 2^64."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._copies = CopyEngine(backend)
+
+    def copy(self, dst: Pieces, src: Pieces) -> None:
+        to, start, sizes = pair(dst, src)
+        addresses = np.array(to, dtype=np.uint64), np.array(start, dtype=np.uint64)
+        self._copies.wait(self._copies.submit(*addresses, np.array(sizes, dtype=np.int64)))
+
+    def checksum(self, pieces: Pieces, seed: int) -> int:
+        import torch
+
+        total = seed
+        for address, size in pieces:
+            words = tensor_over(address, size, self._backend.device, None).view(torch.int64)
+            weights = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=words.device)
+            total = (total * 0x9E3779B97F4A7C15 + int((words * weights).sum())) & (2**64 - 1)
+        return total
+
+
+class HostMemory:
+    """This rank's part of the host region: equal slots, one after another."""
+
+    def __init__(self, address: int, slot_bytes: int) -> None:
+        self._address, self._slot_bytes = address, slot_bytes
+
+    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        mover.copy(self._slot(recipe, row), block)
+        return True
+
+    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        address, _ = self._slot(recipe, row)[0]
+        mover.copy(block, [(address, sum(size for _, size in block))])
+        return True
+
+    def close(self) -> None:
+        """The pages belong to whoever mapped them."""
+
+    def _slot(self, recipe: Recipe, row: int) -> Pieces:
+        return [(self._address + int(recipe.slots[row]) * self._slot_bytes, self._slot_bytes)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lent:
+    """One lender, as a borrower's worker needs it. `fetch` brings handles of its pages: (rank, page numbers) -> adopted."""
+
+    table: LendingTable
+    cut: ChunkGeometry
+    generation: int
+    fetch: Callable[[ImportedPages, int, Sequence[int]], None]
+
+
+class _Mirror:
+    """A lender's pages, mapped here: a slot for each page of each unit of each rank, filled when first needed."""
+
+    def __init__(self, lent: Lent, backend: Backend) -> None:
+        self.lent, self._backend = lent, backend
+        self._imported = ImportedPages(backend)
+        pages = lent.table.pages
+        self._span = Span(backend, pages.size)
+        self._mapped = np.full(pages.shape, -1, dtype=np.int64)
+
+    def address(self, chunk: int) -> int:
+        """Where the chunk is. Raises when its unit is not mapped, or the lender gave the page back."""
+        table = self.lent.table
+        rank, unit, page, offset = self.lent.cut.place(chunk, table)
+        number = int(table.pages[rank, unit, page])
+        at = (rank * table.geometry.units + unit) * table.geometry.unit_pages + page
+        if self._mapped[rank, unit, page] != number:
+            self._remap(rank, unit, page, at, number)
+        return self._span.address(at) + offset
+
+    def _remap(self, rank: int, unit: int, page: int, at: int, number: int) -> None:
+        if self._mapped[rank, unit, page] >= 0:
+            self._span.unmap([at])
+            self._mapped[rank, unit, page] = -1
+        if self._imported.missing(self.lent.generation, [number]):
+            wanted = self.lent.table.pages[rank, unit].tolist()
+            self.lent.fetch(self._imported, rank, self._imported.missing(self.lent.generation, wanted))
+        self._span.map([at], self._imported.handles(self.lent.generation, [number]))
+        self._mapped[rank, unit, page] = number
+
+    def close(self) -> None:
+        self._span.close()
+        self._imported.close()
+        self.lent.table.close()
+
+
+class PeerMemory:
+    """The lenders' memory. Every lane's thread needs one of its own: locks belong to an open file."""
+
+    def __init__(self, *, number: int, rank: int, backend: Backend, open_lender: Callable[[str], Lent]) -> None:
+        """`open_lender`: finds a lender by name; raises PolderError when there is none (any more)."""
+        self._number, self._rank, self._backend, self._open = number, rank, backend, open_lender
+        self._mirrors: dict[str, _Mirror] = {}
+
+    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        mirror = self._mirror(recipe.lender)
+        chunks, epochs = recipe.chunks[row, self._rank], recipe.epochs[row, self._rank]
+        lots, first = np.unique(chunks // mirror.lent.cut.per_lot, return_index=True)
+        table = mirror.lent.table
+        if not table.valid(lots, epochs[first]):
+            return False
+        # Before the lock: it may ask the broker for handles, and a lender must not wait for that.
+        target = [(mirror.address(chunk), mirror.lent.cut.chunk_bytes) for chunk in chunks.tolist()]
+        with table.writing(self._number, lots.tolist(), epochs[first].tolist()) as ours:
+            if ours:
+                mover.copy(target, block)
+        return ours
+
+    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        mirror = self._mirror(recipe.lender)
+        chunks, epochs = recipe.chunks[row, self._rank], recipe.epochs[row, self._rank]
+        lots = chunks // mirror.lent.cut.per_lot
+        if not mirror.lent.table.valid(lots, epochs):
+            return False
+        source, left = [], sum(size for _, size in block)
+        for chunk in chunks.tolist():
+            size = min(left, mirror.lent.cut.chunk_bytes)
+            source.append((mirror.address(chunk), size))
+            left -= size
+        mover.copy(block, source)
+        return mirror.lent.table.valid(lots, epochs)
+
+    def close(self) -> None:
+        for mirror in self._mirrors.values():
+            mirror.close()
+        self._mirrors.clear()
+
+    def _mirror(self, lender: str) -> _Mirror:
+        mirror = self._mirrors.get(lender)
+        if mirror is not None and mirror.lent.table.closed:
+            self._mirrors.pop(lender).close()
+            mirror = None
+        if mirror is None:
+            mirror = self._mirrors[lender] = _Mirror(self._open(lender), self._backend)
+        return mirror
+
+
+def wait_for_end(pid: int, timeout_s: float = 2.0) -> None:
+    """Returns when a process is gone, its GPU contexts included; for LendingTable's `on_dead_writer` on CUDA."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            if select.select([pidfd], [], [], 0.05)[0]:
+                return
+        finally:
+            os.close(pidfd)

@@ -1,0 +1,244 @@
+"""All tiers of one engine, as its scheduler sees them: what may be loaded, what is worth loading, what is written where.
+
+    find / plan_load   a request asks: which of its blocks are in tiers, and how many of them are worth loading (planner/gate.py)
+    prepare_load       pins them, and makes the job that the workers carry out
+    prepare_store      chooses places for blocks that the engine has computed or loaded, and makes the job
+    complete           all ranks have reported: what failed is forgotten
+    drop_all           the weights changed: nothing here is valid any more
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from polder.planner.gate import Cut, best_cut
+from polder.planner.rates import LinkRate, PrefillRate
+from polder.tiers.admission import ReuseGate
+from polder.tiers.eviction import EvictionPolicy
+from polder.tiers.index import ABSENT, BlockIndex, Places, key_numbers
+from polder.tiers.slots import IntArray, Slots
+from polder.tiers.statistics import TierStatistics
+from polder.tiers.transfer import Direction, Finished, Job, Part
+
+__all__ = ["TierSet"]
+
+PROBE_EVERY_S = 5.0
+"""A link too slow to be used is tried with one block that often: it may have become faster."""
+OVERHEAD_S = 0.003
+"""Of any asynchronous load: vLLM takes two more, empty steps for it (reference: 3 to 5 ms)."""
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """A job under way."""
+
+    direction: Direction
+    places: Places
+    acks: int = 0
+    failed: dict[int, str] | None = None
+    began: float = 0.0
+    expected_s: float = 0.0
+
+
+class TierSet:
+    """Not thread-safe: it lives in the scheduler's thread."""
+
+    def __init__(
+        self,
+        tiers: Sequence[Slots],
+        policy: EvictionPolicy,
+        *,
+        ranks: int,
+        block_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`tiers` from the fastest to the slowest; `ranks`: workers that report each job."""
+        self._tiers, self._ranks, self._block_tokens, self._clock = tuple(tiers), ranks, block_tokens, clock
+        self.index = BlockIndex(self._tiers, policy)
+        self.reuse = ReuseGate(remembered=max(1024, 2 * self.index.capacity))
+        self.prefill = PrefillRate()
+        self.links: dict[tuple[int, Direction], LinkRate] = {
+            (tier, direction): LinkRate() for tier in range(len(tiers)) for direction in ("load", "store")
+        }
+        self.statistics = TierStatistics([tier.name for tier in tiers])
+        self._open: dict[int, _Open] = {}
+        self._queued = np.zeros(len(tiers))  # bytes of loads under way
+        self._next = 1
+        self._probed = dict.fromkeys(range(len(tiers)), float("-inf"))
+        self._held = False
+
+    # ------------------------------------------------------------------ a request asks
+
+    def find(self, keys: Sequence[bytes]) -> IntArray:
+        """As BlockIndex.find: the tier of each block, PENDING or ABSENT."""
+        self.statistics.lost_blocks += self.index.refresh()
+        return self.index.find(keys)
+
+    def asked(self, keys: Sequence[bytes]) -> None:
+        """Once for each request, with the blocks that its engine's own cache has not, first block first."""
+        self.reuse.asked(keys)
+        self.index.touch(keys, self._clock())
+        self.statistics.asked_tokens += len(keys) * self._block_tokens
+
+    def plan_load(self, tiers: IntArray) -> Cut:
+        """How many of a prefix's blocks to load, given each one's tier. A link that is too slow is tried now and then."""
+        if not len(tiers):
+            return Cut(blocks=0, load_s=0.0, recompute_s=0.0)
+        costs, queued = {}, {}
+        for tier in range(len(self._tiers)):
+            rate = self.links[tier, "load"].bytes_per_s
+            if rate is not None:
+                costs[tier] = 1.0 / rate
+            queued[tier] = float(self._queued[tier])
+        if self.prefill.seconds_per_token is None:
+            return Cut(blocks=len(tiers), load_s=0.0, recompute_s=0.0)
+        cut = best_cut(
+            tiers,
+            block_bytes=self._tiers[0].slot_bytes,
+            block_tokens=self._block_tokens,
+            seconds_per_byte=costs,
+            queued_bytes=queued,
+            seconds_per_token=self.prefill.seconds_per_token,
+            overhead_s=OVERHEAD_S,
+        )
+        if cut.blocks < len(tiers):
+            now, slow = self._clock(), int(tiers[cut.blocks])
+            if now - self._probed[slow] > PROBE_EVERY_S and now - self.links[slow, "load"].measured_at > PROBE_EVERY_S:
+                self._probed[slow] = now
+                return Cut(blocks=cut.blocks + 1, load_s=cut.load_s, recompute_s=cut.recompute_s)
+        return cut
+
+    def refused(self, blocks: int) -> None:
+        """Once for each request whose load was cut: this many blocks are recomputed although a tier has them."""
+        self.statistics.refused_loads += 1
+        self.statistics.refused_tokens += blocks * self._block_tokens
+
+    def prepare_load(self, keys: Sequence[bytes], cut_s: float = 0.0) -> Job:
+        """All keys must have a tier. The job's blocks are the keys, in this order."""
+        places = self.index.prepare_load(keys)
+        np.add.at(self._queued, places.tiers, float(self._tiers[0].slot_bytes))
+        for tier, count in enumerate(np.bincount(places.tiers, minlength=len(self._tiers)).tolist()):
+            self.statistics.tiers[tier].hit_tokens += count * self._block_tokens
+        return self._job("load", places, cut_s)
+
+    # ------------------------------------------------------------------ the engine has blocks
+
+    def hold(self) -> None:
+        """Writes nothing and loads nothing until `resume`: blocks are about to move."""
+        self._held = True
+
+    def resume(self) -> None:
+        self._held = False
+
+    @property
+    def held(self) -> bool:
+        return self._held
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is under way."""
+        return bool(self._open)
+
+    def prepare_store(self, keys: Sequence[bytes], depths: IntArray) -> tuple[IntArray, Job] | None:
+        """Which keys are to be written (rising positions), and the job, whose blocks are those keys. None: nothing is."""
+        self.reuse.computed(keys)
+        if self._held or not self.reuse.open:
+            self.statistics.unwritten_blocks += len(keys)
+            return None
+        places = self.index.prepare_store(keys, depths, self._clock())
+        if not len(places.positions):
+            return None
+        positions, blocks = np.unique(places.positions, return_inverse=True)
+        return positions, self._job("store", places, 0.0, blocks)
+
+    def _job(self, direction: Direction, places: Places, expected_s: float, blocks: IntArray | None = None) -> Job:
+        number, self._next = self._next, self._next + 1
+        self._open[number] = _Open(direction=direction, places=places, began=self._clock(), expected_s=expected_s)
+        seeds = key_numbers(places.keys)
+        blocks = np.arange(len(places.keys)) if blocks is None else blocks
+        parts = []
+        for tier, slots in enumerate(self._tiers):
+            mine = np.flatnonzero(places.tiers == tier)
+            for chosen, recipe in slots.recipes(places.slots[mine]):
+                rows = mine[chosen]
+                part = Part(
+                    tier=tier, rows=rows, blocks=blocks[rows], slots=places.slots[rows], seeds=seeds[rows], recipe=recipe
+                )
+                parts.append(part)
+        return Job(number=number, direction=direction, parts=tuple(parts))
+
+    # ------------------------------------------------------------------ the workers report
+
+    def report(self, finished: Finished) -> bool:
+        """One rank has ended a job. Returns whether it was a load that failed on this rank; the job is closed by the last rank."""
+        job = self._open.get(finished.number)
+        if job is None:
+            return False  # from before everything was dropped
+        now = self._clock()
+        for tier, (size, seconds) in finished.moved.items():
+            self.links[tier, job.direction].observe(size, seconds, now)
+            self.statistics.moved(tier, job.direction, size, seconds)
+        for row, reason in finished.failed.items():
+            self.statistics.failed(int(job.places.tiers[row]), job.direction, reason)
+        job.failed = {**(job.failed or {}), **finished.failed}
+        job.acks += 1
+        if job.acks == self._ranks:
+            self._close(finished.number, job, now)
+        return job.direction == "load" and bool(finished.failed)
+
+    def _close(self, number: int, job: _Open, now: float) -> None:
+        del self._open[number]
+        failed = sorted(job.failed or ())
+        if job.direction == "store":
+            self.index.complete_store(job.places, failed)
+            self.statistics.stored(job.places.tiers, self._tiers[0].slot_bytes)
+            return
+        np.subtract.at(self._queued, job.places.tiers, float(self._tiers[0].slot_bytes))
+        self.index.complete_load(job.places, failed)
+        elapsed = now - job.began
+        self.statistics.load_wait_seconds += elapsed
+        tokens = len(job.places.keys) * self._block_tokens
+        if failed:
+            self.statistics.failed_loads += 1
+            return
+        computing = self.prefill.seconds(tokens) or 0.0
+        self.statistics.saved_prefill_seconds += computing
+        if computing and elapsed > computing:
+            self.statistics.late_loads += 1
+            self.statistics.late_tokens += tokens
+
+    def drop_all(self) -> None:
+        """Forgets everything, jobs under way included."""
+        self._open.clear()
+        self._queued[:] = 0
+        self.index.drop_all()
+
+    def figures(self) -> dict[str, float]:
+        """All counters and gauges, by the names in statistics.py."""
+        self.statistics.unread_blocks = self.index.evicted_unread
+        gauges = {}
+        for tier, slots in enumerate(self._tiers):
+            state, rate = slots.statistics(), self.links[tier, "load"].bytes_per_s
+            gauges[f"tier_{slots.name}_used_bytes"] = float(state.used * state.slot_bytes)
+            gauges[f"tier_{slots.name}_size_bytes"] = float(state.slots * state.slot_bytes)
+            gauges[f"tier_{slots.name}_load_bytes_per_second"] = rate or 0.0
+        gauges["tier_prefill_seconds_per_token"] = self.prefill.seconds_per_token or 0.0
+        gauges["tier_writing_pays"] = float(self.reuse.open)
+        return self.statistics.figures(self._tiers[0].slot_bytes) | gauges
+
+    def check_integrity(self) -> None:
+        self.index.check_integrity()
+
+    def close(self) -> None:
+        for tier in self._tiers:
+            tier.close()
+
+    def loadable_or_pending(self, keys: Sequence[bytes]) -> IntArray:
+        """The tiers of the leading blocks, up to the first that is in none; PENDING for those still being written."""
+        tiers = self.find(keys)
+        stop = np.flatnonzero(tiers == ABSENT)
+        return tiers[: int(stop[0])] if len(stop) else tiers

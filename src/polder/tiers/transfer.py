@@ -1,0 +1,210 @@
+"""The half of the tiers that moves bytes: one in every worker process.
+
+A job is a list of blocks to store into slots or to load from slots. It is cut into one part a tier, and each tier has two lanes, one a
+direction, each with a thread and a queue: so a load never waits behind stores, nor a fast tier behind a slow one. Jobs of one lane are
+carried out in their order. Nothing raises across: every row of a job either succeeds or is reported as failed, with the reason.
+
+    store   lock the lots (peer)  ->  copy the engine's block into the slot  ->  note the checksum of the engine's bytes
+    load    copy the slot into the engine's block  ->  compare epochs (peer)  ->  compare the checksum of the bytes that arrived
+
+The checksum (xxh3, 64 bits, seeded with the block's key and the namespace) is taken at the engine's side both times, so it covers the
+whole way: a torn copy, a slot that another block was written to, memory that its owner reused, a flipped bit. A doubt is a miss (law 5).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from polder.tiers.slots import IntArray, Recipe
+
+__all__ = ["Direction", "Finished", "Job", "Mover", "Part", "Piece", "Pieces", "Reason", "TierMemory", "TierWorker"]
+
+Piece = tuple[int, int]
+"""(address, bytes)"""
+Pieces = Sequence[Piece]
+Direction = Literal["load", "store"]
+Reason = Literal["lost", "corrupt", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The rows of a job that concern one tier and one lender."""
+
+    tier: int
+    rows: IntArray
+    """Which rows of the job's Places."""
+    blocks: IntArray
+    """For each row which of the job's blocks."""
+    slots: IntArray
+    """For each row the slot, in the tier's numbers."""
+    seeds: npt.NDArray[np.uint64]
+    recipe: Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    number: int
+    direction: Direction
+    parts: tuple[Part, ...]
+
+
+@dataclass(kw_only=True)
+class Finished:
+    """What became of a job on one rank."""
+
+    number: int
+    failed: dict[int, Reason] = field(default_factory=dict)
+    """Rows that did not succeed."""
+    moved: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Tier -> (bytes, seconds that its lane was busy with them)."""
+
+
+class TierMemory(Protocol):
+    """The memory of one tier, as one rank sees it."""
+
+    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        """Copies the engine's block into a slot. False: the slot is not ours any more, and nothing was written after it ceased to be."""
+
+    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        """Copies a slot into the engine's block. False: the slot was lost; the block's bytes are anything."""
+
+    def close(self) -> None: ...
+
+
+class Mover(Protocol):
+    """How this device copies and sums."""
+
+    def copy(self, dst: Pieces, src: Pieces) -> None:
+        """Copies all bytes of `src` to `dst`, which is as long or longer; returns when they are there."""
+
+    def checksum(self, pieces: Pieces, seed: int) -> int: ...
+
+
+class _Work:
+    """A job under way: what is left of it, and what its parts reported."""
+
+    def __init__(self, job: Job, blocks: Sequence[Pieces]) -> None:
+        self.job, self.blocks = job, blocks
+        self.left = len(job.parts)
+        self.finished = Finished(number=job.number)
+
+
+class TierWorker:
+    """Carries out jobs of one rank. `submit`, `poll` and `wait` belong to one thread."""
+
+    def __init__(
+        self,
+        memories: Mapping[tuple[int, Direction], TierMemory],
+        mover: Mover,
+        *,
+        seed: int,
+        capacities: Mapping[int, int],
+    ) -> None:
+        """One memory a lane. `seed`: the namespace's digest; `capacities`: the slots of each tier."""
+        self._memories, self._mover, self._seed = memories, mover, np.uint64(seed & (2**64 - 1))
+        self._sums = {tier: np.zeros(count, dtype=np.uint64) for tier, count in capacities.items()}
+        self._lanes: dict[tuple[int, Direction], queue.SimpleQueue[tuple[_Work, Part] | None]] = {}
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._open: set[int] = set()
+        self._done: list[Finished] = []
+
+    def submit(self, job: Job, blocks: Sequence[Pieces]) -> None:
+        """Begins a job; `blocks[i]` is where the engine keeps its i-th block. Sources and destinations must stay until it is done."""
+        work = _Work(job, blocks)
+        with self._changed:
+            if not job.parts:
+                self._done.append(work.finished)
+                return
+            self._open.add(job.number)
+        for part in job.parts:
+            self._lane(part.tier, job.direction).put((work, part))
+
+    def poll(self) -> list[Finished]:
+        """Jobs that ended since the last call."""
+        with self._changed:
+            done, self._done = self._done, []
+        return done
+
+    def wait(self, numbers: Iterable[int]) -> None:
+        """Returns when these jobs have ended; unknown ones have."""
+        wanted = set(numbers)
+        with self._changed:
+            self._changed.wait_for(lambda: self._open.isdisjoint(wanted))
+
+    def wait_all(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open)
+
+    def close(self) -> None:
+        """Ends the threads, after what is queued, and the memories."""
+        for lane in self._lanes.values():
+            lane.put(None)
+        for thread in self._threads:
+            thread.join()
+        for memory in self._memories.values():
+            memory.close()
+        self._lanes, self._threads = {}, []
+
+    # ------------------------------------------------------------------ inside
+
+    def _lane(self, tier: int, direction: Direction) -> queue.SimpleQueue[tuple[_Work, Part] | None]:
+        lane = self._lanes.get((tier, direction))
+        if lane is None:
+            lane = self._lanes[tier, direction] = queue.SimpleQueue()
+            name = f"polder-tier{tier}-{direction}"
+            thread = threading.Thread(target=self._run, args=(lane,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return lane
+
+    def _run(self, lane: queue.SimpleQueue[tuple[_Work, Part] | None]) -> None:
+        while (item := lane.get()) is not None:
+            work, part = item
+            started = time.perf_counter()
+            failed: dict[int, Reason] = {}
+            size = 0
+            for at, row in enumerate(part.rows.tolist()):
+                reason, moved = self._row(work, part, at)
+                size += moved
+                if reason is not None:
+                    failed[row] = reason
+            seconds = time.perf_counter() - started
+            with self._changed:
+                finished = work.finished
+                finished.failed |= failed
+                before = finished.moved.get(part.tier, (0, 0.0))
+                finished.moved[part.tier] = before[0] + size, before[1] + seconds
+                work.left -= 1
+                if not work.left:
+                    self._open.discard(finished.number)
+                    self._done.append(finished)
+                    self._changed.notify_all()
+
+    def _row(self, work: _Work, part: Part, at: int) -> tuple[Reason | None, int]:
+        """One block. Returns why it failed, and the bytes that went over the link."""
+        block = work.blocks[int(part.blocks[at])]
+        memory = self._memories[part.tier, work.job.direction]
+        slot, seed = int(part.slots[at]), int(part.seeds[at] ^ self._seed)
+        size = sum(length for _, length in block)
+        try:
+            if work.job.direction == "store":
+                if not memory.store(part.recipe, at, block, self._mover):
+                    return "lost", 0
+                self._sums[part.tier][slot] = self._mover.checksum(block, seed)
+                return None, size
+            if not memory.load(part.recipe, at, block, self._mover):
+                return "lost", size
+            if self._mover.checksum(block, seed) != int(self._sums[part.tier][slot]):
+                return "corrupt", size
+        except Exception:  # whatever it is, it is a miss: the engine goes on
+            return "error", 0
+        return None, size
