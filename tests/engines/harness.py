@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
 }
+CONNECTOR = {"kv_connector": "PolderConnector", "kv_role": "kv_both"}
 BLOCK_TOKENS = 32
 PAGE = 256 << 10
 """Small, so that a tiny model has many units: a unit of model A in float32 is 4 blocks = 128 tokens = 8 pages."""
@@ -61,16 +62,21 @@ class Broker:
 
     socket: Path
     pages: int
+    host_pages: int = 0
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Broker:
         code = (
             "from pathlib import Path; from polder.broker.config import BrokerConfig; from polder.broker.server import serve;"
-            f"serve(BrokerConfig(socket=Path({str(self.socket)!r}), devices={{'cpu:0': {self.pages * PAGE}}}, page_bytes={PAGE}))"
+            f"serve(BrokerConfig(socket=Path({str(self.socket)!r}), devices={self._devices()!r}, page_bytes={PAGE}))"
         )
         self.process = subprocess.Popen([sys.executable, "-c", code])
         wait_for(lambda: self.answers(), "the broker to answer")
         return self
+
+    def _devices(self) -> dict[str, int]:
+        devices = {"cpu:0": self.pages * PAGE}
+        return devices | ({"host:0": self.host_pages * PAGE} if self.host_pages else {})
 
     def answers(self) -> bool:
         try:
@@ -139,6 +145,8 @@ class Engine:
             "disable_log_stats": False,
             **options,
         }
+        if settings and settings.get("POLDER_TIERS"):
+            arguments["kv_transfer_config"] = CONNECTOR
         # Without settings the plugin is not even loaded: the reference is vLLM as it comes.
         with environment(ENVIRONMENT | (settings or {"VLLM_PLUGINS": ""})):
             if settings:
@@ -217,6 +225,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) 
 __all__ = [
     "A32",
     "B32",
+    "CONNECTOR",
     "MODELS",
     "PAGE",
     "Broker",

@@ -34,7 +34,7 @@ class ModelRecipe:
     """Everything that decides the bytes of a model folder."""
 
     name: str
-    family: Literal["llama", "qwen3"]
+    family: Literal["llama", "qwen3", "gemma3"]
     layers: int
     hidden: int = 512
     intermediate: int = 1408
@@ -112,7 +112,13 @@ def _save_weights(recipe: ModelRecipe, folder: Path) -> None:
     families = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     }
+    if recipe.family == "gemma3":  # a hybrid: every third layer attends to everything, the others to a window
+        shape["sliding_window"] = 64
+        shape["layer_types"] = [
+            "full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(recipe.layers)
+        ]
     config_class, model_class = families[recipe.family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

@@ -9,7 +9,7 @@ import msgspec
 
 from polder.bench.arms import Arm
 from polder.bench.driver import Endpoint, RequestRecord, Tally, Workload, measured_turns, play
-from polder.bench.machine import load_average
+from polder.bench.machine import cpu_time, load_average
 from polder.bench.metrics import Metrics, RunRecords, engine_metrics, merged, percentile
 from polder.bench.progress import Stage, following
 from polder.bench.result import without_nan
@@ -29,6 +29,8 @@ class Run(msgspec.Struct, kw_only=True):
     client_cpu_s: float
     load_before: float
     load_after: float
+    foreign_cpu_s: float = 0.0
+    """CPU seconds that others took on this machine meanwhile."""
     records: dict[str, list[RequestRecord]]
     """Engine -> requests, load included that is not measured."""
     preemptions: dict[str, float]
@@ -41,12 +43,13 @@ async def run_once(arm: Arm, load_a: Workload, load_b: Workload, stage: Stage) -
     """Engine A under `load_a` and engine B under `load_b`, from empty prefix caches."""
     await asyncio.to_thread(arm.reset_prefix_caches)
     before, samples_before = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
-    load_before = load_average()
+    load_before, cpu_before = load_average(), cpu_time()
     tally = Tally()
     total = measured_turns(load_a) + measured_turns(load_b)
     workloads: dict[str, tuple[Endpoint, Workload]] = {"A": (arm.endpoint, load_a), "B": (arm.endpoint, load_b)}
     async with sampling(arm.broker) as timeline, following(stage, lambda: (tally.ended, total)):
         played = await play(workloads, tally)
+    foreign_cpu_s = cpu_time().foreign_since(cpu_before)
     after, samples_after = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
     await asyncio.to_thread(arm.check)
     return Run(
@@ -56,6 +59,7 @@ async def run_once(arm: Arm, load_a: Workload, load_b: Workload, stage: Stage) -
         client_cpu_s=played.client_cpu_s,
         load_before=load_before,
         load_after=load_average(),
+        foreign_cpu_s=foreign_cpu_s,
         records=played.records,
         preemptions={engine: after[engine] - before[engine] for engine in after},
         timeline=timeline,

@@ -120,8 +120,7 @@ class TurnsBench:
                 load_a = agents(model="A", users=USERS, sessions=sessions)
                 self._load(pool, "agents", self.plan.agents_order, (load_a, load_b), suffix="", ideal=ideal)
             if "chat" in self.plan.stages:
-                ideal = chats_ideal_hit_ratio(block_tokens=BLOCK_TOKENS)
-                loads = (chats(model="A"), load_b)
+                ideal, loads = chats_ideal_hit_ratio(block_tokens=BLOCK_TOKENS), (chats(model="A"), load_b)
                 self._load(pool, "chat", self.plan.chat_order, loads, suffix="-chat", ideal=ideal)
             if "lender" in self.plan.stages:
                 self._lender(pool, load_b)
@@ -150,8 +149,7 @@ class TurnsBench:
         load_a = unmeasured(agents(model="A", users=USERS, sessions=48))
         order = self.plan.lender_order
         for number, name in enumerate(order, start=1):
-            title = f"lender, run {number} of {len(order)}: {name}"
-            self._play(pool, name, title, (load_a, load_b), f"{name}-lender")
+            self._play(pool, name, f"lender, run {number} of {len(order)}: {name}", (load_a, load_b), f"{name}-lender")
         for name in dict.fromkeys(order):
             found = turns_metrics(self._runs[f"{name}-lender"], ideal_hit_ratio=1.0)
             self._arms[f"{name}-lender"] = {"B": found["B"]}
@@ -165,6 +163,7 @@ class TurnsBench:
         with self._timed(title), self._report.stage(title) as stage:
             run = asyncio.run(run_once(arm, *loads, stage))
         run.arm = kept_as
+        self._report.note(f"others took {100 * run.foreign_cpu_s / run.wall_s:.0f} % of a core meanwhile")
         self._runs.setdefault(kept_as, []).append(run)
 
     def _noreuse(self, pool: ArmPool) -> None:

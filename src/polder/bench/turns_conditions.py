@@ -84,6 +84,7 @@ def describe_turns_runs(runs: Sequence[Run], intervals: Mapping[str, tuple[float
                 "client_cpu_s": round(run.client_cpu_s, 2),
                 "load_before": run.load_before,
                 "load_after": run.load_after,
+                "foreign_cpu_s": round(run.foreign_cpu_s, 2),
                 "ttft_p99_ms": {
                     engine: round(percentile(ttfts_ms(good), 99))
                     for engine, records in run.records.items()

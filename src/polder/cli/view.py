@@ -12,8 +12,10 @@ from rich.text import Text
 
 from polder.broker.wire import DeviceStatus, EngineStatus, Status
 from polder.cli.top import Snapshot
+from polder.engines.vllm.settings import TIERS
 from polder.errors import EnvironmentFault
 from polder.serve.metrics import unit_bytes
+from polder.tiers.statistics import verdict
 from polder.units import format_bytes
 
 __all__ = ["render", "watch"]
@@ -42,7 +44,8 @@ def render(snapshot: Snapshot) -> RenderableType:
     else:
         colours = {e.engine: COLOURS[i % len(COLOURS)] for i, e in enumerate(status.engines)}
         parts += [_device(device, colours) for device in status.devices]
-        parts += [Text(), _memory(status, colours), Text(), _requests(status.engines, colours), Text(), _broker(status)]
+        parts += [Text(), _memory(status, colours), Text(), _requests(status.engines, colours), Text()]
+        parts += [*_tiers(status.engines, colours), _broker(status)]
     down = [child for child in snapshot.children if child.state != "ready"]
     parts += [Text(f"{c.name} is {c.state}, restarts {c.restarts} {c.last_exit}", style="red") for c in down]
     return Group(*parts)
@@ -100,6 +103,54 @@ def _requests(engines: list[EngineStatus], colours: dict[str, str]) -> Table:
             engine.reason,
         )
     return table
+
+
+_TIER = (
+    "used_bytes",
+    "size_bytes",
+    "hit_tokens_total",
+    "loaded_bytes_total",
+    "stored_bytes_total",
+    "corrupt_blocks_total",
+)
+
+
+def _tiers(engines: list[EngineStatus], colours: dict[str, str]) -> list[RenderableType]:
+    """What each engine's tiers hold and did, what it lends, and whether it pays; nothing where there are none."""
+    rows = [(e, tier) for e in engines for tier in TIERS if f"tier_{tier}_used_bytes" in e.stats]
+    parts: list[RenderableType] = []
+    if rows:
+        table = _table(
+            "tiers of", "tier", "used", "size", "hit tokens", "loaded", "stored", "corrupt", "GB/s", "late", "refused"
+        )
+        for engine, tier in rows:
+            stats = engine.stats
+            used, size, hits, loaded, stored, corrupt = (stats.get(f"tier_{tier}_{name}", 0.0) for name in _TIER)
+            table.add_row(
+                Text(engine.engine, style=colours[engine.engine]),
+                tier,
+                *(format_bytes(int(number)).replace(" ", "\u00a0") for number in (used, size)),
+                f"{hits:.0f}",
+                *(format_bytes(int(number)).replace(" ", "\u00a0") for number in (loaded, stored)),
+                f"{corrupt:.0f}",
+                f"{stats.get(f'tier_{tier}_load_bytes_per_second', 0.0) / 1e9:.2f}",
+                f"{stats.get('tier_late_loads_total', 0.0):.0f}",
+                f"{stats.get('tier_refused_loads_total', 0.0):.0f}",
+            )
+        parts += [table, *(Text(f"{e.engine}: {verdict(e.stats)}") for e in engines if verdict(e.stats)), Text()]
+    for engine in engines:
+        if "lent_offered_bytes" in engine.stats:
+            offered, borrowed, recalls, p99 = (
+                engine.stats[f"lent_{name}"]
+                for name in ("offered_bytes", "borrowed_bytes", "borrowed_recalls_total", "recall_p99_seconds")
+            )
+            parts.append(
+                Text(
+                    f"{engine.engine} offers {format_bytes(int(offered))}, {format_bytes(int(borrowed))} of it are borrowed; "
+                    f"{recalls:.0f} borrowed blocks taken back, p99 {p99 * 1e3:.2f} ms"
+                )
+            )
+    return parts
 
 
 def _broker(status: Status) -> Text:

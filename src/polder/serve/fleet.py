@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from polder.broker.config import BrokerConfig
 from polder.broker.policy import PolicyConfig
+from polder.engines.vllm.settings import TIERS
 from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
 from polder.serve.schema import EXAMPLE, FleetFile, MemoryTable, ModelTable, read_file
@@ -24,7 +25,7 @@ __all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
 _RESERVED = ("broker", "gateway")  # names that events, logs and metrics use already
-_OURS = ("--served-model-name", "--host", "--port", "--uds", "--max-model-len", "--model")
+_OURS = ("--served-model-name", "--host", "--port", "--uds", "--max-model-len", "--model", "--kv-transfer-config")
 _DEVICE = re.compile(r"(cpu|cuda):[0-9]+")
 
 
@@ -37,6 +38,10 @@ class Model:
     floor_bytes: int | None = None
     share_bytes: int | None = None
     ceiling_bytes: int | None = None
+    tiers: tuple[str, ...] = ()
+    """Where KV goes that its cache has no room for: some of "peer", "host"."""
+    host_bytes: int = 0
+    lend_bytes: int = 0
     cpus: str = ""
     """Cores of its processes, as taskset writes them: "0-7,16"; empty: all."""
     args: tuple[str, ...] = ()
@@ -53,11 +58,18 @@ class Model:
         }
         given = {name: "" if size is None else str(size) for name, size in sizes.items()}
         none = {"POLDER_KV_BUDGET": "", "POLDER_PAGE": ""}
+        given |= {
+            "POLDER_TIERS": ",".join(self.tiers),
+            "POLDER_HOST": str(self.host_bytes or ""),
+            "POLDER_LEND": str(self.lend_bytes or ""),
+        }
         return {"POLDER_BROKER": str(socket), "POLDER_ENGINE": self.name, **none, **given, **self.env}
 
     def arguments(self) -> tuple[str, ...]:
         length = () if self.max_model_len is None else ("--max-model-len", str(self.max_model_len))
-        return (*length, *self.args)
+        connector = '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'
+        tiers = ("--kv-transfer-config", connector) if self.tiers else ()
+        return (*length, *tiers, *self.args)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +81,12 @@ class Fleet:
     page_bytes: int
     policy: PolicyConfig
     models: tuple[Model, ...]
+    host_bytes: int = 0
+    """Host memory of all models' host tiers."""
 
     def broker(self, socket: Path) -> BrokerConfig:
-        return BrokerConfig(
-            socket=socket, devices={self.device: self.budget_bytes}, page_bytes=self.page_bytes, policy=self.policy
-        )
+        devices = {self.device: self.budget_bytes} | ({"host:0": self.host_bytes} if self.host_bytes else {})
+        return BrokerConfig(socket=socket, devices=devices, page_bytes=self.page_bytes, policy=self.policy)
 
     def check_budget(self) -> None:
         """Raises BudgetError when the models cannot all have their least memory at once, with what is needed."""
@@ -128,7 +141,9 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
     device = memory.device or ("cuda:0" if Path("/dev/nvidiactl").exists() else "cpu:0")
     if not _DEVICE.fullmatch(device):
         raise ConfigError(f"memory.device {device!r}: write cpu:0 or cuda:INDEX")
-    budget, page = (parse_bytes(getattr(memory, key), what=f"memory.{key}") for key in ("kv_budget", "page"))
+    budget, page, host = (
+        parse_bytes(getattr(memory, key), what=f"memory.{key}") for key in ("kv_budget", "page", "host")
+    )
     fleet = Fleet(
         host=file.server.host,
         port=file.server.port,
@@ -137,9 +152,38 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
         page_bytes=page,
         policy=_policy(memory, budget),
         models=(),
+        host_bytes=host,
     )
     fleet.broker(Path("socket"))  # page and budget fit each other
-    return replace(fleet, models=tuple(_model(model, fleet, folder) for model in file.model))
+    quotas = _host_quotas(file.model, fleet)
+    return replace(fleet, models=tuple(_model(model, fleet, folder, quotas.get(model.name, 0)) for model in file.model))
+
+
+def _host_quotas(models: Sequence[ModelTable], fleet: Fleet) -> dict[str, int]:
+    """Host memory of each model with that tier: what it asks for, else an equal part of what nobody asked for; in whole pages."""
+    with_host = [model for model in models if "host" in model.tiers]
+    asked = {
+        model.name: parse_bytes(model.host, what=f"model {model.name}: host")
+        for model in with_host
+        if model.host is not None
+    }
+    for model in models:
+        if model.host is not None and model not in with_host:
+            raise ConfigError(f'model {model.name}: host is given, but its tiers are {model.tiers}: add "host" to them')
+    rest = fleet.host_bytes - sum(asked.values())
+    if rest < 0:
+        raise BudgetError(
+            f"the models' host quotas are {format_bytes(sum(asked.values()))} together, more than memory.host "
+            f'{format_bytes(fleet.host_bytes)}: write host = "{_mib(sum(asked.values()))}" or more, or lower them'
+        )
+    others = [model.name for model in with_host if model.name not in asked]
+    quotas = asked | {name: rest // len(others) // fleet.page_bytes * fleet.page_bytes for name in others}
+    for name, quota in quotas.items():
+        if quota < fleet.page_bytes:
+            raise BudgetError(
+                f'model {name}: no host memory is left for it: write memory.host = "64GiB" or another size'
+            )
+    return quotas
 
 
 def _policy(memory: MemoryTable, budget_bytes: int) -> PolicyConfig:
@@ -157,7 +201,7 @@ def _policy(memory: MemoryTable, budget_bytes: int) -> PolicyConfig:
     )
 
 
-def _model(model: ModelTable, fleet: Fleet, folder: Path) -> Model:
+def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Model:
     what = f"model {model.name}"
 
     def size(key: str) -> int | None:
@@ -190,11 +234,21 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path) -> Model:
         floor_bytes=sizes["floor"],
         share_bytes=sizes["share"],
         ceiling_bytes=sizes["ceiling"],
+        tiers=_tiers(model),
+        host_bytes=host_bytes,
+        lend_bytes=parse_bytes(model.lend, what=f"{what}: lend"),
         cpus=_cpus(model),
         args=tuple(model.args),
         env=model.env,
         least_bytes=least_bytes,
     )
+
+
+def _tiers(model: ModelTable) -> tuple[str, ...]:
+    unknown = [tier for tier in model.tiers if tier not in TIERS]
+    if unknown:
+        raise ConfigError(f"model {model.name}: tiers: unknown {unknown[0]!r}; known are {', '.join(TIERS)}")
+    return tuple(tier for tier in TIERS if tier in model.tiers)
 
 
 def _cpus(model: ModelTable) -> str:

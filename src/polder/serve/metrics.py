@@ -31,6 +31,12 @@ _ENGINE_GAUGES = {
     "running": ("running_requests", "Requests being worked on"),
     "waiting": ("waiting_requests", "Requests that wait for their turn"),
     "kv_used_ratio": ("kv_used_ratio", "Part of its blocks that running requests hold"),
+    "lent_offered_bytes": ("lent_offered_bytes", "Its idle KV memory on offer to others"),
+    "lent_borrowed_bytes": ("lent_borrowed_bytes", "Of this, what others hold"),
+    "lent_recall_p99_seconds": (
+        "lent_recall_p99_seconds",
+        "Waiting for a borrower when taking a block back, the last 4096 times",
+    ),
 }
 _ENGINE_COUNTERS = {
     "prefix_queries_tokens_total": "Prompt tokens looked up in the prefix cache",
@@ -44,6 +50,8 @@ _ENGINE_COUNTERS = {
     "migrated_blocks_total": "Blocks moved out of units that were given back",
     "evicted_blocks_total": "Cached blocks lost to shrinking",
     "steps_total": "Engine steps",
+    "lent_recalls_total": "Blocks on offer that it took back for itself",
+    "lent_borrowed_recalls_total": "Of these, blocks that somebody had borrowed",
 }
 _GIVEBACK_EDGES_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)
 

@@ -28,6 +28,7 @@ reserve_low = 0.04                # free memory below which the reserve is refil
 reserve_high = 0.08               # ... up to this (defaults)
 hold = "1s"                       # cache memory changes hands no more often (default)
 deadline = "200ms"                # time to give recalled memory back (default)
+host = "64GiB"                    # DRAM for KV that the caches have no room for, of all models (default: none)
 
 [[model]]                         # one for each model
 name = "chat"                     # what clients write as "model"
@@ -36,6 +37,9 @@ max_model_len = 8192              # optional, as are all that follow
 floor = "64MiB"                   # never taken from it (default: what one request of max_model_len needs)
 share = "160MiB"                  # its own on demand, more is on loan (default: an equal part)
 ceiling = "1GiB"                  # never more than this (default: the whole budget)
+tiers = ["peer", "host"]          # KV that its cache has no room for: to what others lend, to host memory (default: none)
+host = "32GiB"                    # its quota of host memory (default: an equal part for each model with this tier)
+lend = "96MiB"                    # most of its KV memory that it lends at a time while idle (default: nothing)
 cpus = "0-1"                      # its processes run on these cores only (default: on all)
 args = ["--enforce-eager"]        # more arguments for `vllm serve`
 env = { VLLM_CPU_OMP_THREADS_BIND = "0" }
@@ -55,6 +59,7 @@ class MemoryTable(msgspec.Struct, forbid_unknown_fields=True):
     reserve_high: str | float = PolicyConfig.reserve_high_ratio
     hold: str | float = PolicyConfig.min_hold_s
     deadline: str | float = PolicyConfig.deadline_s
+    host: str | int = 0
 
 
 class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -64,6 +69,9 @@ class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
     floor: str | int | None = None
     share: str | int | None = None
     ceiling: str | int | None = None
+    tiers: list[str] = []
+    host: str | int | None = None
+    lend: str | int = 0
     cpus: str = ""
     args: list[str] = []
     env: dict[str, str] = {}

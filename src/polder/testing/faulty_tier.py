@@ -27,7 +27,7 @@ class Faults:
 
 
 def parse_faults(text: str) -> Faults:
-    """"fail=0.2,corrupt=0.01,seed=1". Raises ConfigError on anything else."""
+    """ "fail=0.2,corrupt=0.01,seed=1". Raises ConfigError on anything else."""
     values: dict[str, float] = {}
     for part in filter(None, (word.strip() for word in text.split(","))):
         match = _FAULT.fullmatch(part)

@@ -46,14 +46,14 @@ class ChunkGeometry:
     def per_lot(self) -> int:
         return self.lots.ranks * self.lots.granules * self.parts
 
-    def place(self, chunk: int, table: LendingTable) -> tuple[int, int, int, int]:
-        """(lender's rank, unit, index of the page in the unit, offset in the page) of a chunk."""
-        granule, part = divmod(chunk, self.parts)
-        shard, q = divmod(granule, self.lots.granules)
-        lot, rank = divmod(shard, self.lots.ranks)
-        unit, inside = divmod(lot, self.lots.unit_lots)
-        offset = int(table.granule_offset[inside, q]) + part * self.chunk_bytes
-        return rank, unit, int(table.granule_page[inside, q]), offset
+    def places(self, chunks: IntArray, table: LendingTable) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """(lender's rank, unit, index of the page in the unit, offset in the page) of each chunk."""
+        granules, parts = np.divmod(chunks, self.parts)
+        shards, q = np.divmod(granules, self.lots.granules)
+        lots, ranks = np.divmod(shards, self.lots.ranks)
+        units, inside = np.divmod(lots, self.lots.unit_lots)
+        offsets = table.granule_offset[inside, q] + parts * self.chunk_bytes
+        return ranks, units, table.granule_page[inside, q].astype(np.int64), offsets
 
 
 class _Lender:
@@ -69,33 +69,52 @@ class _Lender:
         self.chunks = np.full((self.capacity, self.slot_chunks), -1, dtype=np.int64)
         self.made = np.zeros(self.capacity, dtype=np.bool_)
         self.taken = np.zeros(self.capacity, dtype=np.bool_)
+        self.lost = np.zeros(self.capacity, dtype=np.bool_)  # taken, unmade, and `lose` has not told of it yet
         self.loose: list[int] = []  # chunks of our lots that are in no slot
         self.unmade = list(range(self.capacity - 1, -1, -1))
         self.free: list[int] = []  # made and not taken
 
     def lose(self) -> IntArray:
-        """Notices lots that were taken back. Returns the taken slots that are gone with them."""
+        """Notices lots that were taken back. Returns the taken slots that are gone with them, and forgets those."""
         ours = np.flatnonzero(self.lot_epoch)
         if self.table.closed:
             gone = ours
         else:
             gone = ours[self.table.epoch[ours].astype(np.int64) != self.lot_epoch[ours]]
-        if not len(gone):
-            return np.empty(0, dtype=np.int64)
-        self.lot_epoch[gone] = 0
+        self._drop(gone)
+        lost = np.flatnonzero(self.lost)
+        self.lost[lost] = self.taken[lost] = False
+        self.chunks[lost] = -1
+        self.unmade.extend(lost.tolist())
+        return lost
+
+    def _drop(self, lots: IntArray) -> None:
+        """These lots are ours no more. Slots with a chunk there are unmade, but a taken one not before `lose` has told of it."""
+        if not len(lots):
+            return
+        self.lot_epoch[lots] = 0
         per_lot = self.cut.per_lot
         self.loose = [chunk for chunk in self.loose if self.lot_epoch[chunk // per_lot]]
         made = np.flatnonzero(self.made)
         hit = made[(self.lot_epoch[self.chunks[made] // per_lot] == 0).any(axis=1)]
         rest = self.chunks[hit].ravel()
         self.loose.extend(rest[self.lot_epoch[rest // per_lot] != 0].tolist())
-        lost = hit[self.taken[hit]]
-        self.made[hit] = self.taken[hit] = False
-        self.chunks[hit] = -1
-        self.unmade.extend(hit.tolist())
-        gone_slots = set(hit.tolist())
+        self.made[hit] = False
+        self.lost[hit] = self.taken[hit]
+        unused = hit[~self.taken[hit]]
+        self.chunks[unused] = -1
+        self.unmade.extend(unused.tolist())
+        gone_slots = set(unused.tolist())
         self.free = [slot for slot in self.free if slot not in gone_slots]
-        return lost
+
+    def give(self, slots: IntArray) -> None:
+        slots = slots[self.taken[slots]]
+        self.taken[slots] = False
+        lost = slots[self.lost[slots]]
+        self.lost[lost] = False
+        self.chunks[lost] = -1
+        self.unmade.extend(lost.tolist())
+        self.free.extend(slots[self.made[slots]].tolist())
 
     def grow(self, count: int, number: int, most_lots: int) -> None:
         """Makes slots until `count` are free, claiming lots for them while there are lots on offer."""
@@ -103,6 +122,7 @@ class _Lender:
         room = most_lots - int(np.count_nonzero(self.lot_epoch))
         if missing > 0 and room > 0:
             lots, epochs = self.table.claim(number, min(room, -(-missing // self.cut.per_lot)))
+            self._drop(lots[self.lot_epoch[lots] != 0])  # taken back and on offer again, faster than we looked
             self.lot_epoch[lots] = epochs
             for lot in lots.tolist():
                 self.loose.extend(range(lot * self.cut.per_lot, (lot + 1) * self.cut.per_lot))
@@ -131,7 +151,7 @@ class PeerSlots:
         return [lender.name for lender in self._lenders]
 
     def attach(self, name: str, table: LendingTable) -> None:
-        """A lender has come (or come back with a new table). One too many for `capacity` is passed over."""
+        """A lender has come (or come back with a new table). The table is ours now. One too many for `capacity` is passed over."""
         self.detach(name)
         first = 0
         capacity = _Lender(name, table, self._shard_bytes, self._ranks, 0).capacity
@@ -141,11 +161,14 @@ class PeerSlots:
             first = known.first + known.capacity
         if first + capacity <= self.capacity:
             self._lenders.append(_Lender(name, table, self._shard_bytes, self._ranks, first))
+        else:
+            table.close()
 
     def detach(self, name: str) -> None:
         """A lender is gone: its slots are lost."""
         for lender in [known for known in self._lenders if known.name == name]:
-            self._gone.append(lender.first + np.flatnonzero(lender.taken))
+            if lender.taken.any():
+                self._gone.append(lender.first + np.flatnonzero(lender.taken))
             self._lenders.remove(lender)
             lender.table.close()
 
@@ -156,7 +179,8 @@ class PeerSlots:
     def take(self, count: int) -> IntArray:
         found: list[int] = []
         for lender in self._lenders:
-            if len(found) < count and not lender.table.closed:
+            # While slots of one that left are not told as lost, their numbers may not come again.
+            if len(found) < count and not lender.table.closed and not self._gone:
                 wanted = count - len(found)
                 lender.grow(wanted, self._number, lender.table.geometry.lots // self._share)
                 slots = lender.free[:wanted]
@@ -167,9 +191,8 @@ class PeerSlots:
 
     def give(self, slots: IntArray) -> None:
         for lender, _, local in self._split(slots):
-            mine = local[lender.taken[local]]
-            lender.taken[mine] = False
-            lender.free.extend(mine.tolist())
+            lender.give(local)
+        self._gone = [left for gone in self._gone if len(left := gone[~np.isin(gone, slots)])]
 
     def lost(self) -> IntArray:
         lost = [*self._gone, *(lender.first + lender.lose() for lender in self._lenders)]
@@ -178,18 +201,25 @@ class PeerSlots:
         return np.concatenate(lost) if lost else np.empty(0, dtype=np.int64)
 
     def recipes(self, slots: IntArray) -> list[tuple[IntArray, Recipe]]:
-        found = []
+        found, rest = [], np.ones(len(slots), dtype=np.bool_)
         for lender, positions, local in self._split(slots):
+            local = local[made := lender.made[local]]
+            positions = positions[made]
+            rest[positions] = False
             shape = (len(local), self._ranks, lender.cut.per_rank)
             chunks = lender.chunks[local].reshape(shape)
             epochs = lender.lot_epoch[chunks // lender.cut.per_lot]
             found.append((positions, Recipe(lender=lender.name, slots=local, chunks=chunks, epochs=epochs)))
+        if rest.any():  # lost already: no table has epoch 0, and no lender this name
+            nowhere = np.zeros((int(rest.sum()), self._ranks, 1), dtype=np.int64)
+            gone = Recipe(lender="", slots=np.full(len(nowhere), -1), chunks=nowhere, epochs=nowhere)
+            found.append((np.flatnonzero(rest), gone))
         return found
 
     def statistics(self) -> SlotStatistics:
         return SlotStatistics(
             slots=sum(int(lender.made.sum()) for lender in self._lenders),
-            used=sum(int(lender.taken.sum()) for lender in self._lenders),
+            used=sum(int(lender.taken.sum()) for lender in self._lenders) + sum(map(len, self._gone)),
             slot_bytes=self.slot_bytes,
             lost=self._lost,
         )
@@ -205,7 +235,8 @@ class PeerSlots:
                 raise IntegrityError(f"{lender.name}: {len(chunks)} chunks booked, {owned} borrowed")
             free = np.zeros(lender.capacity, dtype=np.bool_)
             free[lender.free] = True
-            if len(set(lender.free)) != len(lender.free) or not np.array_equal(free | lender.taken, lender.made):
+            inuse = lender.taken & ~lender.lost
+            if len(set(lender.free)) != len(lender.free) or not np.array_equal(free ^ inuse, lender.made):
                 raise IntegrityError(f"{lender.name}: a slot is neither free nor taken, or both")
 
     def close(self) -> None:

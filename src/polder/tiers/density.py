@@ -1,159 +1,225 @@
-"""draft 2"""
+"""The policy of Polder's tiers: blocks go in order of hit density, a prefix from its end.
+
+A block's group is how often it was hit (0, 1, 2, 3 or more) and how much of the request that used it last was known (less than a quarter: a new
+conversation behind a common prompt; more than three quarters: the next turn of one). `reuse_times` learns for each group and age what a
+slot gains by keeping such a block; the least goes first, and what is new is refused if it is worth less than that.
+
+Blocks that a request used together have the same age and kind, and one nearer to the head of the prefix has at least as many hits, so it is worth
+at least as much: a prefix loses its end first, and of two of equal worth the older one is lost whole before the younger one is cut.
+
+Bounded: 6 numbers a slot and 4 a ghost, four ghosts a slot. A use costs a few microseconds; slots are put in order in bulk, when a sixteenth
+of them has gone.
+"""
+
 from __future__ import annotations
-import math
+
 import numpy as np
+
 from polder.errors import IntegrityError
 from polder.tiers.eviction import BoolArray, IntArray, UintArray
+from polder.tiers.ghosts import Ghosts
+from polder.tiers.reuse_times import FloatArray, ReuseTimes, bin_of
 
-BINS=56
-STEP=3      # bins per octave
-FIRST=0.25
-EDGES=np.concatenate([[0.0],FIRST*2.0**(np.arange(BINS)/STEP)])
-WIDTH=np.diff(EDGES)
+__all__ = ["HitDensity"]
 
-def bin_of(age):
-    return np.searchsorted(EDGES[1:-1],age,side='right')
+_LEVELS = 4
+"""Hits: 0, 1, 2, 3 or more."""
+_KNOWN_SHARES = (0.25, 0.75)
+_KINDS = len(_KNOWN_SHARES) + 1
+_SAME_USE_S = 0.02
+"""Uses so soon after the last are the same request's: looked up, then stored."""
+_BULK = 16
+_WORTH_STEPS = 2
+"""Worth is compared in half octaves: finer differences are noise, and there the older block goes."""
+
 
 class HitDensity:
-    HITS=4; LENS=1; FRACS=3; GAPS=1
-    PRIOR=200.0; HALFLIFE=3600.0; GHOSTS=4; BATCH=32; REBUILD_S=5.0; Q=64
-    GAP_EDGES=(30.0,120.0); FRAC_EDGES=(0.25,0.75); LEN_EDGES=(8,24,64)
-    def __init__(self,capacity):
-        self.capacity=capacity
-        z=lambda: np.zeros(capacity,np.int64)
-        self.key=np.zeros(capacity,np.uint64); self.depth=z(); self.hits=z(); self.cls=np.full(capacity,-1); self.turn=np.full(capacity,-1)
-        self.last=np.zeros(capacity)
-        n=1<<max(6,math.ceil(math.log2(max(1,self.GHOSTS*capacity))))
-        self.gmask=np.uint64(n-1)
-        self.gkey=np.zeros(n,np.uint64); self.glast=np.zeros(n); self.ghits=np.zeros(n,np.int64); self.gcls=np.full(n,-1,np.int64)
-        self.R=self.LENS*self.FRACS*self.GAPS; self.C=self.HITS*self.R
-        self.hit=np.zeros((self.C,BINS)); self.ended=np.zeros((self.C,BINS))
-        self.rank=np.tile(1.0/(EDGES[:-1]+1.0),(self.C,1)); self._q()
-        self.built=None; self.batch=0; self.now=-1.0
-        self.queue=np.empty(0,np.int64); self.queue_turn=np.empty(0,np.int64); self.queue_rank=np.empty(0)
-        self.req=(0,-1.0)  # found so far at self.now, gap
-    def _q(self):
-        self.qrank=(np.log2(np.maximum(self.rank,1e-9))*self.Q).astype(np.int64)+31*self.Q
-    def _tick(self,now):
-        if now!=self.now:
-            self.batch+=1; self.now=now; self.req=(0,-1.0)
-            if self.built is None: self.built=now
-            if now-self.built>self.REBUILD_S: self._build()
-    def _class(self,hits,length,found,gap):
-        r=0
-        if self.LENS>1: r=int(np.searchsorted(self.LEN_EDGES,length))
-        if self.FRACS>1: r=r*self.FRACS+int(np.searchsorted(self.FRAC_EDGES,found/max(1,length)))
-        if self.GAPS>1: r=r*self.GAPS+(int(np.searchsorted(self.GAP_EDGES,gap)) if gap>=0 else self.GAPS-1)
-        return np.minimum(hits,self.HITS-1)*self.R+r
-    def _ghost(self,keys):
-        at=(keys&self.gmask).astype(np.int64)
-        return at,(self.gkey[at]==keys)&(self.gcls[at]>=0)
-    def touch(self,slots,now):
-        self._tick(now)
-        if not len(slots): return
-        age=now-self.last[slots]
-        again=age>0
-        s=slots[again]
-        if len(s):
-            age=age[again]
-            np.add.at(self.hit,(self.cls[s],bin_of(age)),1.0)
-            self.hits[s]=np.maximum.accumulate(self.hits[s][::-1]+1)[::-1]; self.last[s]=now; self.turn[s]=self.batch
-            self.req=(len(slots),float(age[-1]))
-            self.touched=s
-            self._reclass(len(slots))
-    def _reclass(self,length):
-        s=self.touched
-        self.cls[s]=self._class(self.hits[s],length,*self.req)
-    def missed(self,keys,now):
-        self._tick(now)
-        if not len(keys): return
-        at,known=self._ghost(keys)
-        k=at[known]
-        hits=np.zeros(len(keys),np.int64)
-        found=self.req[0]
-        length=found+len(keys)
-        if len(k):
-            age=now-self.glast[k]
-            np.add.at(self.hit,(self.gcls[k],bin_of(age)),1.0)
-            hits[known]=self.ghits[k]+1
-            hits=np.maximum.accumulate(hits[::-1])[::-1]
-            if found: self.hits[self.touched]=np.maximum(self.hits[self.touched],hits[0])
-            self.gcls[k]=-1
-            self.req=(found+len(k),float(age[-1]))
-        if found: self._reclass(length)
-        cls=self._class(hits,length,*self.req)
-        self._remember(keys,now,hits,cls,at)
-    def insert(self,slots,keys,depths,now):
-        self._tick(now)
-        at,known=self._ghost(keys)
-        hits=np.where(known,self.ghits[at],0)
-        self.key[slots]=keys; self.depth[slots]=depths; self.last[slots]=now; self.turn[slots]=self.batch
-        self.hits[slots]=hits
-        self.cls[slots]=np.where(known,self.gcls[at],self._class(hits,int(depths[-1])+1,0,-1.0))
-        self.gcls[at[known]]=-1
-    def admits(self,keys,depths,now):
-        self._tick(now)
-        at,known=self._ghost(keys)
-        cls=np.where(known,self.gcls[at],self._class(np.zeros(len(keys),np.int64),int(depths[-1])+1,0,-1.0))
-        mine=self.rank[cls,0]
-        self._refill(len(keys))
-        v=self.queue_rank[self._fresh()][:len(keys)]
-        want=np.zeros(len(keys),bool); want[:len(v)]=mine[:len(v)]>=v
-        return np.logical_and.accumulate(want)
-    def _remember(self,keys,last,hits,cls,at=None):
-        if at is None: at=(keys&self.gmask).astype(np.int64)
-        old=(self.gcls[at]>=0)
-        o=at[old]
-        if len(o): np.add.at(self.ended,(self.gcls[o],bin_of(np.maximum(self.now-self.glast[o],0))),1.0)
-        self.gkey[at]=keys; self.glast[at]=last; self.ghits[at]=hits; self.gcls[at]=cls
-    def remove(self,slots):
-        self._remember(self.key[slots],self.last[slots],self.hits[slots],self.cls[slots])
-        self.cls[slots]=-1
-        self.turn[slots]=-1
-    def _build(self):
-        f=0.5**((self.now-self.built)/self.HALFLIFE); self.hit*=f; self.ended*=f
-        self.built=self.now
-        live=np.zeros(self.C*BINS)
-        for c,l in ((self.cls,self.last),(self.gcls,self.glast)):
-            o=np.flatnonzero(c>=0)
-            live+=np.bincount(c[o]*BINS+bin_of(self.now-l[o]),minlength=self.C*BINS)
-        cens=self.ended+live.reshape(self.C,BINS)
-        tot=cens+self.hit
-        risk=np.cumsum(tot[:,::-1],axis=1)[:,::-1]-0.5*cens
-        pool_q=self.hit.sum(0)/np.maximum(risk.sum(0),1.0)
-        q=np.clip((self.hit+self.PRIOR*pool_q)/(risk+self.PRIOR),0,1)
-        keep=np.cumprod(1-q,axis=1)
-        S=np.concatenate([np.ones((self.C,1)),keep[:,:-1]],axis=1)
-        hitp=S*q; occ=WIDTH*(S-hitp/2)
-        z=np.zeros((self.C,1))
-        H=np.concatenate([z,np.cumsum(hitp,axis=1)],axis=1)
-        T=np.concatenate([z,np.cumsum(occ,axis=1)],axis=1)
-        r=np.empty((self.C,BINS))
-        for i in range(BINS):
-            r[:,i]=((H[:,i+1:]-H[:,i:i+1])/np.maximum(T[:,i+1:]-T[:,i:i+1],1e-12)).max(axis=1)
-        r=np.maximum.accumulate(r.reshape(self.HITS,self.R,BINS),axis=0).reshape(self.C,BINS)
-        self.rank=r; self._q()
-        self.queue=self.queue[:0]; self.queue_turn=self.queue_turn[:0]; self.queue_rank=self.queue_rank[:0]
-    def _fresh(self):
-        return self.turn[self.queue]==self.queue_turn
-    def _order(self,count,mask):
-        s=np.flatnonzero(mask)
-        c,b=self.cls[s],bin_of(self.now-self.last[s])
-        comp=(self.qrank[c,b]<<43)|((self.turn[s]&0x7fffffff)<<12)|(4095-np.minimum(self.depth[s],4095))
-        if count<len(s):
-            p=np.argpartition(comp,count)[:count]; p=p[np.argsort(comp[p])]
-        else: p=np.argsort(comp)
-        return s[p],self.rank[c[p],b[p]]
-    def _refill(self,count):
-        if np.count_nonzero(self._fresh())<count:
-            n=max(2*count,self.capacity//self.BATCH)
-            self.queue,self.queue_rank=self._order(n,self.cls>=0)
-            self.queue_turn=self.turn[self.queue]
-    def victims(self,count,pinned):
-        self._refill(count)
-        ok=self._fresh()&~pinned[self.queue]
-        got=self.queue[ok][:count]
-        if len(got)<count:
-            got=self._order(count,(self.cls>=0)&~pinned)[0]
-        return got
-    def check_integrity(self): pass
+    """See above. An EvictionPolicy."""
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        ghosts_per_slot: float = 4.0,
+        prior_spells: float = 200.0,
+        halflife_s: float = 3600.0,
+        estimate_every_s: float = 5.0,
+    ) -> None:
+        self._capacity = capacity
+        self._key = np.zeros(capacity, dtype=np.uint64)
+        self._depth = np.zeros(capacity, dtype=np.int64)
+        self._hits = np.zeros(capacity, dtype=np.int64)
+        self._group = np.full(capacity, -1, dtype=np.int64)  # -1: an empty slot
+        self._use = np.full(capacity, -1, dtype=np.int64)  # number of the moment of its last use
+        self._last_s = np.zeros(capacity)
+        self._ghosts = Ghosts(int(ghosts_per_slot * capacity))
+        self._times = ReuseTimes(levels=_LEVELS, kinds=_KINDS, prior_spells=prior_spells, halflife_s=halflife_s)
+        self._estimate_every_s = estimate_every_s
+        self._estimated_s: float | None = None
+        self._now = -np.inf
+        self._moment = 0
+        self._found = np.empty(0, dtype=np.int64)  # slots that the request of this moment found
+        self._rank_worth()
+        self._forget_order()
+
+    # ------------------------------------------------------------------ what happens
+
+    def touch(self, slots: IntArray, now: float) -> None:
+        self._advance(now)
+        ages = now - self._last_s[slots]
+        again = ages > _SAME_USE_S
+        if not again.any():
+            return
+        found = slots[again]
+        self._times.used(self._group[found], ages[again])
+        self._hits[found] = _at_least_what_follows(self._hits[found] + 1)
+        self._last_s[found], self._use[found] = now, self._moment
+        self._group[found] = self._group_of(self._hits[found], len(slots), len(slots))
+        self._found = found
+
+    def missed(self, keys: UintArray, now: float) -> None:
+        self._advance(now)
+        if not len(keys):
+            return
+        rows, known = self._ghosts.find(keys)
+        old = rows[known]
+        hits = np.zeros(len(keys), dtype=np.int64)
+        if len(old):
+            self._times.used(self._ghosts.group[old], np.maximum(now - self._ghosts.last_s[old], 0.0))
+            hits[known] = self._ghosts.hits[old] + 1
+            hits = _at_least_what_follows(hits)
+            self._ghosts.drop(old)
+        found, total = len(self._found), len(self._found) + len(keys)
+        if found:
+            self._hits[self._found] = np.maximum(self._hits[self._found], hits[0])
+            self._group[self._found] = self._group_of(self._hits[self._found], found + len(old), total)
+        self._remember(keys, np.full(len(keys), now), hits, self._group_of(hits, found + len(old), total))
+
+    def insert(self, slots: IntArray, keys: UintArray, depths: IntArray, now: float) -> None:
+        self._advance(now)
+        if not len(slots):
+            return
+        self._hits[slots], self._group[slots] = self._recall(keys, depths)
+        rows, known = self._ghosts.find(keys)
+        self._ghosts.drop(rows[known])
+        self._key[slots], self._depth[slots] = keys, depths
+        self._last_s[slots], self._use[slots] = now, self._moment
+
+    def remove(self, slots: IntArray) -> None:
+        slots = slots[self._group[slots] >= 0]
+        self._remember(self._key[slots], self._last_s[slots], self._hits[slots], self._group[slots])
+        self._group[slots] = self._use[slots] = -1
+
+    # ------------------------------------------------------------------ what to do
+
+    def victims(self, count: int, pinned: BoolArray) -> IntArray:
+        self._put_in_order(count)
+        chosen = self._order[self._unchanged() & ~pinned[self._order]][:count]
+        if len(chosen) < count:
+            chosen, _ = self._worst(count, (self._group >= 0) & ~pinned)
+        return chosen
+
+    def admits(self, keys: UintArray, depths: IntArray, now: float) -> BoolArray:
+        self._advance(now)
+        count = len(keys)
+        wanted = np.zeros(count, dtype=np.bool_)
+        if not count:
+            return wanted
+        _, groups = self._recall(keys, depths)
+        self._put_in_order(count)
+        victims = self._order_worth[self._unchanged()][:count]
+        wanted[: len(victims)] = self._times.worth[groups[: len(victims)], 0] >= victims
+        return np.logical_and.accumulate(wanted)
+
+    def check_integrity(self) -> None:
+        occupied = self._group >= 0
+        if (occupied != (self._use >= 0)).any():
+            raise IntegrityError("a slot has a group and no last use, or the other way round")
+        if (self._last_s[occupied] > self._now).any() or (self._hits[occupied] < 0).any():
+            raise IntegrityError("a slot was used in the future, or less than never")
+        resident = np.zeros(len(self._ghosts.key), dtype=np.bool_)
+        rows, known = self._ghosts.find(self._key[occupied])
+        resident[rows[known]] = True
+        if resident.any():
+            raise IntegrityError(f"{int(resident.sum())} ghosts of blocks that are stored")
+
+    # ------------------------------------------------------------------ groups
+
+    def _group_of(self, hits: IntArray, known: int, total: int) -> IntArray:
+        kind = int(np.searchsorted(_KNOWN_SHARES, known / total))
+        return np.minimum(hits, _LEVELS - 1) * _KINDS + kind
+
+    def _recall(self, keys: UintArray, depths: IntArray) -> tuple[IntArray, IntArray]:
+        """Hits and groups of new blocks, from the ghosts that `missed` left; one whose ghost was overwritten is as the block before it."""
+        rows, known = self._ghosts.find(keys)
+        if not known.any():
+            hits = np.zeros(len(keys), dtype=np.int64)
+            return hits, self._group_of(hits, int(depths[0]), int(depths[-1]) + 1)
+        at = np.maximum.accumulate(np.where(known, np.arange(len(keys)), -1))
+        at = rows[np.where(at < 0, int(np.argmax(known)), at)]
+        return self._ghosts.hits[at], self._ghosts.group[at]
+
+    def _remember(
+        self, keys: UintArray, last_s: np.ndarray[tuple[int], np.dtype[np.float64]], hits: IntArray, groups: IntArray
+    ) -> None:
+        rows, _ = self._ghosts.find(keys)
+        old = rows[self._ghosts.group[rows] >= 0]
+        if len(old):
+            self._times.lost(self._ghosts.group[old], np.maximum(self._now - self._ghosts.last_s[old], 0.0))
+        self._ghosts.put(keys, last_s, hits, groups)
+
+    def _advance(self, now: float) -> None:
+        if now <= self._now:
+            return
+        self._now = now
+        self._moment += 1
+        self._found = self._found[:0]
+        if self._estimated_s is None:
+            self._estimated_s = now
+        elapsed_s = now - self._estimated_s
+        if elapsed_s >= self._estimate_every_s:
+            self._estimated_s = now
+            slots, rows = np.flatnonzero(self._group >= 0), np.flatnonzero(self._ghosts.group >= 0)
+            in_sight = self._times.census(self._group[slots], now - self._last_s[slots])
+            in_sight += self._times.census(self._ghosts.group[rows], now - self._ghosts.last_s[rows])
+            self._times.estimate(in_sight, elapsed_s)
+            self._rank_worth()
+            self._forget_order()
+
+    # ------------------------------------------------------------------ order
+
+    def _rank_worth(self) -> None:
+        steps = np.floor(np.log2(np.maximum(self._times.worth, 1e-9)) * _WORTH_STEPS) + 30 * _WORTH_STEPS
+        self._rank = np.clip(steps, 0, 127).astype(np.int64)
+
+    def _forget_order(self) -> None:
+        self._order = self._order_use = np.empty(0, dtype=np.int64)
+        self._order_worth = np.empty(0)
+
+    def _unchanged(self) -> BoolArray:
+        return self._use[self._order] == self._order_use
+
+    def _put_in_order(self, count: int) -> None:
+        if int(np.count_nonzero(self._unchanged())) < count:
+            bulk = max(2 * count, self._capacity // _BULK)
+            self._order, self._order_worth = self._worst(bulk, self._group >= 0)
+            self._order_use = self._use[self._order]
+
+    def _worst(self, count: int, among: BoolArray) -> tuple[IntArray, FloatArray]:
+        """The slots to go first and their worth: by worth in steps, then the longest unused, then the deepest."""
+        slots = np.flatnonzero(among)
+        groups, ages = self._group[slots], bin_of(self._now - self._last_s[slots])
+        ranks = self._rank[groups, ages]
+        depths = np.minimum(self._depth[slots], (1 << 16) - 1)
+        order = (ranks << 56) | ((self._use[slots] & ((1 << 40) - 1)) << 16) | ((1 << 16) - 1 - depths)
+        if count < len(slots):
+            first = np.argpartition(order, count)[:count]
+            first = first[np.argsort(order[first])]
+        else:
+            first = np.argsort(order)
+        return slots[first], self._times.worth[groups[first], ages[first]]
+
+
+def _at_least_what_follows(hits: IntArray) -> IntArray:
+    """Raises each to the largest behind it: who read a block has read those before it."""
+    return np.maximum.accumulate(hits[::-1])[::-1]

@@ -129,11 +129,12 @@ class BlockIndex:
         each tier that has free slots and lacks it: a faster one serves it sooner, a slower one saves it when lent memory is recalled.
         """
         self.refresh()
-        fresh = [i for i, key in enumerate(keys) if key not in self._entry_of]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}  # a key that comes twice is written once
+        fresh = [i for i in sorted(first.values()) if keys[i] not in self._entry_of]
         rows: list[tuple[int, int, int, int]] = []  # position, entry, tier, slot
         placed = self._place_new(keys, depths, fresh, now)
         rows.extend(placed)
-        known = [(i, self._entry_of[key]) for i, key in enumerate(keys) if key in self._entry_of]
+        known = [(i, self._entry_of[keys[i]]) for i in sorted(first.values()) if keys[i] in self._entry_of]
         for tier, slots in enumerate(self._tiers):
             lacking = [
                 (i, entry)
@@ -238,7 +239,8 @@ class BlockIndex:
             numbers = key_numbers([keys[i] for i in todo])
             wanted = self._policy.admits(numbers, depths[todo], now)
             todo = [i for i, wants in zip(todo, wanted.tolist(), strict=True) if wants]
-            for i, (tier, slot) in zip(todo, self._make_room(len(todo), {row[1] for row in rows}), strict=False):
+            keep = {self._entry_of[key] for key in keys if key in self._entry_of}  # no block makes room for one behind it
+            for i, (tier, slot) in zip(todo, self._make_room(len(todo), keep), strict=False):
                 rows.append(self._enter(keys[i], i, tier, slot))
         if rows:
             at = np.array([row[0] for row in rows], dtype=np.int64)

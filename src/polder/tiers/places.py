@@ -20,7 +20,7 @@ from polder.memory.span import Span
 from polder.memory.tensor import tensor_over
 from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.lending import LendingTable
-from polder.tiers.slots import Recipe
+from polder.tiers.slots import IntArray, Recipe
 from polder.tiers.transfer import Mover, Pieces
 
 __all__ = ["CpuMover", "CudaMover", "HostMemory", "Lent", "PeerMemory", "pair", "wait_for_end"]
@@ -120,17 +120,20 @@ class _Mirror:
         self._imported = ImportedPages(backend)
         pages = lent.table.pages
         self._span = Span(backend, pages.size)
+        self._first = self._span.address(0)
         self._mapped = np.full(pages.shape, -1, dtype=np.int64)
 
-    def address(self, chunk: int) -> int:
-        """Where the chunk is. Raises when its unit is not mapped, or the lender gave the page back."""
+    def addresses(self, chunks: IntArray) -> list[int]:
+        """Where the chunks are. Raises when a unit is not mapped, or the lender gave a page back."""
         table = self.lent.table
-        rank, unit, page, offset = self.lent.cut.place(chunk, table)
-        number = int(table.pages[rank, unit, page])
-        at = (rank * table.geometry.units + unit) * table.geometry.unit_pages + page
-        if self._mapped[rank, unit, page] != number:
-            self._remap(rank, unit, page, at, number)
-        return self._span.address(at) + offset
+        ranks, units, pages, offsets = self.lent.cut.places(chunks, table)
+        at = (ranks * table.geometry.units + units) * table.geometry.unit_pages + pages
+        numbers = table.pages.ravel()[at]
+        for wrong in np.unique(at[self._mapped.ravel()[at] != numbers]).tolist():
+            rank, unit, page = np.unravel_index(wrong, table.pages.shape)
+            self._remap(int(rank), int(unit), int(page), wrong, int(table.pages[rank, unit, page]))
+        found: list[int] = (self._first + at * self._backend.page_bytes + offsets).tolist()
+        return found
 
     def _remap(self, rank: int, unit: int, page: int, at: int, number: int) -> None:
         if self._mapped[rank, unit, page] >= 0:
@@ -164,7 +167,7 @@ class PeerMemory:
         if not table.valid(lots, epochs[first]):
             return False
         # Before the lock: it may ask the broker for handles, and a lender must not wait for that.
-        target = [(mirror.address(chunk), mirror.lent.cut.chunk_bytes) for chunk in chunks.tolist()]
+        target = [(address, mirror.lent.cut.chunk_bytes) for address in mirror.addresses(chunks)]
         with table.writing(self._number, lots.tolist(), epochs[first].tolist()) as ours:
             if ours:
                 mover.copy(target, block)
@@ -177,9 +180,9 @@ class PeerMemory:
         if not mirror.lent.table.valid(lots, epochs):
             return False
         source, left = [], sum(size for _, size in block)
-        for chunk in chunks.tolist():
+        for address in mirror.addresses(chunks):
             size = min(left, mirror.lent.cut.chunk_bytes)
-            source.append((mirror.address(chunk), size))
+            source.append((address, size))
             left -= size
         mover.copy(block, source)
         return mirror.lent.table.valid(lots, epochs)

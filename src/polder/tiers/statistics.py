@@ -86,7 +86,9 @@ def verdict(figures: Mapping[str, float]) -> str:
     """One line from `figures`: "tiers saved 812 s of prefill, cost 3.1 s of copies, 12 GiB written never read"; "" without tiers."""
     if "tier_saved_prefill_seconds_total" not in figures:
         return ""
-    copies = sum(value for name, value in figures.items() if name.endswith(("_load_seconds_total", "_store_seconds_total")))
+    copies = sum(
+        value for name, value in figures.items() if name.endswith(("_load_seconds_total", "_store_seconds_total"))
+    )
     parts = [
         f"tiers saved {figures['tier_saved_prefill_seconds_total']:.3g} s of prefill",
         f"cost {copies:.3g} s of copies",

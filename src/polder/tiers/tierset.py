@@ -1,10 +1,10 @@
 """All tiers of one engine, as its scheduler sees them: what may be loaded, what is worth loading, what is written where.
 
-    find / plan_load   a request asks: which of its blocks are in tiers, and how many of them are worth loading (planner/gate.py)
-    prepare_load       pins them, and makes the job that the workers carry out
-    prepare_store      chooses places for blocks that the engine has computed or loaded, and makes the job
-    complete           all ranks have reported: what failed is forgotten
-    drop_all           the weights changed: nothing here is valid any more
+find / plan_load   a request asks: which of its blocks are in tiers, and how many of them are worth loading (planner/gate.py)
+prepare_load       pins them, and makes the job that the workers carry out
+prepare_store      chooses places for blocks that the engine has computed or loaded, and makes the job
+complete           all ranks have reported: what failed is forgotten
+drop_all           the weights changed: nothing here is valid any more
 """
 
 from __future__ import annotations
@@ -166,7 +166,12 @@ class TierSet:
             for chosen, recipe in slots.recipes(places.slots[mine]):
                 rows = mine[chosen]
                 part = Part(
-                    tier=tier, rows=rows, blocks=blocks[rows], slots=places.slots[rows], seeds=seeds[rows], recipe=recipe
+                    tier=tier,
+                    rows=rows,
+                    blocks=blocks[rows],
+                    slots=places.slots[rows],
+                    seeds=seeds[rows],
+                    recipe=recipe,
                 )
                 parts.append(part)
         return Job(number=number, direction=direction, parts=tuple(parts))

@@ -270,7 +270,9 @@ class ElasticCore:
             self._useful_at = now
             curve = self._reuse.curve(now, self._seconds_per_token)
             # Below a hundredth of a second saved per second, what reuse there is does not pay for keeping memory.
-            self._useful = next((u for u, s in enumerate(curve) if s >= 0.95 * curve[-1]), 0) if curve and curve[-1] > 0.01 else 0
+            self._useful = (
+                next((u for u, s in enumerate(curve) if s >= 0.95 * curve[-1]), 0) if curve and curve[-1] > 0.01 else 0
+            )
         return self._useful
 
     def _need_units(self) -> tuple[int, int]:

@@ -31,7 +31,7 @@ EVERY_S = 1.0
 PEAK_S = 20.0
 RESERVE = 0.1
 """Of all blocks: neither needed nor lent, so that small needs take nothing back."""
-AT_ONCE = 64
+AT_ONCE = 256
 """Blocks offered in one go: offering takes a lock a block, and is done between two steps."""
 
 

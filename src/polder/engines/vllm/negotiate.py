@@ -135,7 +135,9 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
     """Raises ConfigError for what elastic KV does not work with yet; docs/failures.md lists it."""
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and transfer.kv_connector != CONNECTOR:
-        raise ConfigError(f"elastic KV does not work together with {transfer.kv_connector} yet: remove --kv-transfer-config")
+        raise ConfigError(
+            f"elastic KV does not work together with {transfer.kv_connector} yet: remove --kv-transfer-config"
+        )
     if bool(settings.tiers) != (transfer is not None):
         flag = f'--kv-transfer-config \'{{"kv_connector":"{CONNECTOR}","kv_role":"kv_both"}}\''
         raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")

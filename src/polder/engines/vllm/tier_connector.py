@@ -32,9 +32,6 @@ from polder.tiers.transfer import Finished
 __all__ = ["PolderConnector", "complete_config"]
 
 
-
-
-
 @dataclass
 class TierWorkerMetadata(OffloadingWorkerMetadata):  # type: ignore[misc]
     """What the workers report up, with the outcome of each job."""
@@ -180,5 +177,3 @@ def complete_config(vllm_config: Any) -> None:
     transfer = vllm_config.kv_transfer_config
     transfer.kv_load_failure_policy = "recompute"
     transfer.kv_connector_extra_config.setdefault("spec_name", SPEC)
-
-

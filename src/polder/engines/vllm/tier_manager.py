@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ __all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager", "agree"]
 
 logger = logging.getLogger("polder.engine")
 
+STATISTICS_EVERY_S = 0.25
+
 _SOURCES = {"peer": CacheHitSource.P2P, "host": CacheHitSource.HOST}
 
 
@@ -81,7 +84,11 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         for name, capacity in zip(plan.tiers, plan.capacities, strict=True):
             if name == "peer":
                 self.peers = PeerSlots(
-                    name=name, number=plan.number, shard_bytes=plan.shard_bytes, ranks=agreement.ranks, capacity=capacity
+                    name=name,
+                    number=plan.number,
+                    shard_bytes=plan.shard_bytes,
+                    ranks=agreement.ranks,
+                    capacity=capacity,
                 )
                 slots.append(self.peers)
             else:
@@ -90,6 +97,7 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         self.tiers = TierSet(slots, policy, ranks=agreement.ranks, block_tokens=agreement.block_tokens)
         self._lender_pids: dict[str, int] = {}
         self._sent: dict[str, float] = {}
+        self._sent_at = float("-inf")
         self._neighbours: Neighbours | None = None
         self._retried_at = float("-inf")
 
@@ -111,7 +119,9 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput:
         ordered = list(keys)
         size = self._agreement.block_tokens
-        depths = np.array([(req_context.get_offload_key_position(key) or size) // size - 1 for key in ordered], dtype=np.int64)
+        depths = np.array(
+            [(req_context.get_offload_key_position(key) or size) // size - 1 for key in ordered], dtype=np.int64
+        )
         prepared = self.tiers.prepare_store(ordered, depths)
         if prepared is None:
             return PrepareStoreOutput(keys_to_store=[], store_spec=LoadStoreSpec(), evicted_keys=[])
@@ -128,7 +138,11 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         self.tiers.drop_all()
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        """What changed since the last call. Gauges always come."""
+        """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as a look-up."""
+        now = time.monotonic()
+        if now - self._sent_at < STATISTICS_EVERY_S:
+            return None
+        self._sent_at = now
         stats = OffloadingConnectorStats()
         for name, value in self.tiers.figures().items():
             metric, labels = _metric_of(name)
@@ -172,7 +186,9 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
             request = FetchTable(engine=self._agreement.engine, lender=name)
             table = open_table(fetch_table(self._agreement.broker, request, timeout_s=1.0))
         except PolderError as error:
-            logger.info("%s does not lend yet: %s", name, error)  # it is asked again when anybody comes or goes, and every second
+            logger.info(
+                "%s does not lend yet: %s", name, error
+            )  # it is asked again when anybody comes or goes, and every second
             return
         self._lender_pids[name] = pid
         self.peers.attach(name, table)
@@ -222,7 +238,7 @@ _GAUGES = ("tier_prefill_seconds_per_token", "tier_writing_pays")
 
 
 def _metric_of(name: str) -> tuple[str, tuple[str, ...]]:
-    """"tier_host_hit_tokens_total" -> ("polder_tier_hit_tokens", ("host",)): the client library appends _total itself."""
+    """ "tier_host_hit_tokens_total" -> ("polder_tier_hit_tokens", ("host",)): the client library appends _total itself."""
     plain = name.removesuffix("_total")
     for tier in TIERS:
         if plain.startswith(f"tier_{tier}_"):

@@ -60,7 +60,9 @@ class TierJob(LoadStoreSpec):  # type: ignore[misc]
 class PolderWorker(OffloadingWorker):  # type: ignore[misc]
     """Adapts TierWorker to vLLM."""
 
-    def __init__(self, tiers: TierWorker, groups: Sequence[Sequence[tuple[int, int, int]]], on_close: Callable[[], None]) -> None:
+    def __init__(
+        self, tiers: TierWorker, groups: Sequence[Sequence[tuple[int, int, int]]], on_close: Callable[[], None]
+    ) -> None:
         """`groups`: for each KV cache group (address of block 0, bytes from block to block, bytes of a block) of every layer."""
         self.tiers, self._groups, self._on_close = tiers, groups, on_close
         self._numbers: dict[int, int] = {}  # job number -> vLLM's job id
@@ -152,7 +154,9 @@ class _HostRegion:
         self._span = Span(self._backend, len(pages))
         self._span.map(range(len(pages)), self._imported.handles(memory.plan.generation, list(pages)))
         self.address = self._span.address(0)
-        self._unpin = _pin(self.address, len(pages) * memory.plan.page_bytes) if memory.device.startswith("cuda") else None
+        self._unpin = (
+            _pin(self.address, len(pages) * memory.plan.page_bytes) if memory.device.startswith("cuda") else None
+        )
 
     def close(self) -> None:
         if self._unpin is not None:

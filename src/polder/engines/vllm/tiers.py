@@ -64,7 +64,10 @@ def agree_on_tiers(
 
 def _namespace(vllm_config: Any, kv_cache_config: Any, ranks: int, device: str) -> Namespace:
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    groups = [(type(g.kv_cache_spec).__name__, g.kv_cache_spec.page_size_bytes, len(g.layer_names)) for g in kv_cache_config.kv_cache_groups]
+    groups = [
+        (type(g.kv_cache_spec).__name__, g.kv_cache_spec.page_size_bytes, len(g.layer_names))
+        for g in kv_cache_config.kv_cache_groups
+    ]
     return Namespace(
         model=str(model.model),
         weights=weights_fingerprint(Path(model.model), model.revision),

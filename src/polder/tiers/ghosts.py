@@ -1,0 +1,40 @@
+"""What is remembered about blocks that a tier does not hold."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from polder.tiers.eviction import BoolArray, IntArray, UintArray
+
+__all__ = ["Ghosts"]
+
+
+class Ghosts:
+    """A table of fixed size, one row for each value of a key's low bits: a new key throws out what is in its row.
+
+    So it forgets at random, about as slowly as `rows` new keys come, which does the estimates of `reuse_times` no harm: they allow for blocks
+    that are lost from sight.
+    """
+
+    def __init__(self, rows: int) -> None:
+        """`rows` is rounded up to a power of two."""
+        size = 1 << max(6, math.ceil(math.log2(max(1, rows))))
+        self._mask = np.uint64(size - 1)
+        self.key = np.zeros(size, dtype=np.uint64)
+        self.group = np.full(size, -1, dtype=np.int64)  # -1: an empty row
+        self.hits = np.zeros(size, dtype=np.int64)
+        self.last_s = np.zeros(size)
+
+    def find(self, keys: UintArray) -> tuple[IntArray, BoolArray]:
+        """Each key's row, and whether it is the key's."""
+        rows = (keys & self._mask).astype(np.int64)
+        return rows, (self.key[rows] == keys) & (self.group[rows] >= 0)
+
+    def put(self, keys: UintArray, last_s: float | np.ndarray[tuple[int], np.dtype[np.float64]], hits: IntArray, group: IntArray) -> None:
+        rows = (keys & self._mask).astype(np.int64)
+        self.key[rows], self.last_s[rows], self.hits[rows], self.group[rows] = keys, last_s, hits, group
+
+    def drop(self, rows: IntArray) -> None:
+        self.group[rows] = -1

@@ -1,0 +1,86 @@
+"""When blocks are used again: for each group of blocks the chance of a hit by age, and what a block of that age is worth.
+
+The chance is estimated as in life tables (Kaplan and Meier, Journal of the American Statistical Association 53, 1958): of the blocks that
+were seen at an age, the share that was used again before the next. Blocks that are lost from sight, or that are young still, count for the
+ages at which they were seen and for no others, so that neither a small cache nor a short past makes reuse look rarer than it is.
+
+The worth is hit density: hits to come for each second of a slot, if the block is kept until the best moment to give it up (LHD, Beckmann et
+al., NSDI 2018; with the best moment, it is Gittins' index). It need not fall with age. A block that is likely to be used ten to twenty
+seconds after its last use is worth more at eight seconds than at zero, and where agents read their prompts in turn that is what keeps those
+of some users whole, where LRU loses those of all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from polder.tiers.eviction import IntArray
+
+__all__ = ["AGE_BINS", "FloatArray", "ReuseTimes", "bin_of"]
+
+FloatArray = npt.NDArray[np.float64]
+
+AGE_BINS = 56
+"""Bins of age: the first to 0.25 s, then three to an octave, the last from 18 hours on."""
+_EDGES_S: FloatArray = np.concatenate([[0.0], 0.25 * 2.0 ** (np.arange(AGE_BINS) / 3)])
+_WIDTHS_S = np.diff(_EDGES_S)
+
+
+def bin_of(ages_s: FloatArray) -> IntArray:
+    return np.searchsorted(_EDGES_S[1:-1], ages_s, side="right")
+
+
+class ReuseTimes:
+    """Spells of blocks, from one use to the next or out of sight, by group and age. Groups are levels x kinds: group = level * kinds + kind."""
+
+    def __init__(self, *, levels: int, kinds: int, prior_spells: float, halflife_s: float) -> None:
+        """A group's own counts outweigh those of all groups from `prior_spells` on; counts halve in `halflife_s`."""
+        self._levels, self._kinds = levels, kinds
+        self._prior_spells, self._halflife_s = prior_spells, halflife_s
+        shape = (levels * kinds, AGE_BINS)
+        self._used = np.zeros(shape)
+        self._lost = np.zeros(shape)
+        # Until something is known: the older the worse, as LRU has it.
+        self.worth: FloatArray = np.tile(1.0 / (1.0 + _EDGES_S[:-1]), (levels * kinds, 1))
+        """Hits to come for each second of a slot, shape (groups, AGE_BINS)."""
+
+    def used(self, groups: IntArray, ages_s: FloatArray) -> None:
+        np.add.at(self._used, (groups, bin_of(ages_s)), 1.0)
+
+    def lost(self, groups: IntArray, ages_s: FloatArray) -> None:
+        np.add.at(self._lost, (groups, bin_of(ages_s)), 1.0)
+
+    def census(self, groups: IntArray, ages_s: FloatArray) -> FloatArray:
+        """Counts of blocks in sight, shape (groups, AGE_BINS): what `estimate` needs about spells that have not ended."""
+        count = np.bincount(groups * AGE_BINS + bin_of(ages_s), minlength=self._used.size)
+        return count.reshape(self._used.shape).astype(np.float64)
+
+    def estimate(self, in_sight: FloatArray, elapsed_s: float) -> None:
+        """Works `worth` out anew. A group of a higher level is worth at least what one of a lower level is, at each age."""
+        decay = 0.5 ** (elapsed_s / self._halflife_s)
+        self._used *= decay
+        self._lost *= decay
+        unended = self._lost + in_sight
+        seen = np.cumsum((unended + self._used)[:, ::-1], axis=1)[:, ::-1] - 0.5 * unended
+        common = self._used.sum(axis=0) / np.maximum(seen.sum(axis=0), 1.0)
+        chance = np.clip((self._used + self._prior_spells * common) / (seen + self._prior_spells), 0.0, 1.0)
+        worth = _density(chance)
+        by_level = np.maximum.accumulate(worth.reshape(self._levels, self._kinds, AGE_BINS), axis=0)
+        self.worth = by_level.reshape(worth.shape)
+
+
+def _density(chance: FloatArray) -> FloatArray:
+    """`chance` of a use in each bin for blocks that reach it -> the largest ratio of hits to seconds over all later moments to give up."""
+    nothing = np.zeros((len(chance), 1))
+    unused = np.concatenate([nothing + 1.0, np.cumprod(1.0 - chance, axis=1)[:, :-1]], axis=1)
+    hits = unused * chance
+    # A block that is used within a bin is used at its middle.
+    seconds = _WIDTHS_S * (unused - 0.5 * hits)
+    total_hits = np.concatenate([nothing, np.cumsum(hits, axis=1)], axis=1)
+    total_s = np.concatenate([nothing, np.cumsum(seconds, axis=1)], axis=1)
+    worth = np.empty_like(chance)
+    for age in range(chance.shape[1]):
+        more_s = np.maximum(total_s[:, age + 1 :] - total_s[:, age : age + 1], 1e-12)
+        worth[:, age] = ((total_hits[:, age + 1 :] - total_hits[:, age : age + 1]) / more_s).max(axis=1)
+    return worth

@@ -1,0 +1,140 @@
+"""The native arm's copier: whole blocks, both ways, and no load behind a store."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polder.bench.native_copy import BlockCopier, BlockIds, Blocks
+
+BLOCK_BYTES = 64
+
+
+def layers(count: int, blocks: int, *, seed: int) -> list[Blocks]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 255, size=(blocks, BLOCK_BYTES), dtype=np.uint8) for _ in range(count)]
+
+
+def ids(*numbers: int) -> BlockIds:
+    return np.array(numbers, dtype=np.int32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_what_is_stored_and_loaded_has_equal_bytes_and_nothing_else_changes(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 12))
+    stored = data.draw(st.permutations(range(12)))[:count]
+    rows = data.draw(st.permutations(range(20)))[:count]
+    loaded = data.draw(st.permutations(range(12)))[:count]
+    device, host = layers(3, 12, seed=1), layers(3, 20, seed=2)
+    before, host_before = [layer.copy() for layer in device], [layer.copy() for layer in host]
+    copier = BlockCopier(device, host)
+    try:
+        copier.store(1, ids(*stored), ids(*rows))
+        copier.wait({1})
+        copier.load(2, ids(*rows), ids(*loaded))
+        copier.wait({2})
+    finally:
+        copier.close()
+    for layer, old, kept, kept_old in zip(device, before, host, host_before, strict=True):
+        expected = old.copy()
+        expected[loaded] = old[stored]
+        np.testing.assert_array_equal(layer, expected)
+        others = [row for row in range(20) if row not in rows]
+        np.testing.assert_array_equal(kept[others], kept_old[others])
+    over = copier.take_finished()
+    assert [(job.job_id, job.size_bytes, job.error) for job in over] == [
+        (1, 3 * count * BLOCK_BYTES, None),
+        (2, 3 * count * BLOCK_BYTES, None),
+    ]
+    assert copier.take_finished() == [], "each job is told of once"
+
+
+def test_a_load_overtakes_stores_that_were_submitted_before_it() -> None:
+    copier = BlockCopier(layers(1, 8, seed=1), layers(1, 8, seed=2), link_bytes_per_s=8 * BLOCK_BYTES / 0.2)
+    try:
+        for job in range(3):  # 0.2 s each on the link
+            copier.store(job, ids(*range(8)), ids(*range(8)))
+        copier.load(10, ids(0), ids(0))
+        copier.wait({10})
+        assert [job.job_id for job in copier.take_finished()] == [10]
+        copier.wait({0, 1, 2, 10})
+        assert [job.job_id for job in copier.take_finished()] == [0, 1, 2]
+    finally:
+        copier.close()
+
+
+def test_an_emulated_link_takes_its_time_for_all_jobs_of_a_direction_together() -> None:
+    copier = BlockCopier(layers(2, 8, seed=1), layers(2, 8, seed=2), link_bytes_per_s=16 * BLOCK_BYTES / 0.05)
+    started = time.perf_counter()
+    try:
+        for job in range(3):
+            copier.load(job, ids(*range(8)), ids(*range(8)))
+        copier.wait({0, 1, 2})
+        assert time.perf_counter() - started >= 0.15 - 0.001
+    finally:
+        copier.close()
+
+
+def test_a_job_that_fails_says_so_and_later_jobs_are_carried_out() -> None:
+    device, host = layers(1, 4, seed=1), layers(1, 4, seed=2)
+    copier = BlockCopier(device, host)
+    try:
+        copier.store(1, ids(0, 1), ids(0))
+        copier.store(2, ids(0), ids(3))
+        copier.wait({1, 2})
+    finally:
+        copier.close()
+    failed, done = copier.take_finished()
+    assert isinstance(failed.error, ValueError)
+    assert done.error is None
+    np.testing.assert_array_equal(host[0][3], device[0][0])
+
+
+def test_vllms_worker_interface_reaches_the_copier() -> None:
+    torch = pytest.importorskip("torch")
+    base = pytest.importorskip("vllm.v1.kv_offload.base")
+    from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
+
+    from polder.bench.native_offload import MemcpyWorker
+
+    tensors = [torch.arange(6 * 32, dtype=torch.int8).reshape(6, 32) + layer for layer in range(2)]
+    caches = base.CanonicalKVCaches(
+        tensors=[base.CanonicalKVCacheTensor(tensor=t, page_size_bytes=32) for t in tensors],
+        group_data_refs=[[base.CanonicalKVCacheRef(tensor_idx=i, page_size_bytes=32) for i in range(2)]],
+    )
+    worker = MemcpyWorker(caches, host_blocks=9, blocks_per_chunk=1, link_bytes_per_s=None)
+    try:
+        expected = [t[[2, 3]].clone() for t in tensors]
+        on_device = base.GPULoadStoreSpec([2, 3], group_sizes=[2], block_indices=[0])
+        assert worker.submit_store(1, on_device, CPULoadStoreSpec([7, 8]))
+        worker.wait({1})
+        for tensor in tensors:
+            tensor[:] = 0
+        back = base.GPULoadStoreSpec([5, 0], group_sizes=[2], block_indices=[0])
+        assert worker.submit_load(2, CPULoadStoreSpec([7, 8]), back)
+        worker.wait({2})
+        assert [torch.equal(t[[5, 0]], e) for t, e in zip(tensors, expected, strict=True)] == [True, True]
+        assert [(r.job_id, r.success, r.transfer_size) for r in worker.get_finished()] == [
+            (1, True, 128),
+            (2, True, 128),
+        ]
+    finally:
+        worker.shutdown()
+
+
+def test_caches_that_the_worker_does_not_know_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    base = pytest.importorskip("vllm.v1.kv_offload.base")
+    from polder.bench.native_offload import MemcpyWorker
+
+    caches = base.CanonicalKVCaches(
+        tensors=[base.CanonicalKVCacheTensor(tensor=torch.zeros((4, 32), dtype=torch.int8), page_size_bytes=32)],
+        group_data_refs=[[base.CanonicalKVCacheRef(tensor_idx=0, page_size_bytes=24)]],
+    )
+    with pytest.raises(NotImplementedError):
+        MemcpyWorker(caches, host_blocks=4, blocks_per_chunk=1, link_bytes_per_s=None)

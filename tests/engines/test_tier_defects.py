@@ -1,0 +1,91 @@
+"""What vLLM 0.32 does wrong, and that our connector does not: each test shows the stock behaviour first, so it fails when it is mended."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
+from vllm.v1.kv_offload.base import TransferResult
+
+from polder.engines.vllm import plugin
+from polder.engines.vllm.tier_connector import PolderConnector, TierScheduler, TierWorkerMetadata, complete_config
+from polder.engines.vllm.tier_worker import PolderWorker
+from polder.tiers.transfer import Finished
+
+
+class OneFailedLoad:
+    """In the place of vLLM's OffloadingWorker: job 5 failed."""
+
+    def get_finished(self) -> list[TransferResult]:
+        return [TransferResult(5, success=False)]
+
+
+class OneFailedJob:
+    """In the place of our TierWorker: job number 1 failed in its first row."""
+
+    def poll(self) -> list[Finished]:
+        return [Finished(number=1, failed={0: "corrupt"}, moved={0: (4096, 0.001)})]
+
+
+def stock_worker(worker: Any) -> OffloadingConnectorWorker:
+    half = OffloadingConnectorWorker.__new__(OffloadingConnectorWorker)
+    half.worker, half._load_jobs = worker, {5: "request"}
+    half._connector_worker_meta = OffloadingWorkerMetadata()
+    return half
+
+
+def test_a_failed_load_ends_a_stock_engine_and_is_reported_by_ours() -> None:
+    with pytest.raises(AssertionError):
+        stock_worker(OneFailedLoad()).get_finished(set())
+    ours = PolderWorker(OneFailedJob(), [], lambda: None)  # type: ignore[arg-type]
+    ours._numbers[1] = 5
+    connector = PolderConnector.__new__(PolderConnector)
+    connector.connector_worker = stock_worker(ours)
+    connector._connector_metadata = OffloadingConnectorMetadata({}, {})
+    results = connector.get_transfer_results(set())
+    assert results.finished_recving == {"request"}
+    assert results.failed_recving == {"request"}
+    meta = connector.build_connector_worker_meta()
+    assert isinstance(meta, TierWorkerMetadata)
+    assert [report.number for report in meta.reports] == [1]
+    both = meta.aggregate(TierWorkerMetadata(completed_jobs={5: 1}, reports=[Finished(number=1)]))
+    assert both.completed_jobs == {5: 2}
+    assert len(both.reports) == 2, "every rank's outcome arrives"
+
+
+def test_a_request_whose_load_failed_is_not_offered_the_same_load_again() -> None:
+    """Stock: `update_connector_output` leaves the request as it was, so the same hit is found again, for ever."""
+    state = SimpleNamespace(max_load_tokens=None)
+    connector = PolderConnector.__new__(PolderConnector)
+    connector.connector_scheduler = TierScheduler.__new__(TierScheduler)
+    connector.connector_scheduler._req_status = {"request": state}
+    connector.connector_scheduler._stale_job_threshold = 0
+    output = SimpleNamespace(kv_connector_worker_meta=None, failed_recving={"request"})
+    connector.connector_scheduler.update_connector_output(output)
+    assert state.max_load_tokens is None, "stock"
+    connector.update_connector_output(output)
+    assert state.max_load_tokens == 0
+
+
+def test_failed_loads_are_recomputed_although_vllm_would_fail_the_request() -> None:
+    transfer = KVTransferConfig(kv_connector="PolderConnector", kv_role="kv_both")
+    assert transfer.kv_load_failure_policy == "fail", "stock"
+    complete_config(SimpleNamespace(kv_transfer_config=transfer))
+    assert transfer.kv_load_failure_policy == "recompute"
+
+
+def test_the_front_end_can_rebuild_our_metrics_because_the_class_is_registered_by_name() -> None:
+    """Stock: the statistics of a class that was given by a module path raise ValueError in the API server."""
+    with pytest.raises(ValueError, match="not registered"):
+        KVConnectorFactory.get_connector_class_by_name("OneOfAModulePath")
+    plugin.register()
+    assert KVConnectorFactory.get_connector_class_by_name("PolderConnector") is PolderConnector
+    assert PolderConnector.build_kv_connector_stats() is not None

@@ -1,0 +1,68 @@
+"""Tiers that fail: loads that do not come, bytes that arrive changed, links too slow to be worth it. No token and no request suffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.engines.harness import A32, PAGE, Engine, prompts, tokens_of
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+CONVERSATIONS = prompts(6, 300, seed=31)
+SETTINGS = {
+    "POLDER_KV_BUDGET": f"{11 * 8 * PAGE}B",
+    "POLDER_PAGE": f"{PAGE}B",
+    "POLDER_TIERS": "host",
+    "POLDER_HOST": f"{320 * PAGE}B",
+}
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    stock = Engine.start("stock", A32, num_gpu_blocks_override=200)
+    answers = [tokens_of(stock.generate([prompt]))[0] for prompt in CONVERSATIONS]
+    stock.stop()
+    return answers
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    engine = Engine.start("a", A32, SETTINGS | request.param)
+    yield engine
+    engine.stop()
+
+
+def ask(engine: Engine, rounds: int) -> list[list[int]]:
+    return [tokens_of(engine.generate([prompt]))[0] for _ in range(rounds) for prompt in CONVERSATIONS]
+
+
+@pytest.mark.parametrize("engine", [{"POLDER_FAULTS": "fail=0.05,corrupt=0.05,seed=7"}], indirect=True)
+def test_failing_and_corrupt_loads_are_counted_misses(engine: Engine, expected: list[list[int]]) -> None:
+    answers = ask(engine, rounds=4)
+    answers += tokens_of(engine.generate(CONVERSATIONS))
+    assert answers == expected * 5
+    found: dict[str, Any] = engine.utility("polder_check")
+    assert found["tier_failed_loads_total"] > 2
+    assert found["tier_host_corrupt_blocks_total"] > 0
+    assert found["tier_host_failed_blocks_total"] > 0
+    assert found["tier_host_hit_tokens_total"] > 0
+
+
+@pytest.mark.parametrize("engine", [{"POLDER_FAULTS": "fail=1,seed=1"}], indirect=True)
+def test_when_every_load_fails_every_request_is_computed_and_none_loops(
+    engine: Engine, expected: list[list[int]]
+) -> None:
+    assert ask(engine, rounds=2) == expected * 2
+    found: dict[str, Any] = engine.utility("polder_check")
+    assert 1 <= found["tier_failed_loads_total"] <= len(CONVERSATIONS), "each request tried once"
+    assert found["steps_total"] < 2000
+
+
+@pytest.mark.parametrize("engine", [{"POLDER_LINKS": "host=2MB/s"}], indirect=True)
+def test_a_tier_slower_than_computing_is_refused_and_said_so(engine: Engine, expected: list[list[int]]) -> None:
+    assert ask(engine, rounds=3) == expected * 3
+    found: dict[str, Any] = engine.utility("polder_check")
+    assert found["tier_refused_loads_total"] >= len(CONVERSATIONS)
+    assert found["tier_host_hit_tokens_total"] < found["tier_refused_tokens_total"]

@@ -1,0 +1,148 @@
+"""Tiers on real engines: what comes back from a neighbour's memory or from the host is what was computed, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, tokens_of, wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+UNITS_A, UNITS_B, HOST_PAGES = 11, 40, 96
+"""A unit of A is 8 pages, one of B 4; both hold 128 tokens. A's cache holds one conversation beside the one that runs."""
+CONVERSATIONS = prompts(6, 300, seed=21)
+LOAD_B = prompts(10, 330, seed=22)
+
+
+def fixed(units: int, pages: int) -> dict[str, str]:
+    size = f"{units * pages * PAGE}B"
+    return {"POLDER_KV_FLOOR": size, "POLDER_KV_SHARE": size, "POLDER_KV_CEILING": size}
+
+
+def start_a(broker: Broker, tiers: str = "peer,host", **more: str) -> Engine:
+    settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a", "POLDER_TIERS": tiers, **more}
+    return Engine.start("a", A32, settings | {"POLDER_HOST": f"{HOST_PAGES * PAGE}B"} | fixed(UNITS_A, 8))
+
+
+def start_b(broker: Broker) -> Engine:
+    settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "b", "POLDER_LEND": f"{16 * 4 * PAGE}B"}
+    return Engine.start("b", B32, settings | fixed(UNITS_B, 4))
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Broker]:
+    with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
+        broker = Broker(Path(folder) / "b", pages=UNITS_A * 8 + UNITS_B * 4, host_pages=HOST_PAGES).start()
+        yield broker
+        broker.stop()
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[list[list[int]], list[list[int]]]:
+    answers = []
+    for recipe, load in ((A32, CONVERSATIONS), (B32, LOAD_B)):
+        stock = Engine.start("stock", recipe, num_gpu_blocks_override=200)
+        answers.append([tokens_of(stock.generate([prompt]))[0] for prompt in load])
+        stock.stop()
+    return answers[0], answers[1]
+
+
+@pytest.fixture(scope="module")
+def engines(broker: Broker, expected: object) -> Iterator[dict[str, Engine]]:
+    started = {"b": start_b(broker), "a": start_a(broker)}
+    yield started
+    for engine in started.values():
+        engine.stop()
+
+
+def figures(engine: Engine) -> dict[str, float]:
+    """Checks all laws, and returns the counters."""
+    found: dict[str, float] = engine.utility("polder_check")
+    return found
+
+
+def lends(engine: Engine) -> bool:
+    return figures(engine)["lent_offered_bytes"] >= 12 * 4 * PAGE
+
+
+def ask(engine: Engine, rounds: int = 1) -> list[list[int]]:
+    return [tokens_of(engine.generate([p]))[0] for _ in range(rounds) for p in CONVERSATIONS]
+
+
+def test_conversations_come_back_from_both_tiers_with_the_same_tokens(
+    broker: Broker, engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    wait_for(lambda: lends(engines["b"]), "b to lend", timeout_s=30.0)
+    time.sleep(1.1)  # a looks for lenders once a second
+    answers = ask(engines["a"], rounds=3)
+    assert answers == expected[0] * 3
+    found = figures(engines["a"])
+    assert found["tier_peer_hit_tokens_total"] > 0
+    assert found["tier_host_hit_tokens_total"] > 0
+    assert found["tier_failed_loads_total"] == 0
+    assert figures(engines["b"])["lent_borrowed_bytes"] > 0
+    lent = broker.status().devices[1].pages_by_owner
+    assert lent == {"a/lent": HOST_PAGES}, "the host tier is booked, and no more of it than the quota"
+
+
+def test_a_lender_that_takes_back_all_the_time_costs_misses_and_no_token(
+    engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    a, b = engines["a"], engines["b"]
+    wait_for(lambda: lends(b), "b to lend", timeout_s=30.0)
+    before = figures(b)["lent_borrowed_recalls_total"]
+    answers_b: list[list[int]] = []
+    for _ in range(2):
+        assert ask(a) == expected[0]
+
+        def burst() -> None:
+            answers_b.extend(tokens_of(b.generate(LOAD_B)))
+
+        mixed = a.generate(CONVERSATIONS[:3], events={3: burst})
+        assert tokens_of(mixed) == expected[0][:3]
+    assert answers_b == expected[1] * 2, "the lender's own answers"
+    assert figures(b)["lent_borrowed_recalls_total"] > before, "nothing borrowed was taken back: the test shows nothing"
+    assert figures(a)["tier_peer_corrupt_blocks_total"] == 0
+
+
+def test_a_killed_lender_is_a_miss_and_its_successor_lends_again(
+    broker: Broker, engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    a = engines["a"]
+    wait_for(lambda: lends(engines["b"]), "b to lend", timeout_s=30.0)
+    assert ask(a) == expected[0]
+    killed = tokens_of(
+        a.generate(CONVERSATIONS, events={4: lambda: os.kill(engines["b"].core_pid(), signal.SIGKILL)})
+    )
+    assert killed == expected[0]
+    assert ask(a) == expected[0]
+    engines["b"].stop()
+    engines["b"] = start_b(broker)
+    wait_for(lambda: lends(engines["b"]), "the new b to lend", timeout_s=30.0)
+    time.sleep(1.1)
+    before = figures(a)["tier_peer_stored_bytes_total"]
+    assert ask(a, rounds=2) == expected[0] * 2
+    assert figures(a)["tier_peer_stored_bytes_total"] > before
+
+
+def test_a_killed_borrower_leaves_nothing_behind_at_its_lender(
+    broker: Broker, engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    b = engines["b"]
+    assert figures(b)["lent_borrowed_bytes"] > 0
+    engines["a"].generate(CONVERSATIONS[:1])
+    os.kill(engines["a"].core_pid(), signal.SIGKILL)
+    assert [tokens_of(b.generate([p]))[0] for p in LOAD_B] == expected[1]
+    wait_for(lambda: len(broker.status().engines) == 1, "a to be noticed")
+    wait_for(lambda: figures(b)["lent_borrowed_bytes"] == 0, "b to have its blocks back", timeout_s=20.0)
+    assert not broker.status().devices[1].pages_by_owner, "its host memory is free"
+    engines["a"].stop()
+    engines["a"] = start_a(broker)
+    assert ask(engines["a"]) == expected[0]
