@@ -1,4 +1,5 @@
-"""What vLLM 0.32 does wrong, and that our connector does not: each test shows the stock behaviour first, so it fails when it is mended."""
+"""What vLLM 0.32 does wrong, and that our connector does not: each test shows the stock behaviour first, so it fails when it is
+mended."""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
-"""Tiers that fail: loads that do not come, bytes that arrive changed, links too slow to be worth it. No token and no request suffers."""
+"""Tiers that fail: loads that do not come, bytes that arrive changed, links too slow to be worth it. No token and no request
+suffers."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines.harness import A32, PAGE, Engine, prompts, tokens_of
+from tests.engines.harness import A32, PAGE, Broker, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 CONVERSATIONS = prompts(6, 300, seed=31)
@@ -66,3 +69,24 @@ def test_a_tier_slower_than_computing_is_refused_and_said_so(engine: Engine, exp
     found: dict[str, Any] = engine.utility("polder_check")
     assert found["tier_refused_loads_total"] >= len(CONVERSATIONS)
     assert found["tier_host_hit_tokens_total"] < found["tier_refused_tokens_total"]
+
+
+def test_a_cache_that_shrinks_and_grows_while_blocks_travel_loses_no_token(expected: list[list[int]]) -> None:
+    """Blocks move, their pages go, and transfers of the same blocks are under way."""
+    with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
+        broker = Broker(Path(folder) / "b", pages=320, host_pages=320).start()
+        settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a", "POLDER_LINKS": "host=400MB/s"}
+        engine = Engine.start("a", A32, settings | {"POLDER_TIERS": "host", "POLDER_HOST": f"{320 * PAGE}B"})
+        try:
+            for sizes in ((40, 12, 30), (11, 25, 10)):
+                events = {5 * (i + 1): lambda units=units: broker.pin("a", units) for i, units in enumerate(sizes)}
+                answers = engine.generate(CONVERSATIONS, events=events)
+                assert tokens_of(answers) == expected
+                assert [tokens_of(engine.generate([prompt]))[0] for prompt in CONVERSATIONS] == expected
+            found: dict[str, Any] = engine.utility("polder_check")
+            assert found["shrinks_total"] >= 2
+            assert found["tier_host_hit_tokens_total"] > 0
+            assert found["tier_failed_loads_total"] == 0
+        finally:
+            engine.stop()
+            broker.stop()

@@ -16,7 +16,7 @@ CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 @pytest.mark.parametrize(
     ("recipe", "options", "environment", "kv_pages"),
-    [(A32, RANKS, CORES, 11 * 4), (HYBRID, {}, {}, 160)],
+    [(A32, RANKS, CORES, 11 * 8), (HYBRID, {}, {}, 160)],
     ids=["two ranks", "hybrid"],
 )
 def test_answers_are_those_of_stock_and_come_from_the_tier(

@@ -1,9 +1,9 @@
 """The real LendingTable and the model, step by step: threads take turns at every shared access of the real code.
 
-Each actor is a thread with a view of its own of one real table. Before every read or write of the table, every lock and every half of a copy
-it waits for its turn; which actor has the next turn is drawn at random. What it then does must be a step that the model has at this place,
-and after it the whole real table must equal the model's. The kernel's locks are real. A killed actor takes no more steps, not even those
-in its `finally` clauses, and its locks are freed, as the kernel does.
+Each actor is a thread with a view of its own of one real table. Before every read or write of the table, every lock and every half
+of a copy it waits for its turn; which actor has the next turn is drawn at random. What it then does must be a step that the model
+has at this place, and after it the whole real table must equal the model's. The kernel's locks are real. A killed actor takes no
+more steps, not even those in its `finally` clauses, and its locks are freed, as the kernel does.
 """
 
 from __future__ import annotations

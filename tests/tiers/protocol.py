@@ -1,9 +1,9 @@
 """The lending protocol as a transition system: what polder/tiers/lending.py does, one shared access a step.
 
-Each step of a process is one read or write of one word of the table, one lock or unlock, or the copy of one half of a block. A step's
-name stands beside the line of lending.py that it is; `test_lending_conformance.py` holds the real code to exactly these steps. Between any
-two steps any other process may take any number of its own, and any process may be killed: its locks are then free and its marks stay.
-A process that is stopped for ever is one that takes no more steps, which is among the interleavings.
+Each step of a process is one read or write of one word of the table, one lock or unlock, or the copy of one half of a block. A
+step's name stands beside the line of lending.py that it is; `test_lending_conformance.py` holds the real code to exactly these
+steps. Between any two steps any other process may take any number of its own, and any process may be killed: its locks are then
+free and its marks stay. A process that is stopped for ever is one that takes no more steps, which is among the interleavings.
 
 A model is a tuple of values, see `Model.field`. What the protocol itself does not know, but its promises are about ("ghosts"):
 

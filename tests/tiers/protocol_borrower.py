@@ -131,7 +131,12 @@ def steps(model: Model, b: int) -> Steps:
         test(f"write.writer{k}", "write.r.writer", k, lambda s, k=k: not s[writer[k]], f"write.recalled{k}", fail)
         ignores = mutant == "no_recalled_flag"
         test(
-            f"write.recalled{k}", "write.r.recalled", k, lambda s, k=k: ignores or not s[recalled[k]], f"mark{k}", fail
+            f"write.recalled{k}",
+            "write.r.recalled",
+            k,
+            lambda s, k=k, ignores=ignores: ignores or not s[recalled[k]],
+            f"mark{k}",
+            fail,
         )
         on(f"mark{k}", "write.w.writer", k, mark)
 

@@ -1,4 +1,4 @@
-"""lending.py does what the model does that `test_lending_model.py` explores: every step of random interleavings of the real code."""
+"""Every step of random interleavings of the real lending.py is one of the model that `test_lending_model.py` explores."""
 
 from __future__ import annotations
 

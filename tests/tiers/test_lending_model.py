@@ -1,4 +1,4 @@
-"""Every reachable state of the lending protocol, and that each of its rules is needed: without it the same search finds the harm."""
+"""Every reachable state of the lending protocol; and without any one of its rules the same search finds the harm."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ SCENARIOS = {
     "stale claims": Scenario(blocks=((0, 1), (0, 1)), lots=2, offers=4, writes=1, filtered=True, before=STALE),
 }
 STATES = {
-    "lent twice": 0,
-    "released": 0,
-    "written twice": 0,
-    "released and lent twice": 0,
-    "a block over two lots": 0,
-    "stale claims": 0,
+    "lent twice": 106978,
+    "released": 107494,
+    "written twice": 41622,
+    "released and lent twice": 81276,
+    "a block over two lots": 203926,
+    "stale claims": 44141,
 }
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_all_guarantees_hold_in_every_reachable_state(name: str) -> None:
     states, _ = explore(SCENARIOS[name])
-    print(name, states)
-    assert states
+    assert states == STATES[name], "the model has changed: see that it still says what lending.py does"
 
 
 def mutant(rule: str, **changes: object) -> Scenario:

@@ -28,9 +28,12 @@ class Policy(StrEnum):
 @app.command()
 def cache(
     trace: Annotated[
-        list[str] | None, typer.Option(help="mooncake-conversation, weka-u32-clip300, ...; may be repeated. All if none is given.")
+        list[str] | None,
+        typer.Option(help="mooncake-conversation, weka-u32-clip300, ...; may be repeated. All if none is given."),
     ] = None,
-    policy: Annotated[Policy, typer.Option(help="What to replay beside LRU; none: LRU and Belady alone.")] = Policy.DENSITY,
+    policy: Annotated[
+        Policy, typer.Option(help="What to replay beside LRU; none: LRU and Belady alone.")
+    ] = Policy.DENSITY,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Hit ratio of a KV cache against its capacity: LRU, Polder's policy, and Belady's ceiling."""
@@ -46,7 +49,7 @@ def cache(
     traces = [load_trace(name) for name in trace or trace_names()]
     results = []
     for loaded in traces:
-        table = Table(title=f"{loaded.name}: {loaded.requests:,} requests, {len(loaded.blocks):,} blocks of {loaded.block_tokens} tokens")
+        table = Table(title=f"{loaded.name}: {loaded.requests:,} requests, blocks of {loaded.block_tokens} tokens")
         headings = ("capacity, tokens", "LRU", "LRU, reference", "Polder", "Belady", "Polder / ideal", "us per block")
         for heading in headings:
             table.add_column(heading, justify="right")

@@ -1,4 +1,5 @@
-"""Break-even: how much of a hit is worth loading (law 7: a tier that would be slower than recomputing, for this request now, is not used).
+"""Break-even: how much of a hit is worth loading (law 7: a tier that would be slower than recomputing, for this request now, is
+not used).
 
 A prefix of n blocks was found in tiers. Loading its first c blocks takes as long as the slowest link involved needs for its part
 and for what is queued before it; the other n - c blocks are computed. The request waits for both, so

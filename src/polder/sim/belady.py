@@ -1,8 +1,9 @@
 """The ceiling: Belady's replacement, which knows the future, with bypass.
 
-A full cache gives up the block whose next use is furthest away; if that is the block just asked for, it is not stored at all (Belady, IBM
-Systems Journal 5(2), 1966; with bypass no online policy and no other offline one hits more blocks of one size). A prefix is used from its
-tail to its head, so of blocks that are used again together the deeper ones go first and a hit block is always behind hit blocks.
+A full cache gives up the block whose next use is furthest away; if that is the block just asked for, it is not stored at all
+(Belady, IBM Systems Journal 5(2), 1966; with bypass no online policy and no other offline one hits more blocks of one size). A
+prefix is used from its tail to its head, so of blocks that are used again together the deeper ones go first and a hit block is
+always behind hit blocks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import heapq
 
 import numpy as np
 
-from polder.sim.traces import Trace
+from polder.sim.traces import IntArray, Trace
 
 __all__ = ["belady_hit_ratio"]
 
@@ -42,13 +43,14 @@ def belady_hit_ratio(trace: Trace, capacity: int) -> float:
     return hit / len(blocks)
 
 
-def _tail_to_head(trace: Trace) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _tail_to_head(trace: Trace) -> IntArray:
     """Positions in `trace.blocks`, each request's reversed."""
     lengths = np.diff(trace.starts)
-    return np.repeat(trace.starts[1:] + trace.starts[:-1] - 1, lengths) - np.arange(len(trace.blocks))
+    first_and_last: IntArray = np.repeat(trace.starts[1:] + trace.starts[:-1] - 1, lengths)
+    return first_and_last - np.arange(len(trace.blocks))
 
 
-def _next_use(blocks: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _next_use(blocks: IntArray) -> IntArray:
     """For each position the next one with the same block, or len(blocks)."""
     order = np.argsort(blocks, kind="stable")
     following = np.full(len(blocks), len(blocks), dtype=np.int64)

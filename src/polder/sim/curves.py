@@ -27,7 +27,7 @@ class CurvePoint:
     ideal: float
     """Of a cache without limit."""
     us_per_block: float | None
-    """Microseconds of wall clock that Polder's policy and the table around it took for each block asked for."""
+    """Microseconds of CPU that Polder's policy and the table around it took for each block asked for."""
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)

@@ -1,16 +1,14 @@
 """Traces for the simulator: which blocks each request asks for, and when.
 
-`load_mooncake` is the conversation trace of Mooncake (open loop, one hour); `weka_mix` lets closed-loop users play the sessions of the WEKA
-coding agents. Sources and licences are in `data/README.md`. A trace holds no text: a block is a number that stands for one whole prefix up
-to and with that block, so equal numbers mean equal KV.
+`load_mooncake` is the conversation trace of Mooncake (open loop, one hour); `weka_mix` lets closed-loop users play the sessions
+of the WEKA coding agents. Sources and licences are in `data/README.md`. A trace holds no text: a block is a number that stands
+for one whole prefix up to and with that block, so equal numbers mean equal KV.
 """
 
 from __future__ import annotations
 
 import csv
-import heapq
 import io
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +21,9 @@ import numpy.typing as npt
 
 from polder.errors import UsageError
 
-__all__ = ["Trace", "WekaMix", "load_mooncake", "load_trace", "reference_curve", "trace_names", "weka_mix"]
+__all__ = ["IntArray", "Trace", "WekaMix", "load_mooncake", "load_trace", "reference_curve", "trace_names", "weka_mix"]
+
+IntArray = npt.NDArray[np.int64]
 
 MOONCAKE_BLOCK = 512
 MOONCAKE_TICK_S = 3.0
@@ -41,9 +41,9 @@ class Trace:
     block_tokens: int
     times_s: npt.NDArray[np.float64]
     """Shape (requests,), not decreasing."""
-    starts: npt.NDArray[np.int64]
+    starts: IntArray
     """Shape (requests + 1,): request r asks for blocks[starts[r]:starts[r + 1]], first block of its prefix first."""
-    blocks: npt.NDArray[np.int64]
+    blocks: IntArray
     """Block numbers 0, 1, 2 ... in order of first use."""
 
     @property
@@ -54,7 +54,7 @@ class Trace:
     def unique_blocks(self) -> int:
         return int(self.blocks.max()) + 1 if len(self.blocks) else 0
 
-    def of(self, request: int) -> npt.NDArray[np.int64]:
+    def of(self, request: int) -> IntArray:
         return self.blocks[self.starts[request] : self.starts[request + 1]]
 
     def keys(self) -> npt.NDArray[np.uint64]:
@@ -151,38 +151,37 @@ class _WekaSession(msgspec.Struct, frozen=True):
 def weka_mix(mix: WekaMix, name: str = "weka-mix") -> Trace:
     """`mix.users` users at once, each playing one session after the other, for `mix.hours`; blocks of 1,024 tokens.
 
-    Sessions are shuffled and handed out in turn, a sub-agent's requests come where its list stands in the session, the next request comes
-    the source's gap (clipped) after the last, and prompts end with the trace's last whole block. Nothing is shared between sessions.
+    Sessions are shuffled and handed out in turn. A user starts within the first 10 s, in the middle of a session; a sub-agent's
+    requests come where its list stands in the session; the next request comes the source's gap (clipped) after the last, the next
+    session a pause of up to the clip after that. Prompts end with their last whole block, and nothing is shared between sessions.
     """
     sessions = [s for s in _weka_sessions() if max(tokens for _, tokens, _ in s) <= mix.context_tokens]
-    rng = random.Random(mix.seed)
-    order = list(range(len(sessions)))
-    rng.shuffle(order)
-    users = [(rng.uniform(0.0, 60.0), user) for user in range(mix.users)]
-    heapq.heapify(users)
+    rng = np.random.default_rng(mix.seed)
+    order = rng.permutation(len(sessions)).tolist()
     end_s = mix.hours * 3600.0
-    events: list[tuple[float, int, npt.NDArray[np.int64]]] = []
+    events: list[tuple[float, int, IntArray]] = []
     played = 0
-    while users:
-        now, user = heapq.heappop(users)
-        session = sessions[order[played % len(order)]]
-        # A session that is played twice is another conversation of the same shape.
-        namespace, played = played << 32, played + 1
-        last_t: float | None = None
-        for t, _, ids in session:
-            now += min(max(t - last_t, 0.0), mix.clip_s) if last_t is not None else 0.0
-            last_t = t
-            if now >= end_s:
-                break
-            events.append((now, len(events), ids + namespace))
-        else:
-            heapq.heappush(users, (now + rng.uniform(0.0, mix.clip_s), user))
+    for _ in range(mix.users):
+        now = rng.uniform(0.0, 10.0)
+        at = -1
+        while now < end_s:
+            session = sessions[order[played % len(order)]]
+            # A session that is played twice is another conversation of the same shape.
+            namespace, played = played << 32, played + 1
+            at = int(rng.integers(len(session))) if at < 0 else 0
+            for number in range(at, len(session)):
+                t, _, ids = session[number]
+                now += min(max(t - session[number - 1][0], 0.0), mix.clip_s) if number > at else 0.0
+                if now >= end_s:
+                    break
+                events.append((now, len(events), ids + namespace))
+            now += rng.uniform(0.0, mix.clip_s)
     events.sort(key=lambda event: event[:2])
     return _trace(name, MIX_BLOCK, np.array([at for at, _, _ in events]), [ids for _, _, ids in events])
 
 
 @lru_cache(maxsize=1)
-def _weka_sessions() -> list[list[tuple[float, int, npt.NDArray[np.int64]]]]:
+def _weka_sessions() -> list[list[tuple[float, int, IntArray]]]:
     """For each session its requests as (seconds, prompt tokens, ids of whole 1,024-token prefixes)."""
     with _open("weka-sessions") as lines:
         decoded = [msgspec.json.decode(line, type=_WekaSession) for line in lines]
@@ -191,8 +190,10 @@ def _weka_sessions() -> list[list[tuple[float, int, npt.NDArray[np.int64]]]]:
 
 def _flatten(
     requests: list[_WekaRequest], offset_s: float, numbers: dict[tuple[int, bytes], int]
-) -> Iterator[tuple[float, int, npt.NDArray[np.int64]]]:
-    """Undo the file's delta coding (`keep` ids of the request before, then ranges), and number the 1,024-token prefixes of the session."""
+) -> Iterator[tuple[float, int, IntArray]]:
+    """Undo the file's delta coding (`keep` ids of the request before, then ranges), and number the 1,024-token prefixes of the
+    session.
+    """
     ids = np.empty(0, dtype=np.int64)
     per = MIX_BLOCK // WEKA_BLOCK
     for request in requests:
@@ -210,7 +211,7 @@ def _flatten(
 
 
 def _trace(
-    name: str, block_tokens: int, times: npt.NDArray[np.float64], prompts: list[list[int]] | list[npt.NDArray[np.int64]]
+    name: str, block_tokens: int, times: npt.NDArray[np.float64], prompts: list[list[int]] | list[IntArray]
 ) -> Trace:
     lengths = np.fromiter((len(prompt) for prompt in prompts), dtype=np.int64, count=len(prompts))
     flat = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])

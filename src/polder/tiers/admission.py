@@ -1,9 +1,10 @@
 """Whether writing blocks into the tiers pays at all, learnt from what requests ask for.
 
-Every block that is written costs a copy; one that nobody asks for again is a copy for nothing, and where nothing is ever reused that
-is the whole cost of having tiers (law 7: at most 1 %). So the share of asked blocks that had been computed before is measured, also
-among blocks that were not written: their keys alone are remembered, as many as twice the tiers hold. While that share is below what
-a copy costs, beside computing a block, only a sample of requests is written, so that what comes back later is noticed and served.
+Every block that is written costs a copy; one that nobody asks for again is a copy for nothing, and where nothing is ever reused
+that is the whole cost of having tiers (law 7: at most 1 %). So the share of asked blocks that had been computed before is
+measured, also among blocks that were not written: their keys alone are remembered, as many as twice the tiers hold. While that
+share is below what a copy costs, beside computing a block, only a sample of requests is written, so that what comes back later
+is noticed and served.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class ReuseGate:
     """Not thread-safe. Counts are blocks."""
 
     def __init__(self, *, remembered: int, least_reuse: float = 0.02, trial: int = 512) -> None:
-        """`remembered`: keys kept; `least_reuse`: share of reused blocks that pays; `trial`: blocks written before any judgement."""
+        """`remembered`: keys kept; `least_reuse`: share of reused blocks that pays; `trial`: blocks written before any
+        judgement."""
         self._remembered, self._least, self._trial = remembered, least_reuse, trial
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._asked = self._again = 0.0

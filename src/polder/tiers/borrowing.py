@@ -1,9 +1,10 @@
 """The peer tier's slots: a borrower's blocks in its neighbours' idle KV blocks, in bytes.
 
-Two models' blocks differ in size, and the least common multiple of two block sizes can be hundreds of MiB (papers.md 1.5), so nothing is
-aligned to it. A lender's block (a lot) is cut into **chunks**: its granules, or parts of them when a granule is larger than what the
-borrower needs. A slot takes as many chunks as one block of the borrower has bytes on each of its ranks, from any lots of one lender, and
-wastes less than a chunk a rank. When a lot is taken back, the slots with a chunk in it are lost; their other chunks make new slots.
+Two models' blocks differ in size, and the least common multiple of two block sizes can be hundreds of MiB (papers.md 1.5), so
+nothing is aligned to it. A lender's block (a lot) is cut into **chunks**: its granules, or parts of them when a granule is larger
+than what the borrower needs. A slot takes as many chunks as one block of the borrower has bytes on each of its ranks, from any
+lots of one lender, and wastes less than a chunk a rank. When a lot is taken back, the slots with a chunk in it are lost; their
+other chunks make new slots.
 
 A chunk's number is ((lot * lender's ranks + rank) * granules + granule) * parts + part.
 """
@@ -77,11 +78,8 @@ class _Lender:
     def lose(self) -> IntArray:
         """Notices lots that were taken back. Returns the taken slots that are gone with them, and forgets those."""
         ours = np.flatnonzero(self.lot_epoch)
-        if self.table.closed:
-            gone = ours
-        else:
-            gone = ours[self.table.epoch[ours].astype(np.int64) != self.lot_epoch[ours]]
-        self._drop(gone)
+        changed = self.table.epoch[ours].astype(np.int64) != self.lot_epoch[ours]
+        self._drop(ours if self.table.closed else ours[changed])
         lost = np.flatnonzero(self.lost)
         self.lost[lost] = self.taken[lost] = False
         self.chunks[lost] = -1

@@ -1,14 +1,16 @@
 """The policy of Polder's tiers: blocks go in order of hit density, a prefix from its end.
 
-A block's group is how often it was hit (0, 1, 2, 3 or more) and how much of the request that used it last was known (less than a quarter: a new
-conversation behind a common prompt; more than three quarters: the next turn of one). `reuse_times` learns for each group and age what a
-slot gains by keeping such a block; the least goes first, and what is new is refused if it is worth less than that.
+A block's group is how often it was hit (0, 1, 2, 3 or more) and how much of the request that used it last was known (less than a
+quarter: a new conversation behind a common prompt; more than three quarters: the next turn of one). `reuse_times` learns for each
+group and age what a slot gains by keeping such a block; the least goes first, and what is new is refused if it is worth less than
+that.
 
-Blocks that a request used together have the same age and kind, and one nearer to the head of the prefix has at least as many hits, so it is worth
-at least as much: a prefix loses its end first, and of two of equal worth the older one is lost whole before the younger one is cut.
+Blocks that a request used together have the same age and kind, and one nearer to the head of the prefix has at least as many
+hits, so it is worth at least as much: a prefix loses its end first, and of two of equal worth the older one is lost whole before
+the younger one is cut.
 
-Bounded: 6 numbers a slot and 4 a ghost, four ghosts a slot. A use costs a few microseconds; slots are put in order in bulk, when a sixteenth
-of them has gone.
+Bounded: 6 numbers a slot and 4 a ghost, four ghosts a slot. A use costs a few microseconds; slots are put in order in bulk, when
+a sixteenth of them has gone.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import numpy as np
 
 from polder.errors import IntegrityError
 from polder.tiers.eviction import BoolArray, IntArray, UintArray
-from polder.tiers.ghosts import Ghosts
-from polder.tiers.reuse_times import FloatArray, ReuseTimes, bin_of
+from polder.tiers.ghosts import FloatArray, Ghosts
+from polder.tiers.reuse_times import ReuseTimes, bin_of
 
 __all__ = ["HitDensity"]
 
@@ -28,9 +30,12 @@ _KNOWN_SHARES = (0.25, 0.75)
 _KINDS = len(_KNOWN_SHARES) + 1
 _SAME_USE_S = 0.02
 """Uses so soon after the last are the same request's: looked up, then stored."""
-_BULK = 16
 _WORTH_STEPS = 2
 """Worth is compared in half octaves: finer differences are noise, and there the older block goes."""
+
+_BULK_SHARE = 16
+"""Slots are put in order so many times in one turnover of the cache."""
+_CENSUS_ROWS = 1 << 15
 
 
 class HitDensity:
@@ -43,7 +48,7 @@ class HitDensity:
         ghosts_per_slot: float = 4.0,
         prior_spells: float = 200.0,
         halflife_s: float = 3600.0,
-        estimate_every_s: float = 5.0,
+        estimate_every_s: float = 10.0,
     ) -> None:
         self._capacity = capacity
         self._key = np.zeros(capacity, dtype=np.uint64)
@@ -66,6 +71,7 @@ class HitDensity:
 
     def touch(self, slots: IntArray, now: float) -> None:
         self._advance(now)
+        self._found = slots
         ages = now - self._last_s[slots]
         again = ages > _SAME_USE_S
         if not again.any():
@@ -75,7 +81,6 @@ class HitDensity:
         self._hits[found] = _at_least_what_follows(self._hits[found] + 1)
         self._last_s[found], self._use[found] = now, self._moment
         self._group[found] = self._group_of(self._hits[found], len(slots), len(slots))
-        self._found = found
 
     def missed(self, keys: UintArray, now: float) -> None:
         self._advance(now)
@@ -93,6 +98,7 @@ class HitDensity:
         if found:
             self._hits[self._found] = np.maximum(self._hits[self._found], hits[0])
             self._group[self._found] = self._group_of(self._hits[self._found], found + len(old), total)
+            self._found = self._found[:0]  # the request is known to its end
         self._remember(keys, np.full(len(keys), now), hits, self._group_of(hits, found + len(old), total))
 
     def insert(self, slots: IntArray, keys: UintArray, depths: IntArray, now: float) -> None:
@@ -107,6 +113,7 @@ class HitDensity:
 
     def remove(self, slots: IntArray) -> None:
         slots = slots[self._group[slots] >= 0]
+        self._found = self._found[~np.isin(self._found, slots)]
         self._remember(self._key[slots], self._last_s[slots], self._hits[slots], self._group[slots])
         self._group[slots] = self._use[slots] = -1
 
@@ -150,7 +157,9 @@ class HitDensity:
         return np.minimum(hits, _LEVELS - 1) * _KINDS + kind
 
     def _recall(self, keys: UintArray, depths: IntArray) -> tuple[IntArray, IntArray]:
-        """Hits and groups of new blocks, from the ghosts that `missed` left; one whose ghost was overwritten is as the block before it."""
+        """Hits and groups of new blocks, from the ghosts that `missed` left; one whose ghost was overwritten is as the block
+        before it.
+        """
         rows, known = self._ghosts.find(keys)
         if not known.any():
             hits = np.zeros(len(keys), dtype=np.int64)
@@ -159,9 +168,7 @@ class HitDensity:
         at = rows[np.where(at < 0, int(np.argmax(known)), at)]
         return self._ghosts.hits[at], self._ghosts.group[at]
 
-    def _remember(
-        self, keys: UintArray, last_s: np.ndarray[tuple[int], np.dtype[np.float64]], hits: IntArray, groups: IntArray
-    ) -> None:
+    def _remember(self, keys: UintArray, last_s: FloatArray, hits: IntArray, groups: IntArray) -> None:
         rows, _ = self._ghosts.find(keys)
         old = rows[self._ghosts.group[rows] >= 0]
         if len(old):
@@ -179,12 +186,16 @@ class HitDensity:
         elapsed_s = now - self._estimated_s
         if elapsed_s >= self._estimate_every_s:
             self._estimated_s = now
-            slots, rows = np.flatnonzero(self._group >= 0), np.flatnonzero(self._ghosts.group >= 0)
-            in_sight = self._times.census(self._group[slots], now - self._last_s[slots])
-            in_sight += self._times.census(self._ghosts.group[rows], now - self._ghosts.last_s[rows])
+            in_sight = self._census(self._group, self._last_s) + self._census(self._ghosts.group, self._ghosts.last_s)
             self._times.estimate(in_sight, elapsed_s)
             self._rank_worth()
             self._forget_order()
+
+    def _census(self, groups: IntArray, last_s: FloatArray) -> FloatArray:
+        # A large table is sampled: keys are hashes and slots are given to anybody, so every n-th row is as good as any.
+        every = max(1, len(groups) // _CENSUS_ROWS)
+        rows = np.flatnonzero(groups[::every] >= 0) * every
+        return self._times.census(groups[rows], self._now - last_s[rows]) * every
 
     # ------------------------------------------------------------------ order
 
@@ -197,11 +208,12 @@ class HitDensity:
         self._order_worth = np.empty(0)
 
     def _unchanged(self) -> BoolArray:
-        return self._use[self._order] == self._order_use
+        same: BoolArray = self._use[self._order] == self._order_use
+        return same
 
     def _put_in_order(self, count: int) -> None:
         if int(np.count_nonzero(self._unchanged())) < count:
-            bulk = max(2 * count, self._capacity // _BULK)
+            bulk = max(2 * count, self._capacity // _BULK_SHARE)
             self._order, self._order_worth = self._worst(bulk, self._group >= 0)
             self._order_use = self._use[self._order]
 

@@ -1,7 +1,7 @@
 """Which blocks of a full tier have to go: the contract, and exact LRU.
 
-A tier has slots 0 .. capacity - 1; a block is known by a 64-bit key and by its depth, its position in the prefix it was stored with.
-A block is useless while one before it in its prefix is gone, so every policy here gives up a prefix from its end.
+A tier has slots 0 .. capacity - 1; a block is known by a 64-bit key and by its depth, its position in the prefix it was stored
+with. A block is useless while one before it in its prefix is gone, so every policy here gives up a prefix from its end.
 `polder.tiers.density` has the policy that tiers use.
 """
 
@@ -49,8 +49,8 @@ class EvictionPolicy(Protocol):
 class Lru:
     """Exactly the least recently used; of blocks used together the deepest first, and everything new is admitted.
 
-    Each use of a slot appends it to a log with a new stamp; an entry whose stamp is not its slot's current one is stale. The log is compacted
-    when it is full, so a use costs O(1) and the memory is 5 numbers a slot.
+    Each use of a slot appends it to a log with a new stamp; an entry whose stamp is not its slot's current one is stale. The log
+    is compacted when it is full, so a use costs O(1) and the memory is 5 numbers a slot.
     """
 
     def __init__(self, capacity: int) -> None:

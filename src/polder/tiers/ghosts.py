@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from polder.tiers.eviction import BoolArray, IntArray, UintArray
 
-__all__ = ["Ghosts"]
+__all__ = ["FloatArray", "Ghosts"]
+
+FloatArray = npt.NDArray[np.float64]
 
 
 class Ghosts:
     """A table of fixed size, one row for each value of a key's low bits: a new key throws out what is in its row.
 
-    So it forgets at random, about as slowly as `rows` new keys come, which does the estimates of `reuse_times` no harm: they allow for blocks
-    that are lost from sight.
+    So it forgets at random, about as slowly as `rows` new keys come, which does the estimates of `reuse_times` no harm: they
+    allow for blocks that are lost from sight.
     """
 
     def __init__(self, rows: int) -> None:
@@ -32,7 +35,7 @@ class Ghosts:
         rows = (keys & self._mask).astype(np.int64)
         return rows, (self.key[rows] == keys) & (self.group[rows] >= 0)
 
-    def put(self, keys: UintArray, last_s: float | np.ndarray[tuple[int], np.dtype[np.float64]], hits: IntArray, group: IntArray) -> None:
+    def put(self, keys: UintArray, last_s: FloatArray, hits: IntArray, group: IntArray) -> None:
         rows = (keys & self._mask).astype(np.int64)
         self.key[rows], self.last_s[rows], self.hits[rows], self.group[rows] = keys, last_s, hits, group
 

@@ -1,12 +1,12 @@
 """The index of one engine's tiers: from block hash to places.
 
-A block has an entry while it lies in some tier, and at most one place in each. Tiers are numbered from the fastest (0) to the slowest.
-The eviction policy sees entries, not places, so there is one order of worth over all tiers together; what is in two tiers is the first
-to make room, by losing its faster copy, so that together the tiers hold as many different blocks as they have slots.
+A block has an entry while it lies in some tier, and at most one place in each. Tiers are numbered from the fastest (0) to the
+slowest. The eviction policy sees entries, not places, so there is one order of worth over all tiers together; what is in two tiers
+is the first to make room, by losing its faster copy, so that together the tiers hold as many different blocks as they have slots.
 
-All arrays have one row an entry or a slot and are made once. Between `prepare_store` and `complete_store` a place is written: it can be
-neither loaded nor evicted. Between `prepare_load` and `complete_load` a place is pinned: it can be lost (its owner took the memory back:
-the load will fail) or dropped, but its slot is not used again before.
+All arrays have one row an entry or a slot and are made once. Between `prepare_store` and `complete_store` a place is written: it
+can be neither loaded nor evicted. Between `prepare_load` and `complete_load` a place is pinned: it can be lost (its owner took the
+memory back: the load will fail) or dropped, but its slot is not used again before.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class BlockIndex:
     def prepare_store(self, keys: Sequence[bytes], depths: IntArray, now: float) -> Places:
         """Chooses where blocks that the engine holds are to be written, making room for new ones.
 
-        New blocks go where slots are free, fastest tier first, or where one is made free. Every block, new or known, also gets a copy in
-        each tier that has free slots and lacks it: a faster one serves it sooner, a slower one saves it when lent memory is recalled.
+        New blocks go where slots are free, fastest tier first, or where one is made free. Every block, new or known, also gets a
+        copy in each tier that has free slots and lacks it: a faster one serves it sooner, a slower one saves it when lent memory is
+        recalled.
         """
         self.refresh()
         first = {key: i for i, key in reversed(list(enumerate(keys)))}  # a key that comes twice is written once
@@ -239,7 +240,8 @@ class BlockIndex:
             numbers = key_numbers([keys[i] for i in todo])
             wanted = self._policy.admits(numbers, depths[todo], now)
             todo = [i for i, wants in zip(todo, wanted.tolist(), strict=True) if wants]
-            keep = {self._entry_of[key] for key in keys if key in self._entry_of}  # no block makes room for one behind it
+            # No block of this prefix makes room for one behind it.
+            keep = {self._entry_of[key] for key in keys if key in self._entry_of}
             for i, (tier, slot) in zip(todo, self._make_room(len(todo), keep), strict=False):
                 rows.append(self._enter(keys[i], i, tier, slot))
         if rows:
@@ -253,7 +255,8 @@ class BlockIndex:
         freed: list[tuple[int, int]] = []
         busy = self._locks > 0
         busy[list(keep)] = True
-        for entry in self._policy.victims(count, busy | (self._copies < 2)).tolist():
+        twice = ~busy & (self._copies > 1)
+        for entry in self._policy.victims(count, ~twice).tolist() if twice.any() else ():
             tier = int(np.flatnonzero(self._place[entry] != _NOWHERE)[0])
             freed.append(self._vacate(entry, tier))
         if len(freed) < count:

@@ -1,9 +1,9 @@
 """Which KV blocks may stand for each other.
 
-vLLM's block hash covers the tokens before and in the block, the LoRA's name, multimodal inputs and the request's cache_salt. It does
-not cover what computed them nor how the bytes are laid out, so a tier that outlives one engine, or that two engines share, needs a
-namespace: everything else that must be equal for bytes to be interchangeable. Its digest seeds every checksum, so that bytes of
-another namespace are not merely unlikely to be asked for, they do not verify.
+vLLM's block hash covers the tokens before and in the block, the LoRA's name, multimodal inputs and the request's cache_salt. It
+does not cover what computed them nor how the bytes are laid out, so a tier that outlives one engine, or that two engines share,
+needs a namespace: everything else that must be equal for bytes to be interchangeable. Its digest seeds every checksum, so that
+bytes of another namespace are not merely unlikely to be asked for, they do not verify.
 """
 
 from __future__ import annotations

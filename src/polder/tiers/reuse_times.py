@@ -1,25 +1,24 @@
 """When blocks are used again: for each group of blocks the chance of a hit by age, and what a block of that age is worth.
 
-The chance is estimated as in life tables (Kaplan and Meier, Journal of the American Statistical Association 53, 1958): of the blocks that
-were seen at an age, the share that was used again before the next. Blocks that are lost from sight, or that are young still, count for the
-ages at which they were seen and for no others, so that neither a small cache nor a short past makes reuse look rarer than it is.
+The chance is estimated as in life tables (Kaplan and Meier, Journal of the American Statistical Association 53, 1958): of the
+blocks that were seen at an age, the share that was used again before the next. Blocks that are lost from sight, or that are young
+still, count for the ages at which they were seen and for no others, so that neither a small cache nor a short past makes reuse
+look rarer than it is.
 
-The worth is hit density: hits to come for each second of a slot, if the block is kept until the best moment to give it up (LHD, Beckmann et
-al., NSDI 2018; with the best moment, it is Gittins' index). It need not fall with age. A block that is likely to be used ten to twenty
-seconds after its last use is worth more at eight seconds than at zero, and where agents read their prompts in turn that is what keeps those
-of some users whole, where LRU loses those of all.
+The worth is hit density: hits to come for each second of a slot, if the block is kept until the best moment to give it up (LHD,
+Beckmann et al., NSDI 2018; with the best moment, it is Gittins' index). It need not fall with age. A block that is likely to be
+used ten to twenty seconds after its last use is worth more at eight seconds than at zero, and where agents read their prompts in
+turn that is what keeps those of some users whole, where LRU loses those of all.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from polder.tiers.eviction import IntArray
+from polder.tiers.ghosts import FloatArray
 
-__all__ = ["AGE_BINS", "FloatArray", "ReuseTimes", "bin_of"]
-
-FloatArray = npt.NDArray[np.float64]
+__all__ = ["AGE_BINS", "ReuseTimes", "bin_of"]
 
 AGE_BINS = 56
 """Bins of age: the first to 0.25 s, then three to an octave, the last from 18 hours on."""
@@ -32,7 +31,9 @@ def bin_of(ages_s: FloatArray) -> IntArray:
 
 
 class ReuseTimes:
-    """Spells of blocks, from one use to the next or out of sight, by group and age. Groups are levels x kinds: group = level * kinds + kind."""
+    """Spells of blocks, from one use to the next or out of sight, by group and age. Groups are levels x kinds: group = level *
+    kinds + kind.
+    """
 
     def __init__(self, *, levels: int, kinds: int, prior_spells: float, halflife_s: float) -> None:
         """A group's own counts outweigh those of all groups from `prior_spells` on; counts halve in `halflife_s`."""
@@ -71,7 +72,9 @@ class ReuseTimes:
 
 
 def _density(chance: FloatArray) -> FloatArray:
-    """`chance` of a use in each bin for blocks that reach it -> the largest ratio of hits to seconds over all later moments to give up."""
+    """`chance` of a use in each bin for blocks that reach it -> the largest ratio of hits to seconds over all later moments to
+    give up.
+    """
     nothing = np.zeros((len(chance), 1))
     unused = np.concatenate([nothing + 1.0, np.cumprod(1.0 - chance, axis=1)[:, :-1]], axis=1)
     hits = unused * chance

@@ -1,8 +1,8 @@
 """Slots: places of one block each, in one tier. What a tier has to be able to do, and the tier that is plain memory.
 
-The contract of a tier has two halves, because vLLM has two. The half here lives in the scheduler's process and decides: which slots are
-there, which are gone. The other half (transfer.py) lives in every worker and moves bytes: load from slots, store into slots. Between them
-travel **recipes**: arrays that say where the bytes of slots are, one row a slot, opaque to everybody else.
+The contract of a tier has two halves, because vLLM has two. The half here lives in the scheduler's process and decides: which
+slots are there, which are gone. The other half (transfer.py) lives in every worker and moves bytes: load from slots, store into
+slots. Between them travel **recipes**: arrays that say where the bytes of slots are, one row a slot, opaque to everybody else.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class SlotStatistics:
 
 
 class Slots(Protocol):
-    """The slots of one tier, numbered 0 .. capacity - 1. Not all need to exist at a time: memory that is borrowed comes and goes."""
+    """The slots of one tier, numbered 0 .. capacity - 1. Not all need to exist at a time: memory that is borrowed comes and
+    goes."""
 
     name: str
     capacity: int

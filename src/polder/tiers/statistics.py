@@ -83,7 +83,8 @@ class TierStatistics:
 
 
 def verdict(figures: Mapping[str, float]) -> str:
-    """One line from `figures`: "tiers saved 812 s of prefill, cost 3.1 s of copies, 12 GiB written never read"; "" without tiers."""
+    """One line from `figures`: "tiers saved 812 s of prefill, cost 3.1 s of copies, 12 GiB written never read"; "" without
+    tiers."""
     if "tier_saved_prefill_seconds_total" not in figures:
         return ""
     copies = sum(

@@ -1,14 +1,16 @@
 """The half of the tiers that moves bytes: one in every worker process.
 
-A job is a list of blocks to store into slots or to load from slots. It is cut into one part a tier, and each tier has two lanes, one a
-direction, each with a thread and a queue: so a load never waits behind stores, nor a fast tier behind a slow one. Jobs of one lane are
-carried out in their order. Nothing raises across: every row of a job either succeeds or is reported as failed, with the reason.
+A job is a list of blocks to store into slots or to load from slots. It is cut into one part a tier, and each tier has two
+lanes, one a direction, each with a thread and a queue: so a load never waits behind stores, nor a fast tier behind a slow one.
+Jobs of one lane are carried out in their order. Nothing raises across: every row of a job either succeeds or is reported as
+failed, with the reason.
 
     store   lock the lots (peer)  ->  copy the engine's block into the slot  ->  note the checksum of the engine's bytes
     load    copy the slot into the engine's block  ->  compare epochs (peer)  ->  compare the checksum of the bytes that arrived
 
-The checksum (xxh3, 64 bits, seeded with the block's key and the namespace) is taken at the engine's side both times, so it covers the
-whole way: a torn copy, a slot that another block was written to, memory that its owner reused, a flipped bit. A doubt is a miss (law 5).
+The checksum (xxh3, 64 bits, seeded with the block's key and the namespace) is taken at the engine's side both times, so it
+covers the whole way: a torn copy, a slot that another block was written to, memory that its owner reused, a flipped bit. A
+doubt is a miss (law 5).
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ class TierMemory(Protocol):
     """The memory of one tier, as one rank sees it."""
 
     def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        """Copies the engine's block into a slot. False: the slot is not ours any more, and nothing was written after it ceased to be."""
+        """Copies the engine's block into a slot. False: the slot is not ours any more, and nothing was written after it ceased
+        to be."""
 
     def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
         """Copies a slot into the engine's block. False: the slot was lost; the block's bytes are anything."""
@@ -118,7 +121,8 @@ class TierWorker:
         self._done: list[Finished] = []
 
     def submit(self, job: Job, blocks: Sequence[Pieces]) -> None:
-        """Begins a job; `blocks[i]` is where the engine keeps its i-th block. Sources and destinations must stay until it is done."""
+        """Begins a job; `blocks[i]` is where the engine keeps its i-th block. Sources and destinations must stay until it is
+        done."""
         work = _Work(job, blocks)
         with self._changed:
             if not job.parts:

@@ -90,8 +90,8 @@ class KvGeometry:
     def granules(self) -> tuple[int, Slots, Slots]:
         """How the bytes of one block lie in the pages of its unit, for lending it: (granule bytes, pages, offsets).
 
-        A granule is the largest piece that divides the page and every block. The arrays have shape [unit_blocks, granules]: index of
-        the granule's page among the unit's pages, as in `slots`, and the granule's first byte there.
+        A granule is the largest piece that divides the page and every block. The arrays have shape [unit_blocks, granules]:
+        index of the granule's page among the unit's pages, as in `slots`, and the granule's first byte there.
         """
         starts: list[tuple[int, int]] = []
         for place in self.places:

@@ -1,13 +1,16 @@
 """The lender's side in the engine core: which blocks are on offer, and how they come back.
 
 A block on offer counts as free: it stands in vLLM's free queue, with a callback that vLLM calls when it hands the block out
-(BlockPool.unpin_blocks), and the callback takes it back. So lending needs no permission to end, and costs the scheduler one lock a block.
+(BlockPool.unpin_blocks), and the callback takes it back. So lending needs no permission to end, and costs the scheduler one
+lock a block.
 
-How much to offer is decided once a second from what the engine itself needs: the blocks it used at most in the last `PEAK_S`, what its own
-prefix cache makes use of (the reuse curve that the broker's policy sees too), and a reserve. The coldest free blocks are offered. They
-stand at the end of the free queue, renewed every second, so the engine first uses up its own cold cache, then takes back.
+How much to offer is decided once a second from what the engine itself needs: the blocks it used at most in the last `PEAK_S`,
+what its own prefix cache makes use of (the reuse curve that the broker's policy sees too), and a reserve. The coldest free
+blocks are offered. They stand at the end of the free queue, renewed every second, so the engine first uses up its own cold
+cache, then takes back.
 
-Blocks that were written by a borrower are zeroed before the engine uses them: foreign bytes, read as numbers of another type, can be NaN.
+Blocks that were written by a borrower are zeroed before the engine uses them: foreign bytes, read as numbers of another type,
+can be NaN.
 """
 
 from __future__ import annotations
@@ -111,7 +114,7 @@ class Lender:
         while self._used[0][0] < now - PEAK_S:
             self._used.popleft()
         peak = max(used for _, used in self._used)
-        own = peak + max(useful_cache_blocks, int(RESERVE * usable_blocks))
+        own = max(peak, useful_cache_blocks) + int(RESERVE * usable_blocks)
         wanted = min(self.most_blocks, usable_blocks - own)
         if len(self._offered) < wanted:
             self._offer(min(AT_ONCE, wanted - len(self._offered)))

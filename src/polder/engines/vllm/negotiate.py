@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from polder.broker.client import status
-from polder.broker.core import HOST
 from polder.broker.config import BrokerConfig
+from polder.broker.core import HOST
 from polder.broker.server import BrokerServer
 from polder.broker.transport import Channel
 from polder.broker.wire import Hello, Refused, Welcome
 from polder.engines.vllm import worker
-from polder.engines.vllm.lender import lot_geometry
-from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
-from polder.tiers.lending import table_bytes
 from polder.engines.vllm.geometry import KvGeometry, unit_blocks
+from polder.engines.vllm.lender import lot_geometry
 from polder.engines.vllm.settings import EngineSettings
+from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
 from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
+from polder.tiers.lending import table_bytes
 from polder.units import format_bytes
 
 __all__ = ["Agreement", "LocalBroker", "check_supported", "negotiate"]

@@ -1,4 +1,5 @@
-"""The entry point (`vllm.general_plugins`): replacements in vLLM, effective only when this engine is to be elastic, and a connector.
+"""The entry point (`vllm.general_plugins`): replacements in vLLM, effective only when this engine is to be elastic, and a
+connector.
 
 vLLM calls `register` in every process it starts, sometimes more than once. In a process that is not configured by the environment
 the patches still have to be in place, because additional-config is known only later; they look it up when they run, and do exactly
@@ -90,7 +91,8 @@ def _patch() -> None:
 
 
 def _register_connector() -> None:
-    """By name, in every process: the API server rebuilds a connector's metrics from its registered class (see tier_connector.py)."""
+    """By name, in every process: the API server rebuilds a connector's metrics from its registered class (see
+    tier_connector.py)."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 

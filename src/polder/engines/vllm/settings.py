@@ -17,7 +17,8 @@
 | POLDER_FAULTS       | faults            | for tests: faults of the tiers, "fail=0.2,corrupt=0.01,seed=1"                     |
 
 An engine with tiers needs the connector too: --kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'
-(`polder serve` adds it). With neither POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. The environment wins over additional-config.
+(`polder serve` adds it). With neither POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. The environment wins over
+additional-config.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """PolderConnector: vLLM's OffloadingConnector with Polder's tiers behind it, and with the defects of 0.32 worked round.
 
-| defect of vLLM 0.32                                       | work-around here                                                        |
-|-----------------------------------------------------------|-------------------------------------------------------------------------|
-| a failed load is an assertion: the engine ends            | jobs always end well for vLLM; failed loads go by `failed_recving`      |
-| a failed request looks up the same blocks again, for ever | what failed is dropped from the index, and the request loads no more    |
-| kv_load_failure_policy is "fail" by default               | set to "recompute" before the scheduler reads it                        |
-| metrics of a class given by module path: ValueError       | class and spec are registered by name, by the plugin, in every process  |
-| a prefix is looked up key by key, again in every step     | one batch look-up, in `TierScheduler`                                   |
-| generated tokens are not kept                             | `offload_prompt_only` is false by default                               |
+| defect of vLLM 0.32                                | work-around here                                                     |
+|----------------------------------------------------|----------------------------------------------------------------------|
+| a failed load is an assertion: the engine ends     | jobs always end well for vLLM; failed loads go by `failed_recving`   |
+| a failed request looks the same blocks up for ever | what failed is dropped from the index; the request loads no more     |
+| kv_load_failure_policy is "fail" by default        | set to "recompute" before the scheduler reads it                     |
+| metrics of a class given by module path fail       | class and spec are registered by name, by the plugin, everywhere     |
+| a prefix is looked up key by key, in every step    | one batch look-up, in `TierScheduler`                                |
+| generated tokens are not kept                      | `offload_prompt_only` is false by default                            |
 
-Each has a test in tests/engines/test_tiers.py that fails without it.
+tests/engines/test_tier_defects.py shows the stock behaviour beside ours, for the first four.
 """
 
 from __future__ import annotations

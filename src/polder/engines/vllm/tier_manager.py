@@ -36,7 +36,7 @@ from polder.engines.vllm.settings import TIERS
 from polder.engines.vllm.tier_worker import TierJob, TierPlan, open_worker
 from polder.errors import ConfigError, PolderError
 from polder.tiers.borrowing import PeerSlots
-from polder.tiers.eviction import Lru
+from polder.tiers.density import HitDensity
 from polder.tiers.index import PENDING
 from polder.tiers.lending import open_table
 from polder.tiers.slots import HostSlots, Slots
@@ -93,7 +93,7 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
                 slots.append(self.peers)
             else:
                 slots.append(HostSlots(name=name, size_bytes=capacity * slot_bytes, slot_bytes=slot_bytes))
-        policy = Lru(sum(plan.capacities))
+        policy = HitDensity(sum(plan.capacities))
         self.tiers = TierSet(slots, policy, ranks=agreement.ranks, block_tokens=agreement.block_tokens)
         self._lender_pids: dict[str, int] = {}
         self._sent: dict[str, float] = {}
@@ -138,7 +138,8 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         self.tiers.drop_all()
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as a look-up."""
+        """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as a
+        look-up."""
         now = time.monotonic()
         if now - self._sent_at < STATISTICS_EVERY_S:
             return None
@@ -238,13 +239,16 @@ _GAUGES = ("tier_prefill_seconds_per_token", "tier_writing_pays")
 
 
 def _metric_of(name: str) -> tuple[str, tuple[str, ...]]:
-    """ "tier_host_hit_tokens_total" -> ("polder_tier_hit_tokens", ("host",)): the client library appends _total itself."""
+    """From "tier_host_hit_tokens_total" to ("vllm:polder_tier_hit_tokens", ("host",)); the client library appends _total itself.
+
+    The prefix is vLLM's, which forgets the metrics of a former engine in the process by it.
+    """
     plain = name.removesuffix("_total")
     for tier in TIERS:
         if plain.startswith(f"tier_{tier}_"):
-            return "polder_tier_" + plain.removeprefix(f"tier_{tier}_"), (tier,)
-    return "polder_" + plain, ()
+            return "vllm:polder_tier_" + plain.removeprefix(f"tier_{tier}_"), (tier,)
+    return "vllm:polder_" + plain, ()
 
 
 def _document(metric: str) -> str:
-    return "Polder: " + metric.removeprefix("polder_").replace("_", " ") + " (docs/tiers.md)."
+    return "Polder: " + metric.removeprefix("vllm:polder_").replace("_", " ") + " (docs/tiers.md)."

@@ -1,0 +1,85 @@
+"""Emulated links: what they model, on a clock of the test's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from polder.errors import ConfigError
+from polder.testing import links
+from polder.testing.links import EmulatedLink, parse_links
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(links, "time", SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep))
+    return clock
+
+
+def test_a_transfer_ends_when_the_link_would_have_carried_it(clock: Clock) -> None:
+    link = EmulatedLink(1000.0)
+    link.charge(500, clock.now)
+    assert clock.now == pytest.approx(100.5)
+
+
+def test_what_the_copy_itself_took_counts(clock: Clock) -> None:
+    link = EmulatedLink(1000.0)
+    started = clock.now
+    clock.now += 0.2
+    link.charge(500, started)
+    assert clock.now == pytest.approx(100.5)
+    started = clock.now
+    clock.now += 2.0
+    link.charge(500, started)
+    assert clock.now == pytest.approx(102.5), "a copy slower than the link waits for nothing"
+
+
+def test_transfers_that_began_together_share_the_link(clock: Clock) -> None:
+    link = EmulatedLink(1000.0)
+    started = clock.now
+    for _ in range(4):
+        link.charge(250, started)
+    assert clock.now == pytest.approx(101.0)
+
+
+def test_an_idle_link_saves_nothing_up(clock: Clock) -> None:
+    link = EmulatedLink(1000.0)
+    link.charge(100, clock.now)
+    clock.now += 50.0
+    before = clock.now
+    link.charge(100, before)
+    assert clock.now == pytest.approx(before + 0.1)
+
+
+def test_transfers_too_short_to_sleep_for_are_paid_together(clock: Clock) -> None:
+    link = EmulatedLink(1e6)
+    for _ in range(1000):
+        link.charge(100, clock.now)  # 0.1 ms each
+    assert clock.now == pytest.approx(100.1, abs=0.0006)
+
+
+def test_links_are_read_in_bytes_a_second() -> None:
+    assert parse_links("peer=3.2GB/s, host=400MB/s") == {"peer": 3.2e9, "host": 4e8}
+    assert parse_links("host=5kB/s") == {"host": 5e3}
+    assert parse_links("") == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["peer", "peer=3", "peer=3GB", "disk=3GB/s", "peer=-1GB/s", "peer=0GB/s", "peer=1e3MB/s"]
+)
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write peer="):
+        parse_links(text)
