@@ -243,8 +243,8 @@ class BrokerCore:
         if not pages:
             return None
         if HOST not in self.ledger.devices:
-            return f"this broker has no host tier, and {hello.engine!r} wants {format_bytes(pages * page)} of it: start it with
-            {HOST}=SIZE"
+            size = format_bytes(pages * page)
+            return f"this broker has no host tier, and {hello.engine!r} wants {size} of it: start it with {HOST}=SIZE"
         free = self.ledger.free(HOST) + self.ledger.held(HOST, Owner(hello.engine, "lent"))
         if pages > free:
             return (
