@@ -95,8 +95,8 @@ class Lives(RuleBasedStateMachine):
         for row, slot in enumerate(rows(job.places)):
             if row not in job.lost:
                 self.holds[slot] = job.places.keys[row]
-                if row not in failed:
-                    self.committed.add(job.places.keys[row])
+            if row not in failed:  # what is lost after it was written may be found until the index looks
+                self.committed.add(job.places.keys[row])
         self.index.complete_store(job.places, sorted(failed))
         self.note_absent()
 

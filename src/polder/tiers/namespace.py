@@ -37,7 +37,7 @@ class Namespace:
 
     def digest(self) -> int:
         """64 bits that differ between namespaces."""
-        text = "\x1f".join(str(part) for part in astuple(self))
+        text = repr(astuple(self))
         return xxhash.xxh3_64_intdigest(text.encode())
 
 
