@@ -54,6 +54,13 @@ def broker(short_dir: Path, no_fd_leak: None) -> Iterator[Running]:
     running.stop()
 
 
+def answer_on(channel: Channel) -> wire.FromBroker:
+    """The next message that is not about who is here."""
+    while isinstance(message := channel.receive(), wire.Neighbours):
+        pass
+    return message
+
+
 def hello(name: str = "a", **values: object) -> wire.Hello:
     defaults: dict[str, object] = {
         "engine": name,
@@ -260,7 +267,7 @@ def test_a_restarted_broker_waits_for_reports_before_it_grants(short_dir: Path) 
     assert running.status().devices[0].pages_by_owner == {"old/kv": 6}
     time.sleep(0.7)
     newcomer.send(hello("new"))
-    granted = newcomer.receive()
+    granted = answer_on(newcomer)
     assert isinstance(granted, wire.Welcome)
     assert not {10, 11, 20, 21, 0, 1} & set(granted.pages[0])
     newcomer.close()
@@ -275,21 +282,21 @@ def test_a_borrower_is_recalled_and_the_owner_granted(broker: Running) -> None:
     held = list(welcome.pages[0])
     want = {"held_units": 3, "busy_units": 26, "waiting_units": 0, "peak_units": 26, "cached_units": 3, "curve": []}
     borrower.send(wire.Demand(**want, urgent=True))  # type: ignore[arg-type]
-    grant = borrower.receive()
+    grant = answer_on(borrower)
     assert isinstance(grant, wire.Grant)
     assert grant.units == 23
     held += grant.pages[0]
     borrower.send(wire.Grown(lease=grant.lease))
     need = {"held_units": 3, "busy_units": 3, "waiting_units": 11, "peak_units": 14, "cached_units": 3, "curve": []}
     owner.send(wire.Demand(**need, urgent=True))  # type: ignore[arg-type]
-    first = owner.receive()  # what was free comes at once
+    first = answer_on(owner)  # what was free comes at once
     assert isinstance(first, wire.Grant)
     owner.send(wire.Grown(lease=first.lease))
-    recall = borrower.receive()
+    recall = answer_on(borrower)
     assert isinstance(recall, wire.Recall)
     assert recall.preempt
     borrower.send(wire.Returned(lease=recall.lease, pages=[held[-2 * recall.units :]]))
-    second = owner.receive()
+    second = answer_on(owner)
     assert isinstance(second, wire.Grant)
     owner.send(wire.Grown(lease=second.lease))
     wait_for(lambda: len(broker.status().giveback_ms) == 1)
@@ -299,3 +306,53 @@ def test_a_borrower_is_recalled_and_the_owner_granted(broker: Running) -> None:
     assert status["a"].recalled_units == recall.units
     borrower.close()
     owner.close()
+
+
+def test_the_host_tier_is_booked_by_quota_and_free_again_when_its_engine_ends(short_dir: Path, no_fd_leak: None) -> None:
+    running = Running(short_dir / "broker", devices={"cpu:0": 64 * PAGE, "host:0": 8 * PAGE})
+    try:
+        first = Channel(running.path, timeout_s=5.0)
+        first.send(hello("a", host_pages=6))
+        welcome = answer_on(first)
+        assert isinstance(welcome, wire.Welcome)
+        assert len(welcome.host[0]) == 6
+        request = wire.Fetch(engine="a", rank=0, device="host:0", pages=welcome.host[0])
+        handles, fds = client.fetch_handles(running.path, request)
+        assert len(handles.offsets) == 6
+        for fd in fds:
+            os.close(fd)
+        second = Channel(running.path, timeout_s=5.0)
+        second.send(hello("b", host_pages=3))
+        refused = answer_on(second)
+        assert isinstance(refused, wire.Refused)
+        assert "host tier" in refused.reason
+        first.close()
+        second.close()
+    finally:
+        running.stop()
+
+
+def test_a_lenders_table_reaches_its_neighbours_who_hear_of_it(short_dir: Path, no_fd_leak: None) -> None:
+    running = Running(short_dir / "broker")
+    try:
+        lender, borrower = Channel(running.path, timeout_s=5.0), Channel(running.path, timeout_s=5.0)
+        lender.send(hello("a", table_bytes=8192))
+        assert isinstance(answer_on(lender), wire.Welcome)
+        borrower.send(hello("b"))
+        assert isinstance(answer_on(borrower), wire.Welcome)
+        heard = borrower.receive()
+        assert isinstance(heard, wire.Neighbours)
+        assert heard.lenders == ["a"]
+        with pytest.raises(UsageError, match="no table yet"):
+            client.fetch_table(running.path, wire.FetchTable(engine="b", lender="a"))
+        own = client.fetch_table(running.path, wire.FetchTable(engine="a", lender="a"))
+        theirs = client.fetch_table(running.path, wire.FetchTable(engine="b", lender="a"))
+        assert os.fstat(own).st_ino == os.fstat(theirs).st_ino
+        for fd in (own, theirs):
+            os.close(fd)
+        with pytest.raises(UsageError, match="does not lend these pages"):
+            client.fetch_handles(running.path, wire.Fetch(engine="b", rank=0, device="cpu:0", pages=[63], lender="a"))
+        lender.close()
+        borrower.close()
+    finally:
+        running.stop()

@@ -32,6 +32,7 @@ SURFACE = {
     "top": {"--socket", "--url", "--once", "--json", "--interval"},
     "ctl resize": {"engine", "units", "--socket", "--json"},
     "ctl explain": {"--socket", "--json"},
+    "sim cache": {"--trace", "--policy", "--json"},
     "doctor": {"--json"},
     "version": {"--json"},
 }
