@@ -42,8 +42,9 @@ class Places:
 
 
 def key_numbers(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    """The first 64 bits of each key: what policies and checksums know blocks by."""
-    return np.frombuffer(b"".join(key[:8] for key in keys), dtype="<u8")
+    """64 bits of each key: what policies and checksums know blocks by. Both ends count: vLLM puts the hash first and the group last."""
+    words = np.frombuffer(b"".join(key[:8] + key[-8:] for key in keys), dtype="<u8").reshape(-1, 2)
+    return words[:, 0] ^ words[:, 1]
 
 
 class BlockIndex:
