@@ -22,6 +22,7 @@ from polder.tiers.slots import IntArray, Recipe, SlotStatistics
 __all__ = ["ChunkGeometry", "PeerSlots"]
 
 _ALIGNMENT = 64
+_NONE: IntArray = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class _Lender:
         self.chunks = np.full((self.capacity, self.slot_chunks), -1, dtype=np.int64)
         self.made = np.zeros(self.capacity, dtype=np.bool_)
         self.taken = np.zeros(self.capacity, dtype=np.bool_)
+        self.seen = -1  # of the table's changes
         self.lost = np.zeros(self.capacity, dtype=np.bool_)  # taken, unmade, and `lose` has not told of it yet
         self.loose: list[int] = []  # chunks of our lots that are in no slot
         self.unmade = list(range(self.capacity - 1, -1, -1))
@@ -77,6 +79,10 @@ class _Lender:
 
     def lose(self) -> IntArray:
         """Notices lots that were taken back. Returns the taken slots that are gone with them, and forgets those."""
+        changes = self.table.changes
+        if changes == self.seen and not self.table.closed and not self.lost.any():
+            return _NONE
+        self.seen = changes
         ours = np.flatnonzero(self.lot_epoch)
         changed = self.table.epoch[ours].astype(np.int64) != self.lot_epoch[ours]
         self._drop(ours if self.table.closed else ours[changed])

@@ -57,6 +57,7 @@ RECALL_DEADLINE_S = 1.0
 
 _MAGIC = 0x504F4C4445520001
 _HEADER_BYTES = 4096
+_CHANGES_AT = 480  # byte of a word in the header that only the lender writes
 _LOCKS_AT = 1 << 40  # beyond the bytes of the file, so that no lock is ever about data
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 
@@ -141,6 +142,7 @@ class LendingTable:
                 raise ProtocolError(f"a lending table of {size} bytes")
             self._map = mmap.mmap(self._fd, size)
             self._header: npt.NDArray[np.uint64] = np.frombuffer(self._map, "<u8", 64)
+            self._changes: npt.NDArray[np.uint64] = np.frombuffer(self._map, "<u8", 1, _CHANGES_AT)
             if int(self._header[0]) != _MAGIC:
                 raise ProtocolError("not a lending table of this version of Polder")
             fields = self._header[2 : 2 + len(_GEOMETRY_FIELDS)].tolist()
@@ -172,6 +174,11 @@ class LendingTable:
         return table
 
     @property
+    def changes(self) -> int:
+        """Rises whenever a lot is taken back, so that a borrower need not look through all of them to see that nothing has changed."""
+        return int(self._changes[0])
+
+    @property
     def closed(self) -> bool:
         """The lender is gone: nothing here may be used any more."""
         return bool(self._header[1])
@@ -198,6 +205,7 @@ class LendingTable:
             self.epoch[lot] += np.uint64(int(self.epoch[lot]) % 2)
             self.holder[lot] = 0
             self.recalled[lot] = 0
+        self._changes += np.uint64(1)
         return borrowed
 
     def reap(self, alive: Sequence[int]) -> int:

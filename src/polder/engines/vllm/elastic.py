@@ -45,6 +45,7 @@ DEMAND_EVERY_S = 0.05
 URGENT_EVERY_S = 0.005
 PEAK_WINDOW_S = 2.5  # a peak is remembered for one to two windows
 WAITING_LOOKED_AT = 256
+SLOW_STATS_EVERY_S = 1.0
 
 
 class ElasticCore:
@@ -73,6 +74,8 @@ class ElasticCore:
         self._sent: Demand | None = None
         self._refusal = ""
         self._useful, self._useful_at = 0, float("-inf")
+        self._slow: dict[str, float] = {}
+        self._slow_at = float("-inf")
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self._watch_scheduler()
         self._socket = agreement.socket
@@ -310,9 +313,21 @@ class ElasticCore:
             "waiting": float(len(self._scheduler.waiting)),
             "kv_used_ratio": self.blocks.busy_blocks / usable,
             "seconds_per_token": self._seconds_per_token,
-            **(self.lender.figures() if self.lender is not None else {}),
-            **(self.tiers.tiers.figures() if self.tiers is not None else {}),
+            **self._slow_stats(),
         }
+
+    def _slow_stats(self) -> dict[str, float]:
+        """What costs as much as a step's bookkeeping to count, and is looked at by people only."""
+        now = time.monotonic()
+        if now - self._slow_at >= SLOW_STATS_EVERY_S:
+            self._slow_at = now
+            self._slow = self.exact_stats()
+        return self._slow
+
+    def exact_stats(self) -> dict[str, float]:
+        """Counters and gauges of lending and tiers, now."""
+        lent = self.lender.figures() if self.lender is not None else {}
+        return lent | (self.tiers.tiers.figures() if self.tiers is not None else {})
 
     # ------------------------------------------------------------------ plumbing
 

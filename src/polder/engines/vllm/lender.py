@@ -64,7 +64,8 @@ class Lender:
         self._used: deque[tuple[float, int]] = deque()  # (time, most blocks used since the one before)
         self._peak_now = 0
         self._looked_at = float("-inf")
-        self._dirty: list[int] = []
+        self._foreign: set[int] = set()  # blocks with a borrower's bytes in them
+        self._dirty: list[int] = []  # of these, blocks that the engine uses from now on
         self._cores: list[int] = []
         self.recalls = self.borrowed_recalls = 0
         self.recall_seconds: deque[float] = deque(maxlen=4096)
@@ -133,9 +134,11 @@ class Lender:
         self._pool.touch(chosen)
         self._pool.unpin_blocks(chosen, self._on_reuse)
         lots = np.array([block.block_id for block in chosen], dtype=np.int64)
+        self._offered.update(lots.tolist())
+        # Taken back without a step since (a reset does that), and lent again: zeroing it now would spoil a borrower's block.
+        self._dirty = [number for number in self._dirty if number not in self._offered]
         assert self._table is not None
         self._table.offer(lots)
-        self._offered.update(lots.tolist())
 
     def _renew(self) -> None:
         """Back to the end of the free queue: the engine's own cold cache goes first."""
@@ -158,11 +161,14 @@ class Lender:
         if borrowed:
             self.borrowed_recalls += 1
             self.recall_seconds.append(time.perf_counter() - started)
+            self._foreign.add(number)
+        if number in self._foreign:
             self._dirty.append(number)
 
     def take_dirty(self) -> list[int]:
         """Blocks taken back with a borrower's bytes in them, since the last call: to be zeroed before they are used."""
         dirty, self._dirty = self._dirty, []
+        self._foreign.difference_update(dirty)
         return dirty
 
     def recall_all(self) -> None:
