@@ -308,7 +308,9 @@ def test_a_borrower_is_recalled_and_the_owner_granted(broker: Running) -> None:
     owner.close()
 
 
-def test_the_host_tier_is_booked_by_quota_and_free_again_when_its_engine_ends(short_dir: Path, no_fd_leak: None) -> None:
+def test_the_host_tier_is_booked_by_quota_and_free_again_when_its_engine_ends(
+    short_dir: Path, no_fd_leak: None
+) -> None:
     running = Running(short_dir / "broker", devices={"cpu:0": 64 * PAGE, "host:0": 8 * PAGE})
     try:
         first = Channel(running.path, timeout_s=5.0)

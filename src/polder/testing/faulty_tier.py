@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from dataclasses import dataclass
 
 from polder.errors import ConfigError
@@ -57,27 +56,28 @@ class FaultyMemory:
             mover.copy([(address, min(64, size // 2))], [(address + size // 2, min(64, size // 2))])
         return there
 
+    def finish(self, size_bytes: int, started: float) -> None:
+        self._inner.finish(size_bytes, started)
+
     def close(self) -> None:
         self._inner.close()
 
 
 class EmulatedMemory:
-    """Another tier's memory behind an emulated link."""
+    """One direction of another tier's memory behind an emulated link: a part of a job takes as long as the link needs for it."""
 
-    def __init__(self, inner: TierMemory, load: EmulatedLink, store: EmulatedLink) -> None:
-        self._inner, self._load, self._store = inner, load, store
+    def __init__(self, inner: TierMemory, link: EmulatedLink) -> None:
+        self._inner, self._link = inner, link
 
     def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        started = time.perf_counter()
-        done = self._inner.store(recipe, row, block, mover)
-        self._store.charge(sum(size for _, size in block), started)
-        return done
+        return self._inner.store(recipe, row, block, mover)
 
     def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        started = time.perf_counter()
-        done = self._inner.load(recipe, row, block, mover)
-        self._load.charge(sum(size for _, size in block), started)
-        return done
+        return self._inner.load(recipe, row, block, mover)
+
+    def finish(self, size_bytes: int, started: float) -> None:
+        self._inner.finish(size_bytes, started)
+        self._link.charge(size_bytes, started)
 
     def close(self) -> None:
         self._inner.close()

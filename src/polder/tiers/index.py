@@ -42,7 +42,8 @@ class Places:
 
 
 def key_numbers(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    """64 bits of each key: what policies and checksums know blocks by. Both ends count: vLLM puts the hash first and the group last."""
+    """64 bits of each key: what policies and checksums know blocks by. Both ends count: vLLM puts the hash first and the group
+    last."""
     words = np.frombuffer(b"".join(key[:8] + key[-8:] for key in keys), dtype="<u8").reshape(-1, 2)
     numbers: npt.NDArray[np.uint64] = words[:, 0] ^ words[:, 1]
     return numbers

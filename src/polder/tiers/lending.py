@@ -175,7 +175,8 @@ class LendingTable:
 
     @property
     def changes(self) -> int:
-        """Rises whenever a lot is taken back, so that a borrower need not look through all of them to see that nothing has changed."""
+        """Rises whenever a lot is taken back, so that a borrower need not look through all of them to see that nothing has
+        changed."""
         return int(self._changes[0])
 
     @property

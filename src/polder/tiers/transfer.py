@@ -79,6 +79,10 @@ class TierMemory(Protocol):
     def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
         """Copies a slot into the engine's block. False: the slot was lost; the block's bytes are anything."""
 
+    def finish(self, size_bytes: int, started: float) -> None:
+        """A part of a job is carried out, `size_bytes` since `started` (time.perf_counter); returns when the link is done with
+        it."""
+
     def close(self) -> None: ...
 
 
@@ -181,6 +185,7 @@ class TierWorker:
                 size += moved
                 if reason is not None:
                     failed[row] = reason
+            self._memories[part.tier, work.job.direction].finish(size, started)
             seconds = time.perf_counter() - started
             with self._changed:
                 finished = work.finished

@@ -125,7 +125,6 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
     lanes: dict[tuple[int, Direction], TierMemory] = {}
     directions: tuple[Direction, ...] = ("load", "store")
     for tier, name in enumerate(plan.tiers):
-        emulated = [EmulatedLink(links[name]) for _ in directions] if name in links else []
         for direction in directions:
             lane: TierMemory
             if name == "host":
@@ -133,8 +132,8 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
                 lane = HostMemory(host.address, plan.shard_bytes)
             else:
                 lane = _peer_memory(memory, plan)
-            if emulated:
-                lane = EmulatedMemory(lane, *emulated)
+            if name in links:
+                lane = EmulatedMemory(lane, EmulatedLink(links[name]))
             if faults.fail or faults.corrupt:
                 lane = FaultyMemory(lane, faults)
             lanes[tier, direction] = lane
