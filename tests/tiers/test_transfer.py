@@ -1,0 +1,143 @@
+"""The half that moves bytes: what is loaded is what was stored, or the row is reported, and nothing raises across."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from polder.testing.faulty_tier import EmulatedMemory, Faults, FaultyMemory
+from polder.testing.links import EmulatedLink
+from polder.tiers.places import CpuMover, HostMemory, pair
+from polder.tiers.slots import Recipe
+from polder.tiers.transfer import Direction, Job, Mover, Part, Pieces, TierMemory, TierWorker
+
+LAYERS, BYTES, BLOCKS, SLOTS = 4, 512, 16, 32
+SLOT_BYTES = LAYERS * BYTES
+
+
+class Machine:
+    """An engine's KV cache, [layers, blocks, bytes], and a host region."""
+
+    def __init__(self, wrap: object = None) -> None:
+        self.kv = np.random.default_rng(1).integers(0, 256, (LAYERS, BLOCKS, BYTES), dtype=np.uint8)
+        self.region = np.zeros(SLOTS * SLOT_BYTES, dtype=np.uint8)
+        memory: TierMemory = HostMemory(self.region.ctypes.data, SLOT_BYTES)
+        lanes: dict[tuple[int, Direction], TierMemory] = {(0, "store"): memory, (0, "load"): memory}
+        if wrap is not None:
+            lanes[0, "load"] = wrap(memory)  # type: ignore[operator]
+        self.worker = TierWorker(lanes, CpuMover(), seed=7, capacities={0: SLOTS})
+        self._number = 0
+
+    def pieces(self, block: int) -> Pieces:
+        return [(self.kv[layer, block].ctypes.data, BYTES) for layer in range(LAYERS)]
+
+    def run(self, direction: Direction, slots: list[int], blocks: list[int], seeds: list[int]) -> dict[int, str]:
+        self._number += 1
+        rows = np.arange(len(slots))
+        numbers = np.array(slots, dtype=np.int64)
+        none = np.empty((len(slots), 0, 0), dtype=np.int64)
+        recipe = Recipe(lender="", slots=numbers, chunks=none, epochs=none)
+        part = Part(
+            tier=0, rows=rows, blocks=rows, slots=numbers, seeds=np.array(seeds, dtype=np.uint64), recipe=recipe
+        )
+        self.worker.submit(
+            Job(number=self._number, direction=direction, parts=(part,)), [self.pieces(b) for b in blocks]
+        )
+        self.worker.wait([self._number])
+        (finished,) = self.worker.poll()
+        assert finished.number == self._number
+        return dict(finished.failed)
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    machine = Machine()
+    yield machine
+    machine.worker.close()
+
+
+def test_loads_bring_back_what_was_stored(machine: Machine) -> None:
+    before = machine.kv.copy()
+    assert machine.run("store", [3, 9, 4], [0, 5, 15], [10, 11, 12]) == {}
+    machine.kv[:] = 0
+    assert machine.run("load", [4, 3, 9], [15, 0, 5], [12, 10, 11]) == {}
+    for block in (0, 5, 15):
+        assert np.array_equal(machine.kv[:, block], before[:, block])
+
+
+def test_a_changed_byte_a_foreign_block_and_an_empty_slot_are_corrupt(machine: Machine) -> None:
+    machine.run("store", [1, 2], [0, 1], [10, 11])
+    machine.region[2 * SLOT_BYTES + 700] ^= 1
+    assert machine.run("load", [1, 2, 5], [2, 3, 4], [10, 11, 12]) == {1: "corrupt", 2: "corrupt"}
+    assert machine.run("load", [1], [2], [11]) == {0: "corrupt"}, "right bytes, another block's key"
+
+
+def test_faults_are_reported_and_what_does_not_fail_is_right() -> None:
+    machine = Machine(lambda inner: FaultyMemory(inner, Faults(fail=0.3, corrupt=0.3, seed=3)))
+    before = machine.kv.copy()
+    machine.run("store", list(range(BLOCKS)), list(range(BLOCKS)), list(range(BLOCKS)))
+    machine.kv[:] = 0
+    failed = machine.run("load", list(range(BLOCKS)), list(range(BLOCKS)), list(range(BLOCKS)))
+    assert {"error", "corrupt"} == set(failed.values())
+    for block in set(range(BLOCKS)) - set(failed):
+        assert np.array_equal(machine.kv[:, block], before[:, block])
+    machine.worker.close()
+
+
+def test_a_load_does_not_wait_for_stores() -> None:
+    gate = threading.Event()
+
+    class Slow(HostMemory):
+        def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+            gate.wait(10.0)
+            return super().store(recipe, row, block, mover)
+
+    machine = Machine()
+    machine.run("store", [0], [0], [1])
+    machine.worker._memories = dict(machine.worker._memories) | {
+        (0, "store"): Slow(machine.region.ctypes.data, SLOT_BYTES)
+    }  # type: ignore[dict-item]
+    none = np.empty((1, 0, 0), dtype=np.int64)
+    slot = np.array([1], dtype=np.int64)
+    part = Part(
+        tier=0,
+        rows=np.arange(1),
+        blocks=np.arange(1),
+        slots=slot,
+        seeds=np.array([5], dtype=np.uint64),
+        recipe=Recipe(lender="", slots=slot, chunks=none, epochs=none),
+    )
+    machine.worker.submit(Job(number=99, direction="store", parts=(part,)), [machine.pieces(1)])
+    assert machine.run("load", [0], [0], [1]) == {}
+    gate.set()
+    machine.worker.wait([99])
+    machine.worker.close()
+
+
+def test_a_job_without_parts_ends_at_once(machine: Machine) -> None:
+    machine.worker.submit(Job(number=5, direction="load", parts=()), [])
+    machine.worker.wait_all()
+    assert [finished.number for finished in machine.worker.poll()] == [5]
+
+
+def test_an_emulated_link_is_charged_once_a_part() -> None:
+    links: list[EmulatedLink] = []
+
+    def wrap(inner: TierMemory) -> TierMemory:
+        links.append(EmulatedLink(1e6))
+        return EmulatedMemory(inner, links[0])
+
+    machine = Machine(wrap)
+    machine.run("store", [0, 1], [0, 1], [1, 2])
+    started = time.perf_counter()
+    machine.run("load", [0, 1], [0, 1], [1, 2])
+    assert time.perf_counter() - started >= 2 * SLOT_BYTES / 1e6 - 0.001
+    machine.worker.close()
+
+
+def test_pieces_are_cut_where_either_side_has_a_border() -> None:
+    assert pair([(100, 6), (200, 10)], [(10, 4), (20, 8)]) == ([100, 104, 200], [10, 20, 22], [4, 2, 6])
