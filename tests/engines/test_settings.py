@@ -54,3 +54,25 @@ def test_a_bad_setting_says_what_is_wrong(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         read_settings(additional, "m", environment)
+
+
+BUDGET = {"POLDER_KV_BUDGET": "64MiB"}
+
+
+def test_tiers_come_in_their_own_order_and_the_host_needs_a_size() -> None:
+    both = read_settings({}, "m", BUDGET | {"POLDER_TIERS": "host, peer", "POLDER_HOST": "8MiB"})
+    assert both is not None
+    assert both.tiers == ("peer", "host")
+    assert both.host_bytes == 8 << 20
+    with pytest.raises(ConfigError, match="belong together"):
+        read_settings({}, "m", BUDGET | {"POLDER_TIERS": "host"})
+    with pytest.raises(ConfigError, match="belong together"):
+        read_settings({}, "m", BUDGET | {"POLDER_TIERS": "peer", "POLDER_HOST": "8MiB"})
+    with pytest.raises(ConfigError, match="known are peer, host"):
+        read_settings({}, "m", BUDGET | {"POLDER_TIERS": "disk"})
+
+
+@pytest.mark.parametrize("bad", [{"POLDER_LINKS": "host=fast"}, {"POLDER_FAULTS": "fail=yes"}])
+def test_bad_links_and_faults_are_refused_at_once(bad: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="write"):
+        read_settings({}, "m", BUDGET | bad)
