@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.conftest import Stock
 from tests.engines.harness import A32, B32, Broker, Engine, Output, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -32,14 +33,9 @@ def settings(broker: Broker, name: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> tuple[list[list[int]], list[list[int]]]:
+def expected(stock: Stock) -> tuple[list[list[int]], list[list[int]]]:
     """What stock engines answer to both loads."""
-    answers = []
-    for recipe, load in ((A32, LOAD_A), (B32, LOAD_B)):
-        stock = Engine.start("stock", recipe, num_gpu_blocks_override=200)
-        answers.append(tokens_of(stock.generate(load, tokens=48)))
-        stock.stop()
-    return answers[0], answers[1]
+    return stock(A32, LOAD_A, 48), stock(B32, LOAD_B, 48)
 
 
 @pytest.fixture(scope="module")

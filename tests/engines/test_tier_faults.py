@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.engines.conftest import Stock
 from tests.engines.harness import A32, PAGE, Broker, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -23,11 +24,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
-    stock = Engine.start("stock", A32, num_gpu_blocks_override=200)
-    answers = [tokens_of(stock.generate([prompt]))[0] for prompt in CONVERSATIONS]
-    stock.stop()
-    return answers
+def expected(stock: Stock) -> list[list[int]]:
+    return stock(A32, CONVERSATIONS, 24)
 
 
 @pytest.fixture

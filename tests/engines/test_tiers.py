@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.conftest import Stock
 from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -46,13 +47,8 @@ def broker() -> Iterator[Broker]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> tuple[list[list[int]], list[list[int]]]:
-    answers = []
-    for recipe, load in ((A32, CONVERSATIONS), (B32, LOAD_B)):
-        stock = Engine.start("stock", recipe, num_gpu_blocks_override=200)
-        answers.append([tokens_of(stock.generate([prompt]))[0] for prompt in load])
-        stock.stop()
-    return answers[0], answers[1]
+def expected(stock: Stock) -> tuple[list[list[int]], list[list[int]]]:
+    return stock(A32, CONVERSATIONS, 24), stock(B32, LOAD_B, 24)
 
 
 @pytest.fixture(scope="module")
