@@ -26,6 +26,7 @@ class Workers:
 def core_with(errors: list[str], sent: list[Any]) -> ElasticCore:
     elastic = ElasticCore.__new__(ElasticCore)
     elastic._core = SimpleNamespace(model_executor=Workers(errors))
+    elastic.lender = None
     elastic._generation = 1
     elastic._pages = {}
     elastic._hello = SimpleNamespace(pages_per_unit=1, devices=["cpu:0", "cpu:0"])  # type: ignore[assignment]

@@ -9,14 +9,14 @@ from tests.engines.harness import A32, PAGE, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 HYBRID = ModelRecipe(name="tiny-gemma", family="gemma3", layers=6, seed=3).in_float32()
-CONVERSATIONS = prompts(5, 300, seed=41)
+CONVERSATIONS = prompts(14, 300, seed=41)  # of 10 blocks each: more than either pool holds
 RANKS = {"tensor_parallel_size": 2}
 CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.mark.parametrize(
     ("recipe", "options", "environment", "kv_pages"),
-    [(A32, RANKS, CORES, 11 * 8), (HYBRID, {}, {}, 160)],
+    [(A32, RANKS, CORES, 11 * 8), (HYBRID, {}, {}, 56)],
     ids=["two ranks", "hybrid"],
 )
 def test_answers_are_those_of_stock_and_come_from_the_tier(
