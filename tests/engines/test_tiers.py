@@ -89,6 +89,18 @@ def test_conversations_come_back_from_both_tiers_with_the_same_tokens(
     assert lent == {"a/lent": HOST_PAGES}, "the host tier is booked, and no more of it than the quota"
 
 
+def test_a_load_begins_while_another_prompt_fills_the_batch(
+    engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
+) -> None:
+    a = engines["a"]
+    ask(a)
+    before = figures(a)["tier_early_loads_total"]
+    prompt = prompts(1, 600, seed=23)[0]  # three steps of a whole batch each
+    _, answer = tokens_of(a.generate([prompt, CONVERSATIONS[0]]))
+    assert figures(a)["tier_early_loads_total"] == before + 1
+    assert answer == expected[0][0]
+
+
 def test_a_lender_that_takes_back_all_the_time_costs_misses_and_no_token(
     engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from polder.planner.rates import LinkRate, PrefillRate
 
@@ -53,13 +55,39 @@ def test_a_rate_stays_between_the_slowest_and_the_fastest_transfer() -> None:
         assert 100 <= link.bytes_per_s <= 10_000
 
 
-def test_small_steps_say_nothing_about_prefill() -> None:
+def test_prefill_is_unknown_until_a_large_step() -> None:
     prefill = PrefillRate(least_tokens=64)
     prefill.observe(63, 1.0)
     prefill.observe(100, 0.0)
+    prefill.observe(0, 0.01)
     assert prefill.seconds(100) is None
+
+
+def test_without_small_steps_prefill_is_the_quotient() -> None:
+    prefill = PrefillRate(least_tokens=64)
     prefill.observe(100, 0.01)
     assert prefill.seconds(1000) == pytest.approx(0.1)
+
+
+@given(
+    token_s=st.floats(1e-6, 1e-2),
+    fixed_in_tokens=st.floats(0, 500),
+    steps=st.lists(st.integers(1, 4096), min_size=1, max_size=60),
+)
+def test_a_fixed_cost_of_steps_is_not_charged_to_tokens(
+    token_s: float, fixed_in_tokens: float, steps: list[int]
+) -> None:
+    prefill = PrefillRate(least_tokens=64)
+    for tokens in (8, *steps, 512):
+        prefill.observe(tokens, (fixed_in_tokens + tokens) * token_s)
+    assert prefill.seconds_per_token == pytest.approx(token_s, rel=1e-6)
+
+
+def test_prefill_stays_above_nothing_when_large_steps_seem_no_slower() -> None:
+    prefill = PrefillRate(least_tokens=64)
+    prefill.observe(10, 0.5)
+    prefill.observe(100, 0.1)
+    assert prefill.seconds_per_token == pytest.approx(0.0001)
 
 
 def test_prefill_forgets_old_steps() -> None:

@@ -77,7 +77,7 @@ def test_what_was_full_twice_is_kept_once_before_anything_is_lost(tiers: TierSet
 def test_a_load_that_fails_is_reported_dropped_and_counted(tiers: TierSet) -> None:
     names = keys("a", 3)
     store(tiers, names)
-    job = tiers.prepare_load(names)
+    job = tiers.prepare_load(names, tokens=32 * len(names))
     assert done(tiers, job, failed={1: "corrupt"})
     assert tiers.find(names).tolist() == [0, 1, 0], "its copy in the other tier is left"
     assert tiers.figures()["tier_peer_corrupt_blocks_total"] == 1
@@ -91,7 +91,7 @@ def test_a_slow_link_is_refused_and_tried_again_now_and_then(tiers: TierSet, clo
     tiers.prefill.observe(1000, 0.1)  # 0.1 ms a token, 3.2 ms a block
     slow = np.zeros(8, dtype=np.int64)
     assert tiers.plan_load(slow).blocks == 8, "never measured: it is tried"
-    done(tiers, tiers.prepare_load(names), seconds=8 * 0.5)
+    done(tiers, tiers.prepare_load(names, tokens=32 * len(names)), seconds=8 * 0.5)
     clock.now = 1.0
     assert tiers.plan_load(slow).blocks == 0
     clock.now = 10.0
@@ -104,7 +104,7 @@ def test_a_slow_link_is_refused_and_tried_again_now_and_then(tiers: TierSet, clo
 def test_everything_is_forgotten_when_the_weights_change_and_late_reports_are_void(tiers: TierSet) -> None:
     names = keys("a", 6)
     store(tiers, names)
-    loading = tiers.prepare_load(names)
+    loading = tiers.prepare_load(names, tokens=32 * len(names))
     writing = tiers.prepare_store(keys("b", 3), np.arange(3))
     assert writing is not None
     tiers.drop_all()
@@ -149,7 +149,7 @@ def test_the_verdict_is_one_line_of_what_was_saved_and_paid(tiers: TierSet) -> N
     names = keys("a", 4)
     store(tiers, names)
     tiers.prefill.observe(1000, 1.0)
-    done(tiers, tiers.prepare_load(names))
+    done(tiers, tiers.prepare_load(names, tokens=32 * len(names)))
     line = verdict(tiers.figures())
     assert line.startswith("tiers saved 0.128 s of prefill, cost ")
     assert "written never read" in line

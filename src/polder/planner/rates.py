@@ -39,22 +39,49 @@ class LinkRate:
 
 
 class PrefillRate:
-    """Seconds that this engine takes to compute the KV of one more prompt token."""
+    """Seconds that this engine takes to compute the KV of one more prompt token.
+
+    Every step has a cost that does not depend on its tokens (weights are read, kernels launched, requests decode), and it is
+    paid whether a prefix is recomputed or not. So steps are averaged in two classes, small and large, and the rate is the slope
+    between the two averages: what a token costs on top. Until both were seen, it is the large steps' plain quotient, which is
+    too much.
+    """
 
     def __init__(self, *, least_tokens: int = 64, weight: float = 0.1) -> None:
-        """Steps of fewer than `least_tokens` tokens say more about the step's fixed cost and are left out."""
+        """`least_tokens`: of a large step; `weight`: of a step in the average of its class."""
         self._least_tokens = least_tokens
         self._weight = weight
-        self.seconds_per_token: float | None = None
+        self._small: tuple[float, float] | None = None  # mean tokens, mean seconds
+        self._large: tuple[float, float] | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step computed `tokens` tokens in `seconds`."""
-        if tokens < self._least_tokens or seconds <= 0:
+        if tokens <= 0 or seconds <= 0:
             return
-        rate = seconds / tokens
-        known = self.seconds_per_token
-        self.seconds_per_token = rate if known is None else (1 - self._weight) * known + self._weight * rate
+        if tokens < self._least_tokens:
+            self._small = self._averaged(self._small, tokens, seconds)
+        else:
+            self._large = self._averaged(self._large, tokens, seconds)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """None when no large step was measured yet."""
+        if self._large is None:
+            return None
+        tokens, seconds = self._large
+        quotient = seconds / tokens
+        if self._small is None:
+            return quotient
+        slope = (seconds - self._small[1]) / (tokens - self._small[0])
+        # A slope far below the quotient is noise between two averages; none at all would refuse every load for ever.
+        return max(slope, quotient / 10)
 
     def seconds(self, tokens: int) -> float | None:
         """Expected time to recompute `tokens`; None when nothing was measured yet."""
-        return None if self.seconds_per_token is None else tokens * self.seconds_per_token
+        rate = self.seconds_per_token
+        return None if rate is None else tokens * rate
+
+    def _averaged(self, known: tuple[float, float] | None, tokens: int, seconds: float) -> tuple[float, float]:
+        if known is None:
+            return float(tokens), seconds
+        return known[0] + self._weight * (tokens - known[0]), known[1] + self._weight * (seconds - known[1])

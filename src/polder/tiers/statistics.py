@@ -33,6 +33,7 @@ class TierStatistics:
         self.asked_tokens = 0
         self.refused_loads = self.refused_tokens = 0
         self.late_loads = self.late_tokens = 0
+        self.early_loads = 0
         self.failed_loads = 0
         self.lost_blocks = self.unwritten_blocks = self.unread_blocks = 0
         self.stored_blocks = 0
@@ -67,6 +68,7 @@ class TierStatistics:
             "tier_refused_tokens_total": self.refused_tokens,
             "tier_late_loads_total": self.late_loads,
             "tier_late_tokens_total": self.late_tokens,
+            "tier_early_loads_total": self.early_loads,
             "tier_failed_loads_total": self.failed_loads,
             "tier_lost_blocks_total": self.lost_blocks,
             "tier_stored_blocks_total": self.stored_blocks,

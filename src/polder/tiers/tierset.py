@@ -38,10 +38,11 @@ class _Open:
 
     direction: Direction
     places: Places
+    tokens: int
+    """Of a load: what the request need not compute."""
     acks: int = 0
     failed: dict[int, str] | None = None
     began: float = 0.0
-    expected_s: float = 0.0
 
 
 class TierSet:
@@ -78,11 +79,14 @@ class TierSet:
         self.statistics.lost_blocks += self.index.refresh()
         return self.index.find(keys)
 
-    def asked(self, keys: Sequence[bytes]) -> None:
-        """Once for each request, with the blocks that its engine's own cache has not, first block first."""
+    def asked(self, keys: Sequence[bytes], *, tokens: int) -> None:
+        """Once for each request and KV cache group, with the blocks that its engine's own cache has not, first block first.
+
+        `tokens`: what the request lacks. A token counts once, however many groups have blocks for it.
+        """
         self.reuse.asked(keys)
         self.index.touch(keys, self._clock())
-        self.statistics.asked_tokens += len(keys) * self._block_tokens
+        self.statistics.asked_tokens += tokens
 
     def plan_load(self, tiers: IntArray) -> Cut:
         """How many of a prefix's blocks to load, given each one's tier. A link that is too slow is tried now and then."""
@@ -117,13 +121,14 @@ class TierSet:
         self.statistics.refused_loads += 1
         self.statistics.refused_tokens += blocks * self._block_tokens
 
-    def prepare_load(self, keys: Sequence[bytes], cut_s: float = 0.0) -> Job:
-        """All keys must have a tier. The job's blocks are the keys, in this order."""
+    def prepare_load(self, keys: Sequence[bytes], *, tokens: int) -> Job:
+        """All keys must have a tier. The job's blocks are the keys, in this order; they stand for `tokens` tokens."""
         places = self.index.prepare_load(keys)
-        np.add.at(self._queued, places.tiers, float(self._tiers[0].slot_bytes))
-        for tier, count in enumerate(np.bincount(places.tiers, minlength=len(self._tiers)).tolist()):
-            self.statistics.tiers[tier].hit_tokens += count * self._block_tokens
-        return self._job("load", places, cut_s)
+        counts = np.bincount(places.tiers, minlength=len(self._tiers))
+        self._queued += counts * float(self._tiers[0].slot_bytes)
+        for tier, count in enumerate(counts.tolist()):
+            self.statistics.tiers[tier].hit_tokens += tokens * count // len(keys)
+        return self._job("load", places, tokens=tokens)
 
     # ------------------------------------------------------------------ the engine has blocks
 
@@ -153,11 +158,11 @@ class TierSet:
         if not len(places.positions):
             return None
         positions, blocks = np.unique(places.positions, return_inverse=True)
-        return positions, self._job("store", places, 0.0, blocks)
+        return positions, self._job("store", places, blocks=blocks)
 
-    def _job(self, direction: Direction, places: Places, expected_s: float, blocks: IntArray | None = None) -> Job:
+    def _job(self, direction: Direction, places: Places, *, tokens: int = 0, blocks: IntArray | None = None) -> Job:
         number, self._next = self._next, self._next + 1
-        self._open[number] = _Open(direction=direction, places=places, began=self._clock(), expected_s=expected_s)
+        self._open[number] = _Open(direction=direction, places=places, tokens=tokens, began=self._clock())
         seeds = key_numbers(places.keys)
         blocks = np.arange(len(places.keys)) if blocks is None else blocks
         parts = []
@@ -206,15 +211,14 @@ class TierSet:
         self.index.complete_load(job.places, failed)
         elapsed = now - job.began
         self.statistics.load_wait_seconds += elapsed
-        tokens = len(job.places.keys) * self._block_tokens
         if failed:
             self.statistics.failed_loads += 1
             return
-        computing = self.prefill.seconds(tokens) or 0.0
+        computing = self.prefill.seconds(job.tokens) or 0.0
         self.statistics.saved_prefill_seconds += computing
         if computing and elapsed > computing:
             self.statistics.late_loads += 1
-            self.statistics.late_tokens += tokens
+            self.statistics.late_tokens += job.tokens
 
     def drop_all(self) -> None:
         """Forgets everything, jobs under way included."""

@@ -67,6 +67,11 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.prepend_n", ("self", "blocks")),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.record_prefix_cache_stats", ("self", "request", "num_hits")),
     ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self", "throttle_prefills")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", ("self", "request")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._inflight_prefill_reserved_blocks", ("self",)),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._set_kv_fetch_stage", ("self", "request", "stage")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._enqueue_waiting_request", ("self", "request")),
     (
         "vllm.v1.core.sched.scheduler",
         "Scheduler._preempt_request",

@@ -35,7 +35,9 @@ from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.lender import Lender
 from polder.engines.vllm.link import BrokerLink, Down, Tick, Up
 from polder.engines.vllm.negotiate import Agreement
+from polder.engines.vllm.prefetch import Prefetch
 from polder.errors import PolderError
+from polder.planner.rates import PrefillRate
 
 __all__ = ["ElasticCore"]
 
@@ -66,7 +68,6 @@ class ElasticCore:
         self._reuse = ReuseTracker(
             unit_blocks=agreement.unit_blocks, max_units=self._hello.ceiling_units, block_tokens=self._block_tokens
         )
-        self._seconds_per_token = 0.0
         self._step_tokens = 0
         self._peaks = (0, 0)
         self._peak_since = time.monotonic()
@@ -81,6 +82,9 @@ class ElasticCore:
         self._socket = agreement.socket
         # The connector's manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do.
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
+        self._prefill: PrefillRate = PrefillRate() if self.tiers is None else self.tiers.tiers.prefill
+        if self.tiers is not None:
+            Prefetch(self._scheduler, self.tiers.tiers.statistics)
         self._postponed: list[Recall] = []
         self.lender: Lender | None = None
         if agreement.lend_bytes:
@@ -136,16 +140,10 @@ class ElasticCore:
     def on_step(self, seconds: float) -> None:
         """A step that took `seconds` has ended."""
         self.counters["steps_total"] += 1
-        if self.tiers is not None:
-            self.tiers.tiers.prefill.observe(self._step_tokens, seconds)
+        self._prefill.observe(self._step_tokens, seconds)
         if self.lender is not None:
             self.lender.note_used(self.blocks.busy_blocks)
         self._settle()
-        if self._step_tokens >= 64 and seconds > 0:
-            rate = seconds / self._step_tokens
-            self._seconds_per_token = (
-                rate if not self._seconds_per_token else 0.9 * self._seconds_per_token + 0.1 * rate
-            )
         self._report(time.monotonic())
 
     def on_request(self) -> None:
@@ -260,7 +258,7 @@ class ElasticCore:
             waiting_units=waiting,
             peak_units=max(self._peaks),
             cached_units=min(len(self.blocks.mapped), self._units(self.blocks.cached_blocks)),
-            curve=self._reuse.curve(now, self._seconds_per_token),
+            curve=self._reuse.curve(now, self._prefill.seconds_per_token or 0.0),
             urgent=urgent,
             stats=self._stats(),
         )
@@ -271,7 +269,7 @@ class ElasticCore:
         """Units of cache beyond which more saves next to nothing, by the measured reuse curve."""
         if now - self._useful_at >= 1.0:
             self._useful_at = now
-            curve = self._reuse.curve(now, self._seconds_per_token)
+            curve = self._reuse.curve(now, self._prefill.seconds_per_token or 0.0)
             # Below a hundredth of a second saved per second, what reuse there is does not pay for keeping memory.
             self._useful = (
                 next((u for u, s in enumerate(curve) if s >= 0.95 * curve[-1]), 0) if curve and curve[-1] > 0.01 else 0
@@ -312,7 +310,7 @@ class ElasticCore:
             "running": float(len(self._scheduler.running)),
             "waiting": float(len(self._scheduler.waiting)),
             "kv_used_ratio": self.blocks.busy_blocks / usable,
-            "seconds_per_token": self._seconds_per_token,
+            "seconds_per_token": self._prefill.seconds_per_token or 0.0,
             **self._slow_stats(),
         }
 

@@ -113,10 +113,13 @@ class PolderConnector(OffloadingConnector):  # type: ignore[misc]
         if request_id in self._asked:
             return
         self._asked.add(request_id)
+        tokens = 0
         for config, group in zip(self.scheduler.config.kv_group_configs, state.group_states, strict=True):
             keys = group.offload_keys[num_computed_tokens // config.tokens_per_chunk :]
+            more = max(0, len(keys) * config.tokens_per_chunk - tokens)
+            tokens += more
             if keys:
-                self.manager.tiers.asked(keys)
+                self.manager.tiers.asked(keys, tokens=more)
 
     def update_connector_output(self, connector_output: Any) -> None:
         for finished in getattr(connector_output.kv_connector_worker_meta, "reports", ()):

@@ -26,6 +26,7 @@ from vllm.v1.kv_offload.base import (
     PrepareStoreOutput,
     ReqContext,
     RequestOffloadingContext,
+    get_offload_block_hash,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
@@ -114,7 +115,9 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         return _SOURCES[self._agreement.plan.tiers[found]] if found >= 0 else CacheHitSource.EXTERNAL_UNSPECIFIED
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> TierJob:
-        return TierJob(self.tiers.prepare_load(list(keys)))
+        ordered = list(keys)
+        positions = len({get_offload_block_hash(key) for key in ordered})  # groups of a hybrid model share them
+        return TierJob(self.tiers.prepare_load(ordered, tokens=positions * self._agreement.block_tokens))
 
     def prepare_store(self, keys: Collection[OffloadKey], req_context: ReqContext) -> PrepareStoreOutput:
         ordered = list(keys)

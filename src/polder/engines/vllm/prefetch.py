@@ -1,0 +1,114 @@
+"""Loads begin in the step after a request's arrival, also when the batch is full.
+
+vLLM looks a waiting request up only when its turn in the queue comes and the step has tokens left. A load itself needs neither,
+only blocks; while it waits for a turn, a whole step passes that could have carried it. So before each schedule the requests that
+arrived since the last one are looked at here, and those with a hit begin to load: the same calls in the same order as in
+Scheduler.schedule for an asynchronous load (vllm/v1/core/sched/scheduler.py:954-1341 of 0.32), for plain requests only.
+
+Guarantees
+- A request is tried once, in the order of arrival; one that is not loaded here goes the usual way.
+- A load is admitted only where vLLM would: its whole sequence fits beside what requests under way still need, and each
+  running request keeps a block to grow into, so nothing is preempted for it.
+- No request is overtaken for compute: loads take no tokens of the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.metrics.stats import KV_FETCH_IN_PROGRESS
+from vllm.v1.request import RequestStatus
+
+from polder.tiers.statistics import TierStatistics
+
+__all__ = ["Prefetch"]
+
+
+class Prefetch:
+    """Listens in on one scheduler object with a connector: what arrives, and when it schedules."""
+
+    def __init__(self, scheduler: Any, statistics: TierStatistics) -> None:
+        """Counts its loads in `statistics.early_loads`."""
+        self._scheduler, self._statistics = scheduler, statistics
+        self._arrived: list[Any] = []
+        plain = not (
+            scheduler.prefix_replay_tokens
+            or scheduler.need_mamba_block_aligned_split
+            or scheduler.num_lookahead_tokens
+            or scheduler.lora_config
+            or scheduler.ec_connector is not None
+        )
+        if plain:  # without what vLLM's own path treats apart
+            self._watch()
+
+    def _watch(self) -> None:
+        add_request, schedule = self._scheduler.add_request, self._scheduler.schedule
+
+        def watched_add_request(request: Any) -> None:
+            add_request(request)
+            self._arrived.append(request)
+
+        def watched_schedule(*args: Any, **kwargs: Any) -> Any:
+            if self._arrived and self._scheduler._pause_state == PauseState.UNPAUSED:
+                arrived, self._arrived = self._arrived, []
+                self._look_at(arrived)
+            return schedule(*args, **kwargs)
+
+        self._scheduler.add_request = watched_add_request
+        self._scheduler.schedule = watched_schedule
+
+    def _look_at(self, arrived: list[Any]) -> None:
+        for request in arrived:
+            if request.status != RequestStatus.WAITING or request.num_computed_tokens or request.has_encoder_inputs:
+                continue
+            if not request.skip_reading_prefix_cache:
+                self._begin(request)
+
+    def _begin(self, request: Any) -> None:
+        scheduler = self._scheduler
+        manager, connector = scheduler.kv_cache_manager, scheduler.connector
+        blocks, local, boundary, _ = scheduler._get_local_prefix_cache_hit(request)
+        if local % scheduler.block_size:
+            return
+        found, is_async = connector.get_num_new_matched_tokens(request, local)
+        if not found or not is_async:
+            return
+        request.shared_prefix_boundary = boundary
+        reserved = scheduler._inflight_prefill_reserved_blocks() + scheduler._spec_decode_step_blocks
+        allocated = manager.allocate_slots(
+            request,
+            0,
+            num_new_computed_tokens=local,
+            new_computed_blocks=blocks,
+            num_external_computed_tokens=found,
+            delay_cache_blocks=True,
+            skip_zeroing_group_ids=connector.get_loaded_kv_cache_group_ids(request),
+            full_sequence_must_fit=scheduler.scheduler_reserve_full_isl,
+            reserved_blocks=reserved + len(scheduler.running),
+            has_scheduled_reqs=bool(scheduler.running),
+        )
+        if allocated is None:
+            return
+        self._statistics.early_loads += 1
+        connector.update_state_after_alloc(request, manager.get_blocks(request.request_id), found)
+        if scheduler.connector_prefix_cache_stats is not None:
+            scheduler.connector_prefix_cache_stats.record(
+                num_tokens=request.num_tokens - local,
+                num_hits=found,
+                preempted=False,
+                hits_by_source=connector.get_external_cache_hit_sources(request, found),
+            )
+        if request.prefill_stats:
+            request.prefill_stats.set(
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_local_cached_tokens=local,
+                num_external_cached_tokens=found,
+            )
+        manager.record_prefix_cache_stats(request, local)
+        scheduler.waiting.remove_request(request)
+        request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+        request.num_computed_tokens = local + found
+        scheduler._inflight_prefills.add(request)
+        scheduler._set_kv_fetch_stage(request, KV_FETCH_IN_PROGRESS)
+        scheduler._enqueue_waiting_request(request)
