@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polder.broker.policy import EngineView, PolicyConfig, decide
+from polder.broker.policy import EngineView, PolicyConfig, ample_pages, decide, missing_pages
 from polder.errors import ConfigError
 
 NO_RESERVE = PolicyConfig(reserve_low_ratio=0.0, reserve_high_ratio=0.0)
@@ -88,6 +88,24 @@ def test_a_pinned_engine_gets_exactly_its_pin() -> None:
 def test_recalled_memory_is_not_recalled_twice() -> None:
     engines = [view(held=80, recalled=30, busy=80), view("b", held=20, busy=20, waiting=30)]
     assert decide(100, 0, engines, NO_RESERVE).recalls == {}
+
+
+def test_memory_that_comes_by_itself_is_not_recalled() -> None:
+    engines = [view(held=80, busy=10, cached=80), view("b", held=10, busy=10, waiting=10)]
+    assert decide(90, 0, engines, NO_RESERVE).recalls["a"].units == 10
+    assert decide(100, 0, engines, NO_RESERVE, coming_pages=10).recalls == {}
+
+
+def test_only_what_no_recall_of_cache_can_bring_is_missing() -> None:
+    cache, needy = view(held=60, cached=60, busy=10), view("b", held=40, busy=40, waiting=50)
+    assert missing_pages(100, [cache, needy]) == 0
+    assert missing_pages(95, [cache, needy]) == 5
+
+
+def test_needs_of_the_last_seconds_and_useful_cache_are_not_ample() -> None:
+    curve = [min(units, 30) * 0.1 for units in range(101)]
+    engines = [view(held=60, curve=curve), view("b", held=40, busy=5, peak=20), view("c", pages_per_unit=2, pinned=4)]
+    assert ample_pages(100, engines) == 100 - 30 - 20 - 8
 
 
 @pytest.mark.parametrize("bad", [{"reserve_low_ratio": 0.4, "reserve_high_ratio": 0.1}, {"deadline_s": 0.0}])

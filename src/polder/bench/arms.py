@@ -131,7 +131,7 @@ class StockArm(Arm):
             ),
             # No plugins at all: what runs here is vLLM as it is installed without Polder.
             env=engine.environment() | {"VLLM_PLUGINS": ""},
-            cpus=str(engine.core),
+            cpus=engine.cpus,
             log_path=self._log_dir / f"{engine.name}.log",
         )
 

@@ -48,13 +48,19 @@ class EnginePlan:
     model_path: Path
     max_model_len: int
     core: int
-    """The only core that its processes run on: with a core each, engines share memory, which is measured, and no compute."""
+    """The core that its processes run on: with a core each, engines share memory, which is measured, and no compute."""
+    more_cores: tuple[int, ...] = ()
+    """Further ones, for engines that take turns: whose turn it is has them all."""
     share_bytes: int
     """KV memory: all of it in the stock arm, the share that is the engine's own on demand in the Polder arm."""
     batched_tokens: int = 512
     """A chunk of prefill bounds how long a step lasts, and with it how long memory takes to come back."""
     sizing: Literal["elastic", "fixed"] = "elastic"
     """Polder arms: "fixed" makes the share floor and ceiling too, so that memory is never moved between engines."""
+    weights: Literal["resident", "elastic"] = "resident"
+    """Polder arms: "elastic" puts the weights of the layers into the budget, beside the KV memory."""
+    weights_bytes: int = 0
+    """Of the layers, each in whole pages; counts where they are elastic."""
     tiers: TierPlan | None = None
     """Polder arms: None is an engine without tiers."""
     extra_args: tuple[str, ...] = ()
@@ -67,20 +73,28 @@ class EnginePlan:
         """Blocks that fit the share."""
         return self.share_bytes // (BLOCK_TOKENS * self.recipe.kv_bytes_per_token)
 
+    @property
+    def cpus(self) -> str:
+        """All of its cores, as taskset lists them."""
+        return ",".join(map(str, (self.core, *self.more_cores)))
+
     def arguments(self) -> tuple[str, ...]:
         batched = ("--max-num-batched-tokens", str(self.batched_tokens))
         return (*ENGINE_ARGS, *batched, "--dtype", self.recipe.dtype, *self.extra_args)
 
     def environment(self) -> dict[str, str]:
-        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.core)} | dict(self.extra_env)
+        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": self.cpus} | dict(self.extra_env)
 
 
 def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
-    """The fleet file whose budget is the sum of the engines' shares."""
+    """The fleet file whose budget is the sum of the engines' shares, and of their weights where those are elastic."""
+    shares = sum(engine.share_bytes for engine in engines)
+    weights = [engine.weights_bytes for engine in engines if engine.weights == "elastic"]
+    budget = f'budget = "{shares + sum(weights)}B"' if weights else f'kv_budget = "{shares}B"'
     host_bytes = sum(engine.tiers.host_bytes for engine in engines if engine.tiers)
     lines = [
         *("[server]", f"port = {port}", ""),
-        *("[memory]", 'device = "cpu:0"', f'kv_budget = "{sum(e.share_bytes for e in engines)}B"'),
+        *("[memory]", 'device = "cpu:0"', budget),
         *([f'host = "{host_bytes}B"'] if host_bytes else ()),
         "",
     ]
@@ -91,9 +105,10 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
             f'path = "{engine.model_path.resolve()}"',
             f"max_model_len = {engine.max_model_len}",
             f'share = "{engine.share_bytes}B"',
+            *(['weights = "elastic"'] if engine.weights == "elastic" else ()),
             *_sizing_lines(engine),
             *_tier_lines(engine.tiers),
-            f'cpus = "{engine.core}"',
+            f'cpus = "{engine.cpus}"',
             f"args = [{', '.join(_quoted(text) for text in engine.arguments())}]",
             f"env = {{ {', '.join(f'{key} = {_quoted(value)}' for key, value in engine.environment().items())} }}",
             "",

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from polder.bench.metrics import RunRecords, ttfts_ms
 from polder.bench.runs import Run
 
-__all__ = ["hit_ratio_over_time", "memory_over_time", "ttft_distribution"]
+__all__ = ["STYLE", "hit_ratio_over_time", "memory_over_time", "svg", "ttft_distribution"]
 
 COLOURS = {"stock": "#8a94a6", "polder": "#0f766e", "A": "#0f766e", "B": "#d97706", "free": "#e5e7eb"}
 STYLE: dict[str, Any] = {
@@ -64,7 +64,7 @@ def ttft_distribution(runs: Sequence[Run]) -> str:
             textcoords="offset points",
             color="#6b7280",
         )
-        return _svg(figure)
+        return svg(figure)
 
 
 def memory_over_time(run: Run) -> str:
@@ -97,7 +97,7 @@ def memory_over_time(run: Run) -> str:
         seconds = np.arange(0, max(t.max(initial=1), 1) + 1)
         arrivals.bar(seconds[:-1], np.histogram(due, seconds)[0], width=1.0, align="edge", color=COLOURS["B"])
         arrivals.set(xlabel="seconds", ylabel="B's req/s")
-        return _svg(figure)
+        return svg(figure)
 
 
 def hit_ratio_over_time(runs: Sequence[Run]) -> str:
@@ -122,14 +122,14 @@ def hit_ratio_over_time(runs: Sequence[Run]) -> str:
             )
         axis.set(xlabel=f"seconds (windows of {WINDOW_S:g} s)", ylabel="hit ratio of A", ylim=(0, 1))
         axis.legend(loc="center right")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _ttfts(run: Run, engine: str) -> Any:
     return ttfts_ms(RunRecords(records=run.records.get(engine, [])).good)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The <svg> element alone, scaling with the page."""
     with io.StringIO() as file:
         figure.savefig(file, format="svg", metadata={"Date": None})

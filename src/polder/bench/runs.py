@@ -1,14 +1,14 @@
-"""One main run: both engines of one arm under their traces, and what was seen meanwhile."""
+"""One run: the engines of one arm under their loads, and what was seen meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from polder.bench.arms import Arm
-from polder.bench.driver import Endpoint, RequestRecord, Tally, Workload, measured_turns, play
+from polder.bench.driver import RequestRecord, Tally, Workload, measured_turns, play
 from polder.bench.machine import cpu_time, load_average
 from polder.bench.metrics import Metrics, RunRecords, engine_metrics, merged, percentile
 from polder.bench.progress import Stage, following
@@ -16,7 +16,7 @@ from polder.bench.result import without_nan
 from polder.bench.scrape import gained
 from polder.bench.timeline import Timeline, sampling
 
-__all__ = ["Run", "arm_metrics", "run_once"]
+__all__ = ["Run", "arm_metrics", "run_loads", "run_once"]
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -41,14 +41,18 @@ class Run(msgspec.Struct, kw_only=True):
 
 async def run_once(arm: Arm, load_a: Workload, load_b: Workload, stage: Stage) -> Run:
     """Engine A under `load_a` and engine B under `load_b`, from empty prefix caches."""
+    return await run_loads(arm, {"A": load_a, "B": load_b}, stage)
+
+
+async def run_loads(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
+    """Each engine named under its load, from empty prefix caches."""
     await asyncio.to_thread(arm.reset_prefix_caches)
     before, samples_before = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
     load_before, cpu_before = load_average(), cpu_time()
     tally = Tally()
-    total = measured_turns(load_a) + measured_turns(load_b)
-    workloads: dict[str, tuple[Endpoint, Workload]] = {"A": (arm.endpoint, load_a), "B": (arm.endpoint, load_b)}
+    total = sum(map(measured_turns, loads.values()))
     async with sampling(arm.broker) as timeline, following(stage, lambda: (tally.ended, total)):
-        played = await play(workloads, tally)
+        played = await play({engine: (arm.endpoint, load) for engine, load in loads.items()}, tally)
     foreign_cpu_s = cpu_time().foreign_since(cpu_before)
     after, samples_after = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
     await asyncio.to_thread(arm.check)

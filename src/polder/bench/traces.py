@@ -11,7 +11,7 @@ import io
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import chain
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,6 +23,8 @@ __all__ = [
     "AgentRow",
     "BurstRow",
     "ChatRow",
+    "TenantSlot",
+    "TenantStart",
     "agent_prompt",
     "burst_prompt",
     "chat_prompt",
@@ -30,6 +32,7 @@ __all__ = [
     "load_agent",
     "load_burst",
     "load_chat",
+    "load_tenants",
 ]
 
 VOCAB = 32_000
@@ -81,7 +84,28 @@ class BurstRow(msgspec.Struct, frozen=True, kw_only=True, rename={"input_tokens"
     output_tokens: int
 
 
-Row = TypeVar("Row", AgentRow, ChatRow, BurstRow)
+class TenantStart(NamedTuple):
+    """The first request of a conversation."""
+
+    at: float
+    """Part of the slot that has passed, 0 to 1."""
+    input_tokens: int
+    output_tokens: int
+
+
+class TenantSlot(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of time in which one of three models is in use; open loop."""
+
+    slot: int
+    tenant: str
+    """The model whose load stands highest above its own mean."""
+    load: float
+    """That load, over its mean."""
+    starts: tuple[TenantStart, ...]
+    """More than are used: a rate takes evenly spaced ones."""
+
+
+Row = TypeVar("Row", AgentRow, ChatRow, BurstRow, TenantSlot)
 
 
 def load_agent() -> list[AgentRow]:
@@ -97,6 +121,11 @@ def load_chat() -> list[ChatRow]:
 def load_burst() -> list[BurstRow]:
     """tiny-burst-v1: 238 requests in 120 s, 0 to 43 of them in 5 s."""
     return _load("tiny-burst-v1", BurstRow)
+
+
+def load_tenants() -> list[TenantSlot]:
+    """tenants-v1: 57 slots of three models in turn."""
+    return _load("tenants-v1", TenantSlot)
 
 
 def agent_prompt(row: AgentRow) -> list[int]:

@@ -10,11 +10,10 @@ from string import Template
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from polder.bench.checks import Check
-from polder.bench.metrics import Metric
 from polder.bench.result import BenchResult
+from polder.bench.tables import Table, cell, html_checks, html_table, print_checks, print_tables
 from polder.bench.turns_plan import ARMS
 
 __all__ = ["print_turns", "render_turns_html", "write_turns_html"]
@@ -48,18 +47,9 @@ GROUPS = (
 
 def print_turns(console: Console, result: BenchResult, checks: Sequence[Check]) -> None:
     """One table a stage with the arms side by side, then the checks, passed and missed alike."""
-    for title, arms, rows in _tables(result):
-        table = Table(title=title, title_justify="left", header_style="bold")
-        table.add_column("")
-        for arm in arms:
-            table.add_column(arm, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    print_tables(console, _tables(result))
     console.print(result.conditions["links"], highlight=False, soft_wrap=True)
-    for check in checks:
-        mark = "[green]ok    [/]" if check.passed else "[bold red]MISSED[/]"
-        console.print(f"{mark} {check.name}: {check.detail}", highlight=False, soft_wrap=True)
+    print_checks(console, checks)
 
 
 def write_turns_html(path: Path, result: BenchResult, checks: Sequence[Check]) -> None:
@@ -76,7 +66,7 @@ def render_turns_html(result: BenchResult, checks: Sequence[Check]) -> str:
         tiles="".join(
             f"<div class='tile'><b>{ratio:.2f}</b><span>{escape(t)}</span></div>" for ratio, t in _tiles(result)
         ),
-        sections="\n".join(_sections(result, checks)),
+        sections="\n".join([html_checks(checks), *map(html_table, _tables(result))]),
         conditions_line=escape(f"{machine.get('cpu', 'unknown CPU')}, {machine.get('cores', '?')} cores"),
         conditions=escape(msgspec.json.format(msgspec.json.encode(conditions), indent=2).decode()),
     )
@@ -92,22 +82,8 @@ def _tiles(result: BenchResult) -> Iterator[tuple[float, str]]:
             yield result.ratios[key], title
 
 
-def _sections(result: BenchResult, checks: Sequence[Check]) -> Iterator[str]:
-    rows = "".join(
-        f"<tr><td class='{'yes' if c.passed else 'no'}'>{'met' if c.passed else 'missed'}</td>"
-        f"<td class='text'><code>{escape(c.name)}</code></td><td class='text'>{escape(c.detail)}</td></tr>"
-        for c in checks
-    )
-    yield f"<section><h2>Checks</h2><div class='scroll'><table>{rows}</table></div></section>"
-    for title, arms, lines in _tables(result):
-        head = "".join(f"<th>{escape(arm)}</th>" for arm in ("", *arms))
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-        table = f"<table><tr>{head}</tr>{body}</table>"
-        yield f"<section><h2>{escape(title)}</h2><div class='scroll'>{table}</div></section>"
-
-
-def _tables(result: BenchResult) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, arms, rows of the stages that were run; behind an arm's figure stands its ratio to stock's."""
+def _tables(result: BenchResult) -> Iterator[Table]:
+    """One of each stage that was run; behind an arm's figure stands its ratio to stock's."""
     for title, suffix, engine in GROUPS:
         arms = [arm for arm in ARMS if engine in result.arms.get(arm + suffix, {})]
         if not arms:
@@ -117,18 +93,11 @@ def _tables(result: BenchResult) -> Iterator[tuple[str, list[str], list[list[str
         for metric, name in SHOWN.items():
             if any(metric in metrics for metrics in found.values()):
                 ratios = {arm: result.ratios.get(f"{arm}{suffix}/stock{suffix}:{engine}.{metric}") for arm in arms}
-                rows.append([name, *(_cell(found[arm].get(metric), ratios[arm]) for arm in arms)])
-        yield title, arms, rows
+                rows.append([name, *(cell(found[arm].get(metric), ratios[arm]) for arm in arms)])
+        yield Table(title, arms, rows)
     equal = {arm: result.arms.get(f"{arm}-equality", {}).get("all") for arm in ARMS}
     asked = {arm: metrics for arm, metrics in equal.items() if metrics}
     if asked:
         names = list(dict.fromkeys(name for metrics in asked.values() for name in metrics))
-        rows = [[name.replace("_", " "), *(_cell(m.get(name), None) for m in asked.values())] for name in names]
-        yield "The same tokens as stock (float32)", list(asked), rows
-
-
-def _cell(value: Metric | None, ratio: float | None) -> str:
-    if value is None or isinstance(value, dict):
-        return ""
-    digits = 0 if value == int(value) or abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
-    return f"{value:,.{digits}f}" + (f" (x{ratio:.2f})" if ratio is not None else "")
+        rows = [[name.replace("_", " "), *(cell(m.get(name)) for m in asked.values())] for name in names]
+        yield Table("The same tokens as stock (float32)", list(asked), rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from polder.broker.policy import PolicyConfig
 from polder.errors import ConfigError
 from polder.memory.page import PAGE_BYTES
+from polder.planner.sharing import SharingConfig
 from polder.units import format_bytes
 
 __all__ = ["BrokerConfig"]
@@ -20,6 +21,7 @@ class BrokerConfig:
     """Device name ("cpu:0", "cuda:1") -> bytes of KV budget on it; "host:0" -> bytes of the host tier. Rounded down to pages."""
     page_bytes: int = PAGE_BYTES
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
     recovery_s: float = 2.0
     """After a crash of the former broker: time given to its engines to report before anything is granted."""
 

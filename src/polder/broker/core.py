@@ -15,14 +15,16 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from polder.broker import admission, fetching
+from polder.broker.admission import Held
 from polder.broker.config import BrokerConfig
 from polder.broker.lease import LeaseBook
 from polder.broker.ledger import Ledger, Owner
 from polder.broker.policy import Plan, Recalled, decide
-from polder.broker.roster import Engine, Roster
+from polder.broker.roster import HOST, Engine, Roster, WeightState
 from polder.broker.status import device_status, engine_status
+from polder.broker.weights import Weights
 from polder.broker.wire import (
-    PROTOCOL,
     Demand,
     Done,
     Fetch,
@@ -36,20 +38,21 @@ from polder.broker.wire import (
     Refused,
     Resize,
     Returned,
+    Rouse,
+    SegmentsReturned,
+    Sleep,
     Status,
     StatusRequest,
     ToBroker,
+    Wake,
     Welcome,
 )
 from polder.errors import ProtocolError
-from polder.units import format_bytes
 
 __all__ = ["HOST", "BrokerCore"]
 
 RETRY_S = 0.1  # after a recall that came back short: time until the policy asks that engine again
 GRANT_DEADLINE_S = 5.0
-HOST = "host:0"
-"""The device whose pages make the host tier."""
 
 
 @dataclass(kw_only=True)
@@ -68,6 +71,7 @@ class BrokerCore:
         self.leases = LeaseBook()
         self.roster = Roster(ledger=self.ledger, leases=self.leases)
         self.engines = self.roster.engines
+        self.weights = Weights(roster=self.roster, config=self.config, started_at=self.started_at, send=self._send)
         self.refused_messages = 0
         self.reclaimed_pages = 0
         self._giveback_ms: deque[float] = deque(maxlen=512)
@@ -84,16 +88,22 @@ class BrokerCore:
                 self.outbox.append((connection, self.status(now)))
             case Resize():
                 self._resize(connection, message)
+            case Sleep() | Rouse():
+                self._sleep_or_rouse(connection, message, now)
             case Fetch():
-                self._fetch(connection, pid, message)
+                self._answer(connection, fetching.check_fetch(self.roster, pid, message))
             case FetchTable():
-                self._fetch_table(connection, message)
+                self._answer(connection, fetching.check_table(self.roster, message))
             case Demand():
                 self._demand(self.roster.of_connection(connection), message, now)
             case Grown():
                 self._grown(self.roster.of_connection(connection), message, now)
             case Returned():
                 self._returned(self.roster.of_connection(connection), message, now)
+            case Wake():
+                self.weights.wake(self.roster.of_connection(connection), "a request came", now)
+            case SegmentsReturned():
+                self.weights.returned(self.roster.of_connection(connection), message, now)
         self.plan(now)
 
     def disconnected(self, connection: int) -> None:
@@ -112,8 +122,8 @@ class BrokerCore:
             if pid == engine.pid:
                 engine.core_ended_at = now
             if not engine.processes:
-                self.reclaimed_pages += sum(self.ledger.forget(engine.owner).values())
-                self.reclaimed_pages += sum(self.ledger.forget(Owner(engine.name, "lent")).values())
+                for owner in (engine.owner, engine.weights_owner, Owner(engine.name, "lent")):
+                    self.reclaimed_pages += sum(self.ledger.forget(owner).values())
                 self.leases.drop(engine.name)
                 del self.engines[engine.name]
         self._announce()
@@ -133,7 +143,9 @@ class BrokerCore:
         if now < self.recovering_until:
             return
         self.leases.mark_overdue(now)
+        self.weights.plan(now)
         plans = {device: self._decide(device, now) for device in self.ledger.devices}
+        self.weights.carry_out(plans, now)
         for engine in list(self.engines.values()):
             mine = [plans[device] for device in set(engine.hello.devices)]
             engine.target = min((plan.targets[engine.name] for plan in mine), key=lambda t: t.units)
@@ -146,6 +158,10 @@ class BrokerCore:
             if recalls and now >= engine.quiet_until:
                 self._recall(engine, max(recalls), now)
 
+    def fetchable(self, message: Fetch) -> bool:
+        """Whether handles of these pages may be given out."""
+        return fetching.fetchable(self.roster, message)
+
     def check_integrity(self) -> None:
         self.ledger.check_integrity()
 
@@ -153,48 +169,66 @@ class BrokerCore:
 
     def _hello(self, connection: int, pid: int, hello: Hello, now: float) -> None:
         known = self.engines.get(hello.engine)
-        refusal = self._refusal(hello, known, pid)
+        refusal = admission.refusal(self.roster, hello, pid, self.config.page_bytes)
         if refusal is not None:
             self.outbox.append((connection, Refused(reason=refusal)))
             return
-        if not hello.held and not self._floor_is_free(hello, now):
+        comes_back = bool(hello.held or hello.held_segments)
+        reported = admission.reported(hello)
+        awake = hello.layers > 0 and not comes_back and admission.fits_awake(self.roster, hello)
+        first_units = hello.floor_units if awake or not hello.layers else 1
+        if not comes_back and not self._is_free(hello, first_units, now):
             reason = f"the floor of {hello.engine!r} is not free yet: it is being recalled from the others"
             self.outbox.append((connection, Refused(reason=reason, retry_s=RETRY_S)))
             return
-        owner = Owner(hello.engine, "kv")
-        engine = Engine(hello=hello, owner=owner, pid=pid, connection=connection, processes={pid})
+        engine = Engine(hello=hello, owner=Owner(hello.engine, "kv"), pid=pid, connection=connection, processes={pid})
         if known is not None:
             # The same process again: what it reports replaces what we booked; promises of the old connection are void.
             engine.processes |= known.processes
             engine.pinned, engine.recalled_total = known.pinned, known.recalled_total
+            engine.weights = WeightState(pinned_asleep=known.weights.pinned_asleep)
             self.leases.drop(hello.engine)
-            self.ledger.forget(owner)
-        booked = self._claim(engine, now) if hello.held else None
-        if hello.held and booked is None:
+            self.ledger.forget(engine.owner)
+            self.ledger.forget(engine.weights_owner)
+        lease, held = 0, admission.claim(self.ledger, engine, reported) if comes_back else None
+        if comes_back and held is None:
+            self._make_room(hello, reported, now)
             reason = f"no room yet for what {hello.engine!r} holds: others are asked to give memory back"
             self.outbox.append((connection, Refused(reason=reason, retry_s=RETRY_S)))
             return
         self.engines[hello.engine] = engine
-        lease, pages = (0, booked) if booked is not None else self._take(engine, hello.floor_units, now)
+        if held is None:
+            segments = self.weights.book_all(engine, now) if awake else []
+            lease, pages = self._take(engine, first_units, now)
+            held = Held(pages=pages, segments=segments)
         welcome = Welcome(
             generation=self.generation,
             page_bytes=self.config.page_bytes,
             lease=lease,
-            pages=pages,
+            pages=held.pages,
             share_units=self.roster.share(engine),
             ceiling_units=self.roster.ceiling(engine),
             host=self._take_host(hello),
+            segments=held.segments,
         )
-        self.outbox.append((connection, welcome))
+        self._send(engine, welcome)
         self._announced = None  # the newcomer must hear of the others, whoever they are
         self._announce()
+
+    def _answer(self, connection: int, answer: FromBroker | None) -> None:
+        if answer is not None:
+            self.outbox.append((connection, answer))
+
+    def _send(self, engine: Engine, message: FromBroker) -> None:
+        assert engine.connection is not None
+        self.outbox.append((engine.connection, message))
 
     def _take_host(self, hello: Hello) -> list[list[int]]:
         """Books the engine's pages of the host tier, those of a former connection included."""
         owner = Owner(hello.engine, "lent")
         if HOST not in self.ledger.devices:
             return []
-        wanted = hello.host_pages * len(hello.devices)
+        wanted = admission.host_pages(hello)
         if self.ledger.held(HOST, owner) != wanted:  # else it comes back, and uses the ones that it has
             self.ledger.forget(owner)
             self.ledger.take(HOST, owner, wanted)
@@ -213,101 +247,39 @@ class BrokerCore:
             self._announced = message
             self.outbox += [(e.connection, message) for e in self.engines.values() if e.connection is not None]
 
-    def _refusal(self, hello: Hello, known: Engine | None, pid: int) -> str | None:
-        if hello.protocol != PROTOCOL:
-            return f"protocol {hello.protocol} spoken, {PROTOCOL} expected: install the same Polder on both sides"
-        if known is not None and known.pid != pid and known.processes:
-            return f"engine name {hello.engine!r} is in use by process {known.pid}: choose another POLDER_ENGINE"
-        if not hello.devices or hello.pages_per_unit < 1 or not 1 <= hello.floor_units <= hello.ceiling_units:
-            sizes = f"floor {hello.floor_units}, ceiling {hello.ceiling_units}"
-            return f"impossible geometry: {hello.pages_per_unit} pages a unit, {sizes}"
-        for device in set(hello.devices):
-            if device not in self.ledger.devices:
-                return f"no device {device} here; this broker has {', '.join(self.ledger.devices)}"
-            total = self.ledger.total(device)
-            others = sum(
-                e.hello.floor_units * e.pages_per_unit(device) for e in self.engines.values() if e.name != hello.engine
-            )
-            mine = hello.floor_units * hello.pages_per_unit * hello.devices.count(device)
-            if others + mine > total:
-                page = self.config.page_bytes
-                return (
-                    f"budget too small on {device}: {hello.engine!r} needs at least {format_bytes(mine * page)}, the others "
-                    f"{format_bytes(others * page)}, and the budget is {format_bytes(total * page)}. Raise kv_budget to "
-                    f"{format_bytes((others + mine) * page)} or more, or lower --max-model-len"
-                )
-        return self._host_refusal(hello)
-
-    def _host_refusal(self, hello: Hello) -> str | None:
-        pages, page = hello.host_pages * len(hello.devices), self.config.page_bytes
-        if not pages:
-            return None
-        if HOST not in self.ledger.devices:
-            size = format_bytes(pages * page)
-            return f"this broker has no host tier, and {hello.engine!r} wants {size} of it: start it with {HOST}=SIZE"
-        free = self.ledger.free(HOST) + self.ledger.held(HOST, Owner(hello.engine, "lent"))
-        if pages > free:
-            return (
-                f"{hello.engine!r} wants {format_bytes(pages * page)} of the host tier, and {format_bytes(free * page)} of "
-                f"{format_bytes(self.ledger.total(HOST) * page)} are not taken by others: lower its quota, or enlarge the tier"
-            )
-        return None
-
-    def _floor_is_free(self, hello: Hello, now: float) -> bool:
+    def _is_free(self, hello: Hello, units: int, now: float) -> bool:
+        """Whether a newcomer can have that many units; if not, they are asked from the others."""
         if now < self.recovering_until:
             return False
         free = True
         for device in set(hello.devices):
             own = self.ledger.held(device, Owner(hello.engine, "kv"))
-            pages = hello.floor_units * hello.pages_per_unit * hello.devices.count(device)
+            pages = units * hello.pages_per_unit * hello.devices.count(device)
             if self.ledger.free(device) + own < pages:
                 self._recall_for_floor(device, pages - own, now)
                 free = False
         return free
 
+    def _make_room(self, hello: Hello, held: Held, now: float) -> None:
+        pages_each = len(held.pages[0]) + len(held.segments) * hello.layer_pages
+        for device in set(hello.devices):
+            self._recall_for_floor(device, pages_each * hello.devices.count(device), now)
+
     def _recall_for_floor(self, device: str, pages: int, now: float) -> None:
         """Recalls enough for a newcomer's floor, or for a latecomer's pages; it asks again until they are there."""
-        missing = pages - self.ledger.free(device)
+        missing = pages - self.ledger.free(device) - self.weights.coming_pages(device)
         for engine in sorted(self.engines.values(), key=lambda e: self.roster.held(e, device), reverse=True):
             per_unit = engine.pages_per_unit(device)
             open_units = self.leases.units(engine.name, "recall")
-            spare = self.roster.held(engine, device) - open_units - engine.hello.floor_units if per_unit else 0
+            spare = self.roster.held(engine, device) - open_units - self.roster.floor(engine) if per_unit else 0
             missing -= open_units * per_unit
             if missing <= 0 or spare <= 0 or engine.connection is None:
                 continue
             units = min(spare, -(-missing // per_unit))
             self._recall(engine, Recalled(units, preempt=True), now)
             missing -= units * per_unit
-
-    def _claim(self, engine: Engine, now: float) -> list[list[int]] | None:
-        """Books what a reconnecting engine reports: its pages per rank, in rising order of units; None if there is no room.
-
-        An engine that reports after the recovery time may find its numbers granted to others. Its memory is another (pages of
-        the former broker's segment, destroyed when given back), so any free numbers will do to keep the budget.
-        """
-        hello = engine.hello
-        reported = list[list[int]]([] for _ in hello.devices)
-        for unit, ranks in sorted(hello.held.items()):
-            if len(ranks) != len(hello.devices) or any(len(p) != hello.pages_per_unit for p in ranks):
-                raise ProtocolError(f"{engine.name} reports unit {unit} with a wrong number of pages")
-            for rank, numbers in enumerate(ranks):
-                reported[rank] += numbers
-        try:
-            for device, numbers in zip(hello.devices, reported, strict=True):
-                self.ledger.claim(device, engine.owner, numbers)
-        except ProtocolError:
-            self.ledger.forget(engine.owner)
-            return self._renumber(engine, now)
-        return reported
-
-    def _renumber(self, engine: Engine, now: float) -> list[list[int]] | None:
-        hello = engine.hello
-        pages_each = len(hello.held) * hello.pages_per_unit
-        for device in set(hello.devices):
-            if self.ledger.free(device) < pages_each * hello.devices.count(device):
-                self._recall_for_floor(device, pages_each * hello.devices.count(device), now)
-                return None
-        return [self.ledger.take(device, engine.owner, pages_each).tolist() for device in hello.devices]
+        if missing > 0:
+            self.weights.make_room(device, missing, now)
 
     def _resize(self, connection: int, message: Resize) -> None:
         engine = self.engines.get(message.engine)
@@ -323,48 +295,31 @@ class BrokerCore:
         engine.pinned = message.units
         self.outbox.append((connection, Done()))
 
-    def _fetch(self, connection: int, pid: int, message: Fetch) -> None:
-        """Checks a worker's request and notes the worker as a process of the engine. The server adds the handles."""
+    def _sleep_or_rouse(self, connection: int, message: Sleep | Rouse, now: float) -> None:
         engine = self.engines.get(message.engine)
-        if engine is None or not 0 <= message.rank < len(engine.hello.devices):
-            raise ProtocolError(f"fetch for an unknown engine or rank: {message.engine!r} {message.rank}")
-        if not message.lender and message.device not in (engine.hello.devices[message.rank], HOST):
-            raise ProtocolError(f"rank {message.rank} of {message.engine} is not on {message.device}")
-        engine.processes.add(pid)
-        if self.fetchable(message):
+        if engine is None or not engine.hello.layers:
+            names = ", ".join(sorted(e.name for e in self.engines.values() if e.hello.layers)) or "none"
+            reason = f"no engine {message.engine!r} here whose weights can move; those that can: {names}"
+            self.outbox.append((connection, Refused(reason=reason)))
             return
-        if not message.lender:
-            raise ProtocolError(f"{message.engine} fetches pages that it does not hold")
-        # No fault of its own: the lender gave these pages back, or ended, while the message was on its way.
-        self.outbox.append((connection, Refused(reason=f"{message.lender!r} does not lend these pages any more")))
-
-    def fetchable(self, message: Fetch) -> bool:
-        """Whether the pages belong to whom the message says, so that their handles may be given out."""
-        if message.device not in self.ledger.devices:
-            return False
-        if message.lender:
-            lender = self.engines.get(message.lender)
-            if lender is None or not lender.hello.table_bytes:
-                return False
-            owner = lender.owner
+        if isinstance(message, Sleep):
+            self.weights.sleep(engine, now)
         else:
-            owner = Owner(message.engine, "lent" if message.device == HOST else "kv")
-        return set(self.ledger.pages_of(message.device, owner).tolist()).issuperset(message.pages)
-
-    def _fetch_table(self, connection: int, message: FetchTable) -> None:
-        lender = self.engines.get(message.lender)
-        if message.engine not in self.engines:
-            raise ProtocolError(f"table asked for by an unknown engine {message.engine!r}")
-        if lender is None or not lender.hello.table_bytes or lender.core_ended_at is not None:
-            self.outbox.append((connection, Refused(reason=f"{message.lender!r} lends nothing here")))
+            self.weights.rouse(engine, now)
+        self.outbox.append((connection, Done()))
 
     def _demand(self, engine: Engine, demand: Demand, now: float) -> None:
         if min(demand.held_units, demand.busy_units, demand.waiting_units, demand.cached_units) < 0:
             raise ProtocolError(f"{engine.name}: negative demand")
-        engine.demand = demand
+        if min(demand.spare_segments, demand.idle_s, demand.next_use_s, demand.layer_load_s) < 0:
+            raise ProtocolError(f"{engine.name}: negative demand")
+        before, engine.demand, engine.demand_at = engine.demand, demand, now
+        self.weights.demanded(engine, before)
         entitled = min(
             max(demand.busy_units + demand.waiting_units, engine.hello.floor_units), self.roster.share(engine)
         )
+        if self.roster.asleep(engine):
+            entitled = 0  # its requests wait for weights, not for this
         if entitled <= self.roster.grown_units(engine):
             engine.need_since = None
         elif engine.need_since is None:
@@ -388,8 +343,7 @@ class BrokerCore:
         by_device: dict[str, list[int]] = {}
         for device, numbers in zip(engine.hello.devices, message.pages, strict=True):
             by_device.setdefault(device, []).extend(numbers)
-        for device, numbers in by_device.items():
-            self.ledger.give_back(device, engine.owner, numbers)
+        self.ledger.give_all_back(engine.owner, by_device)
         lease = self.leases.acknowledge(message.lease, engine.name)
         if lease is not None and lease.kind == "recall":
             engine.recalled_total += len(message.pages[0]) // per_unit
@@ -408,23 +362,27 @@ class BrokerCore:
         return lease.number, pages
 
     def _grant(self, engine: Engine, units: int, now: float) -> None:
-        assert engine.connection is not None
         needed = engine.demand.busy_units + engine.demand.waiting_units if engine.demand else 0
         if self.roster.held_units(engine) + units > needed:
             engine.grew_at = now
         lease, pages = self._take(engine, units, now)
-        self.outbox.append((engine.connection, Grant(lease=lease, units=units, pages=pages)))
+        self._send(engine, Grant(lease=lease, units=units, pages=pages))
 
     def _recall(self, engine: Engine, recall: Recalled, now: float) -> None:
-        assert engine.connection is not None
         deadline_s = self.config.policy.deadline_s
         lease = self.leases.open("recall", engine.name, recall.units, now=now, deadline_s=deadline_s)
         message = Recall(lease=lease.number, units=recall.units, deadline_s=deadline_s, preempt=recall.preempt)
-        self.outbox.append((engine.connection, message))
+        self._send(engine, message)
 
     def _decide(self, device: str, now: float) -> Plan:
-        views = self.roster.views(device, now)
-        return decide(self.ledger.total(device), self.ledger.free(device), views, self.config.policy)
+        views = [*self.weights.claims(device), *self.roster.views(device, now)]
+        return decide(
+            self.weights.kv_pages(device),
+            self.ledger.free(device),
+            views,
+            self.config.policy,
+            coming_pages=self.weights.coming_pages(device),
+        )
 
     def status(self, now: float) -> Status:
         leases = self.leases.statistics()
@@ -439,4 +397,5 @@ class BrokerCore:
             refused_messages=self.refused_messages,
             reclaimed_pages=self.reclaimed_pages,
             giveback_ms=list(self._giveback_ms),
+            decisions=list(self.weights.decisions),
         )

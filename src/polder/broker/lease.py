@@ -1,9 +1,9 @@
 """Leases: every page that changes hands does so under a numbered promise with a deadline and an acknowledgement.
 
 A grant is open from the moment its pages are booked to the engine until the engine says Grown (or gives them back unmapped).
-A recall is open until the engine has unmapped the pages and says Returned; until then they are the engine's, whatever the
-deadline says: reusing a page before its last writer is known to be done would break law 4. A deadline passed is therefore
-counted and shown (`overdue`), and the owner is served from the reserve meanwhile.
+A recall, of units or of segments of weights ("take"), is open until the engine has unmapped the pages and says so; until then
+they are the engine's, whatever the deadline says: reusing a page before its last writer is known to be done would break law 4.
+A deadline passed is therefore counted and shown (`overdue`), and the owner is served from the reserve meanwhile.
 
 Numbers rise for ever within one broker (the epoch): a late answer to a closed lease is recognised and ignored.
 """
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["Lease", "LeaseBook", "LeaseStatistics"]
+__all__ = ["ASKED", "Lease", "LeaseBook", "LeaseStatistics"]
 
-Kind = Literal["grant", "recall"]
+Kind = Literal["grant", "recall", "give", "take"]
+"""Units of KV cache granted and recalled; segments of weights given and taken."""
+ASKED: tuple[Kind, ...] = ("recall", "take")
+"""Those by which an engine is asked to give something back."""
 
 
 @dataclass(kw_only=True)
@@ -25,6 +28,7 @@ class Lease:
     kind: Kind
     engine: str
     units: int
+    """Units or segments."""
     opened_at: float
     deadline_at: float
     overdue: bool = False
@@ -36,7 +40,7 @@ class LeaseStatistics:
     recalls: int
     open: int
     overdue: int
-    """Recalls that ever passed their deadline."""
+    """Recalls, of units or segments, that ever passed their deadline."""
 
 
 @dataclass(kw_only=True)
@@ -45,7 +49,7 @@ class LeaseBook:
 
     _open: dict[int, Lease] = field(default_factory=dict)
     _next: int = 1
-    _counts: dict[Kind, int] = field(default_factory=lambda: {"grant": 0, "recall": 0})
+    _counts: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(get_args(Kind), 0))
     _overdue: int = 0
 
     def open(self, kind: Kind, engine: str, units: int, *, now: float, deadline_s: float) -> Lease:
@@ -75,11 +79,11 @@ class LeaseBook:
         return sum(lease.units for lease in self.of(engine, kind))
 
     def mark_overdue(self, now: float) -> list[Lease]:
-        """Recalls whose deadline passed since the last call."""
+        """Recalls, of units or segments, whose deadline passed since the last call."""
         late = [
             lease
             for lease in self._open.values()
-            if lease.kind == "recall" and not lease.overdue and now > lease.deadline_at
+            if lease.kind in ASKED and not lease.overdue and now > lease.deadline_at
         ]
         for lease in late:
             lease.overdue = True

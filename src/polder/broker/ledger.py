@@ -7,7 +7,7 @@ kept beside the array and checked against it by `check_integrity`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -93,15 +93,22 @@ class Ledger:
 
     def give_back(self, device: str, owner: Owner, pages: Sequence[int] | PageArray) -> None:
         """Returns pages to the free ones. Raises ProtocolError, having changed nothing, unless all of them are the owner's."""
-        state, index = self._device(device), self._checked(device, pages)
+        self.give_all_back(owner, {device: pages})
+
+    def give_all_back(self, owner: Owner, pages: Mapping[str, Sequence[int] | PageArray]) -> None:
+        """The same on several devices: {device: pages}, all of them or none."""
+        checked = {device: self._checked(device, numbers) for device, numbers in pages.items()}
         number = self._index.get(owner, -1)
-        if np.any(state.owner_of[index] != number):
-            foreign = index[state.owner_of[index] != number]
-            raise ProtocolError(f"{device}: {owner} gives back pages that it does not hold: {foreign[:8].tolist()}")
-        state.owner_of[index] = 0
-        state.free += len(index)
-        if len(index):
-            state.count[number] -= len(index)
+        for device, index in checked.items():
+            foreign = index[self._device(device).owner_of[index] != number]
+            if len(foreign):
+                raise ProtocolError(f"{device}: {owner} gives back pages that it does not hold: {foreign[:8].tolist()}")
+        for device, index in checked.items():
+            if len(index):
+                state = self._device(device)
+                state.owner_of[index] = 0
+                state.free += len(index)
+                state.count[number] -= len(index)
 
     def forget(self, owner: Owner) -> dict[str, int]:
         """Frees everything `owner` holds, on all devices: {device: pages}. Only when no process of it is left (law 4)."""

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from polder.errors import ConfigError
 
-__all__ = ["EngineView", "Plan", "PolicyConfig", "Recalled", "Target", "decide"]
+__all__ = ["EngineView", "Plan", "PolicyConfig", "Recalled", "Target", "ample_pages", "decide", "missing_pages"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,18 @@ class Plan:
     recalls: dict[str, Recalled] = field(default_factory=dict)
 
 
-def decide(total_pages: int, free_pages: int, engines: Sequence[EngineView], config: PolicyConfig) -> Plan:
-    """Targets of all engines, and the moves towards them that `free_pages` and the hold times allow now."""
+def decide(
+    total_pages: int,
+    free_pages: int,
+    engines: Sequence[EngineView],
+    config: PolicyConfig,
+    *,
+    coming_pages: int = 0,
+) -> Plan:
+    """Targets of all engines, and the moves towards them that `free_pages` and the hold times allow now.
+
+    `coming_pages`: will be free without a recall (weights that are being given up); they are part of `total_pages`.
+    """
     high = int(total_pages * config.reserve_high_ratio)
     low = int(total_pages * config.reserve_low_ratio)
     targets = choose_targets(total_pages, high, engines, config)
@@ -121,7 +131,7 @@ def decide(total_pages: int, free_pages: int, engines: Sequence[EngineView], con
     def pages(units: dict[str, int]) -> int:
         return sum(n * by_name[name].pages_per_unit for name, n in units.items())
 
-    coming = sum(engine.recalled * engine.pages_per_unit for engine in engines)
+    coming = coming_pages + sum(engine.recalled * engine.pages_per_unit for engine in engines)
     after_hard = free_pages + coming - pages(hard)
     refill = high - after_hard if after_hard < low else max(0, -after_hard)
     for_cache = max(0, pages(soft) - max(0, after_hard - high))
@@ -130,6 +140,24 @@ def decide(total_pages: int, free_pages: int, engines: Sequence[EngineView], con
         grants=_grants(free_pages, high, engines, hard, soft),
         recalls=_recalls(max(0, refill), for_cache, engines, targets, config.min_hold_s),
     )
+
+
+def missing_pages(total_pages: int, engines: Sequence[EngineView]) -> int:
+    """What requests need beyond `total_pages`, all that is free, coming, or held by engines without being needed.
+
+    More than any recall can bring, unlike the plan of `decide`, whose targets end where the memory does.
+    """
+    return max(0, sum((e.pinned or e.need) * e.pages_per_unit for e in engines) - total_pages)
+
+
+def ample_pages(total_pages: int, engines: Sequence[EngineView]) -> int:
+    """What of `total_pages` would be left if all had what they need, or needed lately, and the cache that is known to be of use."""
+
+    def kept(engine: EngineView) -> int:
+        useful = next((units for units, saved in enumerate(engine.curve) if saved >= engine.curve[-1] - 1e-6), 0)
+        return engine.pinned or min(max(engine.need, engine.peak, useful), engine.ceiling)
+
+    return max(0, total_pages - sum(kept(engine) * engine.pages_per_unit for engine in engines))
 
 
 def choose_targets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from polder.broker.lease import ASKED
 from polder.broker.roster import Engine, Roster
 from polder.broker.wire import DeviceStatus, EngineStatus
 
@@ -23,7 +24,7 @@ def engine_status(roster: Roster, engine: Engine) -> EngineStatus:
     hello, demand = engine.hello, engine.demand
     held, share = roster.held_units(engine), roster.share(engine)
     on_loan = any(roster.held_units(other) > roster.share(other) for other in roster.others(engine))
-    overdue = any(lease.overdue for lease in roster.leases.of(engine.name, "recall"))
+    overdue = any(lease.overdue for kind in ASKED for lease in roster.leases.of(engine.name, kind))
     gone = engine.core_ended_at is not None
     return EngineStatus(
         engine=engine.name,
@@ -49,4 +50,9 @@ def engine_status(roster: Roster, engine: Engine) -> EngineStatus:
         curve=demand.curve if demand else [],
         giveback_ms=list(engine.giveback_ms),
         stats=demand.stats if demand else {},
+        layers=hello.layers,
+        layer_pages=hello.layer_pages,
+        segments=roster.segments(engine),
+        asleep=roster.asleep(engine),
+        weights_reason=engine.weights.reason,
     )

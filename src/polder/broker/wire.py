@@ -11,6 +11,10 @@ does not decode to a struct of the expected direction, closes the connection it 
                  ── Grown ──────────────►               they are mapped and offered to the scheduler
                  ◄── Recall ─────────────               give `units` back before `deadline_s`
                  ── Returned ───────────►               the acknowledgement: these pages are unmapped
+                 ── Wake ───────────────►               a request came: it wants the weights of all its layers
+                 ◄── GiveSegments ───────               pages for layers' weights, answered by Grown
+                 ◄── TakeSegments ───────               give that many layers' pages back before `deadline_s`
+                 ── SegmentsReturned ───►               the acknowledgement: these are unmapped
     worker       ── Fetch ──────────────► broker        handles of pages it is about to map: its own, or lent ones
                  ◄── Handles + fds ──────
     engine core  ◄── Neighbours ────────  broker        whenever an engine comes or goes: who lends, who lives
@@ -20,9 +24,13 @@ does not decode to a struct of the expected direction, closes the connection it 
                  ◄── Status ─────────────
     operator     ── Resize ─────────────► broker        pin an engine to a number of units (0 = let the policy decide)
                  ◄── Done / Refused ─────
+                 ── Sleep, Rouse ───────►               an engine shall give up all of its weights, or get them back
+                 ◄── Done / Refused ─────
 """
 
 from __future__ import annotations
+
+import math
 
 import msgspec
 
@@ -30,6 +38,7 @@ __all__ = [
     "MAX_FDS",
     "MAX_MESSAGE",
     "PROTOCOL",
+    "Decision",
     "Demand",
     "DeviceStatus",
     "Done",
@@ -37,6 +46,7 @@ __all__ = [
     "Fetch",
     "FetchTable",
     "FromBroker",
+    "GiveSegments",
     "Grant",
     "Grown",
     "Handles",
@@ -47,10 +57,16 @@ __all__ = [
     "Refused",
     "Resize",
     "Returned",
+    "Rouse",
+    "Segments",
+    "SegmentsReturned",
+    "Sleep",
     "Status",
     "StatusRequest",
     "Table",
+    "TakeSegments",
     "ToBroker",
+    "Wake",
     "Welcome",
 ]
 
@@ -60,6 +76,9 @@ MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
 
 Pages = list[list[int]]
 """Pages of some units: one list per rank, each `units * pages_per_unit` page numbers of that rank's device, unit by unit."""
+
+Segments = list[list[list[int]]]
+"""For each segment, per rank, its `layer_pages` page numbers of that rank's device."""
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
@@ -93,6 +112,12 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """Above 0: this engine lends, and wants a table of that size."""
     held: dict[int, list[list[int]]] = {}
     """On reconnection: unit -> pages per rank (one list a rank)."""
+    layers: int = 0
+    """Decoder layers whose weights move. 0: they stay where they are, and the broker knows nothing of them."""
+    layer_pages: int = 0
+    """Pages of one segment, a layer's weights, on each rank."""
+    held_segments: Segments = []
+    """On reconnection: the segments that it holds."""
 
 
 class Demand(Message, frozen=True, kw_only=True, tag="demand"):
@@ -113,6 +138,16 @@ class Demand(Message, frozen=True, kw_only=True, tag="demand"):
     """A request cannot be scheduled for want of memory."""
     stats: dict[str, float] = {}
     """Counters and gauges shown by `polder top` and Prometheus, see EngineStatus.stats."""
+    asleep: bool = False
+    """It holds no weights. Its KV floor does not count meanwhile: it can give up all of its units but one."""
+    spare_segments: int = 0
+    """What it could give up now: while it serves, what its own cost formula allows it to stream; idle: all."""
+    idle_s: float = 0.0
+    """Since its last request ended; 0 while it has any."""
+    next_use_s: float = math.inf
+    """Until its next request, as it predicts from its own record of arrivals."""
+    layer_load_s: float = 0.0
+    """Measured time to bring one layer back; 0: never measured."""
 
 
 class Grown(Message, frozen=True, kw_only=True, tag="grown"):
@@ -128,6 +163,19 @@ class Returned(Message, frozen=True, kw_only=True, tag="returned"):
     """The recall this answers; 0: given back unasked."""
     pages: list[list[int]]
     short: int = 0
+
+
+class SegmentsReturned(Message, frozen=True, kw_only=True, tag="segments-returned"):
+    """Segments unmapped on every rank. Fewer than asked for (`short`) means the rest is impossible now."""
+
+    lease: int
+    """The TakeSegments this answers; 0: given back unasked."""
+    segments: Segments
+    short: int = 0
+
+
+class Wake(Message, frozen=True, kw_only=True, tag="wake"):
+    """The engine wants the weights of all its layers, before anybody gets anything else. To be said again on a new connection."""
 
 
 class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
@@ -159,6 +207,18 @@ class Resize(Message, frozen=True, kw_only=True, tag="resize"):
     units: int
 
 
+class Sleep(Message, frozen=True, kw_only=True, tag="sleep"):
+    """An engine shall give up all of its weights as soon as it is idle, and not get them back before Rouse or its own Wake."""
+
+    engine: str
+
+
+class Rouse(Message, frozen=True, kw_only=True, tag="rouse"):
+    """An engine shall get all of its weights back."""
+
+    engine: str
+
+
 # ---------------------------------------------------------------- from the broker
 
 
@@ -168,13 +228,17 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     page_bytes: int
     lease: int
     pages: list[list[int]]
-    """Per rank: the floor's pages, or the numbers under which the reported units are booked, in rising order of units. Those
-    are others than reported only if the engine came back so late that its own numbers had been granted again."""
+    """Per rank: the floor's pages (those of one unit, if it starts asleep), or the numbers under which the reported units are
+    booked, in rising order of units. Those are others than reported only if the engine came back so late that its own numbers
+    had been granted again."""
     share_units: int
     ceiling_units: int
     """Clipped to what the device can ever spare."""
     host: list[list[int]] = []
     """Per rank: its pages of host memory."""
+    segments: Segments = []
+    """Pages for the weights of all its layers; none: it starts asleep, there is no room now. On reconnection the numbers under
+    which the reported segments are booked, in their order."""
 
 
 class Neighbours(Message, frozen=True, kw_only=True, tag="neighbours"):
@@ -205,6 +269,20 @@ class Recall(Message, frozen=True, kw_only=True, tag="recall"):
     """Seconds from now until the pages must be back."""
     preempt: bool
     """True: preempt running requests if nothing else frees enough. False: only idle and cached memory."""
+
+
+class GiveSegments(Message, frozen=True, kw_only=True, tag="give-segments"):
+    """To an engine that sleeps, all of its segments at once."""
+
+    lease: int
+    segments: Segments
+
+
+class TakeSegments(Message, frozen=True, kw_only=True, tag="take-segments"):
+    lease: int
+    segments: int
+    deadline_s: float
+    """Seconds from now until they must be back."""
 
 
 class Handles(Message, frozen=True, kw_only=True, tag="handles"):
@@ -250,6 +328,15 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """prefix_queries_tokens_total, prefix_hits_tokens_total, preemptions_total, polder_preemptions_total, running,
     waiting, kv_used_ratio, grows_total, shrinks_total, migrated_blocks_total, evicted_blocks_total,
     grow_seconds_total, shrink_seconds_total, steps_total"""
+    layers: int = 0
+    """Decoder layers whose weights move."""
+    layer_pages: int = 0
+    segments: int = 0
+    """Of them held; fewer than `layers` and more than 0: the others are streamed."""
+    asleep: bool = False
+    """It holds none of its weights."""
+    weights_reason: str = ""
+    """Why it holds these, in words."""
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,6 +346,18 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     free_pages: int
     pages_by_owner: dict[str, int]
     """ "engine/use" -> pages, use one of kv, weights, staging, lent; "free" is not listed."""
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that was decided about an engine's weights."""
+
+    uptime_s: float
+    """When: Status.uptime_s of that moment."""
+    engine: str
+    action: str
+    """"take" | "give" | "wake" | "sleep" | "rouse"."""
+    segments: int
+    reason: str
 
 
 class Status(Message, frozen=True, kw_only=True, tag="status"):
@@ -274,6 +373,8 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     """Pages taken back from dead engines."""
     giveback_ms: list[float]
     """Those of all engines, see EngineStatus.giveback_ms; newest last."""
+    decisions: list[Decision] = []
+    """The last 64, newest last."""
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):
@@ -288,5 +389,20 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """Above 0: nothing needs changing, ask again after that time."""
 
 
-ToBroker = Hello | Demand | Grown | Returned | Fetch | FetchTable | StatusRequest | Resize
-FromBroker = Welcome | Grant | Recall | Handles | Neighbours | Table | Status | Done | Refused
+ToBroker = (
+    Hello
+    | Demand
+    | Grown
+    | Returned
+    | SegmentsReturned
+    | Wake
+    | Fetch
+    | FetchTable
+    | StatusRequest
+    | Resize
+    | Sleep
+    | Rouse
+)
+FromBroker = (
+    Welcome | Grant | Recall | GiveSegments | TakeSegments | Handles | Neighbours | Table | Status | Done | Refused
+)

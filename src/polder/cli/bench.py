@@ -73,3 +73,27 @@ def turns(
         stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
     )
     TurnsBench(replace(plan, links=links.value), workdir=workdir).run(json_file, html_file)
+
+
+@app.command()
+def tenants(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two rates instead of five, stock and polder alone, no spatial stage.")
+    ] = False,
+    stages: Annotated[str, typer.Option(help="Only these: temporal,spatial,comeback,equality.")] = "",
+    arms: Annotated[str, typer.Option(help="Only these: stock,kv-only,polder.")] = "",
+    workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
+) -> None:
+    """Three models under one budget for weights and KV: fixed parts, elastic KV alone, and weights that make room too."""
+    from polder.bench.tenants import TenantsBench
+    from polder.bench.tenants_plan import ARMS, FULL_TENANTS, QUICK_TENANTS, STAGES
+    from polder.bench.turns_plan import parse_names
+
+    plan = (QUICK_TENANTS if quick else FULL_TENANTS).only(
+        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
+    )
+    TenantsBench(plan, workdir=workdir).run(json_file, html_file)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polder.broker.wire import EngineStatus, Resize
+from polder.broker.wire import EngineStatus, Resize, Rouse, Sleep
 from polder.cli.where import AsJson, Socket, find_socket
 
 __all__ = ["app"]
@@ -16,6 +16,7 @@ app = typer.Typer(help="Ask the broker why, or tell it otherwise.", no_args_is_h
 _EXPLAINED = (
     *("engine", "state", "held_units", "target_units", "reason", "busy_units", "waiting_units", "cached_units"),
     *("floor_units", "share_units", "ceiling_units", "borrowed_units", "lent_units", "pinned_units", "unit_tokens"),
+    *("layers", "segments", "asleep", "weights_reason"),
     "curve",
 )
 
@@ -36,15 +37,41 @@ def resize(
 
 
 @app.command()
+def sleep(
+    engine: Annotated[str, typer.Argument(help="The engine's name.")], socket: Socket = None, as_json: AsJson = False
+) -> None:
+    """Take an idle engine's weights and KV memory away until its next request, or `wake`. Its prefix cache stays in its tiers."""
+    from polder.broker import client
+
+    client.request(find_socket(socket), Sleep(engine=engine))
+    print(json.dumps({"engine": engine}) if as_json else f"{engine}: sleeps as soon as it has no requests")
+
+
+@app.command()
+def wake(
+    engine: Annotated[str, typer.Argument(help="The engine's name.")], socket: Socket = None, as_json: AsJson = False
+) -> None:
+    """Give an engine its weights back before its next request."""
+    from polder.broker import client
+
+    client.request(find_socket(socket), Rouse(engine=engine))
+    print(json.dumps({"engine": engine}) if as_json else f"{engine}: gets its weights back")
+
+
+@app.command()
 def explain(socket: Socket = None, as_json: AsJson = False) -> None:
     """Say why each engine has its target."""
     from polder.broker import client
 
-    engines = client.status(find_socket(socket)).engines
+    status = client.status(find_socket(socket))
+    engines = status.engines
     if as_json:
         print(json.dumps([{key: getattr(engine, key) for key in _EXPLAINED} for engine in engines]))
         return
     print("\n".join(_in_words(engine) for engine in engines) or "no engine is connected")
+    for decision in status.decisions:
+        age_s = status.uptime_s - decision.uptime_s
+        print(f"{age_s:.1f} s ago: {decision.engine}: {decision.action} {decision.segments} layers: {decision.reason}")
 
 
 def _in_words(e: EngineStatus) -> str:
@@ -60,4 +87,7 @@ def _in_words(e: EngineStatus) -> str:
         lines.append(
             f"    its prefix cache saves {now:.3g} s of prefill a second, {most:.3g} if it held {len(e.curve) - 1} units"
         )
+    if e.layers:
+        state = "asleep" if e.asleep else f"weights of {e.segments} of {e.layers} layers on the device"
+        lines.append(f"    {state}: {e.weights_reason}")
     return "\n".join(lines)

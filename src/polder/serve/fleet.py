@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polder.broker.config import BrokerConfig
 from polder.broker.policy import PolicyConfig
@@ -42,6 +42,7 @@ class Model:
     """Where KV goes that its cache has no room for: some of "peer", "host"."""
     host_bytes: int = 0
     lend_bytes: int = 0
+    weights: Literal["resident", "elastic"] = "resident"
     cpus: str = ""
     """Cores of its processes, as taskset writes them: "0-7,16"; empty: all."""
     args: tuple[str, ...] = ()
@@ -62,6 +63,7 @@ class Model:
             "POLDER_TIERS": ",".join(self.tiers),
             "POLDER_HOST": str(self.host_bytes or ""),
             "POLDER_LEND": str(self.lend_bytes or ""),
+            "POLDER_WEIGHTS": self.weights,
         }
         return {"POLDER_BROKER": str(socket), "POLDER_ENGINE": self.name, **none, **given, **self.env}
 
@@ -78,6 +80,7 @@ class Fleet:
     port: int
     device: str
     budget_bytes: int
+    """KV memory of all models, and the weights of those whose weights are elastic."""
     page_bytes: int
     policy: PolicyConfig
     models: tuple[Model, ...]
@@ -96,7 +99,8 @@ class Fleet:
                     f"model {model.name}: floor {format_bytes(model.floor_bytes or 0)} is less than one request of "
                     f"max_model_len needs: write {_mib(model.least_bytes)} or more, or lower max_model_len"
                 )
-        needs = {m.name: m.floor_bytes or m.least_bytes for m in self.models}
+        # A model that sleeps needs next to nothing: whether those with elastic weights fit is the broker's exact check.
+        needs = {m.name: m.floor_bytes or m.least_bytes for m in self.models if m.weights == "resident"}
         known = {name: need for name, need in needs.items() if need is not None}
         least = sum(known.values())
         if least > self.budget_bytes // self.page_bytes * self.page_bytes:
@@ -141,9 +145,8 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
     device = memory.device or ("cuda:0" if Path("/dev/nvidiactl").exists() else "cpu:0")
     if not _DEVICE.fullmatch(device):
         raise ConfigError(f"memory.device {device!r}: write cpu:0 or cuda:INDEX")
-    budget, page, host = (
-        parse_bytes(getattr(memory, key), what=f"memory.{key}") for key in ("kv_budget", "page", "host")
-    )
+    page, host = (parse_bytes(getattr(memory, key), what=f"memory.{key}") for key in ("page", "host"))
+    budget = _budget(file)
     fleet = Fleet(
         host=file.server.host,
         port=file.server.port,
@@ -157,6 +160,22 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
     fleet.broker(Path("socket"))  # page and budget fit each other
     quotas = _host_quotas(file.model, fleet)
     return replace(fleet, models=tuple(_model(model, fleet, folder, quotas.get(model.name, 0)) for model in file.model))
+
+
+def _budget(file: FleetFile) -> int:
+    memory = file.memory
+    elastic = [model.name for model in file.model if model.weights == "elastic"]
+    if bool(memory.kv_budget) == bool(memory.budget):
+        both = "excludes budget: keep one" if memory.budget else 'is missing; add a line kv_budget = "320MiB"'
+        raise ConfigError(f"memory: 'kv_budget' {both}")
+    if bool(elastic) != bool(memory.budget):
+        raise ConfigError(
+            f'model {elastic[0]}: weights = "elastic" needs memory.budget, KV and weights together, in place of kv_budget'
+            if elastic
+            else 'memory.budget is for KV and elastic weights, and no model has weights = "elastic": write kv_budget'
+        )
+    key = "budget" if memory.budget else "kv_budget"
+    return parse_bytes(getattr(memory, key), what=f"memory.{key}")
 
 
 def _host_quotas(models: Sequence[ModelTable], fleet: Fleet) -> dict[str, int]:
@@ -237,6 +256,7 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         tiers=_tiers(model),
         host_bytes=host_bytes,
         lend_bytes=parse_bytes(model.lend, what=f"{what}: lend"),
+        weights=model.weights,
         cpus=_cpus(model),
         args=tuple(model.args),
         env=model.env,

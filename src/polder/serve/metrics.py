@@ -30,6 +30,8 @@ _ENGINE_SIZES = {
 _ENGINE_GAUGES = {
     "running": ("running_requests", "Requests being worked on"),
     "waiting": ("waiting_requests", "Requests that wait for their turn"),
+    "segments": ("segments", "Layers whose weights have memory on the device"),
+    "weights_rotating_layers": ("weights_rotating_layers", "Layers streamed in every pass"),
     "kv_used_ratio": ("kv_used_ratio", "Part of its blocks that running requests hold"),
     "lent_offered_bytes": ("lent_offered_bytes", "Its idle KV memory on offer to others"),
     "lent_borrowed_bytes": ("lent_borrowed_bytes", "Of this, what others hold"),
@@ -50,6 +52,11 @@ _ENGINE_COUNTERS = {
     "migrated_blocks_total": "Blocks moved out of units that were given back",
     "evicted_blocks_total": "Cached blocks lost to shrinking",
     "steps_total": "Engine steps",
+    "wakes_total": "Times it got its weights back after sleep",
+    "sleeps_total": "Times it gave all of its weights up",
+    "wake_seconds_total": "Waiting for memory for the weights, from request to mapped pages",
+    "weights_loaded_bytes_total": "Bytes of weights copied from the host, a rank",
+    "weights_stall_seconds_total": "Computing waited for layers, a rank",
     "lent_recalls_total": "Blocks on offer that it took back for itself",
     "lent_borrowed_recalls_total": "Of these, blocks that somebody had borrowed",
 }

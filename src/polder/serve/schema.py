@@ -6,6 +6,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -23,6 +24,7 @@ port = 8000                       # default
 [memory]
 device = "cpu:0"                  # default: cuda:0 where there is an NVIDIA driver, else cpu:0
 kv_budget = "320MiB"              # KV memory of all models together
+# budget = "900MiB"               # in its place where a model has elastic weights: KV memory and those weights together
 page = "2MiB"                     # default
 reserve_low = 0.04                # free memory below which the reserve is refilled: a part of kv_budget, or a size ...
 reserve_high = 0.08               # ... up to this (defaults)
@@ -39,6 +41,7 @@ share = "160MiB"                  # its own on demand, more is on loan (default:
 ceiling = "1GiB"                  # never more than this (default: the whole budget)
 tiers = ["peer", "host"]          # KV that its cache has no room for: to what others lend, to host memory (default: none)
 host = "32GiB"                    # its quota of host memory (default: an equal part for each model with this tier)
+weights = "resident"              # default; "elastic": its weights leave the device while nobody asks it (needs budget)
 lend = "96MiB"                    # most of its KV memory that it lends at a time while idle (default: nothing)
 cpus = "0-1"                      # its processes run on these cores only (default: on all)
 args = ["--enforce-eager"]        # more arguments for `vllm serve`
@@ -52,7 +55,8 @@ class ServerTable(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class MemoryTable(msgspec.Struct, forbid_unknown_fields=True):
-    kv_budget: str | int
+    kv_budget: str | int = 0
+    budget: str | int = 0
     device: str = ""
     page: str | int = PAGE_BYTES
     reserve_low: str | float = PolicyConfig.reserve_low_ratio
@@ -72,6 +76,7 @@ class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
     tiers: list[str] = []
     host: str | int | None = None
     lend: str | int = 0
+    weights: Literal["resident", "elastic"] = "resident"
     cpus: str = ""
     args: list[str] = []
     env: dict[str, str] = {}
@@ -115,6 +120,6 @@ def _explained(message: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
         return f"{heading}unknown key {unknown[1]!r}; {hint}"
     if missing := re.match(r"Object missing required field `(.*)`", text):
-        lines = {"kv_budget": 'kv_budget = "320MiB"', "memory": "[memory]", "model": "[[model]]"}
+        lines = {"memory": "[memory]", "model": "[[model]]"}
         return f"{heading}{missing[1]!r} is missing; add a line {lines.get(missing[1], missing[1] + ' = ...')}"
     return f"{heading}{text[:1].lower()}{text[1:]}"

@@ -21,6 +21,7 @@ from polder.broker.reuse import ReuseTracker
 from polder.broker.wire import (
     Demand,
     FetchTable,
+    GiveSegments,
     Grant,
     Grown,
     Hello,
@@ -28,6 +29,7 @@ from polder.broker.wire import (
     Recall,
     Refused,
     Returned,
+    TakeSegments,
     Welcome,
 )
 from polder.engines.vllm import worker
@@ -36,6 +38,7 @@ from polder.engines.vllm.lender import Lender
 from polder.engines.vllm.link import BrokerLink, Down, Tick, Up
 from polder.engines.vllm.negotiate import Agreement
 from polder.engines.vllm.prefetch import Prefetch
+from polder.engines.vllm.weights import CoreWeights
 from polder.errors import PolderError
 from polder.planner.rates import PrefillRate
 
@@ -82,6 +85,10 @@ class ElasticCore:
         self._socket = agreement.socket
         # The connector's manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do.
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
+        self.weights: CoreWeights | None = None
+        if agreement.weights is not None:
+            self.weights = CoreWeights(self._scheduler, agreement.weights, self._rpc, lambda m: self.link.send(m))
+            self.weights.start(self._generation, agreement.welcome.segments)
         self._prefill: PrefillRate = PrefillRate() if self.tiers is None else self.tiers.tiers.prefill
         if self.tiers is not None:
             Prefetch(self._scheduler, self.tiers.tiers.statistics)
@@ -109,6 +116,10 @@ class ElasticCore:
                     self._grow(message)
                 case Recall():
                     self._postponed.append(message)
+                case GiveSegments() if self.weights is not None:
+                    self.weights.on_give(message, self._generation, time.monotonic())
+                case TakeSegments() if self.weights is not None:
+                    self.weights.on_take(message, self._generation)
                 case Neighbours():
                     if self.tiers is not None:
                         self.tiers.on_neighbours(message)
@@ -121,6 +132,8 @@ class ElasticCore:
                     new_broker = message.generation != self._generation
                     self._generation, self._sent, self._refusal = message.generation, None, ""
                     self._pages = self._by_unit(sorted(self._pages), message.pages)
+                    if self.weights is not None:
+                        self.weights.on_welcome(message.segments, time.monotonic())
                     if new_broker and self.lender is not None:
                         self._open_table()  # it knows nothing of what was lent
                 case Refused():
@@ -141,6 +154,8 @@ class ElasticCore:
         """A step that took `seconds` has ended."""
         self.counters["steps_total"] += 1
         self._prefill.observe(self._step_tokens, seconds)
+        if self.weights is not None:
+            self.weights.on_step(seconds, self._step_tokens, time.monotonic())
         if self.lender is not None:
             self.lender.note_used(self.blocks.busy_blocks)
         self._settle()
@@ -148,12 +163,21 @@ class ElasticCore:
 
     def on_request(self) -> None:
         """A request has joined the queue."""
+        if self.weights is not None:
+            self.weights.on_request(time.monotonic())
         self._report(time.monotonic())
 
     def close(self) -> None:
         if self.lender is not None:
             self.lender.close()
         self.link.close()
+
+    def give_up(self, segments: int) -> None:
+        """Gives weights up unasked, as far as possible; they come back by the broker's decision, or `polder ctl wake`."""
+        assert self.weights is not None
+        self.weights.on_take(TakeSegments(lease=0, segments=segments, deadline_s=0.0), self._generation)
+        self._sent_at = 0.0
+        self._report(time.monotonic())
 
     def check_integrity(self) -> None:
         """Checks the laws, now."""
@@ -213,7 +237,8 @@ class ElasticCore:
     def _shrink(self, recall: Recall) -> None:
         started = time.perf_counter()
         shrink = self.blocks.shrink_preempting if recall.preempt else self.blocks.shrink
-        done = shrink(recall.units, self._hello.floor_units)
+        asleep = self.weights is not None and self.weights.asleep
+        done = shrink(recall.units, 1 if asleep else self._hello.floor_units)
         units, plan = done.plan.units.tolist(), done.plan
         if units and self.lender is not None:
             self.lender.unmapped(units)
@@ -261,6 +286,7 @@ class ElasticCore:
             curve=self._reuse.curve(now, self._prefill.seconds_per_token or 0.0),
             urgent=urgent,
             stats=self._stats(),
+            **(self.weights.demand(now) if self.weights is not None else {}),
         )
         self._sent, self._sent_at = demand, now
         self.link.send(demand)
@@ -325,6 +351,8 @@ class ElasticCore:
     def exact_stats(self) -> dict[str, float]:
         """Counters and gauges of lending and tiers, now."""
         lent = self.lender.figures() if self.lender is not None else {}
+        if self.weights is not None:
+            lent |= self.weights.stats(time.monotonic())
         return lent | (self.tiers.tiers.figures() if self.tiers is not None else {})
 
     # ------------------------------------------------------------------ plumbing
@@ -359,7 +387,8 @@ class ElasticCore:
 
     def _hello_again(self) -> Hello:
         """Hello on a new connection: what is really held, taken between two steps."""
-        return replace(self._hello, held=dict(self._pages))
+        segments = self.weights.segments if self.weights is not None else []
+        return replace(self._hello, held=dict(self._pages), held_segments=segments)
 
     def _by_unit(self, units: list[int], pages: list[list[int]]) -> dict[int, list[list[int]]]:
         size = self._hello.pages_per_unit

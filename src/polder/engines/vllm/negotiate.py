@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from polder.broker.client import status
 from polder.broker.config import BrokerConfig
 from polder.broker.core import HOST
@@ -27,6 +29,7 @@ from polder.engines.vllm.geometry import KvGeometry, unit_blocks
 from polder.engines.vllm.lender import lot_geometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
+from polder.engines.vllm.worker import WeightsFound
 from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
 from polder.tiers.lending import table_bytes
 from polder.units import format_bytes
@@ -52,6 +55,8 @@ class Agreement:
     groups: int
     geometry: KvGeometry
     lend_bytes: int
+    weights: WeightsFound | None
+    """None: they stay where they are."""
 
 
 class LocalBroker:
@@ -96,13 +101,16 @@ def negotiate(
     )
     geometry = worker.geometry_of(configs[0], page_bytes, blocks_of_unit)
     hello, block_tokens = _hello(vllm_config, settings, configs[0], geometry, devices)
+    weights = _weights(core, settings)
+    if weights is not None:
+        hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages)
     channel, welcome = _say_hello(socket, hello)
     plan = worker.WorkerPlan(
         broker=socket,
         engine=hello.engine,
         generation=welcome.generation,
         page_bytes=page_bytes,
-        units=tuple(range(hello.floor_units)),
+        units=tuple(range(len(welcome.pages[0]) // hello.pages_per_unit)),
         pages=tuple(tuple(pages) for pages in welcome.pages),
         unit_blocks=blocks_of_unit,
         tiers=agree_on_tiers(vllm_config, settings, configs[0], hello, welcome, socket, geometry),
@@ -127,8 +135,29 @@ def negotiate(
         groups=len(configs[0].kv_cache_groups),
         geometry=geometry,
         lend_bytes=settings.lend_bytes,
+        weights=weights,
     )
     return configs, agreement
+
+
+def _weights(core: Any, settings: EngineSettings) -> WeightsFound | None:
+    if settings.weights == "resident":
+        return None
+    from polder.engines.vllm import offloader
+
+    ranks: list[WeightsFound | None] = core.model_executor.collective_rpc(offloader.describe)
+    if ranks[0] is None or len({(rank.layers, rank.layer_pages) for rank in ranks if rank is not None}) > 1:
+        raise ConfigError("this model has no decoder layers whose weights can move: remove POLDER_WEIGHTS")
+    found = ranks[0]
+    logger.info(
+        "%s: elastic weights, %d layers of %d pages, %s move, %s stay a rank",
+        settings.engine,
+        found.layers,
+        found.layer_pages,
+        format_bytes(found.moved_bytes),
+        format_bytes(found.resident_bytes),
+    )
+    return found
 
 
 def check_supported(vllm_config: Any, settings: EngineSettings) -> None:

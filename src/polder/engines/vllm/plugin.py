@@ -15,6 +15,9 @@ what vLLM does if the engine is stock.
 | EngineCoreProc._process_engine_step     | core    | demand after each step                                         |
 | EngineCore.shutdown                     | core    | close the broker's line                                        |
 | allocate_kv_cache (V1 and V2 runner)    | worker  | the KV buffer is a span with pages under it                    |
+| create_offloader (V1 and V2 runner)     | worker  | elastic weights: decoder layers over pages that come and go    |
+| CPUModelRunner.load_model               | worker  | calls the offloader's post_init, as the GPU runners do         |
+| dispatch_cpu_unquantized_gemm           | worker  | elastic weights: packed weights as tensors (cpu_linear.py)     |
 """
 
 from __future__ import annotations
@@ -77,17 +80,43 @@ def _refuse_later() -> None:
 
 def _patch() -> None:
     import vllm.v1.engine.core as engine_core
+    import vllm.v1.worker.cpu_model_runner as cpu_runner
     import vllm.v1.worker.gpu.attn_utils as v2_runner
+    import vllm.v1.worker.gpu.model_runner as v2_model_runner
     import vllm.v1.worker.gpu_model_runner as v1_runner
 
     from polder.engines.vllm import worker
 
     _patch_start(engine_core)
     _patch_loop(engine_core)
+    _patch_offloader(v1_runner, v2_model_runner, cpu_runner)
     _register_connector()
     # Both modules import the function by name, so both names are replaced.
     v1_runner.allocate_kv_cache = worker.allocate_kv_cache
     v2_runner.allocate_kv_cache = worker.allocate_kv_cache
+
+
+def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:
+    from vllm.config import get_current_vllm_config
+
+    stock_create, load_model = v1_runner.create_offloader, cpu_runner.CPUModelRunner.load_model
+
+    def create_offloader(offload_config: Any) -> Any:
+        vllm_config = get_current_vllm_config()
+        settings = _settings(vllm_config)
+        if settings is None or settings.weights == "resident":
+            return stock_create(offload_config)
+        from polder.engines.vllm.offloader import open_offloader
+
+        return open_offloader(vllm_config, settings)
+
+    def load_model_and_move(self: Any, *args: Any, **kwargs: Any) -> None:
+        load_model(self, *args, **kwargs)
+        v1_runner.get_offloader().post_init()
+
+    v1_runner.create_offloader = create_offloader
+    v2_runner.create_offloader = create_offloader
+    cpu_runner.CPUModelRunner.load_model = load_model_and_move
 
 
 def _register_connector() -> None:
@@ -184,7 +213,12 @@ def _patch_loop(engine_core: Any) -> None:
         self.polder.check_integrity()
         return self.polder._stats() | self.polder.exact_stats()  # type: ignore[no-any-return]
 
+    def polder_give_up(self: Any, segments: int) -> None:
+        """A utility for tests and benches: gives weights of so many layers up as if the broker had asked for them."""
+        self.polder.give_up(segments)
+
     core_class.polder_check = polder_check
+    core_class.polder_give_up = polder_give_up
     process_class._handle_client_request = handle_client_request
     process_class._process_engine_step = process_engine_step
     core_class.shutdown = shut_down

@@ -13,6 +13,7 @@
 | POLDER_TIERS        | tiers             | where blocks go that the cache has no room for: "peer", "host" or "peer,host"      |
 | POLDER_HOST         | host              | this engine's quota of host memory, all ranks together (needs the tier "host")     |
 | POLDER_LEND         | lend              | most KV memory lent to other engines at a time, all ranks together (default: none) |
+| POLDER_WEIGHTS      | weights           | "elastic": the broker's budget is for weights too; they leave while nobody asks    |
 | POLDER_LINKS        | links             | for tests and benches: emulated bandwidths, "peer=3.2GB/s,host=400MB/s"            |
 | POLDER_FAULTS       | faults            | for tests: faults of the tiers, "fail=0.2,corrupt=0.01,seed=1"                     |
 
@@ -27,7 +28,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polder.broker.transport import check_socket_path
 from polder.errors import ConfigError
@@ -49,6 +50,7 @@ ENVIRONMENT = {
     "tiers": "POLDER_TIERS",
     "host": "POLDER_HOST",
     "lend": "POLDER_LEND",
+    "weights": "POLDER_WEIGHTS",
     "links": "POLDER_LINKS",
     "faults": "POLDER_FAULTS",
 }
@@ -71,6 +73,7 @@ class EngineSettings:
     """Some of TIERS, in their order."""
     host_bytes: int = 0
     lend_bytes: int = 0
+    weights: Literal["resident", "elastic"] = "resident"
     links: str = ""
     faults: str = ""
 
@@ -116,6 +119,7 @@ def read_settings(
         tiers=_tiers(str(values.get("tiers", "")), size("host") or 0),
         host_bytes=size("host") or 0,
         lend_bytes=size("lend") or 0,
+        weights=_weights(str(values.get("weights", "resident"))),
         links=_checked(parse_links, str(values.get("links", ""))),
         faults=_checked(parse_faults, str(values.get("faults", ""))),
     )
@@ -128,6 +132,14 @@ def _tiers(text: str, host_bytes: int) -> tuple[str, ...]:
     if ("host" in named) != bool(host_bytes):
         raise ConfigError('the tier "host" and POLDER_HOST (its size) belong together: give both or neither')
     return tuple(tier for tier in TIERS if tier in named)
+
+
+def _weights(text: str) -> Literal["resident", "elastic"]:
+    if text == "elastic":
+        return "elastic"
+    if text != "resident":
+        raise ConfigError(f'POLDER_WEIGHTS={text!r}: write "elastic", or "resident" (the default)')
+    return "resident"
 
 
 def _checked(parse: Callable[[str], object], text: str) -> str:

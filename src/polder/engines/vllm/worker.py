@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from polder.broker.client import fetch_handles
 from polder.broker.wire import MAX_FDS, Fetch
 from polder.engines.vllm.geometry import KvGeometry, TensorPlace
 from polder.errors import PolderError
+from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.memory.devices import open_backend
 from polder.memory.pool import ImportedPages
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Outcome",
+    "WeightsFound",
     "WorkerMemory",
     "WorkerPlan",
     "allocate_kv_cache",
+    "backend",
     "describe",
     "device_name",
     "geometry_of",
@@ -69,13 +73,30 @@ class Outcome:
     error: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightsFound:
+    """What a rank's decoder layers have that can move."""
+
+    layers: int
+    layer_pages: int
+    moved_bytes: int
+    resident_bytes: int
+    """Of tensors that cannot."""
+
+
+@cache
+def backend(device: str, page_bytes: int) -> Backend:
+    """This process's backend for a device: one for KV and weights, since pages of one go to the other."""
+    return open_backend(device, page_bytes)
+
+
 class WorkerMemory:
     """The KV memory of one rank."""
 
     def __init__(self, plan: WorkerPlan, rank: int, device: str, geometry: KvGeometry) -> None:
         """Reserves the addresses and maps the plan's units, zeroed. Raises PolderError or OSError."""
         self.plan, self.rank, self.device, self.geometry = plan, rank, device, geometry
-        self.backend = open_backend(device, plan.page_bytes)
+        self.backend = backend(device, plan.page_bytes)
         self.imported = ImportedPages(self.backend)
         self.span = Span(self.backend, geometry.total_slots)
         self.copies = CopyEngine(self.backend)
@@ -86,6 +107,17 @@ class WorkerMemory:
     def map(self, generation: int, units: Sequence[int], pages: Sequence[int]) -> None:
         """Maps and zeroes `pages` (unit by unit) under `units`. Raises with nothing changed."""
         slots = self.geometry.slots(units)
+        self.fetch(generation, pages)
+        self.span.map(slots, self.imported.handles(generation, pages))
+        self.span.zero(slots)  # law 2: stale bytes read as NaN spoil even masked rows
+        for at, unit in enumerate(units):
+            self.generation_of[unit] = generation
+            self.pages_of[unit] = tuple(
+                pages[at * self.geometry.pages_per_unit : (at + 1) * self.geometry.pages_per_unit]
+            )
+
+    def fetch(self, generation: int, pages: Sequence[int]) -> None:
+        """Brings handles of pages that the broker gave this engine into this process. Raises PolderError or OSError."""
         missing = self.imported.missing(generation, pages)
         # On CUDA every page is a file descriptor of its own, and a message carries a limited number of them.
         for start in range(0, len(missing), MAX_FDS):
@@ -97,13 +129,6 @@ class WorkerMemory:
             finally:
                 for fd in fds:
                     os.close(fd)
-        self.span.map(slots, self.imported.handles(generation, pages))
-        self.span.zero(slots)  # law 2: stale bytes read as NaN spoil even masked rows
-        for at, unit in enumerate(units):
-            self.generation_of[unit] = generation
-            self.pages_of[unit] = tuple(
-                pages[at * self.geometry.pages_per_unit : (at + 1) * self.geometry.pages_per_unit]
-            )
 
     def move(self, sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
         """Copies whole blocks, all layers, from `sources` to `targets` (disjoint ids); returns when the bytes are there."""

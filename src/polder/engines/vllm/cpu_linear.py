@@ -1,0 +1,51 @@
+"""CPU only: linear weights of decoder layers as ordinary tensors, which can move.
+
+vLLM 0.32 packs a linear layer's weight for oneDNN into a buffer of the library's own, empties the parameter and keeps a handle
+(layers/utils.py:470, no switch). What lies in a buffer that nobody can name cannot be given away or streamed. So for decoder layers
+of an engine with elastic weights the packed form is a tensor again and stays the layer's parameter:
+
+    bf16, fp16, sizes that fit     sgl-kernel's packed layout, a plain tensor of the same shape; as fast as oneDNN here
+    anything else (float32)        the weight as it is, torch.nn.functional.linear: 2 to 3 times slower than oneDNN here
+
+Both add up in another order than oneDNN, so logits differ in their last bits, as they do between two batch shapes of stock vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["install"]
+
+_ROWS, _COLUMNS = 16, 32  # what sgl-kernel's tiles need of a weight's shape
+
+
+def install(belongs: Callable[[Any], bool]) -> None:
+    """Replaces vLLM's dispatch for layers that `belongs` says yes to. Once a process."""
+    import vllm.model_executor.layers.utils as utils
+
+    stock = utils.dispatch_cpu_unquantized_gemm
+
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        if belongs(layer) and layer.weight.ndim == 2 and not layer.weight.is_meta:
+            _keep_as_tensor(layer)
+        else:
+            stock(layer, remove_weight)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def _keep_as_tensor(layer: Any) -> None:
+    import torch
+    from vllm import _custom_ops as ops
+
+    rows, columns = layer.weight.shape
+    half = layer.weight.dtype in (torch.bfloat16, torch.float16)
+    pack = getattr(torch.ops._C, "convert_weight_packed", None)
+    if not half or pack is None or rows % _ROWS or columns % _COLUMNS:
+        layer.cpu_linear = torch.nn.functional.linear
+        return
+    layer.weight = torch.nn.Parameter(pack(layer.weight), requires_grad=False)
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.data = layer.bias.to(torch.float32)
+    layer.cpu_linear = lambda x, weight, bias: ops.weight_packed_linear_cpu(x, weight, rows, bias)

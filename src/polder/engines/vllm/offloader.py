@@ -1,0 +1,251 @@
+"""The weights' side, in every worker process: vLLM's offloader seam over polder.weights.store.
+
+vLLM hands the decoder layers of the model to `wrap_modules` while it builds them, and calls `post_init` when their weights are
+loaded and packed. Then their tensors move to addresses that never change, over pages that come and go. Until the engine core has
+agreed with the broker on pages, private ones lie there, so that vLLM can profile and compile as it likes.
+
+Around each layer the store is told, by direct calls in eager mode, and by vLLM's own opaque ops (`wait_prefetch`,
+`start_prefetch`) where the model is compiled: they survive torch.compile, and name the tensors whose order they keep.
+
+The functions at the end are called by the core through `collective_rpc`, ordered with the steps like those of worker.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.offloader.base import BaseOffloader
+
+from polder.broker.client import status
+from polder.engines.vllm import cpu_linear, worker
+from polder.engines.vllm.settings import EngineSettings
+from polder.engines.vllm.worker import Outcome, WeightsFound
+from polder.errors import ConfigError, PolderError
+from polder.weights.rotation import Rotation
+from polder.weights.store import Segment, WeightStore
+
+__all__ = ["Taken", "WeightOffloader", "adopt", "describe", "figures", "give", "open_offloader", "take"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Answer to `take`: for each segment its pages on this rank. `error` is not empty when nothing was taken."""
+
+    segments: tuple[tuple[int, ...], ...] = ()
+    error: str = ""
+
+
+class WeightOffloader(BaseOffloader):  # type: ignore[misc]
+    """One a process, made where vLLM makes its own."""
+
+    def __init__(self, device: str, page_bytes: int, *, compiled: bool) -> None:
+        """`compiled`: the layers run under torch.compile. `page_bytes`: the broker's."""
+        global _offloader
+        _offloader = self
+        self._device, self._page_bytes, self._compiled = device, page_bytes, compiled
+        self._modules: list[torch.nn.Module] = []
+        self._parts: set[int] = set()
+        self._private: list[Segment] = []
+        self.store: WeightStore | None = None
+        self.backend = worker.backend(device, page_bytes)
+
+    # ------------------------------------------------------------------ vLLM calls
+
+    def wrap_modules(
+        self, modules_generator: Generator[torch.nn.Module, None, None], prefix: str = ""
+    ) -> list[torch.nn.Module]:
+        modules = list(modules_generator)
+        if self._modules or prefix:
+            return modules  # a draft model's, or a tower's: they stay where they are
+        self._modules = modules
+        for index, module in enumerate(modules):
+            self._parts |= {id(part) for part in module.modules()}
+            self._hook(index, module)
+        return modules
+
+    def belongs(self, part: Any) -> bool:
+        """Whether a module is part of a layer that moves."""
+        return id(part) in self._parts
+
+    def post_init(self) -> None:
+        if self.store is not None or not self._modules:
+            return
+        layers = [dict(_tensors(module)) for module in self._modules]
+        self.store = WeightStore(self.backend, layers)
+        pages = self.backend.create(len(layers) * self.store.layout.layer_pages)
+        size = self.store.layout.layer_pages
+        self._private = [tuple(pages[i : i + size]) for i in range(0, len(pages), size)]
+        self.store.give(self._private)
+        self.store.wait_all()
+        for module, moved in zip(self._modules, self.store.tensors, strict=True):
+            for name, tensor in _tensors(module):
+                if name in moved:
+                    tensor.data = moved[name]
+
+    def _wait_for_layer(self, layer_idx: int) -> None:
+        assert self.store is not None
+        self.store.before(layer_idx)
+
+    def _start_prefetch(self, layer_idx: int) -> None:
+        assert self.store is not None
+        self.store.after(layer_idx)
+
+    # ------------------------------------------------------------------ inside
+
+    def end_private(self) -> None:
+        """Sleeps, and frees the pages of the start."""
+        if self.store is not None and self._private:
+            self.store.rotate(None)
+            self.backend.destroy([page for segment in self._private for page in segment])
+            self._private = []
+
+    def _hook(self, index: int, module: torch.nn.Module) -> None:
+        original = module.forward
+        place = list(inspect.signature(original).parameters).index("hidden_states")
+
+        def compiled_forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
+            torch.ops.vllm.wait_prefetch(hidden, index)
+            output = original(*args, **kwargs)
+            torch.ops.vllm.start_prefetch(output[0] if isinstance(output, tuple) else output, index)
+            return output
+
+        def eager_forward(*args: Any, **kwargs: Any) -> Any:
+            if self.store is None:
+                return original(*args, **kwargs)
+            self.store.before(index)
+            output = original(*args, **kwargs)
+            self.store.after(index)
+            return output
+
+        if self._compiled:
+            import vllm.model_executor.offloader.prefetch_ops  # noqa: F401  registers the two ops
+        module.forward = compiled_forward if self._compiled else eager_forward
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+_offloader: WeightOffloader | None = None
+_given: dict[Segment, tuple[int, tuple[int, ...]]] = {}
+"""Segments of the broker: generation and page numbers."""
+
+
+def _store() -> WeightStore:
+    assert _offloader is not None
+    assert _offloader.store is not None
+    return _offloader.store
+
+
+def _memory() -> worker.WorkerMemory:
+    memory = worker.memory()
+    assert memory is not None
+    return memory
+
+
+def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloader:
+    """The offloader of an engine with elastic weights. Raises ConfigError for what they do not work with."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    offload = vllm_config.offload_config
+    if offload.prefetch.offload_group_size > 0 or offload.uva.cpu_offload_gb > 0:
+        raise ConfigError(
+            "elastic weights take the place of vLLM's weight offloading: remove its options, or POLDER_WEIGHTS"
+        )
+    cuda = current_platform.is_cuda()
+    device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu:0"
+    page_bytes = settings.page_bytes if settings.broker is None else status(settings.broker).devices[0].page_bytes
+    compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+    offloader = WeightOffloader(device, page_bytes, compiled=compiled)
+    if not cuda:
+        cpu_linear.install(offloader.belongs)
+    return offloader
+
+
+# ---------------------------------------------------------------- called by the core
+
+
+def describe(worker_: Any) -> WeightsFound | None:
+    """None: this engine's weights stay where they are."""
+    if _offloader is None or _offloader.store is None:
+        return None
+    found = _offloader.store.statistics()
+    return WeightsFound(
+        layers=found.layers,
+        layer_pages=found.layer_pages,
+        moved_bytes=found.moved_bytes,
+        resident_bytes=found.resident_bytes,
+    )
+
+
+def adopt(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]]) -> Outcome:
+    """The start is over: the private pages go, and the weights lie on the broker's segments, or sleep without any."""
+    assert _offloader is not None
+    _offloader.end_private()
+    outcome = give(worker_, generation, segments) if segments else Outcome(seconds=0.0)
+    if not outcome.error:
+        _store().wait_all()  # the first request is not to find a cold model
+    return outcome
+
+
+def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]]) -> Outcome:
+    """Maps the segments (each one list of pages a rank) and begins to copy layers in, in the order of execution."""
+    memory, store = _memory(), _store()
+    started = time.perf_counter()
+    try:
+        incoming: list[Segment] = []
+        for segment in segments:
+            pages = tuple(segment[memory.rank])
+            memory.fetch(generation, pages)
+            incoming.append(tuple(memory.imported.handles(generation, pages)))
+            _given[incoming[-1]] = (generation, pages)
+        store.give(incoming)
+        if os.environ.get("POLDER_WAKE") == "whole":
+            store.wait_all()
+    except (PolderError, OSError) as error:
+        return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")
+    return Outcome(seconds=time.perf_counter() - started)
+
+
+def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken:
+    """Gives up `count` segments: all to sleep, else the rest rotates over `slots` slots. Pages of a former broker are destroyed."""
+    memory, store = _memory(), _store()
+    left = len(store.segments) - count
+    try:
+        layers = store.statistics().layers
+        rotation = None if left <= 0 else Rotation.winning(layers, layers - left, slots=slots)
+        freed = store.rotate(rotation)
+    except PolderError as error:
+        return Taken(error=f"rank {memory.rank}: {error}")
+    numbers = []
+    for segment in freed:
+        generation, pages = _given.pop(segment)
+        numbers.append(pages)
+        if generation != current_generation:
+            memory.imported.discard(generation, pages)
+    return Taken(segments=tuple(numbers))
+
+
+def figures(worker_: Any) -> dict[str, float]:
+    """Counters and gauges of this rank."""
+    store = _store()
+    store.check_integrity()
+    found = store.statistics()
+    return {
+        "weights_loaded_bytes_total": float(found.stream.loaded_bytes),
+        "weights_loads_total": float(found.stream.loads),
+        "weights_stalls_total": float(found.stream.stalls),
+        "weights_stall_seconds_total": found.stream.stall_seconds,
+        "weights_copy_seconds_total": found.stream.busy_seconds,
+        "weights_resident_bytes": float(found.resident_bytes),
+        "weights_rotating_layers": float(found.rotating),
+    }

@@ -1,0 +1,233 @@
+"""The engine core's side of elastic weights: what it offers, when it sleeps, how it comes back.
+
+    asleep      the scheduler is paused, nothing lies under the weights' addresses; requests queue
+    a request   -> Wake. The broker finds pages, by recalls and from idle neighbours -> GiveSegments
+    given       workers map the pages and begin to copy layer after layer; the scheduler goes on at once, and the first forward
+                waits for each layer only as it comes to it
+
+A model sleeps only when it has no request. While it serves it offers the segments that it could win by streaming, as many as the
+formula allows for the shortest of its last steps (planner/rotation_cost.py); when steps have become too short for what it streams
+already, it wants its layers back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm.v1.core.sched.interface import PauseState
+
+from polder.broker.wire import GiveSegments, Grown, Message, Segments, SegmentsReturned, TakeSegments, Wake
+from polder.engines.vllm import offloader
+from polder.engines.vllm.offloader import Taken
+from polder.engines.vllm.worker import WeightsFound
+from polder.planner.arrivals import Arrivals
+from polder.planner.rotation_cost import choose_rotation, pass_seconds
+
+__all__ = ["CoreWeights"]
+
+logger = logging.getLogger("polder.engine")
+
+STEPS_LOOKED_AT = 16
+TOO_SLOW_S = 1.0
+"""Steps must have been too short for what is streamed for so long before layers are asked back."""
+FIGURES_EVERY_S = 1.0
+
+
+class CoreWeights:
+    """Lives in the core's thread, between steps. `send`: to the broker."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        found: WeightsFound,
+        rpc: Callable[..., list[Any]],
+        send: Callable[[Message], None],
+    ) -> None:
+        self.found = found
+        self._scheduler, self._rpc, self._send = scheduler, rpc, send
+        self._held: list[list[tuple[tuple[int, ...], list[int]]]] = []
+        """Segments, per rank: the pages as the worker knows them, and as the broker has them booked now."""
+        self._waking_since: float | None = None
+        self._pause_state = scheduler.pause_state
+        self._set_pause_state = scheduler.set_pause_state
+        scheduler.set_pause_state = self._on_pause
+        self._arrivals = Arrivals()
+        self._idle_since = time.monotonic()
+        self._steps: deque[float] = deque(maxlen=STEPS_LOOKED_AT)
+        self._too_many_since: float | None = None
+        self._figures: dict[str, float] = {}
+        self._figures_at = float("-inf")
+        self._worked = True
+        self._layer_load_s = 0.0  # of the loads since the figures before
+        self.counters = {"wakes_total": 0.0, "wake_seconds_total": 0.0, "wake_max_seconds": 0.0, "sleeps_total": 0.0}
+
+    @property
+    def segments(self) -> Segments:
+        """Held: for each its pages, per rank, in the broker's numbers."""
+        return [[booked for _, booked in ranks] for ranks in self._held]
+
+    @property
+    def asleep(self) -> bool:
+        return not self._held
+
+    @property
+    def lost(self) -> int:
+        """Segments that it runs, or sleeps, without."""
+        return self.found.layers - len(self._held)
+
+    # ------------------------------------------------------------------ what happens
+
+    def start(self, generation: int, segments: Segments) -> None:
+        """The broker's first word: all segments, or none. Raises RuntimeError when a rank cannot map them."""
+        errors = [outcome.error for outcome in self._rpc(offloader.adopt, generation, segments) if outcome.error]
+        if errors:
+            raise RuntimeError(f"cannot place the weights: {'; '.join(errors)}")
+        self._hold(segments)
+        self._apply_pause()
+
+    def on_request(self, now: float) -> None:
+        self._arrivals.note(now)
+        if self.asleep:
+            self._want(now)
+
+    def on_step(self, seconds: float, tokens: int, now: float) -> None:
+        """A step that computed `tokens` tokens has ended."""
+        if tokens:
+            self._worked = True
+            self._steps.append(seconds)
+            self._idle_since = now
+        if not self.lost or self.asleep:
+            return
+        if self.lost <= self._winnable():
+            self._too_many_since = None
+        elif self._too_many_since is None:
+            self._too_many_since = now
+        elif now - self._too_many_since > TOO_SLOW_S:
+            self._want(now)
+
+    def on_welcome(self, segments: Segments, now: float) -> None:
+        """On a new connection: `segments` is how the broker has booked what it was told. What was promised before is void."""
+        for ranks, booked in zip(self._held, segments, strict=True):
+            ranks[:] = [(known, pages) for (known, _), pages in zip(ranks, booked, strict=True)]
+        waking, self._waking_since = self._waking_since, None
+        if waking is not None:
+            self._want(now)
+
+    def on_take(self, message: TakeSegments, generation: int) -> None:
+        count = min(message.segments, len(self._held))
+        everything = count == len(self._held)
+        if not count or (everything and self._scheduler.requests) or (not everything and self._slots(count) == 0):
+            self._send(SegmentsReturned(lease=message.lease, segments=[], short=message.segments))
+            return
+        taken: list[Taken] = self._rpc(offloader.take, count, 0 if everything else self._slots(count), generation)
+        errors = [answer.error for answer in taken if answer.error]
+        if errors:
+            logger.warning("cannot give %d segments up: %s", count, "; ".join(errors))
+            taken = []  # a rank that fails has changed nothing, and they fail alike
+        back = [self._forget(pages) for pages in zip(*(rank.segments for rank in taken), strict=True)]
+        self._apply_pause()
+        self.counters["sleeps_total"] += self.asleep
+        self._send(SegmentsReturned(lease=message.lease, segments=back, short=message.segments - len(back)))
+
+    def on_give(self, message: GiveSegments, generation: int, now: float) -> None:
+        outcomes = self._rpc(offloader.give, generation, message.segments)
+        errors = [outcome.error for outcome in outcomes if outcome.error]
+        if errors:
+            logger.warning("cannot map %d segments: %s", len(message.segments), "; ".join(errors))
+            self._rpc(offloader.take, len(message.segments), 2, generation)  # ranks that did map them
+            self._send(SegmentsReturned(lease=message.lease, segments=message.segments))
+            return
+        slept = self.asleep
+        self._hold(message.segments)
+        self._send(Grown(lease=message.lease))
+        self._apply_pause()
+        if slept:
+            self.counters["wakes_total"] += 1
+            if self._waking_since is not None:
+                waited = now - self._waking_since
+                self.counters["wake_seconds_total"] += waited
+                self.counters["wake_max_seconds"] = max(self.counters["wake_max_seconds"], waited)
+        self._waking_since = self._too_many_since = None
+        self._idle_since = now
+
+    # ------------------------------------------------------------------ what the broker is told
+
+    def demand(self, now: float) -> dict[str, Any]:
+        """Fields of Demand."""
+        busy = bool(self._scheduler.requests)
+        spare = max(0, self._winnable() - self.lost) if busy else len(self._held)
+        return {
+            "asleep": self.asleep,
+            "spare_segments": 0 if self.asleep else spare,
+            "idle_s": 0.0 if busy else max(1e-3, now - self._idle_since),
+            "next_use_s": self._arrivals.next_use_s(now),
+            "layer_load_s": self._layer_load_s,
+        }
+
+    def stats(self, now: float) -> dict[str, float]:
+        """Counters and gauges; asks the workers at most once a second, and only when they have worked: a message keeps vLLM's workers
+        spinning for a second."""
+        if self._worked and now - self._figures_at >= FIGURES_EVERY_S:
+            self.look(now)
+        return {**self.counters, "segments": float(len(self._held)), **self._figures}
+
+    def look(self, now: float) -> None:
+        """Asks the workers for their figures, and they check the laws."""
+        ranks: list[dict[str, float]] = self._rpc(offloader.figures)
+        before, self._figures = self._figures, {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        self._figures_at, self._worked = now, False
+        loads, seconds = (
+            self._figures[name] - before.get(name, 0.0)
+            for name in ("weights_loads_total", "weights_copy_seconds_total")
+        )
+        if loads > 0:
+            self._layer_load_s = seconds / loads
+
+    # ------------------------------------------------------------------ inside
+
+    def _on_pause(self, state: PauseState) -> None:
+        """Takes the place of Scheduler.set_pause_state: somebody pauses or resumes. A model without weights stays paused."""
+        self._pause_state = state
+        self._apply_pause()
+
+    def _apply_pause(self) -> None:
+        self._set_pause_state(PauseState.PAUSED_ALL if self.asleep else self._pause_state)
+
+    def _want(self, now: float) -> None:
+        if self._waking_since is None:
+            self._waking_since = now
+            self._send(Wake())
+
+    def _winnable(self) -> int:
+        if not self._steps:
+            return 0
+        return choose_rotation(self.found.layers, min(self._steps), self._layer_load_s).alpha
+
+    def _slots(self, count: int) -> int:
+        """Slots of the rotation that is left when `count` more are given up: whichever is expected to be faster; 0: impossible."""
+        layers, won = self.found.layers, self.lost + count
+        possible = [slots for slots in (1, 2) if won + slots <= layers and won + slots >= 2 * slots]
+        step_s = min(self._steps, default=0.0)
+        return min(
+            possible,
+            key=lambda slots: (pass_seconds(layers, won + slots, slots, step_s, self._layer_load_s), slots),
+            default=0,
+        )
+
+    def _hold(self, segments: Segments) -> None:
+        self._held += [[(tuple(pages), pages) for pages in ranks] for ranks in segments]
+
+    def _forget(self, given_up: Sequence[tuple[int, ...]]) -> list[list[int]]:
+        """Takes one segment a rank, by the workers' numbers, from what is held. Returns it in the broker's.
+
+        Ranks may have chosen different ones; which rank's segment goes with which does not matter, they only count.
+        """
+        last = self._held[-1]
+        for rank, pages in enumerate(given_up):
+            ranks = next(ranks for ranks in self._held if ranks[rank][0] == pages)
+            ranks[rank], last[rank] = last[rank], ranks[rank]
+        return [booked for _, booked in self._held.pop()]

@@ -1,0 +1,204 @@
+"""Which engines give up weights for others' KV cache, and which get them back: pure functions, as the broker's policy is.
+
+Giving up costs no copy, since the host copy always exists; getting back costs one copy, and evicts whatever cache lies there. So
+memory is taken only when something is missing, and given back when it has been ample for a while. Law of no thrashing: what
+was moved stays for `min_hold_s`; giving back stops where `high_ratio` of the device stays free, above the `low_ratio` to
+which taking restores it (Oneiros, SoCC 2025, section 4: remapping and Dynamic Reversion).
+
+Victims, in order:
+1. Idle engines. When models take turns (near) round-robin, the one that ran last runs again last: most recently used first. Else by
+   the engines' own predictions, the latest first. `arrival_pattern` measures which of the two it is.
+   A victim is put to sleep wholly. One that has lost some layers but cannot stream them must wait for a load before its first
+   token, as one that sleeps must, and what it still holds serves nobody meanwhile. Only if what is missing is so little that
+   the engine can run on by streaming (`streamable`) is so much taken and no more: it then keeps answering at once.
+2. Engines that serve: the spare segments that their own cost formula allows them to stream, at most `active_ratio` of their layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from polder.errors import ConfigError
+
+__all__ = ["Balance", "Move", "Moves", "Pattern", "SharingConfig", "WeightView", "arrival_pattern", "decide"]
+
+CYCLIC = 0.8  # a score from which the order of turns predicts well; turns in random order score 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingConfig:
+    low_ratio: float = 0.02
+    """Taking from a victim takes this share of the device's pages beyond what is missing, if the victim has it."""
+    high_ratio: float = 0.10
+    """Giving back leaves at least this share of the device's pages ample."""
+    min_hold_s: float = 5.0
+    """Segments that moved stay so long, unless an engine waits for its weights; memory must be ample for so long."""
+    min_idle_s: float = 1.0
+    """No sooner after its last request does an engine count as idle."""
+    floor_ratio: float = 0.0
+    """Share of a model's segments that is never taken, except by an operator."""
+    active_ratio: float = 0.5
+    """Largest share of its layers that an engine which runs may lack."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low_ratio <= self.high_ratio < 1:
+            raise ConfigError(
+                f"weights watermarks: need 0 <= low <= high < 1, got {self.low_ratio} and {self.high_ratio}"
+            )
+        if not (0 <= self.floor_ratio <= 1 and 0 <= self.active_ratio <= 1):
+            raise ConfigError("floor_ratio and active_ratio are shares of a model's layers: between 0 and 1")
+        if self.min_hold_s < 0 or self.min_idle_s < 0:
+            raise ConfigError("min_hold_s and min_idle_s cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightView:
+    """One engine's weights on one device. An engine that cannot move any now (no connection, a move under way) has no view."""
+
+    name: str
+    layers: int
+    layer_pages: int
+    """Pages of a segment on this device, all ranks together."""
+    segments: int
+    """Held, and on their way to it. 0: it sleeps."""
+    spare_segments: int = 0
+    """What it could give up now, by its own account."""
+    streamable: int = 0
+    """How many layers in all it could stream when it last served."""
+    idle_s: float = 0.0
+    """Since its last request ended; 0 while it has any."""
+    next_use_s: float = math.inf
+    waking: bool = False
+    """It waits for all of its layers."""
+    pinned_asleep: bool = False
+    """An operator put it to sleep."""
+    since_change_s: float = math.inf
+
+    @property
+    def lost(self) -> int:
+        return self.layers - self.segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """What one device lacks or has too much of, in pages."""
+
+    total_pages: int
+    waker_missing_pages: int = 0
+    """Lacking for engines that wait for their weights, beyond what is free, coming, or cache that may be recalled ..."""
+    kv_missing_pages: int = 0
+    """... and for requests."""
+    ample_pages: int = 0
+    """At all times of the last `min_hold_s`: beyond what requests need or needed lately, and what caches are worth keeping for."""
+
+
+class Move(NamedTuple):
+    segments: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moves:
+    takes: dict[str, Move] = field(default_factory=dict)
+    gives: dict[str, Move] = field(default_factory=dict)
+
+
+class Pattern(NamedTuple):
+    kind: Literal["round-robin", "irregular"]
+    score: float
+    """Mean place of the engine whose turn came among those that had run before it: 1 = always the one that had waited longest,
+    as in a strict cycle; 0.5 = random; 0 = always one of the last."""
+
+
+def arrival_pattern(turns: Sequence[str]) -> Pattern:
+    """How engines take turns. `turns`: the engine of each burst of requests, oldest first; repetitions of one count once.
+
+    The engine before it is no candidate for a turn, so of k engines seen the others have places 0 (ran last but one) to k - 2 (has
+    waited longest). Two engines can only alternate: that is a cycle. Too few turns to tell are irregular.
+    """
+    recent: list[str] = []  # most recent last
+    places: list[float] = []
+    for name in turns:
+        if recent and name == recent[-1]:
+            continue
+        if name in recent:
+            place = len(recent) - 2 - recent.index(name)
+            places.append(place / (len(recent) - 2) if len(recent) > 2 else 1.0)
+            recent.remove(name)
+        recent.append(name)
+    score = sum(places) / len(places) if places else 0.5
+    cyclic = len(places) >= len(recent) and score >= CYCLIC
+    return Pattern("round-robin" if cyclic else "irregular", score)
+
+
+def decide(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, config: SharingConfig) -> Moves:
+    """The segments to take and to give now. Never both on one device."""
+    if balance.waker_missing_pages + balance.kv_missing_pages > 0:
+        return Moves(takes=_takes(balance, engines, pattern, config))
+    return Moves(gives=_gives(balance, engines, config))
+
+
+def _takes(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, config: SharingConfig) -> dict[str, Move]:
+    takes: dict[str, Move] = {}
+    waker, missing = balance.waker_missing_pages, balance.waker_missing_pages + balance.kv_missing_pages
+    margin = int(balance.total_pages * config.low_ratio)
+    for engine, why in _victims(engines, pattern, config):
+        if missing <= 0:
+            break
+        if waker <= 0 and engine.since_change_s < config.min_hold_s:
+            continue  # for a waker the hold time does not count: its requests stand still
+        needed, wanted = (-(-pages // engine.layer_pages) for pages in (missing, missing + margin))
+        if engine.idle_s > 0:
+            running = min(engine.streamable, _may_lack(engine, config)) - engine.lost
+            whole = min(engine.spare_segments, engine.segments - math.ceil(config.floor_ratio * engine.layers))
+            segments = min(wanted, running) if needed <= running else whole
+        else:
+            segments = min(wanted, engine.spare_segments, _may_lack(engine, config) - engine.lost)
+        if segments > 0:
+            whom = f"{waker} pages for an engine that wakes" if waker > 0 else f"{missing} pages for requests"
+            takes[engine.name] = Move(segments, f"{why}; missing: {whom}")
+            waker, missing = waker - segments * engine.layer_pages, missing - segments * engine.layer_pages
+    return takes
+
+
+def _victims(
+    engines: Sequence[WeightView], pattern: Pattern, config: SharingConfig
+) -> Iterator[tuple[WeightView, str]]:
+    movable = [engine for engine in engines if engine.segments and not engine.waking]
+    idle = [engine for engine in movable if engine.idle_s > 0 and engine.idle_s >= config.min_idle_s]
+    if pattern.kind == "round-robin":
+        idle.sort(key=lambda e: e.idle_s)
+        why = "it ran last, and engines take turns"
+    else:
+        idle.sort(key=lambda e: (e.next_use_s, e.idle_s), reverse=True)
+        why = "it expects its next request last"
+    yield from ((engine, f"idle for {engine.idle_s:.1f} s, {why}") for engine in idle)
+    serving = [engine for engine in movable if engine.idle_s == 0]
+    serving.sort(key=lambda e: e.spare_segments * e.layer_pages, reverse=True)
+    yield from ((engine, "it can stream these layers without delay") for engine in serving)
+
+
+def _may_lack(engine: WeightView, config: SharingConfig) -> int:
+    """Layers that it may lack while it runs."""
+    above_floor = engine.layers - math.ceil(config.floor_ratio * engine.layers)
+    return min(int(config.active_ratio * engine.layers), above_floor, engine.layers - 1)
+
+
+def _gives(balance: Balance, engines: Sequence[WeightView], config: SharingConfig) -> dict[str, Move]:
+    """Those that serve first, then those that are needed soonest. One that sleeps gets all of its segments or none."""
+    gives: dict[str, Move] = {}
+    left = balance.ample_pages - math.ceil(balance.total_pages * config.high_ratio)
+    short = [engine for engine in engines if engine.lost and not engine.waking and not engine.pinned_asleep]
+    for engine in sorted(short, key=lambda e: (e.idle_s > 0, e.next_use_s, e.idle_s)):
+        if engine.since_change_s < config.min_hold_s:
+            continue
+        segments = min(engine.lost, max(0, left) // engine.layer_pages)
+        if segments and (engine.segments or segments == engine.layers):
+            gives[engine.name] = Move(
+                segments, f"{balance.ample_pages} pages have been ample for {config.min_hold_s:g} s"
+            )
+            left -= segments * engine.layer_pages
+    return gives

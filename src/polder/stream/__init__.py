@@ -1,0 +1,1 @@
+"""The per-layer pipeline that weights, the KV window and the tiers share."""

@@ -1,0 +1,206 @@
+"""Layers whose bytes are fetched just before they are used: three events a layer, one queue of copies.
+
+A model computes its layers 0, 1, ... n - 1, again and again. Some of them share a buffer, which has the bytes of one of them at a
+time. Around each layer its owner calls `before` and `after`:
+
+    before(l)   data ready      returns when l's bytes are in its buffer
+    (compute)
+    after(l)    result stored   what l has changed is on its way home, if there is a home
+                buffer free     the next layer of the same buffer is on its way in
+
+The next layer of a buffer is the next higher one that shares it, and after the highest the lowest: so a fetch crosses the border
+between two passes, as in Oneiros and SwiftCache. A layer with a buffer of its own is fetched once and costs a look-up from then on.
+
+**Overwriting.** A buffer may be overwritten from the moment at which `after` of its layer is called, or `before` of another layer
+of the same buffer, until `before` of that other layer returns. The queue is a FIFO, so a result is read out before the fetch
+that overwrites it. On devices that compute behind the caller's back, `fence` is called before such a fetch is submitted.
+
+**Order of calls.** Any. A pass that is given up half way leaves a buffer with a later layer's bytes; `before` notices, fetches
+its own layer and waits for it. `before` never returns over bytes of another layer.
+
+**Errors.** A fetch that failed is raised (EnvironmentFault) by the `before` that would have returned over its bytes, or by one that
+comes earlier; the next `before` of that layer fetches anew. A result that could not be stored is raised by the next `before`
+that waits, or by `drain`.
+
+**Threads.** All methods but `statistics` belong to one thread, the one that launches the layers. Pages under buffers may be
+unmapped after `drain`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from polder.memory.copy import Addresses, CopyEngine
+from polder.memory.page import Indices
+
+__all__ = ["LayerStream", "Pieces", "StreamStatistics"]
+
+
+class Pieces(NamedTuple):
+    """What is copied for a layer: `size_bytes[i]` bytes from address `src[i]` to `dst[i]`."""
+
+    dst: Addresses
+    src: Addresses
+    size_bytes: Indices
+
+    @classmethod
+    def of(cls, triples: Sequence[tuple[int, int, int]]) -> Pieces:
+        """From (dst, src, size_bytes) of each piece."""
+        dst, src, size_bytes = zip(*triples, strict=True) if triples else ((), (), ())
+        return cls(np.array(dst, np.uint64), np.array(src, np.uint64), np.array(size_bytes, np.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamStatistics:
+    passes: int
+    """Times that the last layer was computed."""
+    loads: int
+    loaded_bytes: int
+    stored_bytes: int
+    stalls: int
+    """Layers that had to wait for their bytes."""
+    stall_seconds: float
+    busy_seconds: float
+    """Time that the copying took, both ways."""
+
+    @property
+    def overlap(self) -> float:
+        """Share of the copying that was hidden behind compute: 1 when no layer waited."""
+        return max(0.0, 1.0 - self.stall_seconds / self.busy_seconds) if self.busy_seconds else 1.0
+
+
+_READY = 0
+_ABSENT = -1  # any other value is the ticket of the fetch under way
+
+
+class LayerStream:
+    """One model's layers on one rank; the essay above has its guarantees."""
+
+    def __init__(
+        self,
+        copies: CopyEngine,
+        load: Callable[[int], Pieces],
+        buffers: Sequence[int],
+        *,
+        store: Callable[[int], Pieces] | None = None,
+        fence: Callable[[], None],
+    ) -> None:
+        """Layers with the same number in `buffers` share a buffer. No layer's bytes are there yet.
+
+        `copies`: used by nobody else, or the statistics count others' copies. `load(layer)`: how its bytes come in; asked
+        whenever they are fetched. `store(layer)`: how its result goes home. `fence()`: returns when the device has computed
+        all that was launched before (Backend.fence, or something narrower).
+        """
+        self._copies, self._load, self._store, self._fence = copies, load, store, fence
+        self._passes = self._loads = self._loaded_bytes = self._stored_bytes = self._stalls = 0
+        self._stall_seconds = 0.0
+        self._stored = 0  # ticket of the last result
+        self.assign(buffers)
+
+    def assign(self, buffers: Sequence[int], present: Iterable[int] = ()) -> None:
+        """Layers share buffers otherwise from now on. Drain first: of what was there, only the layers `present` still are."""
+        self._buffers = list(buffers)
+        members: dict[int, list[int]] = {}
+        for layer, buffer in enumerate(self._buffers):
+            members.setdefault(buffer, []).append(layer)
+        self._following = [-1] * len(self._buffers)
+        for sharing in members.values():
+            if len(sharing) > 1:
+                for layer, following in zip(sharing, sharing[1:] + sharing[:1], strict=True):
+                    self._following[layer] = following
+        self._state = [_ABSENT] * len(self._buffers)
+        self._occupant: dict[int, int] = {}  # buffer -> the layer whose bytes it has or is getting
+        for layer in present:
+            self._state[layer] = _READY
+            self._occupant[self._buffers[layer]] = layer
+
+    def before(self, layer: int) -> None:
+        """Returns when the layer's bytes are there. Raises EnvironmentFault when they cannot be fetched."""
+        ticket = self._state[layer]
+        if ticket == _READY:
+            return
+        if ticket == _ABSENT:
+            self._fence()
+            ticket = self._submit(layer)
+        started = None if self._copies.done(ticket) else time.perf_counter()
+        try:
+            self._copies.wait(ticket)
+        except BaseException:
+            self._state[layer] = _ABSENT
+            raise
+        finally:
+            if started is not None:
+                self._stalls += 1
+                self._stall_seconds += time.perf_counter() - started
+        self._state[layer] = _READY
+
+    def after(self, layer: int) -> None:
+        """The layer is computed (or launched): stores its result and fetches the next layer of its buffer."""
+        following = self._following[layer]
+        wanted = following >= 0 and self._state[following] == _ABSENT
+        if wanted or self._store is not None:
+            self._fence()
+        if self._store is not None:
+            pieces = self._store(layer)
+            self._stored = self._copies.submit(*pieces)
+            self._stored_bytes += int(pieces.size_bytes.sum())
+        if wanted:
+            self._submit(following)
+        self._passes += layer == len(self._state) - 1
+
+    def fetch(self, layers: Iterable[int]) -> None:
+        """Begins to fetch those of these layers that are not there, in this order. Their buffers must be free."""
+        self._fence()
+        for layer in layers:
+            if self._state[layer] == _ABSENT:
+                self._submit(layer)
+
+    def present(self) -> list[int]:
+        """The layers whose bytes are known to be there."""
+        return [layer for layer, state in enumerate(self._state) if state == _READY]
+
+    def drain(self) -> None:
+        """Returns when no copy is under way. Raises EnvironmentFault, then too, when one of them failed.
+
+        A layer whose fetch failed is fetched anew by its `before`.
+        """
+        failure: Exception | None = None
+        for layer, ticket in enumerate(self._state):
+            if ticket > 0:
+                try:
+                    self._copies.wait(ticket)
+                    self._state[layer] = _READY
+                except Exception as error:
+                    self._state[layer] = _ABSENT
+                    failure = failure or error
+        self._copies.wait(self._stored)
+        if failure is not None:
+            raise failure
+
+    def statistics(self) -> StreamStatistics:
+        return StreamStatistics(
+            passes=self._passes,
+            loads=self._loads,
+            loaded_bytes=self._loaded_bytes,
+            stored_bytes=self._stored_bytes,
+            stalls=self._stalls,
+            stall_seconds=self._stall_seconds,
+            busy_seconds=self._copies.statistics().busy_seconds,
+        )
+
+    def _submit(self, layer: int) -> int:
+        pieces = self._load(layer)
+        buffer = self._buffers[layer]
+        before = self._occupant.get(buffer)
+        if before is not None:
+            self._state[before] = _ABSENT
+        ticket = self._copies.submit(*pieces)
+        self._occupant[buffer], self._state[layer] = layer, ticket
+        self._loads += 1
+        self._loaded_bytes += int(pieces.size_bytes.sum())
+        return ticket

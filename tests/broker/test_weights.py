@@ -1,0 +1,396 @@
+"""Weights between engines, message by message: who is asked, who waits, who gets."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from polder.broker.config import BrokerConfig
+from polder.broker.core import BrokerCore
+from polder.broker.ledger import Owner
+from polder.broker.policy import PolicyConfig
+from polder.broker.wire import (
+    Demand,
+    Done,
+    Fetch,
+    FromBroker,
+    GiveSegments,
+    Grant,
+    Grown,
+    Hello,
+    Recall,
+    Refused,
+    Returned,
+    Rouse,
+    SegmentsReturned,
+    Sleep,
+    TakeSegments,
+    Wake,
+    Welcome,
+)
+from polder.errors import ProtocolError
+from polder.planner.sharing import SharingConfig
+from tests.broker.test_server import PAGE
+from tests.broker.test_server import hello as plain_hello
+
+DEVICE = "cpu:0"
+OPERATOR = 99
+
+
+def hello(name: str, **values: object) -> Hello:
+    """Ten layers of four pages, and a KV floor of three units of two."""
+    return plain_hello(name, **{"layers": 10, "layer_pages": 4, **values})
+
+
+class Broker:
+    """A core, and the last message of each kind that each engine got. `a` is connection 1, process 101, and so on."""
+
+    def __init__(self, total: int = 64, **sharing: float) -> None:
+        config = BrokerConfig(
+            socket=Path("unused"),
+            devices={DEVICE: total * PAGE, "cpu:1": total * PAGE},
+            page_bytes=PAGE,
+            policy=PolicyConfig(reserve_low_ratio=0.0, reserve_high_ratio=0.0),
+            sharing=SharingConfig(**{"low_ratio": 0.0, "min_hold_s": 1.0, "min_idle_s": 0.5, **sharing}),
+        )
+        self.core = BrokerCore(config=config, generation=1, started_at=0.0)
+        self.now = 0.0
+
+    def say(self, name: str, message: object, now: float | None = None) -> list[FromBroker]:
+        """What the engine is told in answer, news of the others apart."""
+        self.now = self.now if now is None else now
+        number = OPERATOR if name == "operator" else ord(name) - ord("a") + 1
+        self.core.outbox.clear()
+        self.core.handle(number, 100 + number, message, self.now)  # type: ignore[arg-type]
+        self.core.check_integrity()
+        return self.told(name)
+
+    def told(self, name: str) -> list[FromBroker]:
+        number = OPERATOR if name == "operator" else ord(name) - ord("a") + 1
+        return [m for to, m in self.core.outbox if to == number and type(m).__name__ != "Neighbours"]
+
+    def welcome(self, name: str, **values: object) -> Welcome:
+        message = self.say(name, hello(name, **values))[0]
+        assert isinstance(message, Welcome), message
+        return message
+
+    def demand(self, name: str, now: float | None = None, **values: object) -> list[FromBroker]:
+        sizes = ("held_units", "busy_units", "waiting_units", "peak_units", "cached_units")
+        defaults = {**dict.fromkeys(sizes, 0), "held_units": 3, "curve": [], "urgent": False}
+        return self.say(name, Demand(**{**defaults, **values}), now)  # type: ignore[arg-type]
+
+    def idle(self, name: str, now: float) -> list[FromBroker]:
+        return self.demand(name, now, idle_s=10.0, spare_segments=10, next_use_s=math.inf)
+
+    def segments(self, name: str, device: str = DEVICE) -> list[list[list[int]]]:
+        pages = self.core.ledger.pages_of(device, Owner(name, "weights")).tolist()
+        return [[pages[at : at + 4]] for at in range(0, len(pages), 4)]
+
+    def state(self, name: str) -> tuple[int, bool]:
+        status = next(e for e in self.core.status(self.now).engines if e.engine == name)
+        return status.segments, status.asleep
+
+    def actions(self) -> list[tuple[str, str, int]]:
+        return [(d.engine, d.action, d.segments) for d in self.core.status(self.now).decisions]
+
+
+def only(messages: list[FromBroker], kind: type) -> FromBroker:
+    found = [message for message in messages if isinstance(message, kind)]
+    assert len(found) == 1, messages
+    return found[0]
+
+
+def two_in_turns() -> Broker:
+    """`a` runs and is idle, `b` sleeps: both together do not fit."""
+    broker = Broker()
+    assert len(broker.welcome("a").segments) == 10
+    welcome = broker.welcome("b")
+    assert welcome.segments == []
+    assert [len(pages) for pages in welcome.pages] == [2], "one that starts asleep gets a unit"
+    broker.demand("b", asleep=True, held_units=1)
+    broker.idle("a", 10.0)
+    return broker
+
+
+def test_the_first_gets_all_of_its_weights_and_the_next_sleeps() -> None:
+    broker = two_in_turns()
+    assert broker.state("a") == (10, False)
+    assert broker.state("b") == (0, True)
+
+
+def test_one_that_wakes_gets_all_layers_at_once_from_one_that_is_idle() -> None:
+    broker = two_in_turns()
+    assert broker.say("b", Wake(), 11.0) == []
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    assert take.segments == 10
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+    give = only(broker.told("b"), GiveSegments)
+    assert isinstance(give, GiveSegments)
+    assert [[len(pages) for pages in ranks] for ranks in give.segments] == [[4]] * 10
+    assert broker.state("a") == (0, True)
+    broker.say("b", Grown(lease=give.lease))
+    broker.demand("b", 11.2, held_units=1, busy_units=1)
+    assert broker.core.ledger.held(DEVICE, Owner("b", "kv")) >= 6, "awake, it has its floor"
+    assert broker.actions()[-3:] == [("b", "wake", 10), ("a", "take", 10), ("b", "give", 10)]
+
+
+def test_one_that_serves_is_not_put_to_sleep_for_one_that_wakes() -> None:
+    broker = two_in_turns()
+    broker.demand("a", 11.0, busy_units=3)
+    broker.say("b", Wake())
+    assert not broker.told("a")
+    broker.idle("a", 12.0)
+    assert only(broker.told("a"), TakeSegments)
+
+
+def test_pages_that_come_free_go_to_one_that_wakes_and_not_to_a_cache() -> None:
+    broker = Broker(total=72)
+    broker.welcome("a", layers=0, layer_pages=0)
+    granted = only(broker.demand("a", held_units=3, busy_units=28, waiting_units=0), Grant)
+    assert isinstance(granted, Grant)
+    broker.welcome("b")
+    broker.say("b", Wake(), 1.0)
+    recall = only(broker.told("a"), Recall)
+    assert isinstance(recall, Recall)
+    pages = broker.core.ledger.pages_of(DEVICE, Owner("a", "kv")).tolist()
+    curve = [float(units) for units in range(33)]
+    for first in (0, 4):
+        broker.say("a", Returned(lease=recall.lease, pages=[pages[first : first + 4]]))
+        assert not [
+            m for m in broker.demand("a", 3.0, held_units=20, cached_units=20, curve=curve) if isinstance(m, Grant)
+        ]
+
+
+def test_what_a_waker_needs_is_recalled_from_caches_above_their_floors() -> None:
+    broker = Broker(total=72)
+    broker.welcome("a", layers=0, layer_pages=0)
+    broker.demand("a", held_units=3, busy_units=28)
+    broker.demand("a", held_units=28, busy_units=3, cached_units=28)
+    broker.welcome("b")
+    broker.say("b", Wake(), 1.0)
+    recall = only(broker.told("a"), Recall)
+    assert isinstance(recall, Recall)
+    assert not recall.preempt
+    pages = broker.core.ledger.pages_of(DEVICE, Owner("a", "kv")).tolist()
+    broker.say("a", Returned(lease=recall.lease, pages=[pages[: 2 * recall.units]]))
+    assert only(broker.told("b"), GiveSegments)
+
+
+def test_two_that_wake_are_served_in_the_order_in_which_they_asked() -> None:
+    broker = Broker()
+    for name in "abc":
+        broker.welcome(name)
+        broker.demand(name, asleep=name != "a", held_units=3 if name == "a" else 1)
+    broker.idle("a", 10.0)
+    broker.say("c", Wake())
+    take = only(broker.told("a"), TakeSegments)
+    broker.say("b", Wake(), 10.01)
+    assert isinstance(take, TakeSegments)
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+    assert only(broker.told("c"), GiveSegments)
+    assert not broker.told("b")
+
+
+def test_requests_that_lack_memory_take_an_idle_engines_weights_and_give_them_back_later() -> None:
+    broker = Broker(total=80)
+    broker.welcome("a")
+    broker.welcome("b", layers=0, layer_pages=0)
+    broker.idle("a", 10.0)
+    broker.demand("b", 11.0, busy_units=3, waiting_units=20)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+    assert broker.core.ledger.held(DEVICE, Owner("b", "kv")) == 46
+    broker.demand("a", asleep=True)
+    broker.demand("b", 11.5, held_units=23, busy_units=23)
+    for now in (12.1, 12.6, 13.0):
+        assert not broker.demand("b", now, held_units=23, busy_units=3), (
+            "not before it has been ample for the hold time"
+        )
+    broker.demand("b", 13.2, held_units=23, busy_units=3)
+    recall = only(broker.told("b"), Recall)
+    assert isinstance(recall, Recall)
+    assert not recall.preempt
+    pages = broker.core.ledger.pages_of(DEVICE, Owner("b", "kv")).tolist()
+    broker.say("b", Returned(lease=recall.lease, pages=[pages[: 2 * recall.units]]))
+    assert only(broker.told("a"), GiveSegments)
+
+
+def test_one_that_serves_gives_up_what_it_can_stream() -> None:
+    broker = Broker()
+    broker.welcome("a")
+    broker.demand("a", 10.0, busy_units=3, waiting_units=12, spare_segments=2)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    assert take.segments == 2
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")[:2]))
+    assert broker.state("a") == (8, False)
+
+
+def test_an_answer_that_falls_short_is_asked_again_later() -> None:
+    broker = two_in_turns()
+    broker.say("b", Wake(), 11.0)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    assert not broker.say("a", SegmentsReturned(lease=take.lease, segments=[], short=10), 11.01)
+    assert only(broker.idle("a", 11.2), TakeSegments)
+
+
+def test_an_operator_puts_to_sleep_and_wakes() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    broker.demand("a", 10.0, busy_units=3)
+    assert isinstance(broker.say("operator", Sleep(engine="a"))[0], Done)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    assert take.segments == 10
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+    for now in (20.0, 40.0, 60.0):
+        assert not [m for m in broker.demand("a", now, asleep=True) if isinstance(m, GiveSegments)], "sleep holds"
+    assert isinstance(broker.say("operator", Rouse(engine="a"))[0], Done)
+    assert only(broker.told("a"), GiveSegments)
+
+
+def test_one_that_serves_sleeps_when_its_requests_have_ended() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    broker.demand("a", 10.0, busy_units=3)
+    broker.say("operator", Sleep(engine="a"))
+    for step in range(1, 20):
+        take = only(broker.told("a"), TakeSegments)
+        assert isinstance(take, TakeSegments)
+        broker.say("a", SegmentsReturned(lease=take.lease, segments=[], short=10))
+        broker.demand("a", 10.0 + step / 5, busy_units=3)
+    assert len(broker.actions()) == 2, "asking again is no new decision"
+
+
+def test_a_request_ends_an_operators_sleep() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    broker.say("operator", Sleep(engine="a"), 10.0)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    broker.say("a", Wake())
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+    assert only(broker.told("a"), GiveSegments)
+
+
+def test_only_weights_that_move_can_be_put_to_sleep() -> None:
+    broker = Broker()
+    broker.welcome("a", layers=0, layer_pages=0)
+    answer = broker.say("operator", Sleep(engine="a"))[0]
+    assert isinstance(answer, Refused)
+    assert "'a'" in answer.reason
+    with pytest.raises(ProtocolError):
+        broker.say("a", Wake())
+
+
+@pytest.mark.parametrize("segments", [[[[0, 1, 2]]], [[[0, 1, 2, 3], [4, 5, 6, 7]]], [[[60, 61, 62, 63]]], [[]]])
+def test_what_is_no_segment_of_ones_own_is_not_taken_back(segments: list[list[list[int]]]) -> None:
+    broker = Broker()
+    broker.welcome("a")
+    before = broker.segments("a")
+    with pytest.raises(ProtocolError):
+        broker.say("a", SegmentsReturned(lease=0, segments=segments))
+    assert broker.segments("a") == before
+
+
+def test_a_process_that_ends_frees_its_weights() -> None:
+    broker = two_in_turns()
+    broker.say("b", Wake(), 11.0)
+    broker.core.outbox.clear()
+    broker.core.process_ended(101, 11.1)
+    assert only(broker.told("b"), GiveSegments)
+    broker.core.check_integrity()
+
+
+def test_a_late_giver_is_shown_as_overdue() -> None:
+    broker = two_in_turns()
+    broker.say("b", Wake(), 11.0)
+    broker.core.plan(12.0)
+    status = broker.core.status(12.0)
+    assert status.overdue == 1
+    assert next(e for e in status.engines if e.engine == "a").state == "overdue"
+    assert broker.state("a") == (10, False), "nobody else gets a page that may still be read"
+
+
+def test_one_that_comes_back_claims_what_it_holds() -> None:
+    broker = Broker()
+    welcome = broker.welcome("a")
+    held = {unit: [welcome.pages[0][2 * unit : 2 * unit + 2]] for unit in range(3)}
+    for core in (broker, Broker()):  # the same broker, and one that was started in its place
+        core.core.disconnected(1)
+        again = core.welcome("a", held=held, held_segments=welcome.segments[:7])
+        assert again.segments == welcome.segments[:7]
+        assert again.lease == 0
+        assert core.state("a") == (7, False)
+
+
+def test_what_cannot_run_even_alone_is_refused_with_the_numbers() -> None:
+    broker = Broker()
+    broker.welcome("a")
+    answer = broker.say("b", hello("b", layers=16))[0]
+    assert isinstance(answer, Refused)
+    assert not answer.retry_s
+    assert "'b' 272 KiB more for its weights" in answer.reason
+
+
+def test_all_ranks_get_and_give_the_same_segments() -> None:
+    broker = Broker()
+    welcome = broker.welcome("a", devices=[DEVICE, "cpu:1"])
+    assert [[len(pages) for pages in ranks] for ranks in welcome.segments] == [[4, 4]] * 10
+    broker.idle("a", 10.0)
+    broker.welcome("b")
+    broker.demand("b", asleep=True, held_units=1)
+    broker.say("b", Wake(), 11.0)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=welcome.segments))
+    assert broker.core.ledger.held("cpu:1", Owner("a", "weights")) == 0
+    assert only(broker.told("b"), GiveSegments)
+
+
+def test_handles_of_ones_own_segments_are_given_out_and_of_others_not() -> None:
+    broker = two_in_turns()
+    mine = broker.segments("a")[0][0]
+    assert broker.core.fetchable(Fetch(engine="a", rank=0, device=DEVICE, pages=mine))
+    assert not broker.core.fetchable(Fetch(engine="b", rank=0, device=DEVICE, pages=mine))
+
+
+def test_only_the_last_decisions_are_told() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    for _ in range(50):
+        broker.say("operator", Sleep(engine="a"))
+        broker.say("operator", Rouse(engine="a"))
+    decisions = broker.core.status(1.0).decisions
+    assert len(decisions) == 64
+    assert all(decision.reason for decision in decisions)
+
+
+def test_a_load_that_swings_does_not_move_weights_to_and_fro() -> None:
+    """Ten times a second, for half a minute; both engines answer at once."""
+    broker = Broker(total=80, min_hold_s=5.0)
+    broker.welcome("a")
+    broker.welcome("b", layers=0, layer_pages=0)
+    taken = 0
+    for step in range(300):
+        now = 10.0 + step / 10
+        asleep = broker.state("a")[1]
+        for take in broker.demand("a", now, asleep=asleep, idle_s=10.0, spare_segments=0 if asleep else 10):
+            if isinstance(take, TakeSegments):
+                taken += 1
+                broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+        held = broker.core.ledger.held(DEVICE, Owner("b", "kv")) // 2
+        for recall in broker.demand("b", held_units=held, busy_units=3, waiting_units=step % 2 * 25):
+            if isinstance(recall, Recall):
+                pages = broker.core.ledger.pages_of(DEVICE, Owner("b", "kv")).tolist()
+                broker.say("b", Returned(lease=recall.lease, pages=[pages[: 2 * recall.units]]))
+        for take in broker.told("a"):
+            if isinstance(take, TakeSegments):
+                taken += 1
+                broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+    assert 1 <= taken <= 1 + 30 / 5.0

@@ -1,0 +1,130 @@
+"""Weights that leave the device and come back on real engines: the tokens stay stock's, whoever gives to whom meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from polder.broker.client import request
+from polder.broker.wire import Rouse, Sleep
+from tests.engines.conftest import Stock
+from tests.engines.harness import A32, B32, Broker, Engine, prompts, tokens_of, wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+PROMPTS = prompts(4, 200, seed=51)
+LAYERS = 8
+COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+"""Traced by Dynamo as in production, without the C++ compiler that inductor needs."""
+
+
+def start(broker: Broker, name: str, **options: object) -> Engine:
+    settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": name, "POLDER_WEIGHTS": "elastic"}
+    return Engine.start(name, A32 if name == "a" else B32, settings, **options)
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def add(broker: Broker, name: str, **options: object) -> Engine:
+        engines.append(start(broker, name, **options))
+        return engines[-1]
+
+    yield add
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def broker() -> Iterator[Callable[[int], Broker]]:
+    with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:
+        made: list[Broker] = []
+
+        def make(pages: int) -> Broker:
+            made.append(Broker(Path(folder) / "b", pages=pages).start())
+            return made[0]
+
+        yield make
+        for each in made:
+            each.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(stock: Stock) -> dict[str, list[list[int]]]:
+    return {"a": stock(A32, PROMPTS, 24), "b": stock(B32, PROMPTS, 24)}
+
+
+def one_by_one(engine: Engine) -> list[list[int]]:
+    return [tokens_of(engine.generate([prompt]))[0] for prompt in PROMPTS]
+
+
+def conserved(broker: Broker) -> bool:
+    device = broker.status().devices[0]
+    return device.free_pages + sum(device.pages_by_owner.values()) == device.total_pages
+
+
+@pytest.mark.parametrize("options", [{}, COMPILED], ids=["eager", "compiled"])
+def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
+    options: dict[str, object],
+    broker: Callable[[int], Broker],
+    started: Callable[..., Engine],
+    expected: dict[str, list[list[int]]],
+) -> None:
+    device = broker(900)
+    a = started(device, "a", **options)
+    assert device.engine("a").segments == LAYERS
+    events = {
+        3: lambda: a.utility("polder_give_up", 3),
+        8: lambda: a.utility("polder_give_up", 2),
+        12: lambda: request(device.socket, Rouse(engine="a")),
+        18: lambda: a.utility("polder_give_up", 6),
+    }
+    for prompt, tokens in zip(PROMPTS, expected["a"], strict=True):
+        assert tokens_of(a.generate([prompt], events=dict(events))) == [tokens]
+        request(device.socket, Rouse(engine="a"))
+        wait_for(lambda: device.engine("a").segments == LAYERS, "all layers to be back")
+    figures = a.utility("polder_check")
+    assert figures["weights_loads_total"] > 10 * LAYERS, "hardly anything was streamed: the test shows nothing"
+
+    request(device.socket, Sleep(engine="a"))
+    wait_for(lambda: device.engine("a").asleep, "a to sleep")
+    assert device.status().devices[0].pages_by_owner.get("a/weights", 0) == 0
+    assert one_by_one(a) == expected["a"]
+    assert device.engine("a").segments == LAYERS
+    assert conserved(device)
+
+
+def test_models_that_do_not_fit_together_take_turns_and_outlive_each_other(
+    broker: Callable[[int], Broker], started: Callable[..., Engine], expected: dict[str, list[list[int]]]
+) -> None:
+    # Of 256 KiB: a's weights are 368, b's about as many; floors of KV beside them.
+    device = broker(560)
+    a, b = started(device, "a"), started(device, "b")
+    assert device.engine("b").asleep, "there was no room for its weights beside a's"
+    for _ in range(2):
+        assert one_by_one(b) == expected["b"]
+        assert device.engine("a").asleep
+        assert one_by_one(a) == expected["a"]
+        assert device.engine("b").asleep
+        assert conserved(device)
+    assert a.utility("polder_check")["wakes_total"] >= 1
+    reasons = [decision.reason for decision in device.status().decisions]
+    assert any("an engine that wakes" in reason for reason in reasons)
+
+    # b is killed just when it gets a's memory: a serves on, and gets everything back.
+    core = b.core_pid()
+    events = {1: lambda: os.kill(core, signal.SIGKILL)}
+    with pytest.raises(Exception):  # noqa: B017, PT011  whatever vLLM raises for a dead engine
+        b.generate([PROMPTS[0]], events=events)
+    wait_for(lambda: len(device.status().engines) == 1, "the broker to see that b has ended")
+    time.sleep(0.2)
+    assert one_by_one(a) == expected["a"]
+    assert device.engine("a").segments == device.engine("a").layers
+    assert conserved(device)
