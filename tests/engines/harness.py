@@ -122,7 +122,7 @@ class Engine:
     """An offline engine driven step by step from the test."""
 
     name: str
-    llm: Any
+    llm: Any = field(repr=False)  # its repr asks the workers, and a failed test would wait for those of a dead engine
     _started: set[int] = field(default_factory=set)
     _shared: set[Path] = field(default_factory=set)
 

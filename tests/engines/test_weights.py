@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,30 +98,18 @@ def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
     assert conserved(device)
 
 
-def test_models_that_do_not_fit_together_take_turns_and_outlive_each_other(
+def test_models_that_do_not_fit_together_take_turns(
     broker: Callable[[int], Broker], started: Callable[..., Engine], expected: dict[str, list[list[int]]]
 ) -> None:
-    # Of 256 KiB: a's weights are 368, b's about as many; floors of KV beside them.
-    device = broker(560)
+    # Pages of 256 KiB: a's weights and KV floor are 368 + 72, b's 184 + 36. Neither can stream as much as the other lacks.
+    device = broker(470)
     a, b = started(device, "a"), started(device, "b")
     assert device.engine("b").asleep, "there was no room for its weights beside a's"
     for _ in range(2):
-        assert one_by_one(b) == expected["b"]
-        assert device.engine("a").asleep
-        assert one_by_one(a) == expected["a"]
-        assert device.engine("b").asleep
-        assert conserved(device)
-    assert a.utility("polder_check")["wakes_total"] >= 1
+        for engine, other in ((b, "a"), (a, "b")):
+            assert one_by_one(engine) == expected[engine.name]
+            assert device.engine(other).segments < device.engine(other).layers
+            assert conserved(device)
+    assert a.utility("polder_check")["wakes_total"] + b.utility("polder_check")["wakes_total"] >= 2
     reasons = [decision.reason for decision in device.status().decisions]
     assert any("an engine that wakes" in reason for reason in reasons)
-
-    # b is killed just when it gets a's memory: a serves on, and gets everything back.
-    core = b.core_pid()
-    events = {1: lambda: os.kill(core, signal.SIGKILL)}
-    with pytest.raises(Exception):  # noqa: B017, PT011  whatever vLLM raises for a dead engine
-        b.generate([PROMPTS[0]], events=events)
-    wait_for(lambda: len(device.status().engines) == 1, "the broker to see that b has ended")
-    time.sleep(0.2)
-    assert one_by_one(a) == expected["a"]
-    assert device.engine("a").segments == device.engine("a").layers
-    assert conserved(device)

@@ -154,6 +154,7 @@ def running(app: Any) -> Iterator[str]:
     """A real server in a thread; yields its base URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen()  # who connects before the server runs waits, and is not refused
     lifespan: Any = "on" if hasattr(app, "router") else "off"
     config = uvicorn.Config(app, log_level="critical", lifespan=lifespan, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

@@ -32,6 +32,8 @@ SURFACE = {
     "top": {"--socket", "--url", "--once", "--json", "--interval"},
     "ctl resize": {"engine", "units", "--socket", "--json"},
     "ctl explain": {"--socket", "--json"},
+    "ctl sleep": {"engine", "--socket", "--json"},
+    "ctl wake": {"engine", "--socket", "--json"},
     "sim cache": {"--trace", "--policy", "--json"},
     "doctor": {"--json"},
     "version": {"--json"},
@@ -138,6 +140,7 @@ def test_top_once_json_is_the_whole_status(short_dir: Path) -> None:
         *("engine", "model", "pid", "devices", "state", "pages_per_unit", "unit_tokens", "held_units", "floor_units"),
         *("share_units", "ceiling_units", "target_units", "pinned_units", "busy_units", "waiting_units"),
         *("cached_units", "borrowed_units", "lent_units", "recalled_units", "reason", "curve", "giveback_ms", "stats"),
+        *("layers", "layer_pages", "segments", "asleep", "weights_reason"),
     ]
 
 

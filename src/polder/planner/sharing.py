@@ -37,7 +37,9 @@ class SharingConfig:
     min_hold_s: float = 5.0
     """Segments that moved stay so long, unless an engine waits for its weights; memory must be ample for so long."""
     min_idle_s: float = 1.0
-    """No sooner after its last request does an engine count as idle."""
+    """No sooner after its last request does an engine count as idle ..."""
+    waker_idle_s: float = 0.05
+    """... except for one that waits for its weights: its requests stand still. Long enough to let the next of a burst come."""
     floor_ratio: float = 0.0
     """Share of a model's segments that is never taken, except by an operator."""
     active_ratio: float = 0.5
@@ -50,8 +52,8 @@ class SharingConfig:
             )
         if not (0 <= self.floor_ratio <= 1 and 0 <= self.active_ratio <= 1):
             raise ConfigError("floor_ratio and active_ratio are shares of a model's layers: between 0 and 1")
-        if self.min_hold_s < 0 or self.min_idle_s < 0:
-            raise ConfigError("min_hold_s and min_idle_s cannot be negative")
+        if min(self.min_hold_s, self.min_idle_s, self.waker_idle_s) < 0:
+            raise ConfigError("min_hold_s, min_idle_s and waker_idle_s cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,8 @@ def _takes(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, co
     takes: dict[str, Move] = {}
     waker, missing = balance.waker_missing_pages, balance.waker_missing_pages + balance.kv_missing_pages
     margin = int(balance.total_pages * config.low_ratio)
-    for engine, why in _victims(engines, pattern, config):
+    idle_s = min(config.min_idle_s, config.waker_idle_s) if waker > 0 else config.min_idle_s
+    for engine, why in _victims(engines, pattern, idle_s):
         if missing <= 0:
             break
         if waker <= 0 and engine.since_change_s < config.min_hold_s:
@@ -164,11 +167,9 @@ def _takes(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, co
     return takes
 
 
-def _victims(
-    engines: Sequence[WeightView], pattern: Pattern, config: SharingConfig
-) -> Iterator[tuple[WeightView, str]]:
+def _victims(engines: Sequence[WeightView], pattern: Pattern, min_idle_s: float) -> Iterator[tuple[WeightView, str]]:
     movable = [engine for engine in engines if engine.segments and not engine.waking]
-    idle = [engine for engine in movable if engine.idle_s > 0 and engine.idle_s >= config.min_idle_s]
+    idle = [engine for engine in movable if engine.idle_s > 0 and engine.idle_s >= min_idle_s]
     if pattern.kind == "round-robin":
         idle.sort(key=lambda e: e.idle_s)
         why = "it ran last, and engines take turns"

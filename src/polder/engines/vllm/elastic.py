@@ -269,13 +269,14 @@ class ElasticCore:
             useful = self._useful_units(now) * self.blocks.usable_blocks // len(self.blocks.mapped)
             self.lender.look(now, self.blocks.busy_blocks, self.blocks.usable_blocks, useful)
         since = now - self._sent_at
-        if since < URGENT_EVERY_S:
+        turned = self.weights is not None and self._sent is not None and self.weights.turned(self._sent)
+        if since < URGENT_EVERY_S and not turned:
             return
         busy, waiting = self._need_units()
         self._note_peak(busy + waiting, now)
         urgent = busy + waiting > len(self.blocks.mapped)
         was_urgent = self._sent is not None and self._sent.urgent
-        if not (urgent and not was_urgent) and since < (DEMAND_EVERY_S if self._sent else 0):
+        if not turned and not (urgent and not was_urgent) and since < (DEMAND_EVERY_S if self._sent else 0):
             return
         demand = Demand(
             held_units=len(self.blocks.mapped),

@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 
-from polder.broker.wire import GiveSegments, Grown, Message, Segments, SegmentsReturned, TakeSegments, Wake
+from polder.broker.wire import Demand, GiveSegments, Grown, Message, Segments, SegmentsReturned, TakeSegments, Wake
 from polder.engines.vllm import offloader
 from polder.engines.vllm.offloader import Taken
 from polder.engines.vllm.worker import WeightsFound
@@ -168,9 +168,13 @@ class CoreWeights:
             "layer_load_s": self._layer_load_s,
         }
 
+    def turned(self, sent: Demand) -> bool:
+        """Whether it has gone idle, busy, asleep or awake since its last Demand: whoever waits for memory must know at once."""
+        return (sent.idle_s > 0) == bool(self._scheduler.requests) or sent.asleep != self.asleep
+
     def stats(self, now: float) -> dict[str, float]:
-        """Counters and gauges; asks the workers at most once a second, and only when they have worked: a message keeps vLLM's workers
-        spinning for a second."""
+        """Counters and gauges; asks the workers at most once a second, and only when they have worked: a message keeps
+        vLLM's workers spinning for a second."""
         if self._worked and now - self._figures_at >= FIGURES_EVERY_S:
             self.look(now)
         return {**self.counters, "segments": float(len(self._held)), **self._figures}
