@@ -34,6 +34,7 @@ from polder.broker.wire import (
     SegmentsReturned,
     Sleep,
     Status,
+    Stream,
     TakeSegments,
     ToBroker,
     Wake,
@@ -50,7 +51,7 @@ CONFIG = BrokerConfig(
     devices={DEVICE: TOTAL * PAGE},
     page_bytes=PAGE,
     policy=PolicyConfig(min_hold_s=0.5, reserve_low_ratio=0.05, reserve_high_ratio=0.1),
-    sharing=SharingConfig(min_hold_s=0.5, min_idle_s=0.2),
+    sharing=SharingConfig(min_hold_s=0.5, min_idle_s=0.2, turn_s=0.6),
 )
 
 
@@ -143,10 +144,12 @@ class Engine:
                 pages = [page for _ in range(count) for page in self.units.pop()]
                 self.outbox.append(Returned(lease=message.lease, pages=[pages], short=message.units - count))
             case TakeSegments():
-                count = min(message.segments, self.spare)
+                count = min(message.segments, len(self.segments) if message.preempt else self.spare)
                 back = [[self.segments.pop()] for _ in range(count)]
                 short = message.segments - count
                 self.outbox.append(SegmentsReturned(lease=message.lease, segments=back, short=short))
+                if self.asleep and self.requests:
+                    self.outbox.append(Wake())
 
 
 def cut(pages: list[int], size: int) -> list[list[int]]:
@@ -211,10 +214,12 @@ class Lives(RuleBasedStateMachine):
         engine.outbox.append(engine.demand(self.now))
 
     @precondition(lambda self: self.engines)
-    @rule(data=st.data(), rouse=st.booleans())
-    def an_operator_speaks(self, data: st.DataObject, rouse: bool) -> None:
+    @rule(data=st.data(), word=st.sampled_from(["sleep", "rouse", "stream"]), segments=st.integers(0, 6))
+    def an_operator_speaks(self, data: st.DataObject, word: str, segments: int) -> None:
         name = self.pick(data).name
-        self.core.handle(999_999, 1, Rouse(engine=name) if rouse else Sleep(engine=name), self.now)
+        messages = {"sleep": Sleep(engine=name), "rouse": Rouse(engine=name)}
+        message = messages.get(word) or Stream(engine=name, segments=segments)
+        self.core.handle(999_999, 1, message, self.now)
         self.deliver()
 
     @precondition(lambda self: self.engines)
@@ -267,17 +272,24 @@ class Lives(RuleBasedStateMachine):
             self.reconnect(engine)
 
     @precondition(lambda self: any(e.layers and e.units for e in self.engines.values()))
-    @rule(data=st.data())
-    def a_waker_is_served_if_the_others_obey(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), others_end=st.booleans())
+    def a_waker_is_served_if_the_others_obey(self, data: st.DataObject, others_end: bool) -> None:
+        """Whether their requests end, or never do."""
         names = sorted(e.name for e in self.engines.values() if e.layers and e.units)
         waker = self.engines[data.draw(st.sampled_from(names))]
+        if any(engine.requests for engine in self.engines.values() if not engine.layers):
+            others_end = True  # weights that cannot move and requests that do not end: then there may be no room
         for engine in self.engines.values():
-            if engine.requests:
+            if engine.requests and others_end:
                 engine.requests, engine.idle_since = 0, self.now
         waker.requests = 1
         for _ in range(ROUNDS):
+            booked = self.core.engines.get(waker.name)
+            pinned = booked.weights.pinned if booked else None
             if waker.welcome and len(waker.segments) == waker.layers:
                 break
+            if waker.welcome and waker.segments and pinned:
+                break  # it runs, and streams because an operator wants it to
             self.now += 0.11
             if waker.welcome and len(waker.segments) < waker.layers:
                 waker.outbox.append(Wake())

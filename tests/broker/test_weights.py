@@ -26,6 +26,7 @@ from polder.broker.wire import (
     Rouse,
     SegmentsReturned,
     Sleep,
+    Stream,
     TakeSegments,
     Wake,
     Welcome,
@@ -144,6 +145,30 @@ def test_one_that_serves_is_not_put_to_sleep_for_one_that_wakes() -> None:
     assert not broker.told("a")
     broker.idle("a", 12.0)
     assert only(broker.told("a"), TakeSegments)
+
+
+def test_two_that_never_are_idle_take_turns() -> None:
+    broker = two_in_turns()
+    broker.demand("a", 11.0, busy_units=3)
+    broker.say("b", Wake())
+    broker.demand("a", 13.9, busy_units=3)
+    assert not broker.told("a")
+    running, waiting = "a", "b"
+    for now in (14.1, 17.2, 20.3):
+        broker.demand(running, now, busy_units=3)
+        take = only(broker.told(running), TakeSegments)
+        assert isinstance(take, TakeSegments)
+        assert take.preempt
+        assert take.segments == 10
+        broker.say(running, SegmentsReturned(lease=take.lease, segments=broker.segments(running)))
+        give = only(broker.told(waiting), GiveSegments)
+        assert isinstance(give, GiveSegments)
+        broker.say(waiting, Grown(lease=give.lease))
+        broker.demand(waiting, held_units=3, busy_units=3)
+        broker.say(running, Wake())
+        assert not broker.told(waiting), "it has just begun"
+        running, waiting = waiting, running
+    assert ("a", "pause", 10) in broker.actions()
 
 
 def test_pages_that_come_free_go_to_one_that_wakes_and_not_to_a_cache() -> None:
@@ -265,6 +290,42 @@ def test_one_that_serves_sleeps_when_its_requests_have_ended() -> None:
         broker.say("a", SegmentsReturned(lease=take.lease, segments=[], short=10))
         broker.demand("a", 10.0 + step / 5, busy_units=3)
     assert len(broker.actions()) == 2, "asking again is no new decision"
+
+
+def test_an_operator_lets_an_engine_stream() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    broker.demand("a", 10.0, busy_units=3)
+    assert isinstance(broker.say("operator", Stream(engine="a", segments=6))[0], Done)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    assert (take.segments, take.preempt) == (4, False)
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")[:4]))
+    assert not broker.say("a", Wake(), 30.0), "its own word that steps are too short does not end it"
+    assert not broker.demand("a", 60.0, busy_units=3)
+    assert isinstance(broker.say("operator", Stream(engine="a", segments=9))[0], Done)
+    give = only(broker.told("a"), GiveSegments)
+    assert isinstance(give, GiveSegments)
+    assert len(give.segments) == 3
+    broker.say("a", Grown(lease=give.lease))
+    broker.say("operator", Rouse(engine="a"))
+    assert only(broker.told("a"), GiveSegments)
+
+
+@pytest.mark.parametrize("segments", [-1, 0, 11])
+def test_a_number_of_layers_that_makes_no_sense_is_refused(segments: int) -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    answer = broker.say("operator", Stream(engine="a", segments=segments))[0]
+    assert isinstance(answer, Refused)
+    assert "10 layers" in answer.reason
+
+
+def test_one_that_sleeps_cannot_stream() -> None:
+    broker = two_in_turns()
+    answer = broker.say("operator", Stream(engine="b", segments=5))[0]
+    assert isinstance(answer, Refused)
+    assert "wake it first" in answer.reason
 
 
 def test_a_request_ends_an_operators_sleep() -> None:

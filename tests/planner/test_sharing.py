@@ -97,6 +97,30 @@ def test_the_hold_time_counts_for_requests_and_not_for_an_engine_that_wakes() ->
     assert takes(missing(0, waker=8), recent) == {"a": 10}
 
 
+def waiting(s: float) -> Balance:
+    return Balance(total_pages=200, waker_missing_pages=40, waker_waits_s=s)
+
+
+def test_after_a_turns_length_one_that_serves_is_paused_for_one_that_waits() -> None:
+    serving = view(idle_s=0.0, spare_segments=0)
+    assert takes(waiting(2.9), serving) == {}
+    moves = decide(waiting(3.1), [serving], TURNS, CONFIG)
+    assert [(name, move.segments, move.preempt) for name, move in moves.takes.items()] == [("a", 10, True)]
+
+
+def test_nobody_is_paused_before_its_own_turn_is_over_or_more_than_needed() -> None:
+    just, long, longer = (
+        view(n, idle_s=0.0, spare_segments=2, since_change_s=s) for n, s in zip("abc", (1, 5, 9), strict=True)
+    )
+    assert takes(waiting(10.0), just, long, longer) == {"a": 2, "b": 2, "c": 10}
+    assert takes(waiting(10.0), just) == {"a": 2}
+    assert takes(waiting(10.0), long, view("d")) == {"d": 10}, "not if one that is idle has enough"
+
+
+def test_nobody_is_paused_for_requests_of_one_that_runs() -> None:
+    assert takes(Balance(total_pages=200, kv_missing_pages=40), view(idle_s=0.0, spare_segments=0)) == {}
+
+
 def test_who_serves_gets_its_layers_back_first() -> None:
     asleep, serving = view("a", segments=0), view("b", segments=8, idle_s=0.0)
     assert gives(ample(68), asleep, serving) == {"a": 10, "b": 2}
@@ -115,7 +139,7 @@ def test_giving_back_waits_and_leaves_the_high_watermark() -> None:
 
 
 def test_an_operators_word_holds() -> None:
-    assert gives(ample(200), view(segments=0, pinned_asleep=True)) == {}
+    assert gives(ample(200), view(segments=0, pinned=True)) == {}
 
 
 @pytest.mark.parametrize("bad", [{"low_ratio": 0.2}, {"floor_ratio": 1.5}, {"min_hold_s": -1.0}])
@@ -154,6 +178,7 @@ def test_any_decision_can_be_carried_out(engines: list[WeightView], lacking: int
     config = SharingConfig(floor_ratio=0.2)
     moves = decide(balance, engines, pattern, config)
     by_name = {engine.name: engine for engine in engines}
+    assert not any(move.preempt for move in moves.takes.values())
     for name, move in moves.takes.items():
         engine = by_name[name]
         assert 0 < move.segments <= min(engine.segments, engine.spare_segments)

@@ -34,6 +34,7 @@ SURFACE = {
     "ctl explain": {"--socket", "--json"},
     "ctl sleep": {"engine", "--socket", "--json"},
     "ctl wake": {"engine", "--socket", "--json"},
+    "ctl stream": {"engine", "layers", "--socket", "--json"},
     "sim cache": {"--trace", "--policy", "--json"},
     "doctor": {"--json"},
     "version": {"--json"},

@@ -43,6 +43,7 @@ from polder.broker.wire import (
     Sleep,
     Status,
     StatusRequest,
+    Stream,
     ToBroker,
     Wake,
     Welcome,
@@ -88,8 +89,8 @@ class BrokerCore:
                 self.outbox.append((connection, self.status(now)))
             case Resize():
                 self._resize(connection, message)
-            case Sleep() | Rouse():
-                self._sleep_or_rouse(connection, message, now)
+            case Sleep() | Rouse() | Stream():
+                self._operate(connection, message, now)
             case Fetch():
                 self._answer(connection, fetching.check_fetch(self.roster, pid, message))
             case FetchTable():
@@ -186,7 +187,7 @@ class BrokerCore:
             # The same process again: what it reports replaces what we booked; promises of the old connection are void.
             engine.processes |= known.processes
             engine.pinned, engine.recalled_total = known.pinned, known.recalled_total
-            engine.weights = WeightState(pinned_asleep=known.weights.pinned_asleep)
+            engine.weights = WeightState(pinned=known.weights.pinned)
             self.leases.drop(hello.engine)
             self.ledger.forget(engine.owner)
             self.ledger.forget(engine.weights_owner)
@@ -295,18 +296,22 @@ class BrokerCore:
         engine.pinned = message.units
         self.outbox.append((connection, Done()))
 
-    def _sleep_or_rouse(self, connection: int, message: Sleep | Rouse, now: float) -> None:
+    def _operate(self, connection: int, message: Sleep | Rouse | Stream, now: float) -> None:
         engine = self.engines.get(message.engine)
         if engine is None or not engine.hello.layers:
             names = ", ".join(sorted(e.name for e in self.engines.values() if e.hello.layers)) or "none"
             reason = f"no engine {message.engine!r} here whose weights can move; those that can: {names}"
             self.outbox.append((connection, Refused(reason=reason)))
             return
-        if isinstance(message, Sleep):
-            self.weights.sleep(engine, now)
-        else:
-            self.weights.rouse(engine, now)
-        self.outbox.append((connection, Done()))
+        refusal = None
+        match message:
+            case Sleep():
+                self.weights.sleep(engine, now)
+            case Rouse():
+                self.weights.rouse(engine, now)
+            case Stream():
+                refusal = self.weights.stream(engine, message.segments, now)
+        self.outbox.append((connection, Done() if refusal is None else Refused(reason=refusal)))
 
     def _demand(self, engine: Engine, demand: Demand, now: float) -> None:
         if min(demand.held_units, demand.busy_units, demand.waiting_units, demand.cached_units) < 0:

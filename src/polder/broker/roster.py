@@ -24,8 +24,8 @@ class WeightState:
 
     waking_since: float | None = None
     """It waits for all of its layers: a request came, or an operator said so."""
-    pinned_asleep: bool = False
-    """An operator put it to sleep."""
+    pinned: int | None = None
+    """Segments that an operator lets it have: 0, it sleeps; some, it streams the others. None: no word of an operator."""
     returning: int = 0
     """Segments that it shall have back as soon as their pages are free."""
     streamable: int = 0

@@ -33,7 +33,7 @@ from polder.broker.wire import (
     TakeSegments,
 )
 from polder.errors import ProtocolError
-from polder.planner.sharing import Balance, Moves, Pattern, WeightView, arrival_pattern, decide
+from polder.planner.sharing import Balance, Move, Moves, Pattern, WeightView, arrival_pattern, decide
 
 __all__ = ["Weights"]
 
@@ -81,22 +81,34 @@ class Weights:
         if not engine.hello.layers:
             raise ProtocolError(f"{engine.name} has no weights that move")
         weights = engine.weights
-        weights.pinned_asleep = False
+        if weights.pinned and not self.roster.asleep(engine):
+            return  # an operator wants it to stream, also when that is slower
+        weights.pinned = weights.pinned or None
         if weights.waking_since is None and self._lacking(engine) + self._taking(engine):
             weights.waking_since, weights.returning = now, 0
             self._note(engine, "wake", self._lacking(engine), reason, now)
 
     def sleep(self, engine: Engine, now: float) -> None:
         """An operator's word: no weights until Rouse or a request. An engine with requests is asked again until they have ended."""
-        engine.weights.pinned_asleep, engine.weights.waking_since = True, None
+        engine.weights.pinned, engine.weights.waking_since = 0, None
         engine.weights.returning = 0
         self._note(engine, "sleep", self.roster.segments(engine), "an operator put it to sleep", now)
 
     def rouse(self, engine: Engine, now: float) -> None:
         """An operator's word: all weights, as if a request had come."""
-        engine.weights.pinned_asleep = False
+        engine.weights.pinned = None
         self._note(engine, "rouse", self._lacking(engine), "an operator woke it", now)
         self.wake(engine, "an operator woke it", now)
+
+    def stream(self, engine: Engine, segments: int, now: float) -> str | None:
+        """An operator's word: so many segments, as soon as it can. Returns why not."""
+        if not 0 < segments <= engine.hello.layers:
+            return f"{engine.name} has {engine.hello.layers} layers: write a number from 1 to that, or put it to sleep"
+        if self.roster.asleep(engine) or engine.weights.waking_since is not None:
+            return f"{engine.name} is asleep: wake it first"
+        engine.weights.pinned = segments
+        self._note(engine, "stream", segments, f"an operator lets it have {segments} layers", now)
+        return None
 
     def returned(self, engine: Engine, message: SegmentsReturned, now: float) -> None:
         """Frees what was given back. Raises ProtocolError, having changed nothing, unless it is whole segments of its own."""
@@ -146,8 +158,7 @@ class Weights:
         for engine in movable:
             if engine.weights.waking_since is not None and not self._lacking(engine) + self._taking(engine):
                 engine.weights.waking_since = None
-            if engine.weights.pinned_asleep and self._can_move(engine, now):
-                self._take(engine, self.roster.segments(engine), "an operator put it to sleep", now)
+            self._obey(engine, now)
         moves = {
             device: self._moves(device, self._balance(device, now), now)
             for device in self.roster.ledger.devices
@@ -158,8 +169,7 @@ class Weights:
             takes = [each.takes[engine.name] for each in mine if engine.name in each.takes]
             gives = [each.gives[engine.name] for each in mine if engine.name in each.gives]
             if takes:
-                most = max(takes)
-                self._take(engine, most.segments, most.reason, now)
+                self._take(engine, max(takes), now)
             elif len(gives) == len(mine):
                 least = min(gives)
                 engine.weights.returning += least.segments
@@ -169,7 +179,7 @@ class Weights:
         """Takes segments for an engine that cannot be admitted until `pages` more are free."""
         balance = Balance(total_pages=self.roster.ledger.total(device), waker_missing_pages=pages)
         for name, move in self._moves(device, balance, now).takes.items():
-            self._take(self.roster.engines[name], move.segments, move.reason, now)
+            self._take(self.roster.engines[name], move, now)
 
     def carry_out(self, plans: Mapping[str, Plan], now: float) -> None:
         """Gives the segments for which the policy granted pages on all devices: to one that sleeps, all or none."""
@@ -181,6 +191,17 @@ class Weights:
             count = min(wanted, *(self._granted(engine, plans[device], device) for device in engine.hello.devices))
             if count == wanted or (count and engine is not waker and not self.roster.asleep(engine)):
                 self._give(engine, count, now)
+
+    def _obey(self, engine: Engine, now: float) -> None:
+        """Brings an engine to what an operator lets it have."""
+        pinned, held = engine.weights.pinned, self.roster.segments(engine)
+        if pinned is None or not self._can_move(engine, now):
+            return
+        if pinned < held:
+            word = f"to stream {engine.hello.layers - pinned} layers" if pinned else "to sleep"
+            self._take(engine, Move(held - pinned, f"an operator put it {word}"), now)
+        elif held:
+            engine.weights.returning = pinned - held
 
     def _granted(self, engine: Engine, plan: Plan, device: str) -> int:
         """Segments whose pages the policy granted on one device."""
@@ -201,6 +222,7 @@ class Weights:
         return Balance(
             total_pages=self.roster.ledger.total(device),
             waker_missing_pages=min(missing, for_waker),
+            waker_waits_s=now - self._waking_since() if for_waker else 0.0,
             kv_missing_pages=max(0, missing - for_waker),
             ample_pages=lately.observe(ample, now),
         )
@@ -222,7 +244,7 @@ class Weights:
             idle_s=demand.idle_s + age_s if demand and demand.idle_s > 0 else 0.0,
             next_use_s=max(0.0, demand.next_use_s - age_s) if demand else math.inf,
             waking=weights.waking_since is not None,
-            pinned_asleep=weights.pinned_asleep,
+            pinned=weights.pinned is not None,
             since_change_s=now - weights.changed_at,
         )
 
@@ -238,6 +260,12 @@ class Weights:
             if engine.weights.waking_since is not None and engine.connection is not None
         ]
         return min(waking)[2] if waking else None
+
+    def _waking_since(self) -> float:
+        waker = self._waker()
+        assert waker is not None
+        assert waker.weights.waking_since is not None
+        return waker.weights.waking_since
 
     def _waker_pages(self, device: str) -> int:
         """What the waker lacks on one device: its missing segments, and its KV floor."""
@@ -260,14 +288,13 @@ class Weights:
 
     # ------------------------------------------------------------------ messages out
 
-    def _take(self, engine: Engine, segments: int, reason: str, now: float) -> None:
-        if not segments:
-            return
+    def _take(self, engine: Engine, move: Move, now: float) -> None:
         deadline_s = self.config.policy.deadline_s
-        lease = self.roster.leases.open("take", engine.name, segments, now=now, deadline_s=deadline_s)
+        lease = self.roster.leases.open("take", engine.name, move.segments, now=now, deadline_s=deadline_s)
         engine.weights.changed_at, engine.weights.returning = now, 0
-        self._note(engine, "take", segments, reason, now)
-        self.send(engine, TakeSegments(lease=lease.number, segments=segments, deadline_s=deadline_s))
+        self._note(engine, "pause" if move.preempt else "take", move.segments, move.reason, now)
+        message = TakeSegments(lease=lease.number, segments=move.segments, deadline_s=deadline_s, preempt=move.preempt)
+        self.send(engine, message)
 
     def _give(self, engine: Engine, segments: int, now: float) -> None:
         weights = engine.weights

@@ -25,6 +25,7 @@ does not decode to a struct of the expected direction, closes the connection it 
     operator     ── Resize ─────────────► broker        pin an engine to a number of units (0 = let the policy decide)
                  ◄── Done / Refused ─────
                  ── Sleep, Rouse ───────►               an engine shall give up all of its weights, or get them back
+                 ── Stream ─────────────►               it shall hold the weights of so many layers and stream the others
                  ◄── Done / Refused ─────
 """
 
@@ -63,6 +64,7 @@ __all__ = [
     "Sleep",
     "Status",
     "StatusRequest",
+    "Stream",
     "Table",
     "TakeSegments",
     "ToBroker",
@@ -207,6 +209,13 @@ class Resize(Message, frozen=True, kw_only=True, tag="resize"):
     units: int
 
 
+class Stream(Message, frozen=True, kw_only=True, tag="stream"):
+    """An engine that is awake shall hold so many segments, and stream its other layers, until Rouse or Sleep."""
+
+    engine: str
+    segments: int
+
+
 class Sleep(Message, frozen=True, kw_only=True, tag="sleep"):
     """An engine shall give up all of its weights as soon as it is idle, and not get them back before Rouse or its own Wake."""
 
@@ -283,6 +292,8 @@ class TakeSegments(Message, frozen=True, kw_only=True, tag="take-segments"):
     segments: int
     deadline_s: float
     """Seconds from now until they must be back."""
+    preempt: bool = False
+    """True: all of them, though it has requests, which stand still until it has its weights again. It asks for them at once."""
 
 
 class Handles(Message, frozen=True, kw_only=True, tag="handles"):
@@ -355,7 +366,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """When: Status.uptime_s of that moment."""
     engine: str
     action: str
-    """"take" | "give" | "wake" | "sleep" | "rouse"."""
+    """"take" | "pause" (take, though it has requests) | "give" | "wake" | "sleep" | "rouse" | "stream"."""
     segments: int
     reason: str
 
@@ -402,6 +413,7 @@ ToBroker = (
     | Resize
     | Sleep
     | Rouse
+    | Stream
 )
 FromBroker = (
     Welcome | Grant | Recall | GiveSegments | TakeSegments | Handles | Neighbours | Table | Status | Done | Refused

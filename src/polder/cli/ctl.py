@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polder.broker.wire import EngineStatus, Resize, Rouse, Sleep
+from polder.broker.wire import EngineStatus, Resize, Rouse, Sleep, Stream
 from polder.cli.where import AsJson, Socket, find_socket
 
 __all__ = ["app"]
@@ -56,6 +56,20 @@ def wake(
 
     client.request(find_socket(socket), Rouse(engine=engine))
     print(json.dumps({"engine": engine}) if as_json else f"{engine}: gets its weights back")
+
+
+@app.command()
+def stream(
+    engine: Annotated[str, typer.Argument(help="The engine's name.")],
+    layers: Annotated[int, typer.Argument(help="Layers whose weights it may hold.", min=1)],
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let an engine hold the weights of so many layers and stream the others in every step, until `wake` or `sleep`."""
+    from polder.broker import client
+
+    client.request(find_socket(socket), Stream(engine=engine, segments=layers))
+    print(json.dumps({"engine": engine, "layers": layers}) if as_json else f"{engine}: may hold {layers} layers")
 
 
 @app.command()

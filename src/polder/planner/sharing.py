@@ -12,6 +12,9 @@ Victims, in order:
    token, as one that sleeps must, and what it still holds serves nobody meanwhile. Only if what is missing is so little that
    the engine can run on by streaming (`streamable`) is so much taken and no more: it then keeps answering at once.
 2. Engines that serve: the spare segments that their own cost formula allows them to stream, at most `active_ratio` of their layers.
+3. For an engine that has waited `turn_s` for its weights, when all of that is not enough: engines that serve and have had
+   theirs for as long, the longest first. Their requests stand still until it is their turn again. So nobody waits without
+   bound beside an engine that never is idle, and engines that do not fit together take turns instead of one of them starving.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ class SharingConfig:
     """No sooner after its last request does an engine count as idle ..."""
     waker_idle_s: float = 0.05
     """... except for one that waits for its weights: its requests stand still. Long enough to let the next of a burst come."""
+    turn_s: float = 3.0
+    """An engine that has waited so long for its weights pauses others that have had theirs for so long."""
     floor_ratio: float = 0.0
     """Share of a model's segments that is never taken, except by an operator."""
     active_ratio: float = 0.5
@@ -52,8 +57,8 @@ class SharingConfig:
             )
         if not (0 <= self.floor_ratio <= 1 and 0 <= self.active_ratio <= 1):
             raise ConfigError("floor_ratio and active_ratio are shares of a model's layers: between 0 and 1")
-        if min(self.min_hold_s, self.min_idle_s, self.waker_idle_s) < 0:
-            raise ConfigError("min_hold_s, min_idle_s and waker_idle_s cannot be negative")
+        if min(self.min_hold_s, self.min_idle_s, self.waker_idle_s, self.turn_s) < 0:
+            raise ConfigError("min_hold_s, min_idle_s, waker_idle_s and turn_s cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +80,8 @@ class WeightView:
     next_use_s: float = math.inf
     waking: bool = False
     """It waits for all of its layers."""
-    pinned_asleep: bool = False
-    """An operator put it to sleep."""
+    pinned: bool = False
+    """An operator says how much it has."""
     since_change_s: float = math.inf
 
     @property
@@ -90,7 +95,9 @@ class Balance:
 
     total_pages: int
     waker_missing_pages: int = 0
-    """Lacking for engines that wait for their weights, beyond what is free, coming, or cache that may be recalled ..."""
+    """Lacking for the engine that waits for its weights, beyond what is free, coming, or cache that may be recalled ..."""
+    waker_waits_s: float = 0.0
+    """(it has waited so long)"""
     kv_missing_pages: int = 0
     """... and for requests."""
     ample_pages: int = 0
@@ -100,6 +107,8 @@ class Balance:
 class Move(NamedTuple):
     segments: int
     reason: str
+    preempt: bool = False
+    """Its requests stand still for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +173,23 @@ def _takes(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, co
             whom = f"{waker} pages for an engine that wakes" if waker > 0 else f"{missing} pages for requests"
             takes[engine.name] = Move(segments, f"{why}; missing: {whom}")
             waker, missing = waker - segments * engine.layer_pages, missing - segments * engine.layer_pages
+    for engine in _whose_turn_is_over(engines, balance, config):
+        # What is coming anyway may be enough for the waker: others are paused for it alone, not for caches and requests.
+        if waker <= 0:
+            break
+        streamed = takes[engine.name].segments if engine.name in takes else 0
+        reason = f"it has served for {engine.since_change_s:.1f} s and is paused for one that waits for its weights"
+        takes[engine.name] = Move(engine.segments, reason, preempt=True)
+        waker -= (engine.segments - streamed) * engine.layer_pages
     return takes
+
+
+def _whose_turn_is_over(engines: Sequence[WeightView], balance: Balance, config: SharingConfig) -> Iterator[WeightView]:
+    """Those that serve and may be paused, the one first that has had its weights for the longest."""
+    if balance.waker_waits_s < config.turn_s or config.floor_ratio > 0:
+        return
+    serving = [e for e in engines if e.segments and not e.waking and not e.idle_s and e.since_change_s >= config.turn_s]
+    yield from sorted(serving, key=lambda e: e.since_change_s, reverse=True)
 
 
 def _victims(engines: Sequence[WeightView], pattern: Pattern, min_idle_s: float) -> Iterator[tuple[WeightView, str]]:
@@ -192,7 +217,7 @@ def _gives(balance: Balance, engines: Sequence[WeightView], config: SharingConfi
     """Those that serve first, then those that are needed soonest. One that sleeps gets all of its segments or none."""
     gives: dict[str, Move] = {}
     left = balance.ample_pages - math.ceil(balance.total_pages * config.high_ratio)
-    short = [engine for engine in engines if engine.lost and not engine.waking and not engine.pinned_asleep]
+    short = [engine for engine in engines if engine.lost and not engine.waking and not engine.pinned]
     for engine in sorted(short, key=lambda e: (e.idle_s > 0, e.next_use_s, e.idle_s)):
         if engine.since_change_s < config.min_hold_s:
             continue

@@ -87,7 +87,9 @@ class ElasticCore:
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
         self.weights: CoreWeights | None = None
         if agreement.weights is not None:
-            self.weights = CoreWeights(self._scheduler, agreement.weights, self._rpc, lambda m: self.link.send(m))
+            self.weights = CoreWeights(
+                self._scheduler, agreement.weights, self._rpc, lambda m: self.link.send(m), self._in_transfer
+            )
             self.weights.start(self._generation, agreement.welcome.segments)
         self._prefill: PrefillRate = PrefillRate() if self.tiers is None else self.tiers.tiers.prefill
         if self.tiers is not None:
@@ -119,7 +121,7 @@ class ElasticCore:
                 case GiveSegments() if self.weights is not None:
                     self.weights.on_give(message, self._generation, time.monotonic())
                 case TakeSegments() if self.weights is not None:
-                    self.weights.on_take(message, self._generation)
+                    self.weights.on_take(message, self._generation, time.monotonic())
                 case Neighbours():
                     if self.tiers is not None:
                         self.tiers.on_neighbours(message)
@@ -175,9 +177,10 @@ class ElasticCore:
     def give_up(self, segments: int) -> None:
         """Gives weights up unasked, as far as possible; they come back by the broker's decision, or `polder ctl wake`."""
         assert self.weights is not None
-        self.weights.on_take(TakeSegments(lease=0, segments=segments, deadline_s=0.0), self._generation)
+        now = time.monotonic()
+        self.weights.on_take(TakeSegments(lease=0, segments=segments, deadline_s=0.0), self._generation, now)
         self._sent_at = 0.0
-        self._report(time.monotonic())
+        self._report(now)
 
     def check_integrity(self) -> None:
         """Checks the laws, now."""
@@ -236,8 +239,9 @@ class ElasticCore:
 
     def _shrink(self, recall: Recall) -> None:
         started = time.perf_counter()
-        shrink = self.blocks.shrink_preempting if recall.preempt else self.blocks.shrink
         asleep = self.weights is not None and self.weights.asleep
+        # Requests of a model that was paused: their memory goes too, if whoever runs now needs it.
+        shrink = self.blocks.shrink_preempting if recall.preempt or asleep else self.blocks.shrink
         done = shrink(recall.units, 1 if asleep else self._hello.floor_units)
         units, plan = done.plan.units.tolist(), done.plan
         if units and self.lender is not None:
@@ -357,6 +361,9 @@ class ElasticCore:
         return lent | (self.tiers.tiers.figures() if self.tiers is not None else {})
 
     # ------------------------------------------------------------------ plumbing
+
+    def _in_transfer(self) -> bool:
+        return self.tiers is not None and self.tiers.tiers.busy
 
     def _watch_scheduler(self) -> None:
         """Listens in on one scheduler object: tokens of each step, admissions and their prefix hits, preemptions."""

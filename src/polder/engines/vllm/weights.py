@@ -5,9 +5,10 @@
     given       workers map the pages and begin to copy layer after layer; the scheduler goes on at once, and the first forward
                 waits for each layer only as it comes to it
 
-A model sleeps only when it has no request. While it serves it offers the segments that it could win by streaming, as many as the
-formula allows for the shortest of its last steps (planner/rotation_cost.py); when steps have become too short for what it streams
-already, it wants its layers back.
+A model sleeps only when it has no request, or when the broker pauses it for one that has waited long: then its requests stand
+still, with as much of their KV as nobody needs, and it asks for its weights at once. While it serves it offers the segments
+that it could win by streaming, as many as the formula allows for the shortest of its last steps (planner/rotation_cost.py);
+when steps have become too short for what it streams already, it wants its layers back.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ STEPS_LOOKED_AT = 16
 TOO_SLOW_S = 1.0
 """Steps must have been too short for what is streamed for so long before layers are asked back."""
 FIGURES_EVERY_S = 1.0
+COUNTERS = ("wakes_total", "wake_seconds_total", "wake_max_seconds", "sleeps_total", "pauses_total")
 
 
 class CoreWeights:
@@ -46,7 +48,9 @@ class CoreWeights:
         found: WeightsFound,
         rpc: Callable[..., list[Any]],
         send: Callable[[Message], None],
+        in_transfer: Callable[[], bool],
     ) -> None:
+        """`in_transfer`: whether steps must go on, even empty ones, since blocks are on their way from or to a tier."""
         self.found = found
         self._scheduler, self._rpc, self._send = scheduler, rpc, send
         self._held: list[list[tuple[tuple[int, ...], list[int]]]] = []
@@ -55,6 +59,10 @@ class CoreWeights:
         self._pause_state = scheduler.pause_state
         self._set_pause_state = scheduler.set_pause_state
         scheduler.set_pause_state = self._on_pause
+        # A paused scheduler with requests makes vLLM's loop run a thousand empty steps a second, on the cores of whoever serves
+        # meanwhile. Without requests it waits for a message, and one comes with the weights.
+        has_requests = scheduler.has_requests
+        scheduler.has_requests = lambda: has_requests() and (not self.asleep or in_transfer())
         self._arrivals = Arrivals()
         self._idle_since = time.monotonic()
         self._steps: deque[float] = deque(maxlen=STEPS_LOOKED_AT)
@@ -63,7 +71,7 @@ class CoreWeights:
         self._figures_at = float("-inf")
         self._worked = True
         self._layer_load_s = 0.0  # of the loads since the figures before
-        self.counters = {"wakes_total": 0.0, "wake_seconds_total": 0.0, "wake_max_seconds": 0.0, "sleeps_total": 0.0}
+        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
 
     @property
     def segments(self) -> Segments:
@@ -117,10 +125,12 @@ class CoreWeights:
         if waking is not None:
             self._want(now)
 
-    def on_take(self, message: TakeSegments, generation: int) -> None:
+    def on_take(self, message: TakeSegments, generation: int, now: float) -> None:
         count = min(message.segments, len(self._held))
         everything = count == len(self._held)
-        if not count or (everything and self._scheduler.requests) or (not everything and self._slots(count) == 0):
+        paused = message.preempt and everything
+        in_use = everything and self._scheduler.requests and not paused
+        if not count or in_use or (not everything and self._slots(count) == 0):
             self._send(SegmentsReturned(lease=message.lease, segments=[], short=message.segments))
             return
         taken: list[Taken] = self._rpc(offloader.take, count, 0 if everything else self._slots(count), generation)
@@ -132,6 +142,10 @@ class CoreWeights:
         self._apply_pause()
         self.counters["sleeps_total"] += self.asleep
         self._send(SegmentsReturned(lease=message.lease, segments=back, short=message.segments - len(back)))
+        if self.asleep and self._scheduler.requests:  # paused: it stands in line again
+            self.counters["pauses_total"] += 1
+            self._waking_since = None
+            self._want(now)
 
     def on_give(self, message: GiveSegments, generation: int, now: float) -> None:
         outcomes = self._rpc(offloader.give, generation, message.segments)
