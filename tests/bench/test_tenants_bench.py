@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from polder.bench import tenants, tenants_comeback, tenants_equality
+from polder.bench import tenants, tenants_comeback, tenants_equality, tenants_streaming
 from polder.bench.arm_pool import ArmPool
 from polder.bench.arms import Arm
 from polder.bench.completions import encode_body
@@ -64,7 +64,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[st
         def reclaimed(arm: Arm, **_: Any) -> tuple[dict[str, float], dict[str, float] | None]:
             resident = {"ttft_128_p50_ms": 50.0, "failed_requests": 0.0}
             counts = {"wakes": 4.0, "layers_loaded_a_wake": 12.0, "bytes_loaded_a_wake": 1e8}
-            woken = resident | counts | {"ttft_128_p50_ms": 150.0 if arm.name.endswith("whole") else 100.0}
+            woken = resident | counts | {"ttft_128_p50_ms": 150.0 if "whole" in arm.name else 100.0}
             return resident, None if arm.name == "stock" else woken
 
         fakes: dict[str, Any] = {
@@ -77,7 +77,12 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[st
         }
         for name, value in fakes.items():
             monkeypatch.setattr(tenants, name, value)
+
+        async def streamed(*_: Any, **__: Any) -> dict[str, float]:
+            return {"step_0_ms": 20.0, "step_1_ms": 22.0, "formula_1_ms": 20.0, "layer_1_ms": 5.0, "worst_error": 0.1}
+
         monkeypatch.setattr(tenants_comeback, "resident_and_reclaimed", reclaimed)
+        monkeypatch.setattr(tenants_streaming, "measure_streaming", streamed)
         monkeypatch.setattr(tenants_equality, "SETTLE_S", 0.0)
         monkeypatch.setattr(tenants_equality, "PROMPTS", 1)
         yield names
@@ -92,6 +97,7 @@ def test_every_stage_gets_to_the_result(started: list[str], tmp_path: Path) -> N
         *(f"{arm}-{load}" for arm in ARMS for load in ("x0.5", "x3", "spatial")),
         *ARMS,
         *("stock-resident", "polder-resident", "stock-anew", "polder-streamed", "polder-whole"),
+        *("polder-streamed-link", "polder-whole-link", "polder-streaming"),
         "polder-equality",
     }
     assert result.arms["stock-x0.5"]["all"]["requests"] == 12, "two runs of two requests to each of three models"
@@ -116,6 +122,7 @@ def test_every_stage_gets_to_the_result(started: list[str], tmp_path: Path) -> N
         "below_saturation_no_worse_by_2_percent_x0_5",
         "streamed_at_least_1_30_sooner_than_whole",
         "reclaimed_model_had_lost_all_its_layers",
+        "streaming_step_within_15_percent_of_the_formula",
         "tokens_equal",
         "no_failed_requests",
     }
@@ -131,6 +138,7 @@ def test_every_stage_gets_to_the_result(started: list[str], tmp_path: Path) -> N
         *("stock", "kv-only", "polder"),
         "stock",
         *("stock-comeback", "polder-streamed-comeback", "polder-whole-comeback"),
+        *("polder-streamed-link-comeback", "polder-whole-link-comeback", "polder-link-streaming"),
         *("stock-equality", "polder-equality"),
     ]
     assert "<svg" in html_file.read_text()

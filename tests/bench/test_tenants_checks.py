@@ -46,6 +46,7 @@ def arms(**polder: float) -> Arms:
 def ratios_of(found: Arms) -> dict[str, float]:
     pairs = [("polder", "stock"), ("polder-x0.5", "stock-x0.5"), ("polder-x2", "stock-x2")]
     pairs += [("polder-whole", "polder-streamed"), ("polder-streamed", "stock-resident")]
+    pairs += [("polder-whole-link", "polder-streamed-link")]
     return {
         key: value
         for arm, baseline in pairs
@@ -93,7 +94,9 @@ def comeback(whole_ms: float = 140.0, layers: float = 12.0) -> Arms:
     return {
         "stock-resident": {"T2": {"ttft_128_p50_ms": 60.0, "failed_requests": 0.0}},
         "polder-streamed": {"T2": {**times, **counts}},
-        "polder-whole": {"T2": {**times, **counts, "ttft_128_p50_ms": whole_ms}},
+        "polder-whole": {"T2": {**times, **counts, "ttft_128_p50_ms": 110.0}},
+        "polder-streamed-link": {"T2": {**times, **counts}},
+        "polder-whole-link": {"T2": {**times, **counts, "ttft_128_p50_ms": whole_ms}},
     }
 
 

@@ -249,11 +249,13 @@ def test_streaming_is_measured_for_every_number_of_segments(
 
     monkeypatch.setattr(tenants_streaming, "_step_ms", step_ms)
     monkeypatch.setattr(tenants_streaming, "REPORT_S", 0.0)
+    monkeypatch.setattr(tenants_streaming, "hold", lambda broker, engine, segments: held.append(segments))
+    monkeypatch.setattr(tenants_streaming, "rouse", lambda broker, engine: held.append(4))
     status = SimpleNamespace(engines=[SimpleNamespace(engine="T2", layers=4, stats=stats)])
     monkeypatch.setattr(client, "status", lambda _: status)
     arm = OneEngineArm("polder", tmp_path, FakeEngine(), Path("b"))
     with reporter_for(Console(quiet=True)).stage("x") as stage:
-        measuring = measure_streaming(arm, "T2", held.append, stage=stage)
+        measuring = measure_streaming(arm, "T2", stage=stage)
         if not holds:
             with pytest.raises(EnvironmentFault, match="3 of 4 segments and copies nothing"):
                 asyncio.run(measuring)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from polder.broker.client import request
 from polder.broker.wire import Rouse, Sleep
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, B32, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -21,17 +25,17 @@ COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend":
 """Traced by Dynamo as in production, without the C++ compiler that inductor needs."""
 
 
-def start(broker: Broker, name: str, **options: object) -> Engine:
+def start(broker: Broker, name: str, more: dict[str, str] | None = None, **options: object) -> Engine:
     settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": name, "POLDER_WEIGHTS": "elastic"}
-    return Engine.start(name, A32 if name == "a" else B32, settings, **options)
+    return Engine.start(name, A32 if name == "a" else B32, settings | (more or {}), **options)
 
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
-    def add(broker: Broker, name: str, **options: object) -> Engine:
-        engines.append(start(broker, name, **options))
+    def add(broker: Broker, name: str, more: dict[str, str] | None = None, **options: object) -> Engine:
+        engines.append(start(broker, name, more, **options))
         return engines[-1]
 
     yield add
@@ -40,12 +44,12 @@ def started() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture
-def broker() -> Iterator[Callable[[int], Broker]]:
+def broker() -> Iterator[Callable[..., Broker]]:
     with tempfile.TemporaryDirectory(prefix="pw-", dir="/tmp") as folder:
         made: list[Broker] = []
 
-        def make(pages: int) -> Broker:
-            made.append(Broker(Path(folder) / "b", pages=pages).start())
+        def make(pages: int, host_pages: int = 0) -> Broker:
+            made.append(Broker(Path(folder) / "b", pages=pages, host_pages=host_pages).start())
             return made[0]
 
         yield make
@@ -70,7 +74,7 @@ def conserved(broker: Broker) -> bool:
 @pytest.mark.parametrize("options", [{}, COMPILED], ids=["eager", "compiled"])
 def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
     options: dict[str, object],
-    broker: Callable[[int], Broker],
+    broker: Callable[..., Broker],
     started: Callable[..., Engine],
     expected: dict[str, list[list[int]]],
 ) -> None:
@@ -98,8 +102,8 @@ def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
     assert conserved(device)
 
 
-def test_models_that_do_not_fit_together_take_turns(
-    broker: Callable[[int], Broker], started: Callable[..., Engine], expected: dict[str, list[list[int]]]
+def test_models_that_do_not_fit_together_take_turns_and_outlive_each_other(
+    broker: Callable[..., Broker], started: Callable[..., Engine], expected: dict[str, list[list[int]]]
 ) -> None:
     # Pages of 256 KiB: a's weights and KV floor are 368 + 72, b's 184 + 36. Neither can stream as much as the other lacks.
     device = broker(470)
@@ -113,3 +117,51 @@ def test_models_that_do_not_fit_together_take_turns(
     assert a.utility("polder_check")["wakes_total"] + b.utility("polder_check")["wakes_total"] >= 2
     reasons = [decision.reason for decision in device.status().decisions]
     assert any("an engine that wakes" in reason for reason in reasons)
+
+    # One that is to give its weights up dies instead.
+    processes = a.processes()
+    os.kill(a.core_pid(), signal.SIGSTOP)
+    killer = threading.Thread(target=lambda: kill_once(lambda: device.engine("a").state == "overdue", a))
+    killer.start()
+    assert one_by_one(b) == expected["b"], "b has waited for a's memory"
+    killer.join()
+    assert_gone(device, "a", processes)
+
+    # One that gets its weights back dies in mid-copy: a second or two at this link's speed.
+    a = started(device, "a", {"POLDER_LINKS": "weights=40MB/s"})
+    processes = a.processes()
+    a.submit(PROMPTS[0])
+    kill_once(lambda: device.engine("a").segments == LAYERS, a)
+    assert one_by_one(b) == expected["b"]
+    assert_gone(device, "a", processes)
+
+
+def kill_once(condition: Callable[[], bool], engine: Engine) -> None:
+    wait_for(condition, "the moment to kill")
+    os.kill(engine.core_pid(), signal.SIGKILL)
+
+
+def assert_gone(device: Broker, name: str, processes: list[psutil.Process]) -> None:
+    psutil.wait_procs(processes, timeout=20)
+    wait_for(lambda: all(e.engine != name for e in device.status().engines), f"{name}'s memory to come back")
+    assert conserved(device)
+    assert not any(owner.startswith(f"{name}/") for owner in device.status().devices[0].pages_by_owner)
+
+
+def test_what_sleeps_keeps_its_prefix_cache_in_the_tier_on_two_ranks(
+    broker: Callable[..., Broker], started: Callable[..., Engine], expected: dict[str, list[list[int]]]
+) -> None:
+    device = broker(900, host_pages=400)
+    settings = {"POLDER_TIERS": "host", "POLDER_HOST": f"{400 * PAGE}B", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    a = started(device, "a", settings, tensor_parallel_size=2)
+    assert one_by_one(a) == expected["a"]
+    for _ in range(2):
+        request(device.socket, Sleep(engine="a"))
+        wait_for(lambda: device.engine("a").asleep and device.engine("a").held_units == 1, "a to sleep")
+        answers = [a.generate([prompt])[0] for prompt in PROMPTS]
+        assert tokens_of(answers) == expected["a"]
+        assert all(answer.cached >= 128 for answer in answers), [answer.cached for answer in answers]
+    figures = a.utility("polder_check")
+    assert figures["tier_host_hit_tokens_total"] > 0
+    assert figures["wakes_total"] == 2
+    assert conserved(device)

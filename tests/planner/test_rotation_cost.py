@@ -94,3 +94,10 @@ def test_of_rotations_that_win_as_much_the_one_that_streams_less_is_chosen() -> 
 
 def test_a_slowdown_that_is_allowed_wins_more() -> None:
     assert choose_rotation(40, 20e-3, 2e-3, 0.5).alpha > choose_rotation(40, 20e-3, 2e-3).alpha
+
+
+def test_copies_that_take_the_cores_time_are_not_free() -> None:
+    assert choose_rotation(12, 20e-3, 1e-3, 0.02).alpha == 10
+    assert choose_rotation(12, 20e-3, 1e-3, 0.02, copy_share=0.016).alpha == 10, "a GPU's copy engine"
+    assert choose_rotation(12, 20e-3, 1e-3, 0.02, copy_share=0.5).alpha == 0, "one of two cores"
+    assert pass_seconds(12, 4, 2, 20e-3, 1e-3, copy_share=0.5) == pytest.approx(22e-3)

@@ -14,14 +14,15 @@ from unittest import mock
 import msgspec
 import pytest
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 
-from polder.broker.wire import Resize
+from polder.broker.wire import Decision, Resize
 from polder.cli.main import app, main
 from polder.cli.top import Snapshot
 from polder.cli.view import render
 from polder.serve.supervisor import ChildStatus
-from tests.serve.fakes import canned_status, fake_broker
+from tests.serve.fakes import canned_status, engine_status, fake_broker
 from tests.serve.test_fleet import GOOD, model, write
 
 __all__ = ["model"]
@@ -189,6 +190,20 @@ def test_top_shows_who_holds_what_and_why() -> None:
     ]
     assert "5 grants   3 recalls   1 overdue   give-back p50 30 ms, p99 150 ms (last 3)" in text
     assert "b is down, restarts 4 ended with code 137" in text
+
+
+def test_top_shows_weights_and_what_was_decided_last() -> None:
+    stats = {"wakes_total": 3.0, "sleeps_total": 4.0, "pauses_total": 1.0, "wake_seconds_total": 0.25}
+    weights = {"layers": 12, "layer_pages": 6, "weights_reason": "a request came", "stats": stats}
+    awake, asleep = engine_status("a", segments=9, **weights), engine_status("b", asleep=True, **weights)
+    decision = Decision(uptime_s=51.5, engine="a", action="take", segments=3, reason="it can stream these")
+    status = replace(canned_status(), engines=[awake, asleep], decisions=[decision] * 9)
+    text = shown(Snapshot(broker=status)).replace("\u00a0", "")
+    rows = [line.split() for line in text.splitlines() if "a request came" in line]
+    assert " ".join(rows[0]) == "a 9 of 12 108MiB 4 3 1 0.25s 0B 0.00s a request came"
+    assert rows[1][:3] == ["b", "asleep", "0B"]
+    assert text.count("10 s ago: a: take 3: it can stream these") == 3
+    assert "weights of" not in shown(Snapshot(broker=canned_status()))
 
 
 def test_top_says_that_the_broker_is_away() -> None:

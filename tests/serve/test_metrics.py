@@ -37,6 +37,7 @@ NAMES = [
     "polder_engine_lent_recall_p99_seconds",
     "polder_engine_lent_recalls_total",
     "polder_engine_migrated_blocks_total",
+    "polder_engine_pauses_total",
     "polder_engine_preemptions_total",
     "polder_engine_prefix_hits_tokens_total",
     "polder_engine_prefix_queries_tokens_total",

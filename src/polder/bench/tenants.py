@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from polder.bench import tenants_comeback, tenants_equality
+from polder.bench import tenants_comeback, tenants_equality, tenants_streaming
 from polder.bench.arm_pool import ArmPool
 from polder.bench.arms import Arm
 from polder.bench.checks import Check
@@ -48,6 +48,7 @@ COMEBACKS = (
     ("polder-streamed", "stock-resident"),
     ("polder-streamed", "stock-anew"),
     ("polder-whole", "polder-streamed"),
+    ("polder-whole-link", "polder-streamed-link"),
 )
 
 
@@ -82,6 +83,8 @@ class TenantsBench:
                     self._under_load(Path(runtime))
                 if "comeback" in self.plan.stages:
                     self._comeback(Path(runtime))
+                if "streaming" in self.plan.stages:
+                    self._streaming(Path(runtime))
                 if "equality" in self.plan.stages:
                     self._equality(Path(runtime))
         finally:  # what was measured before an engine failed is not lost
@@ -155,8 +158,19 @@ class TenantsBench:
                 )
             if reclaimed is not None:
                 self._arms[name] = {COMEBACK_ENGINE: without_nan(reclaimed)}
-            if name != "polder-whole":
-                self._arms[f"{name.partition('-')[0]}-resident"] = {COMEBACK_ENGINE: without_nan(resident)}
+            if name in tenants_comeback.RESIDENT:
+                self._arms[tenants_comeback.RESIDENT[name]] = {COMEBACK_ENGINE: without_nan(resident)}
+
+    def _streaming(self, runtime: Path) -> None:
+        engines = [engine for engine in self._engines() if engine.name == COMEBACK_ENGINE]
+        title = "steps while layers are streamed"
+        with (
+            self._timed(title),
+            self._report.stage(title) as stage,
+            self._pool(engines, runtime, suffix="-streaming") as pool,
+        ):
+            measuring = tenants_streaming.measure_streaming(pool.get("polder-link"), COMEBACK_ENGINE, stage=stage)
+            self._arms["polder-streaming"] = {COMEBACK_ENGINE: asyncio.run(measuring)}
 
     def _equality(self, runtime: Path) -> None:
         exact = {name: TENANTS[name].in_float32() for name in EQUALITY_ENGINES}

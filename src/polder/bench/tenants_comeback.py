@@ -22,9 +22,12 @@ from polder.bench.tenants_weights import moved, put_to_sleep, rouse, weight_coun
 from polder.bench.tenants_workload import prompt_of
 from polder.errors import EnvironmentFault
 
-__all__ = ["ARMS", "first_token_anew", "resident_and_reclaimed"]
+__all__ = ["ARMS", "RESIDENT", "first_token_anew", "resident_and_reclaimed"]
 
-ARMS = ("stock", "polder-streamed", "polder-whole")
+ARMS = ("stock", "polder-streamed", "polder-whole", "polder-streamed-link", "polder-whole-link")
+"""With copies at memcpy's speed, on the cores that compute, and with a link's."""
+RESIDENT = {"stock": "stock-resident", "polder-streamed": "polder-resident"}
+"""Arm -> the name of what it measures while the model is resident, for those where that counts."""
 OUTPUT_TOKENS = 8
 QUIET_S = 1.2
 """vLLM's processes spin for a second after their last message."""

@@ -16,6 +16,7 @@ from polder.bench.tenants_plan import (
     EQUALITY_ENGINES,
     KV_SHARE_BYTES,
     SLOT_S,
+    WEIGHTS_LINK_BYTES_PER_S,
     TenantsPlan,
 )
 from polder.bench.tenants_workload import SPATIAL_ENGINES, TURNS
@@ -57,6 +58,9 @@ def describe_tenants(plan: TenantsPlan, engines: Sequence[EnginePlan]) -> dict[s
             "spatial": f"{' and '.join(SPATIAL_ENGINES)}, {plan.spatial_users} users each, closed loop without pauses; T3 idle",
             "comeback": f"{COMEBACK_ENGINE} by itself, one request at a time, {OUTPUT_TOKENS} tokens; the memory is free when "
             "it wakes",
+            "streaming": f"{COMEBACK_ENGINE} by itself, one request that decodes, over the emulated link",
+            "emulated link": f"{WEIGHTS_LINK_BYTES_PER_S / 1e9:g} GB/s: bytes are copied, and count as there when the link would "
+            "have carried them",
             "equality": f"{' and '.join(EQUALITY_ENGINES)} in float32, five rounds of the same prompts, all at once",
             "warm-up": "each arm, once up, gets long prompts on each model in turn; not counted; prefix caches are emptied "
             "before each run, weights stay where they are",

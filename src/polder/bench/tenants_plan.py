@@ -20,13 +20,14 @@ __all__ = [
     "QUICK_TENANTS",
     "SLOT_S",
     "STAGES",
+    "WEIGHTS_LINK_BYTES_PER_S",
     "Leg",
     "TenantsPlan",
     "engines_of",
 ]
 
 ARMS: tuple[str, ...] = ("stock", "kv-only", "polder")
-STAGES: tuple[str, ...] = ("temporal", "spatial", "comeback", "equality")
+STAGES: tuple[str, ...] = ("temporal", "spatial", "comeback", "streaming", "equality")
 
 KV_SHARE_BYTES = 72 << 20
 """Of each model, in stock for good: 6,144 tokens, three units, about four conversations of the workload."""
@@ -36,6 +37,9 @@ ARMS_UP = 2
 """At a time, in the temporal and spatial stages: six engines are what a machine of 23 GB holds beside the rest."""
 SLOT_S = 6.0
 COMEBACK_ENGINE = "T2"
+WEIGHTS_LINK_BYTES_PER_S = 2e9
+"""Of the emulated link: a copy of all layers then takes about as long as the prefill of the prompt by which the comeback is judged,
+as it does on a GPU for prompts of some thousand tokens, and it takes little of the cores' time."""
 COMEBACK_PROMPT = 128
 """Tokens of the prompt by which the comeback is judged: in all plans."""
 EQUALITY_ENGINES = ("T1", "T2")
@@ -48,6 +52,7 @@ _WARM_S = 10
 _PAUSE_S = 4
 _SPATIAL_S = 60
 _COMEBACK_SAMPLE_S = 3.5
+_STREAMING_S = 90
 _EQUALITY_ARM_S = 40
 
 
@@ -110,7 +115,9 @@ class TenantsPlan:
                 total += _SPATIAL_S if "spatial" in self.stages else 0
         if "comeback" in self.stages:
             samples = self.comeback_samples * len(self.comeback_prompts)
-            total += 3 * _START_S[1] + 5 * samples * _COMEBACK_SAMPLE_S
+            total += 5 * _START_S[1] + 9 * samples * _COMEBACK_SAMPLE_S
+        if "streaming" in self.stages:
+            total += _START_S[1] + _STREAMING_S
         if "equality" in self.stages:
             total += 2 * (_START_S[2] + _EQUALITY_ARM_S)
         return total
@@ -131,7 +138,7 @@ QUICK_TENANTS = TenantsPlan(
     slots=range(4, 9),  # one slot of T1, two each of T2 and T3
     rates=(0.5, 2.0),
     order=("stock", "polder", "polder", "stock"),
-    stages=("temporal", "comeback", "equality"),
+    stages=("temporal", "comeback", "streaming", "equality"),
     spatial_users=8,
     comeback_prompts=(COMEBACK_PROMPT,),
     comeback_samples=4,
@@ -139,8 +146,12 @@ QUICK_TENANTS = TenantsPlan(
 
 
 def engines_of(arm: str, engines: Sequence[EnginePlan]) -> list[EnginePlan]:
-    """The engines as `arm` serves them: `stock` and `kv-only` with resident weights, all others with elastic ones."""
+    """The engines as `arm` serves them: `stock` and `kv-only` with resident weights, all others with elastic ones.
+
+    A name that ends in "-link" means copies over the emulated link, not at memcpy's speed.
+    """
     if arm in ("stock", "kv-only"):
         return list(engines)
-    wake = {"POLDER_WAKE": "whole" if arm.endswith("whole") else "streamed"}
-    return [replace(engine, weights="elastic", extra_env=wake) for engine in engines]
+    wake = {"POLDER_WAKE": "whole" if "whole" in arm else "streamed"}
+    link = {"POLDER_LINKS": f"weights={WEIGHTS_LINK_BYTES_PER_S / 1e9:g}GB/s"} if arm.endswith("-link") else {}
+    return [replace(engine, weights="elastic", extra_env=wake | link) for engine in engines]

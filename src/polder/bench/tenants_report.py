@@ -32,7 +32,10 @@ SHOWN = {
     "layers_loaded": "layers copied in",
     "failed_requests": "failed requests",
 }
-COMEBACK = ("stock-resident", "polder-resident", "polder-streamed", "polder-whole", "stock-anew")
+COMEBACK = (
+    *("stock-resident", "polder-resident", "polder-streamed", "polder-whole"),
+    *("polder-streamed-link", "polder-whole-link", "stock-anew"),
+)
 SUBTITLE = "Three models under one budget for weights and KV: fixed parts, elastic KV, and weights that make room too."
 
 
@@ -93,6 +96,7 @@ def _tables(result: BenchResult) -> Iterator[Table]:
     if any(text for _, *texts in spatial for text in texts):
         yield Table("Two models at a time", list(ARMS), spatial)
     yield from _comeback(result)
+    yield from _streaming(result)
     if "polder-equality" in result.arms:
         found = result.arms["polder-equality"]["all"]
         rows = [[name.replace("_", " "), cell(value)] for name, value in found.items()]
@@ -105,6 +109,14 @@ def _comeback(result: BenchResult) -> Iterator[Table]:
         names = list(dict.fromkeys(name for metrics in found.values() for name in metrics))
         rows = [[name.replace("_", " "), *(cell(metrics.get(name)) for metrics in found.values())] for name in names]
         yield Table("The first token of a model that was asleep", list(found), rows)
+
+
+def _streaming(result: BenchResult) -> Iterator[Table]:
+    for found in result.arms.get("polder-streaming", {}).values():
+        given_up = range(sum(name.startswith("step_") for name in found))
+        names = {"step": "measured, ms", "formula": "formula, ms", "layer": "copy of a layer, ms"}
+        rows = [[title, *(cell(found.get(f"{name}_{n}_ms")) for n in given_up)] for name, title in names.items()]
+        yield Table("A step, by layers given up", [str(n) for n in given_up], rows)
 
 
 def _row(result: BenchResult, load: str, metric: str) -> list[str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from polder.bench.pinning import engine_status
 from polder.broker import client
-from polder.broker.wire import EngineStatus, Rouse, Sleep
+from polder.broker.wire import EngineStatus, Rouse, Sleep, Stream
 from polder.errors import EnvironmentFault
 
-__all__ = ["COUNTERS", "WeightCounts", "moved", "put_to_sleep", "rouse", "weight_counts"]
+__all__ = ["COUNTERS", "WeightCounts", "hold", "moved", "put_to_sleep", "rouse", "weight_counts"]
 
 SETTLE_TIMEOUT_S = 30.0
 POLL_S = 0.01
@@ -55,6 +55,12 @@ def put_to_sleep(broker: Path, engine: str) -> None:
     """Returns when the engine, which has no requests, holds no weights. Raises EnvironmentFault when it keeps them."""
     client.request(broker, Sleep(engine=engine))
     _wait(broker, engine, lambda status: status.asleep, "does not fall asleep")
+
+
+def hold(broker: Path, engine: str, segments: int) -> None:
+    """Returns when the engine, which is awake, holds so many segments. Raises EnvironmentFault when it does not get there."""
+    client.request(broker, Stream(engine=engine, segments=segments))
+    _wait(broker, engine, lambda status: status.segments == segments, f"does not come to hold {segments} layers")
 
 
 def rouse(broker: Path, engine: str) -> None:

@@ -18,6 +18,7 @@ from polder.broker.wire import (
     Sleep,
     Status,
     StatusRequest,
+    Stream,
     Table,
 )
 from polder.errors import BrokerUnavailable, ProtocolError, UsageError
@@ -25,7 +26,9 @@ from polder.errors import BrokerUnavailable, ProtocolError, UsageError
 __all__ = ["check_socket_path", "fetch_handles", "fetch_table", "request", "status"]
 
 
-def request(socket: Path, message: StatusRequest | Resize | Sleep | Rouse, *, timeout_s: float = 5.0) -> Status | Done:
+def request(
+    socket: Path, message: StatusRequest | Resize | Sleep | Rouse | Stream, *, timeout_s: float = 5.0
+) -> Status | Done:
     """Sends `message`, returns the answer.
 
     Raises UsageError when the broker refuses, BrokerUnavailable when none answers within `timeout_s`.
@@ -63,7 +66,7 @@ def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) ->
 
 
 def _ask(
-    socket: Path, message: StatusRequest | Resize | Sleep | Rouse | Fetch | FetchTable, timeout_s: float
+    socket: Path, message: StatusRequest | Resize | Sleep | Rouse | Stream | Fetch | FetchTable, timeout_s: float
 ) -> tuple[FromBroker, list[int]]:
     channel = Channel(socket, timeout_s=timeout_s)
     try:

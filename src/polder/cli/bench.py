@@ -84,7 +84,7 @@ def tenants(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two rates instead of five, stock and polder alone, no spatial stage.")
     ] = False,
-    stages: Annotated[str, typer.Option(help="Only these: temporal,spatial,comeback,equality.")] = "",
+    stages: Annotated[str, typer.Option(help="Only these: temporal,spatial,comeback,streaming,equality.")] = "",
     arms: Annotated[str, typer.Option(help="Only these: stock,kv-only,polder.")] = "",
     workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
 ) -> None:

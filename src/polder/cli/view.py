@@ -45,7 +45,7 @@ def render(snapshot: Snapshot) -> RenderableType:
         colours = {e.engine: COLOURS[i % len(COLOURS)] for i, e in enumerate(status.engines)}
         parts += [_device(device, colours) for device in status.devices]
         parts += [Text(), _memory(status, colours), Text(), _requests(status.engines, colours), Text()]
-        parts += [*_tiers(status.engines, colours), _broker(status)]
+        parts += [*_weights(status, colours), *_tiers(status.engines, colours), _broker(status)]
     down = [child for child in snapshot.children if child.state != "ready"]
     parts += [Text(f"{c.name} is {c.state}, restarts {c.restarts} {c.last_exit}", style="red") for c in down]
     return Group(*parts)
@@ -103,6 +103,36 @@ def _requests(engines: list[EngineStatus], colours: dict[str, str]) -> Table:
             engine.reason,
         )
     return table
+
+
+DECISIONS = 3
+
+
+def _weights(status: Status, colours: dict[str, str]) -> list[RenderableType]:
+    """What of each model's weights is on the device, and what was decided last; nothing where none can move."""
+    engines = [engine for engine in status.engines if engine.layers]
+    if not engines:
+        return []
+    sizes = {device.device: device.page_bytes for device in status.devices}
+    table = _table("weights of", "layers", "held", "slept", "woke", "paused", "waited", "copied", "stalled", "why")
+    for engine in engines:
+        stats = engine.stats
+        layer_bytes = engine.layer_pages * sum(sizes[device] for device in engine.devices)
+        table.add_row(
+            Text(engine.engine, style=colours[engine.engine]),
+            "asleep" if engine.asleep else f"{engine.segments} of {engine.layers}",
+            format_bytes(engine.segments * layer_bytes).replace(" ", "\u00a0"),
+            *(f"{stats.get(f'{name}_total', 0.0):.0f}" for name in ("sleeps", "wakes", "pauses")),
+            f"{stats.get('wake_seconds_total', 0.0):.2f}\u00a0s",
+            format_bytes(int(stats.get("weights_loaded_bytes_total", 0.0))).replace(" ", "\u00a0"),
+            f"{stats.get('weights_stall_seconds_total', 0.0):.2f}\u00a0s",
+            engine.weights_reason,
+        )
+    last = [
+        Text(f"{status.uptime_s - d.uptime_s:.0f} s ago: {d.engine}: {d.action} {d.segments}: {d.reason}", style="dim")
+        for d in status.decisions[-DECISIONS:]
+    ]
+    return [table, *last, Text()]
 
 
 _TIER = (

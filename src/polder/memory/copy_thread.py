@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from polder.memory import _libc
+from polder.memory.cores import leave_bound_core
 
 __all__ = ["ThreadJob", "ThreadQueue"]
 
@@ -69,5 +70,6 @@ class ThreadQueue:
 
 
 def _work(jobs: queue.SimpleQueue[ThreadJob | None]) -> None:
+    leave_bound_core()
     while (job := jobs.get()) is not None:
         job.run()

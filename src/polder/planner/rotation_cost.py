@@ -91,13 +91,19 @@ def double_buffer_hides(layers: int, rotating: int, layer_load_s: float, layer_c
     return layer_load_s <= layers / rotating * layer_compute_s
 
 
-def pass_seconds(layers: int, rotating: int, slots: int, step_s: float, layer_load_s: float) -> float:
+def pass_seconds(
+    layers: int, rotating: int, slots: int, step_s: float, layer_load_s: float, copy_share: float = 0.0
+) -> float:
     """Seconds of a pass over `layers` layers that takes `step_s` when none rotates.
+
+    `copy_share`: what a load takes from computing, as a share of its own time. On a GPU that is B/H, a part in a hundred: the copy
+    engine writes to memory that layers are read from (the term R w/H above). On a CPU it is the part of the cores that copy.
 
     One slot: each load has its own gap to hide in and stalls for the rest. Even spacing of m layers over n leaves gaps of
     floor(n/m) and ceil(n/m) layers, and the shorter ones count as what they are, so this is never less than what the
     formula of `single_slot_hides` says with the mean gap. Two slots: the link alone is the limit, max(T_compute, m T_T).
     """
+    step_s += copy_share * rotating * layer_load_s
     if slots > 1:
         return max(step_s, rotating * layer_load_s)
     layer_s = step_s / layers
@@ -106,7 +112,9 @@ def pass_seconds(layers: int, rotating: int, slots: int, step_s: float, layer_lo
     return step_s + stall + longer * max(0.0, layer_load_s - gap * layer_s)
 
 
-def choose_rotation(layers: int, step_s: float, layer_load_s: float, slowdown_allowed: float = 0.0) -> Rotation:
+def choose_rotation(
+    layers: int, step_s: float, layer_load_s: float, slowdown_allowed: float = 0.0, copy_share: float = 0.0
+) -> Rotation:
     """The most segments that can be won while a pass takes at most `step_s` x (1 + `slowdown_allowed`).
 
     One slot wins m - 1 segments but leaves each load a shorter time, two win m - 2 of more layers: whichever wins more, and of
@@ -120,6 +128,6 @@ def choose_rotation(layers: int, step_s: float, layer_load_s: float, slowdown_al
         Rotation(rotating - slots, rotating, slots)
         for slots in (1, 2)
         for rotating in range(slots + 1, layers + 1)
-        if pass_seconds(layers, rotating, slots, step_s, layer_load_s) <= allowed
+        if pass_seconds(layers, rotating, slots, step_s, layer_load_s, copy_share) <= allowed
     )
     return max(found, key=lambda r: (r.alpha, -r.rotating), default=NONE)

@@ -54,6 +54,7 @@ _ENGINE_COUNTERS = {
     "steps_total": "Engine steps",
     "wakes_total": "Times it got its weights back after sleep",
     "sleeps_total": "Times it gave all of its weights up",
+    "pauses_total": "Times it did so with requests, which stood still until it was its turn again",
     "wake_seconds_total": "Waiting for memory for the weights, from request to mapped pages",
     "weights_loaded_bytes_total": "Bytes of weights copied from the host, a rank",
     "weights_stall_seconds_total": "Computing waited for layers, a rank",

@@ -29,6 +29,7 @@ unmapped after `drain`.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,7 +39,7 @@ import numpy as np
 from polder.memory.copy import Addresses, CopyEngine
 from polder.memory.page import Indices
 
-__all__ = ["LayerStream", "Pieces", "StreamStatistics"]
+__all__ = ["RECENT_PASSES", "LayerStream", "Pieces", "StreamStatistics"]
 
 
 class Pieces(NamedTuple):
@@ -65,6 +66,8 @@ class StreamStatistics:
     stalls: int
     """Layers that had to wait for their bytes."""
     stall_seconds: float
+    recent_pass_stall_seconds: float
+    """Longest time that one of the last RECENT_PASSES passes stood still."""
     busy_seconds: float
     """Time that the copying took, both ways."""
 
@@ -73,6 +76,8 @@ class StreamStatistics:
         """Share of the copying that was hidden behind compute: 1 when no layer waited."""
         return max(0.0, 1.0 - self.stall_seconds / self.busy_seconds) if self.busy_seconds else 1.0
 
+
+RECENT_PASSES = 16
 
 _READY = 0
 _ABSENT = -1  # any other value is the ticket of the fetch under way
@@ -98,7 +103,8 @@ class LayerStream:
         """
         self._copies, self._load, self._store, self._fence = copies, load, store, fence
         self._passes = self._loads = self._loaded_bytes = self._stored_bytes = self._stalls = 0
-        self._stall_seconds = 0.0
+        self._stall_seconds = self._stalled_before = 0.0
+        self._pass_stalls: deque[float] = deque(maxlen=RECENT_PASSES)
         self._stored = 0  # ticket of the last result
         self.assign(buffers)
 
@@ -151,7 +157,10 @@ class LayerStream:
             self._stored_bytes += int(pieces.size_bytes.sum())
         if wanted:
             self._submit(following)
-        self._passes += layer == len(self._state) - 1
+        if layer == len(self._state) - 1:
+            self._passes += 1
+            self._pass_stalls.append(self._stall_seconds - self._stalled_before)
+            self._stalled_before = self._stall_seconds
 
     def fetch(self, layers: Iterable[int]) -> None:
         """Begins to fetch those of these layers that are not there, in this order. Their buffers must be free."""
@@ -190,6 +199,7 @@ class LayerStream:
             stored_bytes=self._stored_bytes,
             stalls=self._stalls,
             stall_seconds=self._stall_seconds,
+            recent_pass_stall_seconds=max(self._pass_stalls, default=0.0),
             busy_seconds=self._copies.statistics().busy_seconds,
         )
 

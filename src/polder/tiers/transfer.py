@@ -25,6 +25,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from polder.memory.cores import leave_bound_core
 from polder.tiers.slots import IntArray, Recipe
 
 __all__ = ["Direction", "Finished", "Job", "Mover", "Part", "Piece", "Pieces", "Reason", "TierMemory", "TierWorker"]
@@ -175,6 +176,7 @@ class TierWorker:
         return lane
 
     def _run(self, lane: queue.SimpleQueue[tuple[_Work, Part] | None]) -> None:
+        leave_bound_core()
         while (item := lane.get()) is not None:
             work, part = item
             started = time.perf_counter()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["install"]
+__all__ = ["copy_share", "install"]
 
 _ROWS, _COLUMNS = 16, 32  # what sgl-kernel's tiles need of a weight's shape
 
@@ -33,6 +33,16 @@ def install(belongs: Callable[[Any], bool]) -> None:
             stock(layer, remove_weight)
 
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def copy_share() -> float:
+    """What a copying thread takes from computing, as a share of its time: nothing if there is a core that does not compute."""
+    import torch
+
+    from polder.memory.cores import usable_cores
+
+    computing = torch.get_num_threads()
+    return 0.0 if len(usable_cores()) > computing else 1.0 / computing
 
 
 def _keep_as_tensor(layer: Any) -> None:

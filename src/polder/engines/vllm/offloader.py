@@ -27,10 +27,17 @@ from polder.engines.vllm import cpu_linear, worker
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.worker import Outcome, WeightsFound
 from polder.errors import ConfigError, PolderError
+from polder.memory.backend import Backend
+from polder.testing.links import parse_links
+from polder.testing.paced import PacedBackend
 from polder.weights.rotation import Rotation
 from polder.weights.store import Segment, WeightStore
 
 __all__ = ["Taken", "WeightOffloader", "adopt", "describe", "figures", "give", "open_offloader", "take"]
+
+
+GPU_COPY_SHARE = 0.016
+"""B/H of an H100 by PCIe 5.0 (55 GB/s, 3.35 TB/s), and of an H200 about the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +51,8 @@ class Taken:
 class WeightOffloader(BaseOffloader):  # type: ignore[misc]
     """One a process, made where vLLM makes its own."""
 
-    def __init__(self, device: str, page_bytes: int, *, compiled: bool) -> None:
-        """`compiled`: the layers run under torch.compile. `page_bytes`: the broker's."""
+    def __init__(self, device: str, page_bytes: int, *, compiled: bool, link_bytes_per_s: float | None = None) -> None:
+        """`compiled`: the layers run under torch.compile. `page_bytes`: the broker's. `link_bytes_per_s`: of an emulated link."""
         global _offloader
         _offloader = self
         self._device, self._page_bytes, self._compiled = device, page_bytes, compiled
@@ -53,7 +60,11 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         self._parts: set[int] = set()
         self._private: list[Segment] = []
         self.store: WeightStore | None = None
-        self.backend = worker.backend(device, page_bytes)
+        self.backend: Backend = worker.backend(device, page_bytes)
+        self.copy_share = cpu_linear.copy_share() if device.startswith("cpu") else GPU_COPY_SHARE
+        if link_bytes_per_s is not None:
+            self.backend = PacedBackend(self.backend, link_bytes_per_s)
+            self.copy_share = GPU_COPY_SHARE
 
     # ------------------------------------------------------------------ vLLM calls
 
@@ -165,7 +176,8 @@ def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloade
     device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu:0"
     page_bytes = settings.page_bytes if settings.broker is None else status(settings.broker).devices[0].page_bytes
     compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
-    offloader = WeightOffloader(device, page_bytes, compiled=compiled)
+    link = parse_links(settings.links).get("weights")
+    offloader = WeightOffloader(device, page_bytes, compiled=compiled, link_bytes_per_s=link)
     if not cuda:
         cpu_linear.install(offloader.belongs)
     return offloader
@@ -184,6 +196,7 @@ def describe(worker_: Any) -> WeightsFound | None:
         layer_pages=found.layer_pages,
         moved_bytes=found.moved_bytes,
         resident_bytes=found.resident_bytes,
+        copy_share=_offloader.copy_share,
     )
 
 
@@ -245,6 +258,7 @@ def figures(worker_: Any) -> dict[str, float]:
         "weights_loads_total": float(found.stream.loads),
         "weights_stalls_total": float(found.stream.stalls),
         "weights_stall_seconds_total": found.stream.stall_seconds,
+        "weights_pass_stall_seconds": found.stream.recent_pass_stall_seconds,
         "weights_copy_seconds_total": found.stream.busy_seconds,
         "weights_resident_bytes": float(found.resident_bytes),
         "weights_rotating_layers": float(found.rotating),

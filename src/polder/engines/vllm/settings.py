@@ -14,7 +14,7 @@
 | POLDER_HOST         | host              | this engine's quota of host memory, all ranks together (needs the tier "host")     |
 | POLDER_LEND         | lend              | most KV memory lent to other engines at a time, all ranks together (default: none) |
 | POLDER_WEIGHTS      | weights           | "elastic": the broker's budget is for weights too; they leave while nobody asks    |
-| POLDER_LINKS        | links             | for tests and benches: emulated bandwidths, "peer=3.2GB/s,host=400MB/s"            |
+| POLDER_LINKS        | links             | for tests and benches: emulated, "peer=3.2GB/s,host=400MB/s,weights=2GB/s"         |
 | POLDER_FAULTS       | faults            | for tests: faults of the tiers, "fail=0.2,corrupt=0.01,seed=1"                     |
 
 An engine with tiers needs the connector too: --kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'

@@ -27,12 +27,15 @@ from polder.engines.vllm.offloader import Taken
 from polder.engines.vllm.worker import WeightsFound
 from polder.planner.arrivals import Arrivals
 from polder.planner.rotation_cost import choose_rotation, pass_seconds
+from polder.stream.pipeline import RECENT_PASSES
 
 __all__ = ["CoreWeights"]
 
 logger = logging.getLogger("polder.engine")
 
-STEPS_LOOKED_AT = 16
+STEPS_LOOKED_AT = RECENT_PASSES
+SLOWDOWN = 0.02
+"""What streaming may cost: steps may be so much longer, as a part of their time."""
 TOO_SLOW_S = 1.0
 """Steps must have been too short for what is streamed for so long before layers are asked back."""
 FIGURES_EVERY_S = 1.0
@@ -70,6 +73,8 @@ class CoreWeights:
         self._figures: dict[str, float] = {}
         self._figures_at = float("-inf")
         self._worked = True
+        self._unlooked = True
+        """The workers were not asked since steps began to run with the segments that there are now."""
         self._layer_load_s = 0.0  # of the loads since the figures before
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
 
@@ -110,7 +115,8 @@ class CoreWeights:
             self._idle_since = now
         if not self.lost or self.asleep:
             return
-        if self.lost <= self._winnable():
+        winnable = self._winnable()
+        if winnable is None or self.lost <= winnable:
             self._too_many_since = None
         elif self._too_many_since is None:
             self._too_many_since = now
@@ -173,7 +179,7 @@ class CoreWeights:
     def demand(self, now: float) -> dict[str, Any]:
         """Fields of Demand."""
         busy = bool(self._scheduler.requests)
-        spare = max(0, self._winnable() - self.lost) if busy else len(self._held)
+        spare = max(0, (self._winnable() or 0) - self.lost) if busy else len(self._held)
         return {
             "asleep": self.asleep,
             "spare_segments": 0 if self.asleep else spare,
@@ -198,6 +204,7 @@ class CoreWeights:
         ranks: list[dict[str, float]] = self._rpc(offloader.figures)
         before, self._figures = self._figures, {name: max(rank[name] for rank in ranks) for name in ranks[0]}
         self._figures_at, self._worked = now, False
+        self._unlooked = not self._steps
         loads, seconds = (
             self._figures[name] - before.get(name, 0.0)
             for name in ("weights_loads_total", "weights_copy_seconds_total")
@@ -220,30 +227,52 @@ class CoreWeights:
             self._waking_since = now
             self._send(Wake())
 
-    def _winnable(self) -> int:
-        if not self._steps:
-            return 0
-        return choose_rotation(self.found.layers, min(self._steps), self._layer_load_s).alpha
+    def _winnable(self) -> int | None:
+        """Segments in all that the formula lets it win. None: no step was measured since the last change."""
+        compute_s = self._compute_s()
+        if compute_s is None:
+            return None
+        found = self.found
+        return choose_rotation(found.layers, compute_s, self._layer_load_s, SLOWDOWN, found.copy_share).alpha
+
+    def _compute_s(self) -> float | None:
+        """What the shortest of the last steps would take with all layers resident.
+
+        Steps that stood still for a load are longer for it: what they waited must not make room for more loads. Workers tell
+        how long that was when they are asked; until then, after a change, nothing is known.
+        """
+        if not self._steps or self._unlooked:
+            return None
+        return max(0.0, min(self._steps) - self._figures.get("weights_pass_stall_seconds", 0.0))
 
     def _slots(self, count: int) -> int:
         """Slots of the rotation that is left when `count` more are given up: whichever is expected to be faster; 0: impossible."""
         layers, won = self.found.layers, self.lost + count
         possible = [slots for slots in (1, 2) if won + slots <= layers and won + slots >= 2 * slots]
-        step_s = min(self._steps, default=0.0)
+        step_s = self._compute_s() or 0.0
         return min(
             possible,
-            key=lambda slots: (pass_seconds(layers, won + slots, slots, step_s, self._layer_load_s), slots),
+            key=lambda slots: (
+                pass_seconds(layers, won + slots, slots, step_s, self._layer_load_s, self.found.copy_share),
+                slots,
+            ),
             default=0,
         )
 
     def _hold(self, segments: Segments) -> None:
+        self._forget_steps()
         self._held += [[(tuple(pages), pages) for pages in ranks] for ranks in segments]
+
+    def _forget_steps(self) -> None:
+        self._steps.clear()
+        self._unlooked = True
 
     def _forget(self, given_up: Sequence[tuple[int, ...]]) -> list[list[int]]:
         """Takes one segment a rank, by the workers' numbers, from what is held. Returns it in the broker's.
 
         Ranks may have chosen different ones; which rank's segment goes with which does not matter, they only count.
         """
+        self._forget_steps()
         last = self._held[-1]
         for rank, pages in enumerate(given_up):
             ranks = next(ranks for ranks in self._held if ranks[rank][0] == pages)

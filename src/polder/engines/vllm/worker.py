@@ -82,6 +82,8 @@ class WeightsFound:
     moved_bytes: int
     resident_bytes: int
     """Of tensors that cannot."""
+    copy_share: float
+    """See planner.rotation_cost.pass_seconds."""
 
 
 @cache
