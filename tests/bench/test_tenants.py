@@ -25,7 +25,7 @@ from polder.bench.tenants_plan import (
     QUICK_TENANTS,
     engines_of,
 )
-from polder.bench.tenants_workload import MAX_MODEL_LEN, conversations_begun, spatial, temporal, warm_up
+from polder.bench.tenants_workload import MAX_MODEL_LEN, TURNS, conversations_begun, spatial, temporal, warm_up
 from polder.bench.traces import load_tenants
 from polder.broker.wire import Resize, Sleep
 from polder.cli.main import app
@@ -102,13 +102,13 @@ def test_all_arms_have_the_same_bytes_and_weights_are_over_half_of_them() -> Non
     assert padding // 3 < PAGE_BYTES, "what stock's weights need less would not be a page of KV for each model"
 
 
-def test_only_polders_weights_are_elastic_and_all_engines_have_all_cores() -> None:
+def test_only_polders_weights_are_elastic_and_all_engines_compute_on_one_core() -> None:
     assert [model.get("weights") for model in fleet("kv-only")["model"]] == [None] * 3
     assert [model["weights"] for model in fleet("polder")["model"]] == ["elastic"] * 3
     assert "budget" not in fleet("kv-only")["memory"]
     assert {model["cpus"] for model in fleet("polder")["model"]} == {"0,1"}
     assert {m["env"]["VLLM_CPU_OMP_THREADS_BIND"] for arm in ("kv-only", "polder") for m in fleet(arm)["model"]} == {
-        "0,1"
+        "0"
     }
     assert {m["env"]["POLDER_WAKE"] for m in fleet("polder-whole")["model"]} == {"whole"}
     assert {m["env"]["POLDER_WAKE"] for m in fleet("polder-streamed")["model"]} == {"streamed"}
@@ -130,12 +130,12 @@ def test_the_fleet_file_is_one_that_polder_serve_reads(arm: str, budget: int, tm
     read = load_fleet(path)
     assert read.budget_bytes == budget
     assert [model.share_bytes for model in read.models] == [KV_SHARE_BYTES] * 3
-    assert all(model.least_bytes and model.least_bytes < KV_SHARE_BYTES for model in read.models)
+    assert all(model.least_bytes and model.least_bytes <= KV_SHARE_BYTES for model in read.models)
 
 
 def test_the_longest_request_fits_a_share_with_room_and_a_busy_models_share_does_not_fit_the_load() -> None:
     tokens = {engine.name: engine.blocks * 32 for engine in base()}
-    assert all(share > 2 * MAX_MODEL_LEN for share in tokens.values())
+    assert all(share > MAX_MODEL_LEN for share in tokens.values())
     reclaimed = BUDGET_BYTES - WEIGHTS["T1"]
     assert reclaimed // TENANTS["T1"].kv_bytes_per_token > 6 * tokens["T1"]
 
@@ -147,9 +147,9 @@ def test_legs_are_symmetric_in_time_and_take_as_long_as_was_asked() -> None:
     assert tuple(reversed(FULL_TENANTS.order)) == FULL_TENANTS.order
     assert tuple(reversed(QUICK_TENANTS.order)) == QUICK_TENANTS.order
     rates = [leg.rates for leg in QUICK_TENANTS.legs]
-    assert rates == [(0.5, 2.0), (2.0, 0.5), (0.5, 2.0), (2.0, 0.5)]
-    assert QUICK_TENANTS.expected_s < 12 * 60
-    assert FULL_TENANTS.expected_s < 60 * 60
+    assert rates == [(1.0, 2.0), (2.0, 1.0), (1.0, 2.0), (2.0, 1.0)]
+    assert QUICK_TENANTS.expected_s < 20 * 60
+    assert FULL_TENANTS.expected_s < 90 * 60
 
 
 def test_only_some_arms_and_stages() -> None:
@@ -202,7 +202,7 @@ def test_a_rate_multiplies_conversations_in_the_same_time() -> None:
     assert counts == sorted(counts)
     assert counts[4] / counts[1] == pytest.approx(3, rel=0.1)
     slot = load_tenants()[3]
-    assert conversations_begun(slot, 100.0) == list(slot.starts), "no more than the trace has"
+    assert conversations_begun(slot, 100) == list(slot.starts), "no more than the trace has"
 
 
 def test_contexts_grow_share_their_past_and_fit_the_engine() -> None:
@@ -211,7 +211,7 @@ def test_contexts_grow_share_their_past_and_fit_the_engine() -> None:
         assert [turn.at_s for turn in load.turns] == sorted(turn.at_s for turn in load.turns)
         assert all(len(prompt) + outputs[key] <= MAX_MODEL_LEN for key, prompt in prompts.items())
         assert max(map(max, prompts.values())) < VOCAB
-        assert len({tuple(p[:32]) for key, p in prompts.items() if key.endswith(".0")}) * 6 == len(prompts)
+        assert len({tuple(p[:32]) for key, p in prompts.items() if key.endswith(".0")}) * TURNS == len(prompts)
         for key, prompt in prompts.items():
             conversation, turn = key.rsplit(".", 1)
             if turn != "0":
@@ -224,8 +224,8 @@ def test_contexts_grow_share_their_past_and_fit_the_engine() -> None:
 def test_models_take_turns_in_time() -> None:
     loads = temporal(slots=range(3, 9), rate=1.0, seed=0)
     begun = {name: [turn.at_s for turn in load.turns if turn.key.endswith(".0")] for name, load in loads.items()}
-    assert max(begun["T1"]) < 12 <= min(begun["T2"])
-    assert max(begun["T2"]) < 24 <= min(begun["T3"])
+    assert max(begun["T1"]) < 18 <= min(begun["T2"])
+    assert max(begun["T2"]) < 36 <= min(begun["T3"])
 
 
 def test_two_models_are_always_in_use_in_the_spatial_stage() -> None:
@@ -233,7 +233,7 @@ def test_two_models_are_always_in_use_in_the_spatial_stage() -> None:
     assert loads.keys() == {"T1", "T2"}
     assert [len(load.users) for load in loads.values()] == [8, 8]
     bodies = [turn.body for load in loads.values() for user in load.users for turn in user]
-    assert len(set(bodies)) == len(bodies) == 192
+    assert len(set(bodies)) == len(bodies) == 256
     assert measured_turns(warm_up("T3", seed=0)) == 5
 
 

@@ -50,7 +50,7 @@ class EnginePlan:
     core: int
     """The core that its processes run on: with a core each, engines share memory, which is measured, and no compute."""
     more_cores: tuple[int, ...] = ()
-    """Further ones, for engines that take turns: whose turn it is has them all."""
+    """Further ones, for its processes that do not compute."""
     share_bytes: int
     """KV memory: all of it in the stock arm, the share that is the engine's own on demand in the Polder arm."""
     batched_tokens: int = 512
@@ -83,7 +83,9 @@ class EnginePlan:
         return (*ENGINE_ARGS, *batched, "--dtype", self.recipe.dtype, *self.extra_args)
 
     def environment(self) -> dict[str, str]:
-        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": self.cpus} | dict(self.extra_env)
+        # One thread computes. Two engines' teams of threads on the same cores wait for each other at every barrier: both stand
+        # still for seconds.
+        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.core)} | dict(self.extra_env)
 
 
 def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:

@@ -49,7 +49,8 @@ def describe_tenants(plan: TenantsPlan, engines: Sequence[EnginePlan]) -> dict[s
             "pool_tokens": {e.name: e.blocks * BLOCK_TOKENS for e in engines},
             "arguments": " ".join(engines[0].arguments()),
             "environment": ENGINE_ENV,
-            "cores": f"all processes of all engines on cores {engines[0].cpus}; gateway, broker and client there too",
+            "cores": f"all engines compute on core {engines[0].core}, as on one device; their other processes, copies, gateway, "
+            f"broker and client on cores {engines[0].cpus}",
             "endpoint": "all arms behind the same gateway",
         },
         "workload": {

@@ -29,15 +29,15 @@ __all__ = [
 ARMS: tuple[str, ...] = ("stock", "kv-only", "polder")
 STAGES: tuple[str, ...] = ("temporal", "spatial", "comeback", "streaming", "equality")
 
-KV_SHARE_BYTES = 72 << 20
-"""Of each model, in stock for good: 6,144 tokens, three units, about four conversations of the workload."""
+KV_SHARE_BYTES = 48 << 20
+"""Of each model, in stock for good: 4,096 tokens, two units, two or three conversations of the workload."""
 BUDGET_BYTES = sum(map(weights_bytes, TENANTS.values())) + len(TENANTS) * KV_SHARE_BYTES
-"""Weights of all layers, two thirds, and KV memory: the same in all arms."""
+"""Weights of all layers, three quarters, and KV memory: the same in all arms."""
 ARMS_UP = 2
 """At a time, in the temporal and spatial stages: six engines are what a machine of 23 GB holds beside the rest."""
-SLOT_S = 6.0
+SLOT_S = 9.0
 COMEBACK_ENGINE = "T2"
-WEIGHTS_LINK_BYTES_PER_S = 2e9
+WEIGHTS_LINK_BYTES_PER_S = 1e9
 """Of the emulated link: a copy of all layers then takes about as long as the prefill of the prompt by which the comeback is judged,
 as it does on a GPU for prompts of some thousand tokens, and it takes little of the cores' time."""
 COMEBACK_PROMPT = 128
@@ -46,11 +46,11 @@ EQUALITY_ENGINES = ("T1", "T2")
 
 _START_S = {1: 20, 2: 30, 3: 45}
 """Seconds that an arm of so many engines takes to start on two cores."""
-_LEFT_OVER = {"stock": 0.6, "kv-only": 0.4, "polder": 0.25}
+_LEFT_OVER = {"stock": 1.0, "kv-only": 0.8, "polder": 0.3}
 """Time that a run goes on after its last arrival, as part of its length, for each unit of the rate above 1."""
 _WARM_S = 10
 _PAUSE_S = 4
-_SPATIAL_S = 60
+_SPATIAL_S = 80
 _COMEBACK_SAMPLE_S = 3.5
 _STREAMING_S = 90
 _EQUALITY_ARM_S = 40
@@ -129,17 +129,17 @@ FULL_TENANTS = TenantsPlan(
     rates=(0.5, 1.0, 1.5, 2.0, 3.0),
     order=("stock", "kv-only", "polder", "polder", "kv-only", "stock"),
     stages=STAGES,
-    spatial_users=8,
+    spatial_users=4,
     comeback_prompts=(32, COMEBACK_PROMPT, 512),
     comeback_samples=7,
 )
 QUICK_TENANTS = TenantsPlan(
     name="quick",
     slots=range(4, 9),  # one slot of T1, two each of T2 and T3
-    rates=(0.5, 2.0),
+    rates=(1.0, 2.0),
     order=("stock", "polder", "polder", "stock"),
     stages=("temporal", "comeback", "streaming", "equality"),
-    spatial_users=8,
+    spatial_users=4,
     comeback_prompts=(COMEBACK_PROMPT,),
     comeback_samples=4,
 )

@@ -23,7 +23,8 @@ BATCHED_TOKENS = 1024
 
 
 def tenants_engines(recipes: Mapping[str, ModelRecipe], *, max_model_len: int, models_dir: Path) -> list[EnginePlan]:
-    """The engines as all arms have them, each on both cores. Builds their models where they are missing."""
+    """The engines as all arms have them: all compute on one core, as on one device, and have the other for the rest of their
+    processes. Builds their models where they are missing."""
     core, *more = dict.fromkeys(two_cores())
     return [
         EnginePlan(

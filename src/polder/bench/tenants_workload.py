@@ -21,16 +21,18 @@ from polder.bench.traces import TenantSlot, TenantStart, load_tenants
 
 __all__ = ["MAX_MODEL_LEN", "SPATIAL_ENGINES", "conversations_begun", "prompt_of", "spatial", "temporal", "warm_up"]
 
-CONVERSATIONS_PER_SLOT = 2.5
+CONVERSATIONS_PER_SLOT = 1.0
 """At rate 1 and a load of 1."""
 MOST_LOAD = 1.5
 """The Azure trace's busiest minutes have 3.5 times its mean: more than any arm serves in a slot."""
-TURNS = 6
-GROWTH_TOKENS = (64, 160)
+TURNS = 8
+OUTPUT_SCALE = 2
+"""The trace's replies are 8 to 48 tokens."""
+GROWTH_TOKENS = (48, 112)
 """Added to a context by each turn: the last reply and what is asked next."""
 PAUSE_S = (0.8, 1.6)
 MAX_MODEL_LEN = 2304
-"""The longest: 1,408 tokens in the first turn, 5 times 160 more, a reply of 48, in whole blocks."""
+"""The longest: 1,408 tokens in the first turn, 7 times 112 more, a reply of 96, in whole blocks."""
 SPATIAL_ENGINES = ("T1", "T2")
 SPATIAL_CONVERSATIONS = 2
 """Of each user, one after the other."""
@@ -39,18 +41,19 @@ SPATIAL_CONVERSATIONS = 2
 def temporal(*, slots: range, rate: float, seed: int) -> dict[str, OpenLoop]:
     """Each tenant's load while the slots pass, SLOT_S each."""
     turns: dict[str, list[Turn]] = {name: [] for name in TENANTS}
+    wanted = 0.0
     for number, slot in enumerate(load_tenants()[slots.start : slots.stop]):
-        for index, start in enumerate(conversations_begun(slot, rate)):
+        before, wanted = round(wanted), wanted + CONVERSATIONS_PER_SLOT * rate * min(slot.load, MOST_LOAD)
+        for index, start in enumerate(conversations_begun(slot, round(wanted) - before)):
             key = f"{slot.slot}.{index}"
             begun_s = (number + start.at) * SLOT_S
             turns[slot.tenant] += _conversation(slot.tenant, key, start, begun_s, (seed, slot.slot, index))
     return {name: OpenLoop(turns=sorted(found, key=lambda turn: turn.at_s)) for name, found in turns.items()}
 
 
-def conversations_begun(slot: TenantSlot, rate: float) -> list[TenantStart]:
-    """Evenly spaced ones of the slot's starts."""
-    count = min(len(slot.starts), round(CONVERSATIONS_PER_SLOT * rate * min(slot.load, MOST_LOAD)))
-    picked = np.linspace(0, len(slot.starts), count, endpoint=False).astype(int)
+def conversations_begun(slot: TenantSlot, count: int) -> list[TenantStart]:
+    """`count` of the slot's starts, as far as there are so many, evenly spaced."""
+    picked = np.linspace(0, len(slot.starts), min(len(slot.starts), count), endpoint=False).astype(int)
     return [slot.starts[number] for number in picked]
 
 
@@ -93,9 +96,11 @@ def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entr
         yield Turn(
             key=f"{key}.{turn}",
             body=encode_body(
-                model=model, prompt=context[: sum(lengths[: turn + 1])], output_tokens=start.output_tokens
+                model=model,
+                prompt=context[: sum(lengths[: turn + 1])],
+                output_tokens=OUTPUT_SCALE * start.output_tokens,
             ),
-            output_tokens=start.output_tokens,
+            output_tokens=OUTPUT_SCALE * start.output_tokens,
             at_s=begun_s + sum(pauses_s[: turn + 1]),
         )
 
