@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ def ratios_of(found: Arms) -> dict[str, float]:
 
 
 LOADS = ["x0.5", "x2"]
+PLAN = replace(QUICK_TENANTS, rates=(0.5, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_the_page_shows_the_whole_sweep_and_the_comeback() -> None:
     found["polder-spatial"] = metrics()
     ratios = ratios_of(found)
     checks = tenants_checks(found, ratios, {}, LOADS)
-    conditions = describe_tenants(QUICK_TENANTS, base())
+    conditions = describe_tenants(PLAN, base())
     assert conditions["budget"]["weights_part"] > 0.5
     result = BenchResult(
         bench="tenants", conditions=conditions, arms=found, ratios=ratios, checks={c.name: c.passed for c in checks}

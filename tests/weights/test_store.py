@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -216,6 +217,17 @@ def test_two_stores_of_the_same_weights_share_one_host_copy(model: Model, backen
     with pytest.raises(UsageError, match="other weights"):
         WeightStore(backend, random_layers(8, seed=1), shared=(other := HostCopy.open(store.host.fd, 8, size)))
     other.close()
+
+
+def test_a_host_copy_is_made_in_the_file_that_others_will_share(backend: FaultyBackend) -> None:
+    file = os.memfd_create("shared", os.MFD_ALLOW_SEALING)
+    store = WeightStore(backend, random_layers(4), file=file)
+    size = store.layout.layer_pages * PAGE
+    shared = HostCopy.open(file, 4, size)
+    os.close(file)
+    assert shared.digest() == store.host.digest()
+    shared.close()
+    store.close()
 
 
 def test_a_tensor_shared_with_the_rest_of_the_model_stays(backend: FaultyBackend) -> None:

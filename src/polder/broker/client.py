@@ -7,8 +7,11 @@ from pathlib import Path
 
 from polder.broker.transport import Channel, check_socket_path
 from polder.broker.wire import (
+    CopyFile,
+    CopyFilled,
     Done,
     Fetch,
+    FetchCopy,
     FetchTable,
     FromBroker,
     Handles,
@@ -23,12 +26,13 @@ from polder.broker.wire import (
 )
 from polder.errors import BrokerUnavailable, ProtocolError, UsageError
 
-__all__ = ["check_socket_path", "fetch_handles", "fetch_table", "request", "status"]
+__all__ = ["Question", "check_socket_path", "fetch_copy", "fetch_handles", "fetch_table", "request", "status"]
+
+Question = StatusRequest | Resize | Sleep | Rouse | Stream | CopyFilled
+"""What is answered by Status or Done."""
 
 
-def request(
-    socket: Path, message: StatusRequest | Resize | Sleep | Rouse | Stream, *, timeout_s: float = 5.0
-) -> Status | Done:
+def request(socket: Path, message: Question, *, timeout_s: float = 5.0) -> Status | Done:
     """Sends `message`, returns the answer.
 
     Raises UsageError when the broker refuses, BrokerUnavailable when none answers within `timeout_s`.
@@ -65,8 +69,21 @@ def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) ->
     raise ProtocolError(f"{type(answer).__name__} with {len(fds)} descriptors is no answer to FetchTable")
 
 
+def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, bool]:
+    """A memory file for the host copy of some weights, the caller's to close, and whether another process has filled it.
+
+    Raises UsageError while another process fills it.
+    """
+    answer, fds = _ask(socket, FetchCopy(key=key), timeout_s)
+    if isinstance(answer, CopyFile) and len(fds) == 1:
+        return fds[0], answer.filled
+    for fd in fds:
+        os.close(fd)
+    raise ProtocolError(f"{type(answer).__name__} with {len(fds)} descriptors is no answer to FetchCopy")
+
+
 def _ask(
-    socket: Path, message: StatusRequest | Resize | Sleep | Rouse | Stream | Fetch | FetchTable, timeout_s: float
+    socket: Path, message: Question | Fetch | FetchTable | FetchCopy, timeout_s: float
 ) -> tuple[FromBroker, list[int]]:
     channel = Channel(socket, timeout_s=timeout_s)
     try:

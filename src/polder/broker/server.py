@@ -26,8 +26,23 @@ from pathlib import Path
 
 from polder.broker.config import BrokerConfig
 from polder.broker.core import BrokerCore
+from polder.broker.host_files import HostFiles
 from polder.broker.transport import Deframer, address_of, check_socket_path, encode, to_broker
-from polder.broker.wire import MAX_FDS, Fetch, FetchTable, Handles, Hello, Message, Refused, Table, ToBroker
+from polder.broker.wire import (
+    MAX_FDS,
+    CopyFile,
+    CopyFilled,
+    Done,
+    Fetch,
+    FetchCopy,
+    FetchTable,
+    Handles,
+    Hello,
+    Message,
+    Refused,
+    Table,
+    ToBroker,
+)
 from polder.errors import AddressInUse, ConfigError, ProtocolError
 from polder.memory.devices import open_backend
 from polder.memory.pool import PagePool
@@ -99,6 +114,7 @@ class BrokerServer:
         self._peers: dict[int, _Peer] = {}
         self._processes: dict[int, _Process] = {}
         self._tables: dict[str, tuple[int, int]] = {}  # lender -> (process of its core, fd of its table)
+        self._host_files = HostFiles()
         self._next = 1
         for device, total in config.total_pages().items():
             logger.info("%s: %d pages, %s", device, total, format_bytes(total * config.page_bytes))
@@ -127,6 +143,7 @@ class BrokerServer:
         self._processes.clear()
         for lender in list(self._tables):
             self._retire(lender)
+        self._host_files.close()
         self._selector.close()
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
@@ -185,13 +202,23 @@ class BrokerServer:
                 self._drop(peer)
 
     def _handle(self, peer: _Peer, message: ToBroker) -> None:
-        if isinstance(message, Hello | Fetch) and peer.pid not in self._processes:
+        if isinstance(message, Hello | Fetch | FetchCopy) and peer.pid not in self._processes:
             self._watch(peer)
         self.core.handle(peer.number, peer.pid, message, time.monotonic())
         if isinstance(message, Fetch) and self.core.fetchable(message):
             self._send_handles(peer, message)
         elif isinstance(message, FetchTable):
             self._send_table(peer, message)
+        elif isinstance(message, FetchCopy):
+            file = self._host_files.ask(message.key, peer.pid)
+            if file is None:
+                self._queue(peer, Refused(reason="another engine is writing this copy just now"), [])
+            else:
+                self._queue(peer, CopyFile(filled=file.filled), [os.dup(file.fd)])
+        elif isinstance(message, CopyFilled):
+            if not self._host_files.filled(message.key, peer.pid):
+                raise ProtocolError("a host copy was reported full by a process that did not fill it")
+            self._queue(peer, Done(), [])
 
     def _send_table(self, peer: _Peer, message: FetchTable) -> None:
         """The lender's table; made when it is first asked for, which is by the lender itself."""
@@ -258,6 +285,7 @@ class BrokerServer:
         logger.info("process %d ended", process.pid)
         for lender in [name for name, (pid, _) in self._tables.items() if pid == process.pid]:
             self._retire(lender)
+        self._host_files.ended(process.pid)
         self.core.process_ended(process.pid, time.monotonic())
 
     # ------------------------------------------------------------------ output

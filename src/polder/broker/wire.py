@@ -18,6 +18,10 @@ does not decode to a struct of the expected direction, closes the connection it 
     worker       ── Fetch ──────────────► broker        handles of pages it is about to map: its own, or lent ones
                  ◄── Handles + fds ──────
     engine core  ◄── Neighbours ────────  broker        whenever an engine comes or goes: who lends, who lives
+                 ── FetchCopy ──────────►               the host copy of some weights, to fill or to share
+                 ◄── CopyFile + fd ──────               or Refused
+                 ── CopyFilled ─────────►               others may have it
+                 ◄── Done ───────────────
     both         ── FetchTable ─────────► broker        the table of a lender's lots (tiers/lending.py)
                  ◄── Table + fd ─────────
     anybody      ── StatusRequest ──────► broker
@@ -39,12 +43,15 @@ __all__ = [
     "MAX_FDS",
     "MAX_MESSAGE",
     "PROTOCOL",
+    "CopyFile",
+    "CopyFilled",
     "Decision",
     "Demand",
     "DeviceStatus",
     "Done",
     "EngineStatus",
     "Fetch",
+    "FetchCopy",
     "FetchTable",
     "FromBroker",
     "GiveSegments",
@@ -198,6 +205,18 @@ class FetchTable(Message, frozen=True, kw_only=True, tag="table?"):
     lender: str
 
 
+class FetchCopy(Message, frozen=True, kw_only=True, tag="copy?"):
+    """Asks for the host copy of the weights that `key` names: model, precision, ranks and this one's number."""
+
+    key: str
+
+
+class CopyFilled(Message, frozen=True, kw_only=True, tag="copied"):
+    """The file that the sender got to fill is full and sealed."""
+
+    key: str
+
+
 class StatusRequest(Message, frozen=True, kw_only=True, tag="status?"):
     pass
 
@@ -263,6 +282,12 @@ class Neighbours(Message, frozen=True, kw_only=True, tag="neighbours"):
 
 class Table(Message, frozen=True, kw_only=True, tag="table"):
     """The table's file descriptor comes with it."""
+
+
+class CopyFile(Message, frozen=True, kw_only=True, tag="copy"):
+    """A memory file comes with it: of another process's weights, or empty, to be filled by the receiver."""
+
+    filled: bool
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
@@ -409,6 +434,8 @@ ToBroker = (
     | Wake
     | Fetch
     | FetchTable
+    | FetchCopy
+    | CopyFilled
     | StatusRequest
     | Resize
     | Sleep
@@ -416,5 +443,16 @@ ToBroker = (
     | Stream
 )
 FromBroker = (
-    Welcome | Grant | Recall | GiveSegments | TakeSegments | Handles | Neighbours | Table | Status | Done | Refused
+    Welcome
+    | Grant
+    | Recall
+    | GiveSegments
+    | TakeSegments
+    | Handles
+    | Neighbours
+    | Table
+    | CopyFile
+    | Status
+    | Done
+    | Refused
 )

@@ -39,9 +39,13 @@ class HostCopy:
         self._rows: npt.NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8).reshape(layers, layer_bytes)
 
     @classmethod
-    def make(cls, layers: int, layer_bytes: int) -> HostCopy:
-        """A new one, zeroed, that takes memory as it is written. Raises EnvironmentFault (OutOfPages) when it cannot be made."""
-        fd = os.memfd_create("polder-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    def make(cls, layers: int, layer_bytes: int, file: int | None = None) -> HostCopy:
+        """A new one, zeroed, that takes memory as it is written. Raises EnvironmentFault (OutOfPages) when it cannot be made.
+
+        `file`: an empty memory file to make it in, of which this takes a descriptor of its own.
+        """
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        fd = os.memfd_create("polder-weights", flags) if file is None else os.dup(file)
         try:
             os.ftruncate(fd, layers * layer_bytes)
             copy = cls(fd, layers, layer_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -110,9 +114,14 @@ class HostCopy:
 
 
 def read_out(
-    backend: Backend, blocks: Sequence[Sequence[Block]], layer_bytes: int, shared: HostCopy | None
+    backend: Backend,
+    blocks: Sequence[Sequence[Block]],
+    layer_bytes: int,
+    shared: HostCopy | None,
+    file: int | None = None,
 ) -> HostCopy:
-    """A host copy of each layer's blocks, read from where they are now; or `shared`, when it has the same bytes.
+    """A host copy of each layer's blocks, read from where they are now, in `file` if one is given; or `shared`, when it has the
+    same bytes.
 
     Raises UsageError when it has not, OutOfPages when there is no room, EnvironmentFault when the blocks cannot be read.
     """
@@ -124,7 +133,7 @@ def read_out(
 
         backend.fence()
         if shared is None:
-            host = HostCopy.make(len(blocks), layer_bytes)
+            host = HostCopy.make(len(blocks), layer_bytes, file)
             undo.callback(host.close)
             for layer in range(len(blocks)):
                 read(layer, host.address(layer))

@@ -84,12 +84,14 @@ class WeightStore:
         *,
         outside: Mapping[str, torch.Tensor] | None = None,
         shared: HostCopy | None = None,
+        file: int | None = None,
         fence: Callable[[], None] | None = None,
     ) -> None:
         """Adopts the tensors that `layers` name: reads their bytes, and makes `tensors`, which are to take their places.
 
         `outside`: the model's other tensors, with which they may share memory. `shared`: another engine's host copy of the
-        same weights, used in place of one of its own. The store closes it. `fence`: returns when the device has computed
+        same weights, used in place of one of its own. The store closes it. `file`: an empty memory file to make its own in, so
+        that others can share it. `fence`: returns when the device has computed
         what was launched; Backend.fence when not given. Raises UsageError when no tensor can move or `shared` has other bytes,
         OutOfPages when there is no room on the host.
         """
@@ -103,8 +105,8 @@ class WeightStore:
         )
         self._fence = fence or backend.fence
         self._layers, self._pages = len(layers), self.layout.layer_pages
+        self.host = read_out(backend, self.layout.blocks, self._pages * page_bytes, shared, file)
         self._span = Span(backend, self._layers * self._pages)
-        self.host = read_out(backend, self.layout.blocks, self._pages * page_bytes, shared)
         first, flat = self._span.address(0), self._span.tensor()
         starts = [self._span.address(layer * self._pages) for layer in range(self._layers)]
         self.tensors = tuple(

@@ -12,10 +12,11 @@ The functions at the end are called by the core through `collective_rpc`, ordere
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from vllm.model_executor.offloader.base import BaseOffloader
 
 from polder.broker.client import status
-from polder.engines.vllm import cpu_linear, worker
+from polder.engines.vllm import cpu_linear, host_copies, worker
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.worker import Outcome, WeightsFound
 from polder.errors import ConfigError, PolderError
@@ -51,11 +52,19 @@ class Taken:
 class WeightOffloader(BaseOffloader):  # type: ignore[misc]
     """One a process, made where vLLM makes its own."""
 
-    def __init__(self, device: str, page_bytes: int, *, compiled: bool, link_bytes_per_s: float | None = None) -> None:
+    def __init__(
+        self,
+        device: str,
+        page_bytes: int,
+        open_store: Callable[[Backend, Sequence[Mapping[str, torch.Tensor]]], WeightStore],
+        *,
+        compiled: bool,
+        link_bytes_per_s: float | None = None,
+    ) -> None:
         """`compiled`: the layers run under torch.compile. `page_bytes`: the broker's. `link_bytes_per_s`: of an emulated link."""
         global _offloader
         _offloader = self
-        self._device, self._page_bytes, self._compiled = device, page_bytes, compiled
+        self._open_store, self._compiled = open_store, compiled
         self._modules: list[torch.nn.Module] = []
         self._parts: set[int] = set()
         self._private: list[Segment] = []
@@ -88,7 +97,7 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         if self.store is not None or not self._modules:
             return
         layers = [dict(_tensors(module)) for module in self._modules]
-        self.store = WeightStore(self.backend, layers)
+        self.store = self._open_store(self.backend, layers)
         pages = self.backend.create(len(layers) * self.store.layout.layer_pages)
         size = self.store.layout.layer_pages
         self._private = [tuple(pages[i : i + size]) for i in range(0, len(pages), size)]
@@ -177,7 +186,9 @@ def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloade
     page_bytes = settings.page_bytes if settings.broker is None else status(settings.broker).devices[0].page_bytes
     compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
     link = parse_links(settings.links).get("weights")
-    offloader = WeightOffloader(device, page_bytes, compiled=compiled, link_bytes_per_s=link)
+    key = host_copies.copy_key(vllm_config, vllm_config.parallel_config.rank)
+    store = functools.partial(host_copies.open_store, broker=settings.broker, key=key)
+    offloader = WeightOffloader(device, page_bytes, store, compiled=compiled, link_bytes_per_s=link)
     if not cuda:
         cpu_linear.install(offloader.belongs)
     return offloader
