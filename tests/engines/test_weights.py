@@ -91,6 +91,8 @@ def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
         assert tokens_of(a.generate([prompt], events=dict(events))) == [tokens]
         request(device.socket, Rouse(engine="a"))
         wait_for(lambda: device.engine("a").segments == LAYERS, "all layers to be back")
+    with pytest.raises(Exception, match="weights cannot be replaced"):
+        a.llm.collective_rpc("reload_weights")
     figures = a.utility("polder_check")
     assert figures["weights_loads_total"] > 10 * LAYERS, "hardly anything was streamed: the test shows nothing"
 

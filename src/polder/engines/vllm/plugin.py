@@ -17,13 +17,17 @@ what vLLM does if the engine is stock.
 | allocate_kv_cache (V1 and V2 runner)    | worker  | the KV buffer is a span with pages under it                    |
 | create_offloader (V1 and V2 runner)     | worker  | elastic weights: decoder layers over pages that come and go    |
 | CPUModelRunner.load_model               | worker  | calls the offloader's post_init, as the GPU runners do         |
+| Worker.reload_weights and the two ways  | worker  | elastic weights: refused, the host copy would keep the old     |
+|  to update them                         |         | ones, and they would come back in mid-answer                   |
 | dispatch_cpu_unquantized_gemm           | worker  | elastic weights: packed weights as tensors (cpu_linear.py)     |
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from polder.engines.vllm.compat import check_seams, check_version, installed_version
@@ -84,12 +88,14 @@ def _patch() -> None:
     import vllm.v1.worker.gpu.attn_utils as v2_runner
     import vllm.v1.worker.gpu.model_runner as v2_model_runner
     import vllm.v1.worker.gpu_model_runner as v1_runner
+    import vllm.v1.worker.gpu_worker as gpu_worker
 
     from polder.engines.vllm import worker
 
     _patch_start(engine_core)
     _patch_loop(engine_core)
     _patch_offloader(v1_runner, v2_model_runner, cpu_runner)
+    _patch_updates(gpu_worker.Worker)
     _register_connector()
     # Both modules import the function by name, so both names are replaced.
     v1_runner.allocate_kv_cache = worker.allocate_kv_cache
@@ -117,6 +123,25 @@ def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:
     v1_runner.create_offloader = create_offloader
     v2_runner.create_offloader = create_offloader
     cpu_runner.CPUModelRunner.load_model = load_model_and_move
+
+
+def _patch_updates(worker_class: Any) -> None:
+    for name in ("reload_weights", "start_weight_update", "update_weights"):
+        setattr(worker_class, name, _refused_if_elastic(getattr(worker_class, name)))
+
+
+def _refused_if_elastic(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = _settings(self.vllm_config)
+        if settings is not None and settings.weights == "elastic":
+            raise ConfigError(
+                "weights cannot be replaced while this engine serves with elastic weights: their host copy would keep the "
+                "old ones. Start it anew, or serve it with resident weights"
+            )
+        return stock(self, *args, **kwargs)
+
+    return update
 
 
 def _register_connector() -> None:
