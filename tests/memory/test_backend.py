@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from polder.errors import ConfigError, EnvironmentFault, IntegrityError, OutOfPages, PolderError, ProtocolError
@@ -309,6 +311,23 @@ def test_driver_errors_carry_the_drivers_name(fake: Machine) -> None:
         fake.backend.unmap(0x1000, 1)
     assert caught.value.name == "CUDA_ERROR_INVALID_VALUE"
     assert isinstance(caught.value, EnvironmentFault)
+
+
+def test_host_memory_is_pinned_once_and_without_read_only_where_the_device_knows_none(fake: Machine) -> None:
+    assert fake.fake is not None
+    memory = mmap.mmap(-1, 8192)
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    for knows_read_only in (True, False):
+        if not knows_read_only:
+            fake.fake.fail("cuMemHostRegister_v2", 1, 801)
+        fake.backend.pin(address, 8192)
+        with pytest.raises(EnvironmentFault):
+            fake.backend.pin(address, 8192)
+        fake.backend.unpin(address)
+    with pytest.raises(EnvironmentFault):
+        fake.backend.pin(address + 1, 4096)
+    with pytest.raises(EnvironmentFault):
+        fake.backend.unpin(address)
 
 
 def test_pages_of_a_peer_are_charged_to_the_peer(fake: Machine) -> None:

@@ -34,7 +34,7 @@ class ModelRecipe:
     """Everything that decides the bytes of a model folder."""
 
     name: str
-    family: Literal["llama", "qwen3", "gemma3"]
+    family: Literal["llama", "qwen3", "gemma3", "qwen2_moe"]
     layers: int
     hidden: int = 512
     intermediate: int = 1408
@@ -113,7 +113,13 @@ def _save_weights(recipe: ModelRecipe, folder: Path) -> None:
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+        "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
     }
+    if recipe.family == "qwen2_moe":  # experts, one shared by all tokens, and biases in attention
+        del shape["head_dim"]
+        expert = recipe.intermediate // 4
+        shape |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": expert}
+        shape |= {"shared_expert_intermediate_size": expert, "qkv_bias": True}
     if recipe.family == "gemma3":  # a hybrid: every third layer attends to everything, the others to a window
         shape["sliding_window"] = 64
         shape["layer_types"] = [

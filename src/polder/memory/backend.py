@@ -125,6 +125,13 @@ class Backend(Protocol):
     def fence(self) -> None:
         """Returns when all device work submitted before, by any thread, is over. Nothing to do on the CPU."""
 
+    def pin(self, address: int, size_bytes: int) -> None:
+        """Makes ordinary memory of this process, whole pages of the system that nobody writes to any more, readable by the device's
+        copy engine at the link's full speed. Nothing to do on the CPU. Raises EnvironmentFault when the driver refuses."""
+
+    def unpin(self, address: int) -> None:
+        """Ends that, before the memory is unmapped. `address`: as it was pinned."""
+
     def copy_queue(self) -> CopyQueue:
         """A new queue of copies between addresses that this device can reach. The caller closes it."""
 

@@ -110,6 +110,12 @@ class CpuBackend:
     def fence(self) -> None:
         """Nothing to wait for: the CPU's work is over when the call that did it returns."""
 
+    def pin(self, address: int, size_bytes: int) -> None:
+        """All memory is the device's."""
+
+    def unpin(self, address: int) -> None:
+        """As `pin`."""
+
     # ------------------------------------------------------------------ physical memory
 
     def create(self, count: int) -> list[Handle]:

@@ -21,6 +21,7 @@ from polder.memory.page import PAGE_BYTES, Handle
 __all__ = ["CudaBackend", "CudaError", "Driver"]
 
 _OUT_OF_MEMORY = 2
+_PORTABLE, _READ_ONLY = 0x01, 0x08  # CU_MEMHOSTREGISTER_*
 
 
 class CudaError(EnvironmentFault):
@@ -141,6 +142,17 @@ class CudaBackend:
     def fence(self) -> None:
         with self.driver.current():
             self.driver.call("cuCtxSynchronize")
+
+    def pin(self, address: int, size_bytes: int) -> None:
+        with self.driver.current():
+            try:
+                self.driver.call("cuMemHostRegister", address, size_bytes, _PORTABLE | _READ_ONLY)
+            except CudaError:  # a device that knows no read-only registration, which only a read-only mapping needs
+                self.driver.call("cuMemHostRegister", address, size_bytes, _PORTABLE)
+
+    def unpin(self, address: int) -> None:
+        with self.driver.current():
+            self.driver.call("cuMemHostUnregister", address)
 
     # ------------------------------------------------------------------ physical memory
 

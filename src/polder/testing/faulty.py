@@ -103,6 +103,14 @@ class FaultyBackend:
         self._count("fence")
         self._inner.fence()
 
+    def pin(self, address: int, size_bytes: int) -> None:
+        self._count("pin")
+        self._inner.pin(address, size_bytes)
+
+    def unpin(self, address: int) -> None:
+        self._count("unpin")
+        self._inner.unpin(address)
+
     def copy_queue(self) -> CopyQueue:
         self._count("copy_queue")
         return _FaultyQueue(self._inner.copy_queue(), self._failure)

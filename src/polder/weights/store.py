@@ -24,6 +24,7 @@ are the caller's. A copy that fails is raised by `before`, see polder.stream.pip
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -107,6 +108,12 @@ class WeightStore:
         self._layers, self._pages = len(layers), self.layout.layer_pages
         self.host = read_out(backend, self.layout.blocks, self._pages * page_bytes, shared, file)
         self._span = Span(backend, self._layers * self._pages)
+        self._unpin: Callable[[], None] = lambda: None
+        with contextlib.suppress(
+            EnvironmentFault
+        ):  # the driver refuses: copies go through its own buffers, half as fast
+            backend.pin(self.host.address(0), self.host.size_bytes)
+            self._unpin = functools.partial(backend.unpin, self.host.address(0))
         first, flat = self._span.address(0), self._span.tensor()
         starts = [self._span.address(layer * self._pages) for layer in range(self._layers)]
         self.tensors = tuple(
@@ -186,6 +193,8 @@ class WeightStore:
             self._copies.close()
         self._fence()
         self._span.close()
+        self._unpin()
+        self._unpin = lambda: None
         self.host.close()
 
     # ------------------------------------------------------------------ in a pass
