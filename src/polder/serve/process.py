@@ -94,7 +94,9 @@ class ManagedProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT if log else None,
-                    start_new_session=True,
+                    # A group to be killed by, in this session: Linux schedules each session as a unit (autogroup), and on one
+                    # core one of two such units was seen to get nothing for 29 s while the other computed (docs/log.md).
+                    process_group=0,
                 )
         except OSError as error:
             raise EnvironmentFault(f"cannot start {self.spec.name}: {error}") from error
