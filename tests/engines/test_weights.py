@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -138,6 +141,36 @@ def test_models_that_do_not_fit_together_take_turns_and_outlive_each_other(
     assert_gone(device, "a", processes)
 
 
+CLAIMANT = """
+import sys
+from pathlib import Path
+from polder.broker import wire
+from polder.broker.transport import Channel
+units = int(sys.argv[2])
+channel = Channel(Path(sys.argv[1]), timeout_s=60)
+channel.send(wire.Hello(engine="c", model="m", devices=["cpu:0"], page_bytes=0, pages_per_unit=1, unit_tokens=1, floor_units=1,
+                        ceiling_units=units, share_units=0))
+while True:
+    message = channel.receive()
+    if isinstance(message, wire.Welcome | wire.Grant):
+        channel.send(wire.Grown(lease=message.lease))
+    if isinstance(message, wire.Welcome):
+        channel.send(wire.Demand(held_units=1, busy_units=1, waiting_units=units - 1, peak_units=units, cached_units=0,
+                                 curve=[], urgent=True))
+"""
+
+
+@contextlib.contextmanager
+def somebody_who_asks_for(device: Broker, pages: int) -> Iterator[None]:
+    """An engine whose requests need so many pages, for as long as the context lasts."""
+    with subprocess.Popen([sys.executable, "-c", CLAIMANT, str(device.socket), str(pages)]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+    wait_for(lambda: all(e.engine != "c" for e in device.status().engines), "its pages to come back")
+
+
 def kill_once(condition: Callable[[], bool], engine: Engine) -> None:
     wait_for(condition, "the moment to kill")
     os.kill(engine.core_pid(), signal.SIGKILL)
@@ -159,7 +192,9 @@ def test_what_sleeps_keeps_its_prefix_cache_in_the_tier_on_two_ranks(
     assert one_by_one(a) == expected["a"]
     for _ in range(2):
         request(device.socket, Sleep(engine="a"))
-        wait_for(lambda: device.engine("a").asleep and device.engine("a").held_units == 1, "a to sleep")
+        wait_for(lambda: device.engine("a").asleep, "a to sleep")
+        with somebody_who_asks_for(device, 900):
+            wait_for(lambda: device.engine("a").held_units == 1, "a's cache to go")
         answers = [a.generate([prompt])[0] for prompt in PROMPTS]
         assert tokens_of(answers) == expected["a"]
         assert all(answer.cached >= 128 for answer in answers), [answer.cached for answer in answers]

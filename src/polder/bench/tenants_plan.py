@@ -125,8 +125,8 @@ class TenantsPlan:
 
 FULL_TENANTS = TenantsPlan(
     name="full",
-    slots=range(3, 11),  # two slots each of T1, T2, T3, T1
-    rates=(0.5, 1.0, 1.5, 2.0, 3.0),
+    slots=range(4, 9),  # one slot of T1, two each of T2 and T3
+    rates=(0.5, 1.0, 2.0, 3.0, 4.0),
     order=("stock", "kv-only", "polder", "polder", "kv-only", "stock"),
     stages=STAGES,
     spatial_users=4,
