@@ -132,10 +132,10 @@ def test_every_stage_gets_to_the_result(started: list[str], tmp_path: Path) -> N
     played = [(one["arm"], one["load"]) for one in result.conditions["runs"]]
     assert played[:6] == [
         *(("stock", "x0.5"), ("stock", "x3"), ("stock", "spatial")),
-        *(("kv-only", "x3"), ("kv-only", "x0.5"), ("kv-only", "spatial")),
+        *(("polder", "x3"), ("polder", "x0.5"), ("polder", "spatial")),
     ]
     assert started == [
-        *("stock", "kv-only", "polder"),
+        *("stock", "polder", "kv-only"),
         "stock",
         *("stock-comeback", "polder-streamed-comeback", "polder-whole-comeback"),
         *("polder-streamed-link-comeback", "polder-whole-link-comeback", "polder-link-streaming"),

@@ -82,7 +82,7 @@ def tenants(
         Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two rates instead of five, stock and polder alone, no spatial stage.")
+        bool, typer.Option("--quick", help="Two rates instead of four, stock and polder alone, no spatial stage.")
     ] = False,
     stages: Annotated[str, typer.Option(help="Only these: temporal,spatial,comeback,streaming,equality.")] = "",
     arms: Annotated[str, typer.Option(help="Only these: stock,kv-only,polder.")] = "",
