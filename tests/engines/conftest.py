@@ -9,7 +9,7 @@ import pytest
 from polder.bench.models import ModelRecipe
 from tests.engines.harness import Engine, tokens_of
 
-Stock = Callable[[ModelRecipe, list[list[int]], int], list[list[int]]]
+Stock = Callable[[ModelRecipe, list[list[int]], int | list[int]], list[list[int]]]
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def stock() -> Iterator[Stock]:
     """Answers of stock vLLM in float32, where neither batch nor chunk changes a token: (model, prompts, tokens each) -> answers."""
     engines: dict[str, Engine] = {}
 
-    def answers(recipe: ModelRecipe, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    def answers(recipe: ModelRecipe, prompts: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
         if recipe.name not in engines:
             engines[recipe.name] = Engine.start("stock", recipe, num_gpu_blocks_override=200)
         return tokens_of(engines[recipe.name].generate(prompts, tokens=tokens))

@@ -216,3 +216,25 @@ def test_ranks_may_choose_different_segments() -> None:
     weights.on_take(TakeSegments(lease=7, segments=1, deadline_s=1.0), 1, 0.0)
     assert said[-1].segments == [[[1], [12]]]
     assert weights.segments == [[[2], [11]]]
+
+
+def test_when_one_rank_cannot_give_up_the_others_get_theirs_back() -> None:
+    scheduler, said, given = Scheduler(), [], []
+    found = WeightsFound(layers=2, layer_pages=1, moved_bytes=1, resident_bytes=0, copy_share=0.0)
+    answers = {
+        offloader.adopt: [Outcome(seconds=0.0)] * 2,
+        offloader.take: [Taken(segments=((2,),)), Taken(error="rank 1: no room")],
+        offloader.give: [Outcome(seconds=0.0), Outcome(seconds=0.0, error="rank 1: a segment of no pages")],
+    }
+
+    def rpc(function: Any, *args: Any) -> list[Any]:
+        if function is offloader.give:
+            given.append(args)
+        return answers[function]
+
+    weights = CoreWeights(scheduler, found, rpc, said.append, lambda: False)
+    weights.start(1, [[[1], [11]], [[2], [12]]])
+    weights.on_take(TakeSegments(lease=7, segments=1, deadline_s=1.0), 1, 0.0)
+    assert given == [(1, [[[2], []]])]
+    assert said == [SegmentsReturned(lease=7, segments=[], short=1)]
+    assert len(weights.segments) == 2

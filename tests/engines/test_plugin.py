@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from polder.bench.models import ensure_model
+from tests.engines.conftest import Stock
 from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -18,27 +18,25 @@ ASKED, LENGTHS = prompts(12, 150, seed=21), [4, 32] * 6
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[list[list[int]]]:
-    engine = Engine.start("stock", num_gpu_blocks_override=160)
-    yield tokens_of(engine.generate(ASKED, LENGTHS))
-    engine.stop()
+def expected(stock: Stock) -> list[list[int]]:
+    return stock(A32, ASKED, LENGTHS)
 
 
-def test_with_nothing_configured_the_engine_is_stock(stock: list[list[int]]) -> None:
+def test_with_nothing_configured_the_engine_is_stock(expected: list[list[int]]) -> None:
     engine = Engine.start("plain", settings={"POLDER_BROKER": ""}, num_gpu_blocks_override=160)
     try:
         with pytest.raises(Exception, match="polder"):
             engine.utility("polder_check")
-        assert tokens_of(engine.generate(ASKED, LENGTHS)) == stock
+        assert tokens_of(engine.generate(ASKED, LENGTHS)) == expected
     finally:
         engine.stop()
 
 
-def test_a_budget_of_its_own_needs_no_broker_and_may_come_by_additional_config(stock: list[list[int]]) -> None:
+def test_a_budget_of_its_own_needs_no_broker_and_may_come_by_additional_config(expected: list[list[int]]) -> None:
     additional = {"polder": {"kv_budget": "80MiB", "page": "256KiB"}}
     engine = Engine.start("solo", settings={"POLDER_BROKER": ""}, additional_config=additional)
     try:
-        assert tokens_of(engine.generate(ASKED, LENGTHS)) == stock
+        assert tokens_of(engine.generate(ASKED, LENGTHS)) == expected
         counters = engine.utility("polder_check")
         assert counters["grows_total"] > 0, "it started at its floor and had to grow"
     finally:
@@ -72,34 +70,35 @@ def test_tensor_parallel_ranks_grow_move_and_shrink_together() -> None:
             broker.stop()
 
 
-def serve_and_fail(settings: dict[str, str], *arguments: str) -> str:
-    """Starts `vllm serve` with settings that must be refused; what it printed."""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(ensure_model(A32, MODELS)), "--port", "18999"]
-    done = subprocess.run(
-        [*command, "--enforce-eager", "--block-size", "32", "--dtype", "float32", *arguments],
-        env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", **ENVIRONMENT, **settings},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("settings", "arguments", "words"),
-    [
-        ({"POLDER_KV_BUDGET": "8MiB"}, ("--max-model-len", "1024"), "BudgetError"),
-        ({"POLDER_KV_BUDGET": "512MiB", "POLDER_KV_FLOOR": "16MiB"}, ("--max-model-len", "1024"), "give at least"),
-    ],
-)
-def test_plain_vllm_serve_refuses_with_what_to_change(
-    settings: dict[str, str], arguments: tuple[str, ...], words: str
-) -> None:
-    assert words in serve_and_fail(settings, *arguments)
-
-
-def test_a_missing_broker_is_named_at_the_start() -> None:
-    assert "no broker answers on /nowhere/b" in serve_and_fail(
-        {"POLDER_BROKER": "/nowhere/b"}, "--max-model-len", "1024"
-    )
+def test_plain_vllm_serve_refuses_with_what_to_change() -> None:
+    """Two at a time: most of it is imports."""
+    wrong = {
+        "give at least": {"POLDER_KV_BUDGET": "512MiB", "POLDER_KV_FLOOR": "16MiB"},
+        "no broker answers on /nowhere/b": {"POLDER_BROKER": "/nowhere/b"},
+    }
+    vllm, model = str(Path(sys.executable).with_name("vllm")), str(ensure_model(A32, MODELS))
+    options = [
+        "--port",
+        "18999",
+        "--enforce-eager",
+        "--block-size",
+        "32",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "1024",
+    ]
+    started = {
+        words: subprocess.Popen(
+            [vllm, "serve", model, *options],
+            env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", **ENVIRONMENT, **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for words, settings in wrong.items()
+    }
+    for words, process in started.items():
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode != 0
+        assert words in printed

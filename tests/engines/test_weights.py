@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from polder.bench.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Rouse, Sleep
 from tests.engines.conftest import Stock
@@ -24,13 +25,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 PROMPTS = prompts(4, 200, seed=51)
 LAYERS = 8
+RECIPES = {"a": A32, "b": B32, "moe": ModelRecipe(name="tiny-moe", family="qwen2_moe", layers=6, seed=4).in_float32()}
 COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 """Traced by Dynamo as in production, without the C++ compiler that inductor needs."""
 
 
 def start(broker: Broker, name: str, more: dict[str, str] | None = None, **options: object) -> Engine:
     settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": name, "POLDER_WEIGHTS": "elastic"}
-    return Engine.start(name, A32 if name == "a" else B32, settings | (more or {}), **options)
+    return Engine.start(name, RECIPES[name], settings | (more or {}), **options)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def broker() -> Iterator[Callable[..., Broker]]:
 
 @pytest.fixture(scope="module")
 def expected(stock: Stock) -> dict[str, list[list[int]]]:
-    return {"a": stock(A32, PROMPTS, 24), "b": stock(B32, PROMPTS, 24)}
+    return {name: stock(recipe, PROMPTS, 24) for name, recipe in RECIPES.items()}
 
 
 def one_by_one(engine: Engine) -> list[list[int]]:
@@ -74,36 +76,40 @@ def conserved(broker: Broker) -> bool:
     return device.free_pages + sum(device.pages_by_owner.values()) == device.total_pages
 
 
-@pytest.mark.parametrize("options", [{}, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("moe", {}), ("a", COMPILED)], ids=["eager, experts and biases", "compiled"]
+)
 def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
+    name: str,
     options: dict[str, object],
     broker: Callable[..., Broker],
     started: Callable[..., Engine],
     expected: dict[str, list[list[int]]],
 ) -> None:
     device = broker(900)
-    a = started(device, "a", **options)
-    assert device.engine("a").segments == LAYERS
+    a = started(device, name, **options)
+    layers = device.engine(name).layers
+    assert device.engine(name).segments == layers
     events = {
         3: lambda: a.utility("polder_give_up", 3),
         8: lambda: a.utility("polder_give_up", 2),
-        12: lambda: request(device.socket, Rouse(engine="a")),
-        18: lambda: a.utility("polder_give_up", 6),
+        12: lambda: request(device.socket, Rouse(engine=name)),
+        18: lambda: a.utility("polder_give_up", layers - 2),
     }
-    for prompt, tokens in zip(PROMPTS, expected["a"], strict=True):
+    for prompt, tokens in zip(PROMPTS, expected[name], strict=True):
         assert tokens_of(a.generate([prompt], events=dict(events))) == [tokens]
-        request(device.socket, Rouse(engine="a"))
-        wait_for(lambda: device.engine("a").segments == LAYERS, "all layers to be back")
+        request(device.socket, Rouse(engine=name))
+        wait_for(lambda: device.engine(name).segments == layers, "all layers to be back")
     with pytest.raises(Exception, match="weights cannot be replaced"):
         a.llm.collective_rpc("reload_weights")
     figures = a.utility("polder_check")
-    assert figures["weights_loads_total"] > 10 * LAYERS, "hardly anything was streamed: the test shows nothing"
+    assert figures["weights_loads_total"] > 10 * layers, "hardly anything was streamed: the test shows nothing"
 
-    request(device.socket, Sleep(engine="a"))
-    wait_for(lambda: device.engine("a").asleep, "a to sleep")
-    assert device.status().devices[0].pages_by_owner.get("a/weights", 0) == 0
-    assert one_by_one(a) == expected["a"]
-    assert device.engine("a").segments == LAYERS
+    request(device.socket, Sleep(engine=name))
+    wait_for(lambda: device.engine(name).asleep, "it to sleep")
+    assert device.status().devices[0].pages_by_owner.get(f"{name}/weights", 0) == 0
+    assert one_by_one(a) == expected[name]
+    assert device.engine(name).segments == layers
     assert conserved(device)
 
 

@@ -143,7 +143,8 @@ class CoreWeights:
         errors = [answer.error for answer in taken if answer.error]
         if errors:
             logger.warning("cannot give %d segments up: %s", count, "; ".join(errors))
-            taken = []  # a rank that fails has changed nothing, and they fail alike
+            self._undo(taken, generation)
+            taken = []
         back = [self._forget(pages) for pages in zip(*(rank.segments for rank in taken), strict=True)]
         self._apply_pause()
         self.counters["sleeps_total"] += self.asleep
@@ -258,6 +259,13 @@ class CoreWeights:
             ),
             default=0,
         )
+
+    def _undo(self, taken: Sequence[Taken], generation: int) -> None:
+        """Some rank has given nothing up: those that have get theirs back, so that all hold as many."""
+        most = max(len(rank.segments) for rank in taken)
+        if most:
+            back = [[list(rank.segments[at]) if rank.segments else [] for rank in taken] for at in range(most)]
+            self._rpc(offloader.give, generation, back)  # a rank that gets empty segments refuses them
 
     def _hold(self, segments: Segments) -> None:
         self._forget_steps()
