@@ -19,7 +19,8 @@ from polder.bench.tenants_workload import warm_up
 
 __all__ = ["arm_pool", "tenants_engines", "warm"]
 
-BATCHED_TOKENS = 1024
+BATCHED_TOKENS = 2048
+"""What `vllm serve` takes on its own."""
 
 
 def tenants_engines(recipes: Mapping[str, ModelRecipe], *, max_model_len: int, models_dir: Path) -> list[EnginePlan]:

@@ -26,13 +26,13 @@ CONVERSATIONS_PER_SLOT = 1.0
 MOST_LOAD = 1.5
 """The Azure trace's busiest minutes have 3.5 times its mean: more than any arm serves in a slot."""
 TURNS = 8
-INPUT_SCALE, OUTPUT_SCALE = 0.5, 2.0
-"""The trace's first prompts are 512 to 1,408 tokens, its replies 8 to 48: more to read and less to say than conversations have."""
-GROWTH_TOKENS = (96, 192)
+OUTPUT_SCALE = 2
+"""The trace's replies are 8 to 48 tokens."""
+GROWTH_TOKENS = (48, 112)
 """Added to a context by each turn: the last reply and what is asked next."""
 PAUSE_S = (0.8, 1.6)
 MAX_MODEL_LEN = 2304
-"""The longest: 704 tokens in the first turn, 7 times 192 more, a reply of 96, and some."""
+"""The longest: 1,408 tokens in the first turn, 7 times 112 more, a reply of 96, in whole blocks."""
 SPATIAL_ENGINES = ("T1", "T2")
 SPATIAL_CONVERSATIONS = 2
 """Of each user, one after the other."""
@@ -90,7 +90,7 @@ def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entr
     """Its turns; each prompt begins with the whole of the one before."""
     rng = np.random.default_rng((*entropy, 1))
     lengths = [
-        int(INPUT_SCALE * start.input_tokens),
+        start.input_tokens,
         *rng.integers(*GROWTH_TOKENS, size=TURNS - 1, endpoint=True).tolist(),
     ]
     pauses_s = [0.0, *rng.uniform(*PAUSE_S, size=TURNS - 1).tolist()]
@@ -101,9 +101,9 @@ def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entr
             body=encode_body(
                 model=model,
                 prompt=context[: sum(lengths[: turn + 1])],
-                output_tokens=int(OUTPUT_SCALE * start.output_tokens),
+                output_tokens=OUTPUT_SCALE * start.output_tokens,
             ),
-            output_tokens=int(OUTPUT_SCALE * start.output_tokens),
+            output_tokens=OUTPUT_SCALE * start.output_tokens,
             at_s=begun_s + sum(pauses_s[: turn + 1]),
         )
 
