@@ -54,9 +54,7 @@ def fetch_handles(socket: Path, message: Fetch, *, timeout_s: float = 5.0) -> tu
     answer, fds = _ask(socket, message, timeout_s)
     if isinstance(answer, Handles):
         return answer, fds
-    for fd in fds:
-        os.close(fd)
-    raise ProtocolError(f"{type(answer).__name__} is no answer to Fetch")
+    raise _no_answer(answer, fds, "Fetch")
 
 
 def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) -> int:
@@ -64,9 +62,7 @@ def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) ->
     answer, fds = _ask(socket, message, timeout_s)
     if isinstance(answer, Table) and len(fds) == 1:
         return fds[0]
-    for fd in fds:
-        os.close(fd)
-    raise ProtocolError(f"{type(answer).__name__} with {len(fds)} descriptors is no answer to FetchTable")
+    raise _no_answer(answer, fds, "FetchTable")
 
 
 def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, bool]:
@@ -77,9 +73,14 @@ def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, 
     answer, fds = _ask(socket, FetchCopy(key=key), timeout_s)
     if isinstance(answer, CopyFile) and len(fds) == 1:
         return fds[0], answer.filled
+    raise _no_answer(answer, fds, "FetchCopy")
+
+
+def _no_answer(answer: FromBroker, fds: list[int], question: str) -> ProtocolError:
+    """The error to raise; closes what came with the answer."""
     for fd in fds:
         os.close(fd)
-    raise ProtocolError(f"{type(answer).__name__} with {len(fds)} descriptors is no answer to FetchCopy")
+    return ProtocolError(f"{type(answer).__name__} with {len(fds)} descriptors is no answer to {question}")
 
 
 def _ask(

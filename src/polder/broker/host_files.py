@@ -2,7 +2,7 @@
 (weights/host_copy.py).
 
 The first process that asks for a key gets an empty file to fill, and says so when it has; whoever asks later gets the full one.
-Meanwhile, and if the first one dies before, others get none and make a copy of their own. A file is let go of when all
+Meanwhile others get none and make a copy of their own; if it dies before, the next to ask fills one. A file is let go of when all
 processes that got it have ended; those that have mapped it keep its bytes whatever becomes of the broker.
 """
 
