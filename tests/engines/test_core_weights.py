@@ -169,6 +169,19 @@ def test_when_steps_have_become_too_short_it_wants_its_layers_back() -> None:
     assert isinstance(core.said[-1], Wake)
 
 
+def test_a_wish_that_the_broker_passed_over_does_not_keep_a_later_request_from_waking() -> None:
+    core = Core(layer_load_s=0.002)
+    core.steps(0.010)
+    core.take(core.spare)
+    core.steps(0.003, count=2 + int(TOO_SLOW_S))
+    core.scheduler.requests.clear()
+    core.take(len(core.weights.segments))
+    assert core.weights.asleep
+    core.said.clear()
+    core.weights.on_request(core.now)
+    assert [type(message) for message in core.said] == [Wake]
+
+
 def test_what_cannot_be_mapped_goes_back_and_the_engine_stays_as_it_was() -> None:
     core = Core()
     core.take(LAYERS)

@@ -149,9 +149,10 @@ class CoreWeights:
         self._apply_pause()
         self.counters["sleeps_total"] += self.asleep
         self._send(SegmentsReturned(lease=message.lease, segments=back, short=message.segments - len(back)))
+        if self.asleep:
+            self._waking_since = None  # what it asked for before was not granted: the next request must ask again
         if self.asleep and self._scheduler.requests:  # paused: it stands in line again
             self.counters["pauses_total"] += 1
-            self._waking_since = None
             self._want(now)
 
     def on_give(self, message: GiveSegments, generation: int, now: float) -> None:
