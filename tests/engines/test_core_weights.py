@@ -182,6 +182,19 @@ def test_a_wish_that_the_broker_passed_over_does_not_keep_a_later_request_from_w
     assert [type(message) for message in core.said] == [Wake]
 
 
+def test_who_waits_for_its_weights_asks_again_but_not_all_the_time() -> None:
+    core = Core()
+    core.take(LAYERS)
+    core.weights.on_request(core.now)
+    core.scheduler.requests["r"] = object()
+    for seconds in (0.1, 0.9, 1.0, 1.1, 2.1):
+        core.weights.remind(core.now + seconds)
+    assert [type(message) for message in core.said] == [SegmentsReturned, Wake, Wake, Wake]
+    core.give(20, LAYERS)
+    core.weights.remind(core.now + 9.0)
+    assert isinstance(core.said[-1], Grown)
+
+
 def test_what_cannot_be_mapped_goes_back_and_the_engine_stays_as_it_was() -> None:
     core = Core()
     core.take(LAYERS)

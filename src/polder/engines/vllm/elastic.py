@@ -272,6 +272,8 @@ class ElasticCore:
         if self.lender is not None:
             useful = self._useful_units(now) * self.blocks.usable_blocks // len(self.blocks.mapped)
             self.lender.look(now, self.blocks.busy_blocks, self.blocks.usable_blocks, useful)
+        if self.weights is not None:
+            self.weights.remind(now)
         since = now - self._sent_at
         turned = self.weights is not None and self._sent is not None and self.weights.turned(self._sent)
         if since < URGENT_EVERY_S and not turned:

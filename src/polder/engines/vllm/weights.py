@@ -39,6 +39,7 @@ SLOWDOWN = 0.02
 TOO_SLOW_S = 1.0
 """Steps must have been too short for what is streamed for so long before layers are asked back."""
 FIGURES_EVERY_S = 1.0
+REMIND_S = 1.0
 COUNTERS = ("wakes_total", "wake_seconds_total", "wake_max_seconds", "sleeps_total", "pauses_total")
 
 
@@ -59,6 +60,7 @@ class CoreWeights:
         self._held: list[list[tuple[tuple[int, ...], list[int]]]] = []
         """Segments, per rank: the pages as the worker knows them, and as the broker has them booked now."""
         self._waking_since: float | None = None
+        self._asked_at = 0.0
         self._pause_state = scheduler.pause_state
         self._set_pause_state = scheduler.set_pause_state
         scheduler.set_pause_state = self._on_pause
@@ -106,6 +108,17 @@ class CoreWeights:
         self._arrivals.note(now)
         if self.asleep:
             self._want(now)
+
+    def remind(self, now: float) -> None:
+        """Asks again while requests wait: an operator's `sleep` in between has made the broker forget that it was asked."""
+        if (
+            self.asleep
+            and self._waking_since is not None
+            and self._scheduler.requests
+            and now - self._asked_at >= REMIND_S
+        ):
+            self._asked_at = now
+            self._send(Wake())
 
     def on_step(self, seconds: float, tokens: int, now: float) -> None:
         """A step that computed `tokens` tokens has ended."""
@@ -226,7 +239,7 @@ class CoreWeights:
 
     def _want(self, now: float) -> None:
         if self._waking_since is None:
-            self._waking_since = now
+            self._waking_since = self._asked_at = now
             self._send(Wake())
 
     def _winnable(self) -> int | None:
