@@ -4,20 +4,26 @@ vLLM 0.32 packs a linear layer's weight for oneDNN into a buffer of the library'
 (layers/utils.py:470, no switch). What lies in a buffer that nobody can name cannot be given away or streamed. So for decoder layers
 of an engine with elastic weights the packed form is a tensor again and stays the layer's parameter:
 
-    bf16, fp16, sizes that fit     sgl-kernel's packed layout, a plain tensor of the same shape; as fast as oneDNN here
-    anything else (float32)        the weight as it is, torch.nn.functional.linear: 2 to 3 times slower than oneDNN here
+    small, on CPUs with AMX             sgl-kernel's packed layout, which stock takes there too
+    all other                           oneDNN's packed layout (onednn.py): stock's results bit by bit, at stock's speed
+    where that cannot be packed: half   sgl-kernel's layout: decoding 7 % faster, prefill 10 to 15 % slower than oneDNN here
+    ... and float32                     the weight as it is: 2 to 3 times slower here
 
-Both add up in another order than oneDNN, so logits differ in their last bits, as they do between two batch shapes of stock vLLM.
+The last two add up in another order than stock, so logits differ in their last bits, as they do between two batch shapes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from polder.engines.vllm import onednn
 from polder.memory.cores import usable_cores
 
 __all__ = ["copy_share", "install"]
+
+logger = logging.getLogger("polder.engine")
 
 _ROWS, _COLUMNS = 16, 32  # what sgl-kernel's tiles need of a weight's shape
 
@@ -30,7 +36,7 @@ def install(belongs: Callable[[Any], bool]) -> None:
 
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         if belongs(layer) and layer.weight.ndim == 2 and not layer.weight.is_meta:
-            _keep_as_tensor(layer)
+            _keep_as_tensor(layer, utils.check_cpu_sgl_kernel)
         else:
             stock(layer, remove_weight)
 
@@ -46,17 +52,37 @@ def copy_share() -> float:
     return 1.0 / len(usable_cores())
 
 
-def _keep_as_tensor(layer: Any) -> None:
+def _keep_as_tensor(layer: Any, stock_takes_sgl: Callable[[int, int, Any], bool]) -> None:
+    import torch
+
+    rows, columns = layer.weight.shape
+    sgl_fits = (
+        layer.weight.dtype in (torch.bfloat16, torch.float16)
+        and hasattr(torch.ops._C, "convert_weight_packed")
+        and not (rows % _ROWS or columns % _COLUMNS)
+    )
+    if sgl_fits and stock_takes_sgl(rows, columns, layer.weight.dtype):
+        _pack_sgl(layer)
+        return
+    try:
+        packed, linear = onednn.pack(layer.weight)
+    except onednn.PackingUnsupported as error:
+        logger.info("%s: slower kernels for layers of this kind", error)
+        if sgl_fits:
+            _pack_sgl(layer)
+        else:
+            layer.cpu_linear = torch.nn.functional.linear
+    else:
+        layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+        layer.cpu_linear = linear
+
+
+def _pack_sgl(layer: Any) -> None:
     import torch
     from vllm import _custom_ops as ops
 
-    rows, columns = layer.weight.shape
-    half = layer.weight.dtype in (torch.bfloat16, torch.float16)
-    pack = getattr(torch.ops._C, "convert_weight_packed", None)
-    if not half or pack is None or rows % _ROWS or columns % _COLUMNS:
-        layer.cpu_linear = torch.nn.functional.linear
-        return
-    layer.weight = torch.nn.Parameter(pack(layer.weight), requires_grad=False)
+    rows = layer.weight.shape[0]
+    layer.weight = torch.nn.Parameter(torch.ops._C.convert_weight_packed(layer.weight), requires_grad=False)
     if getattr(layer, "bias", None) is not None:
         layer.bias.data = layer.bias.to(torch.float32)
     layer.cpu_linear = lambda x, weight, bias: ops.weight_packed_linear_cpu(x, weight, rows, bias)
