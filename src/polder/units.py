@@ -40,6 +40,14 @@ def parse_seconds(text: str | float, *, what: str = "time") -> float:
     return float(match.group(1)) * _SECONDS[unit]
 
 
+def parse_goal(text: str | float, *, what: str) -> float:
+    """A time above 0, in seconds. Raises ConfigError naming `what`."""
+    seconds = parse_seconds(text, what=what)
+    if seconds <= 0:
+        raise ConfigError(f"{what}: {text!r}: write a time above 0, or leave it out")
+    return seconds
+
+
 def format_bytes(size: int) -> str:
     """The largest binary unit that leaves at most three digits before the point: 335544320 -> "320 MiB"."""
     value = float(size)

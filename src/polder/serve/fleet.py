@@ -19,7 +19,7 @@ from polder.engines.vllm.settings import TIERS
 from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
 from polder.serve.schema import EXAMPLE, FleetFile, MemoryTable, ModelTable, read_file
-from polder.units import format_bytes, parse_bytes, parse_seconds
+from polder.units import format_bytes, parse_bytes, parse_goal, parse_seconds
 
 __all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
 
@@ -43,6 +43,8 @@ class Model:
     host_bytes: int = 0
     lend_bytes: int = 0
     weights: Literal["resident", "elastic"] = "resident"
+    tbt_goal_s: float | None = None
+    """A token may take so long while others prefill; None: no bound."""
     cpus: str = ""
     """Cores of its processes, as taskset writes them: "0-7,16"; empty: all."""
     args: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class Model:
             "POLDER_HOST": str(self.host_bytes or ""),
             "POLDER_LEND": str(self.lend_bytes or ""),
             "POLDER_WEIGHTS": self.weights,
+            "POLDER_TBT_GOAL": "" if self.tbt_goal_s is None else f"{1e3 * self.tbt_goal_s:g}ms",
         }
         return {"POLDER_BROKER": str(socket), "POLDER_ENGINE": self.name, **none, **given, **self.env}
 
@@ -257,6 +260,7 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         host_bytes=host_bytes,
         lend_bytes=parse_bytes(model.lend, what=f"{what}: lend"),
         weights=model.weights,
+        tbt_goal_s=None if model.tbt_goal is None else parse_goal(model.tbt_goal, what=f"{what}: tbt_goal"),
         cpus=_cpus(model),
         args=tuple(model.args),
         env=model.env,

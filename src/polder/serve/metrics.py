@@ -52,6 +52,8 @@ _ENGINE_COUNTERS = {
     "migrated_blocks_total": "Blocks moved out of units that were given back",
     "evicted_blocks_total": "Cached blocks lost to shrinking",
     "steps_total": "Engine steps",
+    "paced_steps_total": "Steps whose prefill was cut short for the time that a token may take (tbt_goal)",
+    "late_steps_total": "Steps with tokens of running requests that took longer than tbt_goal",
     "wakes_total": "Times it got its weights back after sleep",
     "sleeps_total": "Times it gave all of its weights up",
     "pauses_total": "Times it did so with requests, which stood still until it was its turn again",

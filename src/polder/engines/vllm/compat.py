@@ -67,6 +67,11 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.prepend_n", ("self", "blocks")),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.record_prefix_cache_stats", ("self", "request", "num_hits")),
     ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self", "throttle_prefills")),
+    (
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
     ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", ("self", "request")),
     ("vllm.v1.core.sched.scheduler", "Scheduler.set_pause_state", ("self", "pause_state")),
     ("vllm.v1.core.sched.scheduler", "Scheduler.has_requests", ("self",)),

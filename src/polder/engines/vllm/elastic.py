@@ -37,6 +37,7 @@ from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.lender import Lender
 from polder.engines.vllm.link import BrokerLink, Down, Tick, Up
 from polder.engines.vllm.negotiate import Agreement
+from polder.engines.vllm.pacing import Pacing
 from polder.engines.vllm.prefetch import Prefetch
 from polder.engines.vllm.weights import CoreWeights
 from polder.errors import PolderError
@@ -47,6 +48,7 @@ __all__ = ["ElasticCore"]
 logger = logging.getLogger("polder.engine")
 
 DEMAND_EVERY_S = 0.05
+SAME_EVERY_S = 0.5  # a report wakes the broker, on a core that may be the one this engine needs
 URGENT_EVERY_S = 0.005
 PEAK_WINDOW_S = 2.5  # a peak is remembered for one to two windows
 WAITING_LOOKED_AT = 256
@@ -76,12 +78,16 @@ class ElasticCore:
         self._peak_since = time.monotonic()
         self._sent_at = 0.0
         self._sent: Demand | None = None
+        self._news: tuple[Any, ...] = ()
+        """Of the demand sent, all that a plan can turn on at once."""
         self._refusal = ""
         self._useful, self._useful_at = 0, float("-inf")
         self._slow: dict[str, float] = {}
         self._slow_at = float("-inf")
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self._watch_scheduler()
+        if agreement.tbt_goal_s is not None:
+            Pacing(self._scheduler, agreement.tbt_goal_s, self.counters)
         self._socket = agreement.socket
         # The connector's manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do.
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
@@ -132,7 +138,7 @@ class ElasticCore:
                 case Welcome():
                     logger.info("back with the broker, %d units held", len(self.blocks.mapped))
                     new_broker = message.generation != self._generation
-                    self._generation, self._sent, self._refusal = message.generation, None, ""
+                    self._generation, self._sent, self._news, self._refusal = message.generation, None, (), ""
                     self._pages = self._by_unit(sorted(self._pages), message.pages)
                     if self.weights is not None:
                         self.weights.on_welcome(message.segments, time.monotonic())
@@ -284,18 +290,33 @@ class ElasticCore:
         was_urgent = self._sent is not None and self._sent.urgent
         if not turned and not (urgent and not was_urgent) and since < (DEMAND_EVERY_S if self._sent else 0):
             return
+        held = len(self.blocks.mapped)
+        cached = min(held, self._units(self.blocks.cached_blocks))
+        weights = self.weights.demand(now) if self.weights is not None else {}
+        news = (
+            held,
+            busy,
+            waiting,
+            max(self._peaks),
+            cached,
+            urgent,
+            weights.get("asleep"),
+            weights.get("spare_segments"),
+        )
+        if news == self._news and since < SAME_EVERY_S:
+            return
         demand = Demand(
-            held_units=len(self.blocks.mapped),
+            held_units=held,
             busy_units=busy,
             waiting_units=waiting,
             peak_units=max(self._peaks),
-            cached_units=min(len(self.blocks.mapped), self._units(self.blocks.cached_blocks)),
+            cached_units=cached,
             curve=self._reuse.curve(now, self._prefill.seconds_per_token or 0.0),
             urgent=urgent,
             stats=self._stats(),
-            **(self.weights.demand(now) if self.weights is not None else {}),
+            **weights,
         )
-        self._sent, self._sent_at = demand, now
+        self._sent, self._news, self._sent_at = demand, news, now
         self.link.send(demand)
 
     def _useful_units(self, now: float) -> int:

@@ -57,6 +57,7 @@ class Agreement:
     lend_bytes: int
     weights: WeightsFound | None
     """None: they stay where they are."""
+    tbt_goal_s: float | None
 
 
 class LocalBroker:
@@ -135,6 +136,7 @@ def negotiate(
         groups=len(configs[0].kv_cache_groups),
         geometry=geometry,
         lend_bytes=settings.lend_bytes,
+        tbt_goal_s=settings.tbt_goal_s,
         weights=weights,
     )
     return configs, agreement

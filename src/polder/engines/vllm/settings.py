@@ -14,6 +14,7 @@
 | POLDER_HOST         | host              | this engine's quota of host memory, all ranks together (needs the tier "host")     |
 | POLDER_LEND         | lend              | most KV memory lent to other engines at a time, all ranks together (default: none) |
 | POLDER_WEIGHTS      | weights           | "elastic": the broker's budget is for weights too; they leave while nobody asks    |
+| POLDER_TBT_GOAL     | tbt_goal          | time a token may take while others prefill: "200ms" (default: no bound)            |
 | POLDER_LINKS        | links             | for tests and benches: emulated, "peer=3.2GB/s,host=400MB/s,weights=2GB/s"         |
 | POLDER_FAULTS       | faults            | for tests: faults of the tiers, "fail=0.2,corrupt=0.01,seed=1"                     |
 
@@ -35,7 +36,7 @@ from polder.errors import ConfigError
 from polder.memory.page import PAGE_BYTES
 from polder.testing.faulty_tier import parse_faults
 from polder.testing.links import parse_links
-from polder.units import parse_bytes
+from polder.units import parse_bytes, parse_goal
 
 __all__ = ["ENVIRONMENT", "TIERS", "EngineSettings", "read_settings"]
 
@@ -51,6 +52,7 @@ ENVIRONMENT = {
     "host": "POLDER_HOST",
     "lend": "POLDER_LEND",
     "weights": "POLDER_WEIGHTS",
+    "tbt_goal": "POLDER_TBT_GOAL",
     "links": "POLDER_LINKS",
     "faults": "POLDER_FAULTS",
 }
@@ -74,6 +76,8 @@ class EngineSettings:
     host_bytes: int = 0
     lend_bytes: int = 0
     weights: Literal["resident", "elastic"] = "resident"
+    tbt_goal_s: float | None = None
+    """None: steps as long as vLLM makes them."""
     links: str = ""
     faults: str = ""
 
@@ -120,6 +124,7 @@ def read_settings(
         host_bytes=size("host") or 0,
         lend_bytes=size("lend") or 0,
         weights=_weights(str(values.get("weights", "resident"))),
+        tbt_goal_s=parse_goal(values["tbt_goal"], what=ENVIRONMENT["tbt_goal"]) if "tbt_goal" in values else None,
         links=_checked(parse_links, str(values.get("links", ""))),
         faults=_checked(parse_faults, str(values.get("faults", ""))),
     )
