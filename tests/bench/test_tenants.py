@@ -112,7 +112,9 @@ def test_only_polders_weights_are_elastic_and_all_engines_compute_on_one_core() 
     }
     assert {m["env"]["POLDER_WAKE"] for m in fleet("polder-whole")["model"]} == {"whole"}
     assert {m["env"]["POLDER_WAKE"] for m in fleet("polder-streamed")["model"]} == {"streamed"}
+    assert {m["env"]["POLDER_TBT_GOAL"] for m in fleet("polder")["model"]} == {"400ms"}
     assert engines_of("stock", base()) == base()
+    assert {engine.batched_tokens for engine in engines_of("stock-short", base())} == {256}
 
 
 @pytest.mark.parametrize(("arm", "budget"), [("kv-only", 3 * KV_SHARE_BYTES), ("polder", BUDGET_BYTES)])

@@ -93,9 +93,10 @@ def test_every_stage_gets_to_the_result(started: list[str], tmp_path: Path) -> N
     json_file, html_file = tmp_path / "tenants.json", tmp_path / "tenants.html"
     result = tenants.TenantsBench(plan, workdir=tmp_path, console=Console(quiet=True)).run(json_file, html_file)
     assert read_result(json_file).arms == result.arms
+    run = [arm for arm in ARMS if arm in plan.order]
     assert set(result.arms) == {
-        *(f"{arm}-{load}" for arm in ARMS for load in ("x0.5", "x3", "spatial")),
-        *ARMS,
+        *(f"{arm}-{load}" for arm in run for load in ("x0.5", "x3", "spatial")),
+        *run,
         *("stock-resident", "polder-resident", "stock-anew", "polder-streamed", "polder-whole"),
         *("polder-streamed-link", "polder-whole-link", "polder-streaming"),
         "polder-equality",

@@ -21,8 +21,10 @@ def test_environment_and_additional_config_say_the_same() -> None:
         "POLDER_ENGINE": "a",
         "POLDER_KV_FLOOR": "64MiB",
         "POLDER_KV_SHARE": "1GiB",
+        "POLDER_TBT_GOAL": "200ms",
     }
-    additional = {"polder": {"broker": "/run/b", "engine": "a", "kv_floor": "64MiB", "kv_share": "1GiB"}}
+    sizes = {"kv_floor": "64MiB", "kv_share": "1GiB"}
+    additional = {"polder": {"broker": "/run/b", "engine": "a", "tbt_goal": 0.2, **sizes}}
     assert read_settings({}, "m", environment) == read_settings(additional, "m", {})
 
 
@@ -46,6 +48,8 @@ def test_the_name_defaults_to_the_model() -> None:
         ({}, {"POLDER_KV_FLOOR": "1GiB"}, "neither POLDER_BROKER nor POLDER_KV_BUDGET"),
         ({}, {"POLDER_BROKER": "/run/b", "POLDER_KV_BUDGET": "1GiB"}, "exclude each other"),
         ({}, {"POLDER_KV_BUDGET": "lots"}, "POLDER_KV_BUDGET: cannot read 'lots'"),
+        ({}, {"POLDER_KV_BUDGET": "1GiB", "POLDER_TBT_GOAL": "0ms"}, "POLDER_TBT_GOAL: '0ms': write a time above 0"),
+        ({}, {"POLDER_KV_BUDGET": "1GiB", "POLDER_TBT_GOAL": "fast"}, "POLDER_TBT_GOAL: cannot read 'fast'"),
         ({}, {"POLDER_BROKER": "/" + "x" * 120}, "107"),
     ],
 )

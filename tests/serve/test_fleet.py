@@ -73,6 +73,7 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
     assert environment["POLDER_BROKER"] == "/s"
     assert environment["POLDER_ENGINE"] == "chat"
     assert environment["POLDER_KV_SHARE"] == str(160 * MIB)
+    assert environment["POLDER_TBT_GOAL"] == "200ms"
     assert environment["POLDER_KV_BUDGET"] == "", "what the shell had set is undone"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 

@@ -42,7 +42,7 @@ __all__ = ["TenantsBench"]
 
 QUIET_S = 2.0
 """vLLM's processes spin for a second after their last message: an arm that was just used must not take another's core."""
-BASELINES = {"kv-only": ("stock",), "polder": ("stock", "kv-only")}
+BASELINES = {"stock-short": ("stock",), "kv-only": ("stock",), "polder": ("stock", "stock-short", "kv-only")}
 COMEBACKS = (
     ("polder-resident", "stock-resident"),
     ("polder-streamed", "stock-resident"),

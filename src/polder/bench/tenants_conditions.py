@@ -15,7 +15,9 @@ from polder.bench.tenants_plan import (
     COMEBACK_ENGINE,
     EQUALITY_ENGINES,
     KV_SHARE_BYTES,
+    SHORT_BATCHED_TOKENS,
     SLOT_S,
+    TBT_GOAL,
     WEIGHTS_LINK_BYTES_PER_S,
     TenantsPlan,
 )
@@ -36,7 +38,8 @@ def describe_tenants(plan: TenantsPlan, engines: Sequence[EnginePlan]) -> dict[s
             "kv_bytes": BUDGET_BYTES - weights,
             "stock": f"all weights resident, {KV_SHARE_BYTES} B of KV for each model",
             "kv-only": f"all weights resident, {BUDGET_BYTES - weights} B of KV, a third of it each model's own on demand",
-            "polder": f"{BUDGET_BYTES} B for weights and KV",
+            "stock-short": f"as stock, steps of at most {SHORT_BATCHED_TOKENS} tokens",
+            "polder": f"{BUDGET_BYTES} B for weights and KV; a goal of {TBT_GOAL} for tokens while others prefill",
             "beside it": "embeddings, heads and last norms, which stay where they are in all arms; and Polder's host copy of the "
             "layers, which is ordinary memory",
         },

@@ -18,21 +18,27 @@ __all__ = [
     "FULL_TENANTS",
     "KV_SHARE_BYTES",
     "QUICK_TENANTS",
+    "SHORT_BATCHED_TOKENS",
     "SLOT_S",
     "STAGES",
+    "TBT_GOAL",
     "WEIGHTS_LINK_BYTES_PER_S",
     "Leg",
     "TenantsPlan",
     "engines_of",
 ]
 
-ARMS: tuple[str, ...] = ("stock", "kv-only", "polder")
+ARMS: tuple[str, ...] = ("stock", "stock-short", "kv-only", "polder")
 STAGES: tuple[str, ...] = ("temporal", "spatial", "comeback", "streaming", "equality")
 
 KV_SHARE_BYTES = 48 << 20
 """Of each model, in stock for good: 4,096 tokens, two units, two or three conversations of the workload."""
 BUDGET_BYTES = sum(map(weights_bytes, TENANTS.values())) + len(TENANTS) * KV_SHARE_BYTES
 """Weights of all layers, three quarters, and KV memory: the same in all arms."""
+TBT_GOAL = "400ms"
+"""Polder's arm: bounds its chunks of prefill while others decode, by measured times."""
+SHORT_BATCHED_TOKENS = 256
+"""The arm `stock-short`: the same by vLLM's own means, a limit for all steps, of about as many milliseconds on a core like this."""
 ARMS_UP = 2
 """At a time, in the temporal and spatial stages: six engines are what a machine of 23 GB holds beside the rest."""
 SLOT_S = 9.0
@@ -46,7 +52,7 @@ EQUALITY_ENGINES = ("T1", "T2")
 
 _START_S = {1: 20, 2: 30, 3: 45}
 """Seconds that an arm of so many engines takes to start on two cores."""
-_LEFT_OVER = {"stock": 1.0, "kv-only": 0.8, "polder": 0.3}
+_LEFT_OVER = {"stock": 1.0, "stock-short": 1.0, "kv-only": 0.8, "polder": 0.3}
 """Time that a run goes on after its last arrival, as part of its length, for each unit of the rate above 1."""
 _WARM_S = 10
 _PAUSE_S = 4
@@ -146,12 +152,16 @@ QUICK_TENANTS = TenantsPlan(
 
 
 def engines_of(arm: str, engines: Sequence[EnginePlan]) -> list[EnginePlan]:
-    """The engines as `arm` serves them: `stock` and `kv-only` with resident weights, all others with elastic ones.
+    """The engines as `arm` serves them: those of stock and `kv-only` with resident weights, all others with elastic ones.
 
     A name that ends in "-link" means copies over the emulated link, not at memcpy's speed.
     """
     if arm in ("stock", "kv-only"):
         return list(engines)
+    if arm == "stock-short":
+        return [replace(engine, batched_tokens=SHORT_BATCHED_TOKENS) for engine in engines]
+    if arm == "polder":
+        return [replace(engine, weights="elastic", extra_env={"POLDER_TBT_GOAL": TBT_GOAL}) for engine in engines]
     wake = {"POLDER_WAKE": "whole" if "whole" in arm else "streamed"}
     link = {"POLDER_LINKS": f"weights={WEIGHTS_LINK_BYTES_PER_S / 1e9:g}GB/s"} if arm.endswith("-link") else {}
     return [replace(engine, weights="elastic", extra_env=wake | link) for engine in engines]

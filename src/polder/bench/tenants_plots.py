@@ -13,7 +13,7 @@ from polder.bench.tenants_plan import ARMS
 
 __all__ = ["sweep"]
 
-COLOURS = {"stock": "#8a94a6", "kv-only": "#d97706", "polder": "#0f766e"}
+COLOURS = {"stock": "#8a94a6", "stock-short": "#475569", "kv-only": "#d97706", "polder": "#0f766e"}
 PANELS = (
     ("output_tokens_per_s", "output tokens per s", "linear"),
     ("ttft_p99_ms", "TTFT p99, ms (log scale)", "log"),

@@ -59,7 +59,7 @@ def arm_pool(
     def make(name: str) -> Arm:
         say(f"starting {name}{suffix}")
         served = engines_of(name, engines)
-        if name == "stock":
+        if name in ("stock", "stock-short"):
             return StockArm(served, log_dir, name=name + suffix)
         return PolderArm(served, log_dir, runtime_dir, name=name + suffix)
 
