@@ -76,7 +76,7 @@ class ElasticCore:
         self._step_tokens = 0
         self._peaks = (0, 0)
         self._peak_since = time.monotonic()
-        self._sent_at = 0.0
+        self._sent_at = self._looked_at = 0.0
         self._sent: Demand | None = None
         self._news: tuple[Any, ...] = ()
         """Of the demand sent, all that a plan can turn on at once."""
@@ -185,7 +185,7 @@ class ElasticCore:
         assert self.weights is not None
         now = time.monotonic()
         self.weights.on_take(TakeSegments(lease=0, segments=segments, deadline_s=0.0), self._generation, now)
-        self._sent_at = 0.0
+        self._sent_at = self._looked_at = 0.0
         self._report(now)
 
     def check_integrity(self) -> None:
@@ -288,8 +288,10 @@ class ElasticCore:
         self._note_peak(busy + waiting, now)
         urgent = busy + waiting > len(self.blocks.mapped)
         was_urgent = self._sent is not None and self._sent.urgent
-        if not turned and not (urgent and not was_urgent) and since < (DEMAND_EVERY_S if self._sent else 0):
+        unlooked = now - self._looked_at
+        if not turned and not (urgent and not was_urgent) and unlooked < (DEMAND_EVERY_S if self._sent else 0):
             return
+        self._looked_at = now
         held = len(self.blocks.mapped)
         cached = min(held, self._units(self.blocks.cached_blocks))
         weights = self.weights.demand(now) if self.weights is not None else {}
