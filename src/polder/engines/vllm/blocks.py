@@ -44,16 +44,26 @@ class BusyBlocks(enum.Enum):
 class BlockUnits:
     """Grows and shrinks one live BlockPool by units of `unit_blocks` block ids."""
 
-    def __init__(self, scheduler: Any, unit_blocks: int, mapped_units: list[int], busy: BusyBlocks) -> None:
-        """Parks the blocks of all units that are not mapped. Before the first request."""
+    def __init__(
+        self, scheduler: Any, unit_blocks: int, mapped_units: list[int], busy: BusyBlocks, *, windowed_units: int = 0
+    ) -> None:
+        """Parks the blocks of all units that are not mapped. Before the first request. The last `windowed_units` are windowed."""
         self._busy_rule = busy
         self._scheduler = scheduler
         self._manager = scheduler.kv_cache_manager
         self._pool = self._manager.block_pool
         self._unit_blocks = unit_blocks
-        self.virtual_units = self._pool.num_gpu_blocks // unit_blocks
+        all_units = self._pool.num_gpu_blocks // unit_blocks
+        self.virtual_units = all_units - windowed_units
         self.mapped: list[int] = sorted(mapped_units)
-        for unit in set(range(self.virtual_units)) - set(self.mapped):
+        self.windowed: list[int] = []
+        """Units whose blocks cost copies in every pass, in use now; their ids lie above all others."""
+        if windowed_units:
+            from polder.engines.vllm.region_queue import RegionQueue
+
+            free = self._pool.free_block_queue.get_all_free_blocks()
+            self._pool.free_block_queue = RegionQueue(free, self.first_windowed)
+        for unit in set(range(all_units)) - set(self.mapped):
             for block in self._blocks(unit):
                 self._pool.free_block_queue.remove(block)
         self._resized()
@@ -61,7 +71,23 @@ class BlockUnits:
     # ------------------------------------------------------------------ sizes
 
     @property
+    def unit_blocks(self) -> int:
+        size: int = self._unit_blocks
+        return size
+
+    @property
+    def first_windowed(self) -> int:
+        """The lowest windowed block, if there are any."""
+        first: int = self.virtual_units * self._unit_blocks
+        return first
+
+    @property
     def usable_blocks(self) -> int:
+        return (len(self.mapped) + len(self.windowed)) * self._unit_blocks
+
+    @property
+    def regular_blocks(self) -> int:
+        """Usable and not windowed."""
         return len(self.mapped) * self._unit_blocks
 
     @property
@@ -86,6 +112,56 @@ class BlockUnits:
         self.mapped = sorted([*self.mapped, *units])
         self._resized()
 
+    # ------------------------------------------------------------------ windowed units
+
+    def open(self, units: list[int]) -> None:
+        """Windowed units have pages: their blocks may be used, when all others are."""
+        self._pool.free_block_queue.append_n([block for unit in units for block in self._blocks(unit)])
+        self.windowed = sorted([*self.windowed, *units])
+        self._resized()
+
+    def close(self, units: list[int]) -> int:
+        """Takes windowed units out of use, of which no block is busy. Returns how many cached blocks were lost."""
+        evicted = 0
+        blocks = [block for unit in units for block in self._blocks(unit)]
+        self._pool._notify_reuse(blocks)
+        for block in blocks:
+            evicted += self._pool._maybe_evict_cached_block(block)
+            self._pool.free_block_queue.remove(block)
+        gone = set(units)
+        self.windowed = [unit for unit in self.windowed if unit not in gone]
+        self._resized()
+        return evicted
+
+    def idle_windowed(self) -> list[int]:
+        """Windowed units without a busy block."""
+        return [unit for unit in self.windowed if all(block.ref_cnt == 0 for block in self._blocks(unit))]
+
+    def windowed_of(self, request_id: str) -> list[int]:
+        """Ids of the windowed blocks that a request holds."""
+        return [
+            block.block_id
+            for manager in self._manager.coordinator.single_type_managers
+            for block in manager.req_to_blocks.get(request_id, ())
+            if block.block_id >= self.first_windowed
+        ]
+
+    def bring_home(self, sources: list[int]) -> list[int]:
+        """Busy windowed blocks become regular ones, the coldest free of these: their ids. None is brought if not all can be."""
+        free = [b for b in self._pool.free_block_queue.get_all_free_blocks() if b.block_id < self.first_windowed]
+        ids = np.array(sources, dtype=np.int64)
+        if len(free) < len(sources) or self._busy_rule is BusyBlocks.STAY or len(self._immovable(ids)):
+            return []
+        moved = {}
+        self._pool._notify_reuse(free[: len(sources)])
+        for source, target in zip(sources, free, strict=False):
+            self._pool._maybe_evict_cached_block(target)
+            self._move(self._pool.blocks[source], target)
+            self._pool.free_block_queue.append(self._pool.blocks[source])
+            moved[source] = target
+        self._replace(moved)
+        return [target.block_id for target in moved.values()]
+
     # ------------------------------------------------------------------ shrink
 
     def shrink(self, count: int, floor_units: int) -> Shrink:
@@ -104,9 +180,8 @@ class BlockUnits:
     def check_integrity(self) -> None:
         """Raises IntegrityError unless mapped blocks = busy + free, and nothing of an unmapped unit is in use or cached."""
         free = {block.block_id for block in self._pool.free_block_queue.get_all_free_blocks()}
-        mapped = {
-            block for unit in self.mapped for block in range(unit * self._unit_blocks, (unit + 1) * self._unit_blocks)
-        }
+        units = (*self.mapped, *self.windowed)
+        mapped = {block for unit in units for block in range(unit * self._unit_blocks, (unit + 1) * self._unit_blocks)}
         busy = {b.block_id for b in self._pool.blocks if b.ref_cnt > 0 or b.is_null}
         if len(free) != self._pool.get_num_free_blocks() or free & busy or free | busy != mapped:
             raise IntegrityError(
@@ -128,7 +203,8 @@ class BlockUnits:
         self._manager.watermark_blocks = int(self._scheduler.scheduler_config.watermark * self.usable_blocks)
 
     def _plan(self, count: int) -> Compaction:
-        free_blocks = self._pool.free_block_queue.get_all_free_blocks()
+        everything = self._pool.free_block_queue.get_all_free_blocks()
+        free_blocks = [block for block in everything if block.block_id < self.first_windowed]
         free = np.array([b.block_id for b in free_blocks], dtype=np.int64)
         mapped_units = np.array(self.mapped, dtype=np.int64)
         ids = (mapped_units[:, None] * self._unit_blocks + np.arange(self._unit_blocks)).ravel()
@@ -172,15 +248,20 @@ class BlockUnits:
         for source, target in zip(plan.sources.tolist(), plan.targets.tolist(), strict=True):
             self._move(pool.blocks[source], pool.blocks[target])
             moved[source] = pool.blocks[target]
-        if moved:
-            for manager in self._manager.coordinator.single_type_managers:
-                for blocks in manager.req_to_blocks.values():
-                    for at, block in enumerate(blocks):
-                        if block.block_id in moved:
-                            blocks[at] = moved[block.block_id]
+        self._replace(moved)
         self.mapped = [unit for unit in self.mapped if unit not in gone]
         self._resized()
         return Shrink(plan=plan, evicted_blocks=evicted, migrated_blocks=len(moved), preempted_requests=preempted)
+
+    def _replace(self, moved: dict[int, Any]) -> None:
+        """In the requests' lists: block id -> the block that took its place."""
+        if not moved:
+            return
+        for manager in self._manager.coordinator.single_type_managers:
+            for blocks in manager.req_to_blocks.values():
+                for at, block in enumerate(blocks):
+                    if block.block_id in moved:
+                        blocks[at] = moved[block.block_id]
 
     def _move(self, source: Any, target: Any) -> None:
         """`target`, free and unhashed, becomes what `source` is: same references, same hashes, same place in the free queue."""

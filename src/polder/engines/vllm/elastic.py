@@ -40,6 +40,7 @@ from polder.engines.vllm.negotiate import Agreement
 from polder.engines.vllm.pacing import Pacing
 from polder.engines.vllm.prefetch import Prefetch
 from polder.engines.vllm.weights import CoreWeights
+from polder.engines.vllm.window_core import CoreWindow
 from polder.errors import PolderError
 from polder.planner.rates import PrefillRate
 
@@ -68,7 +69,10 @@ class ElasticCore:
         self._groups = agreement.groups
         ranks = self._rpc(worker.describe)
         rule = BusyBlocks.MOVE if all(rank["v1_runner"] for rank in ranks) else BusyBlocks.STAY
-        self.blocks = BlockUnits(self._scheduler, agreement.unit_blocks, ranks[0]["units"], rule)
+        windowed = agreement.window.shape.store_units if agreement.window is not None else 0
+        self.blocks = BlockUnits(
+            self._scheduler, agreement.unit_blocks, ranks[0]["units"], rule, windowed_units=windowed
+        )
         self._pages: dict[int, list[list[int]]] = self._by_unit(self.blocks.mapped, agreement.welcome.pages)
         self._reuse = ReuseTracker(
             unit_blocks=agreement.unit_blocks, max_units=self._hello.ceiling_units, block_tokens=self._block_tokens
@@ -88,6 +92,11 @@ class ElasticCore:
         self._watch_scheduler()
         if agreement.tbt_goal_s is not None:
             Pacing(self._scheduler, agreement.tbt_goal_s, self.counters)
+        self.window: CoreWindow | None = None
+        if agreement.window is not None:
+            self.window = CoreWindow(
+                self._scheduler, self.blocks, agreement.window, self._rpc, self._hello.ceiling_units
+            )
         self._socket = agreement.socket
         # The connector's manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do.
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
@@ -167,12 +176,16 @@ class ElasticCore:
         if self.lender is not None:
             self.lender.note_used(self.blocks.busy_blocks)
         self._settle()
+        if self.window is not None:
+            self.window.look(time.monotonic())
         self._report(time.monotonic())
 
     def on_request(self) -> None:
         """A request has joined the queue."""
         if self.weights is not None:
             self.weights.on_request(time.monotonic())
+        if self.window is not None:
+            self.window.look(time.monotonic())
         self._report(time.monotonic())
 
     def close(self) -> None:
@@ -245,10 +258,13 @@ class ElasticCore:
 
     def _shrink(self, recall: Recall) -> None:
         started = time.perf_counter()
+        if self.window is not None:
+            self.window.close_idle()
         asleep = self.weights is not None and self.weights.asleep
         # Requests of a model that was paused: their memory goes too, if whoever runs now needs it.
         shrink = self.blocks.shrink_preempting if recall.preempt or asleep else self.blocks.shrink
-        done = shrink(recall.units, 1 if asleep else self._hello.floor_units)
+        floor = 1 if asleep else self._hello.floor_units - (len(self.window.carriers) if self.window else 0)
+        done = shrink(recall.units, max(1, floor))
         units, plan = done.plan.units.tolist(), done.plan
         if units and self.lender is not None:
             self.lender.unmapped(units)
@@ -286,13 +302,13 @@ class ElasticCore:
             return
         busy, waiting = self._need_units()
         self._note_peak(busy + waiting, now)
-        urgent = busy + waiting > len(self.blocks.mapped)
+        urgent = busy + waiting > self._held_units
         was_urgent = self._sent is not None and self._sent.urgent
         unlooked = now - self._looked_at
         if not turned and not (urgent and not was_urgent) and unlooked < (DEMAND_EVERY_S if self._sent else 0):
             return
         self._looked_at = now
-        held = len(self.blocks.mapped)
+        held = self._held_units
         cached = min(held, self._units(self.blocks.cached_blocks))
         weights = self.weights.demand(now) if self.weights is not None else {}
         news = (
@@ -357,7 +373,11 @@ class ElasticCore:
         self._peaks = (before, max(current, units))
 
     def _units(self, blocks: int) -> int:
-        return -(-blocks // (self.blocks.usable_blocks // len(self.blocks.mapped)))
+        return -(-blocks // self.blocks.unit_blocks)
+
+    @property
+    def _held_units(self) -> int:
+        return len(self.blocks.mapped) if self.window is None else self.window.held_units
 
     def _stats(self) -> dict[str, float]:
         usable = self.blocks.usable_blocks
@@ -383,6 +403,8 @@ class ElasticCore:
         lent = self.lender.figures() if self.lender is not None else {}
         if self.weights is not None:
             lent |= self.weights.stats(time.monotonic())
+        if self.window is not None:
+            lent |= self.window.stats()
         return lent | (self.tiers.tiers.figures() if self.tiers is not None else {})
 
     # ------------------------------------------------------------------ plumbing

@@ -29,6 +29,7 @@ from polder.engines.vllm.geometry import KvGeometry, unit_blocks
 from polder.engines.vllm.lender import lot_geometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
+from polder.engines.vllm.window import WindowAgreement, agree_on_window, with_window
 from polder.engines.vllm.worker import WeightsFound
 from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
 from polder.tiers.lending import table_bytes
@@ -58,6 +59,7 @@ class Agreement:
     weights: WeightsFound | None
     """None: they stay where they are."""
     tbt_goal_s: float | None
+    window: WindowAgreement | None
 
 
 class LocalBroker:
@@ -91,17 +93,19 @@ def negotiate(
     if socket is None:
         assert settings.kv_budget_bytes is not None
         budget = dict.fromkeys(devices, settings.kv_budget_bytes)
-        if settings.host_bytes:
-            budget[HOST] = settings.host_bytes
+        if settings.host_bytes or settings.window_bytes:
+            budget[HOST] = settings.host_bytes + settings.window_bytes
         core.polder_local_broker = LocalBroker(budget, settings.page_bytes)
         socket = core.polder_local_broker.socket
     page_bytes, most_bytes = _ask_sizes(socket, devices)
     ceiling_bytes = min(settings.kv_ceiling_bytes or most_bytes, most_bytes)
-    configs, blocks_of_unit = _configs_of_units(
-        get_kv_cache_configs, vllm_config, kv_cache_specs, ceiling_bytes, page_bytes
+    store_bytes = settings.window_bytes // len(devices)
+    configs, blocks_of_unit, regular_units = _configs_of_units(
+        get_kv_cache_configs, vllm_config, kv_cache_specs, ceiling_bytes, page_bytes, settings, store_bytes
     )
     geometry = worker.geometry_of(configs[0], page_bytes, blocks_of_unit)
-    hello, block_tokens = _hello(vllm_config, settings, configs[0], geometry, devices)
+    window = agree_on_window(settings, configs[0], geometry, regular_units)
+    hello, block_tokens = _hello(vllm_config, settings, configs[0], geometry, devices, regular_units, window)
     weights = _weights(core, settings)
     if weights is not None:
         hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages)
@@ -115,6 +119,7 @@ def negotiate(
         pages=tuple(tuple(pages) for pages in welcome.pages),
         unit_blocks=blocks_of_unit,
         tiers=agree_on_tiers(vllm_config, settings, configs[0], hello, welcome, socket, geometry),
+        window=None if window is None else window.plan(welcome.host, settings),
     )
     core.model_executor.collective_rpc(worker.prepare, args=(plan,))
     logger.info(
@@ -138,6 +143,7 @@ def negotiate(
         lend_bytes=settings.lend_bytes,
         tbt_goal_s=settings.tbt_goal_s,
         weights=weights,
+        window=window,
     )
     return configs, agreement
 
@@ -172,6 +178,10 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
     if bool(settings.tiers) != (transfer is not None):
         flag = f'--kv-transfer-config \'{{"kv_connector":"{CONNECTOR}","kv_role":"kv_both"}}\''
         raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")
+    if settings.window_bytes and (settings.tiers or settings.lend_bytes):
+        raise ConfigError(
+            "POLDER_WINDOW does not work together with POLDER_TIERS or POLDER_LEND yet: remove one of them"
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ConfigError("elastic KV does not work with pipeline parallelism yet")
     if vllm_config.parallel_config.data_parallel_size > 1:
@@ -207,24 +217,32 @@ def _configs_of_units(
     kv_cache_specs: list[Any],
     ceiling_bytes: int,
     page_bytes: int,
-) -> tuple[list[Any], int]:
-    """vLLM's configs for the most whole units that fit `ceiling_bytes` a rank, and the blocks of a unit."""
+    settings: EngineSettings,
+    store_bytes: int,
+) -> tuple[list[Any], int, int]:
+    """vLLM's configs for the most whole units that fit `ceiling_bytes` a rank and for the windowed ones above them, the blocks of a
+    unit, and how many units are regular."""
     cache = vllm_config.cache_config
     asked = cache.num_gpu_blocks_override
     try:
-        configs = get_configs(vllm_config, kv_cache_specs, [ceiling_bytes] * len(kv_cache_specs))
+        # What is windowed has all of its bytes in the store, so this is what vLLM can have blocks for.
+        memory = [ceiling_bytes + store_bytes] * len(kv_cache_specs)
+        configs = get_configs(vllm_config, kv_cache_specs, memory)
         places = [place for config in configs for place in worker.places_of(config)]
         if not places:
             raise ConfigError("this model has no KV cache: nothing to make elastic")
         blocks_of_unit = unit_blocks(places, page_bytes)
         units = min(config.num_blocks for config in configs) // blocks_of_unit
-        if units < 1:
+        regular = units
+        if store_bytes:
+            regular, units = with_window(configs, ceiling_bytes, page_bytes, blocks_of_unit, settings, store_bytes)
+        if regular < 1:
             raise BudgetError(
                 f"one unit of this model's KV cache is {blocks_of_unit} blocks and does not fit {format_bytes(ceiling_bytes)}: "
                 f"raise the KV budget, or use smaller pages"
             )
         cache.num_gpu_blocks_override = units * blocks_of_unit
-        configs = get_configs(vllm_config, kv_cache_specs, [ceiling_bytes] * len(kv_cache_specs))
+        configs = get_configs(vllm_config, kv_cache_specs, memory)
     except ValueError as error:
         raise BudgetError(f"KV budget of {format_bytes(ceiling_bytes)} a rank is too small: {error}") from error
     finally:
@@ -234,11 +252,17 @@ def _configs_of_units(
         geometry.check()
     if len({geometry.pages_per_unit for geometry in geometries}) > 1:
         raise ConfigError("ranks of this engine hold different numbers of layers: elastic KV needs them equal")
-    return configs, blocks_of_unit
+    return configs, blocks_of_unit, regular
 
 
 def _hello(
-    vllm_config: Any, settings: EngineSettings, config: Any, geometry: KvGeometry, devices: list[str]
+    vllm_config: Any,
+    settings: EngineSettings,
+    config: Any,
+    geometry: KvGeometry,
+    devices: list[str],
+    regular_units: int,
+    window: WindowAgreement | None,
 ) -> tuple[Hello, int]:
     page_bytes, blocks_of_unit = geometry.page_bytes, geometry.unit_blocks
     unit_bytes = geometry.pages_per_unit * page_bytes
@@ -247,6 +271,8 @@ def _hello(
     # One request of the longest kind, in every group, and the null block: with less, it would wait for ever.
     longest_blocks = sum(-(-max_model_len // size) for size in sizes) + 1
     least = -(-longest_blocks // blocks_of_unit)
+    if window is not None:
+        least = window.least_held(least, regular_units, max_model_len)
     floor = least
     if settings.kv_floor_bytes is not None:
         floor = settings.kv_floor_bytes // unit_bytes
@@ -255,9 +281,9 @@ def _hello(
                 f"POLDER_KV_FLOOR={format_bytes(settings.kv_floor_bytes)} is less than one request of max_model_len "
                 f"{max_model_len} needs: give at least {format_bytes(least * unit_bytes)}, or lower --max-model-len"
             )
-    if floor > geometry.units:
+    if floor > regular_units:
         raise BudgetError(
-            f"the floor of {format_bytes(floor * unit_bytes)} is over the ceiling of {format_bytes(geometry.units * unit_bytes)} "
+            f"the floor of {format_bytes(floor * unit_bytes)} is over the ceiling of {format_bytes(regular_units * unit_bytes)} "
             f"a rank: raise the KV budget, or lower --max-model-len"
         )
     hello = Hello(
@@ -268,9 +294,9 @@ def _hello(
         pages_per_unit=geometry.pages_per_unit,
         unit_tokens=blocks_of_unit * min(sizes) // len(sizes),
         floor_units=floor,
-        ceiling_units=geometry.units,
+        ceiling_units=regular_units,
         share_units=max(1, settings.kv_share_bytes // unit_bytes) if settings.kv_share_bytes is not None else 0,
-        host_pages=settings.host_bytes // len(devices) // page_bytes,
+        host_pages=settings.host_bytes // len(devices) // page_bytes + (window.store_pages if window else 0),
         table_bytes=table_bytes(lot_geometry(geometry, len(devices))) if settings.lend_bytes else 0,
     )
     return hello, min(sizes)

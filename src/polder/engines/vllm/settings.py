@@ -14,6 +14,8 @@
 | POLDER_HOST         | host              | this engine's quota of host memory, all ranks together (needs the tier "host")     |
 | POLDER_LEND         | lend              | most KV memory lent to other engines at a time, all ranks together (default: none) |
 | POLDER_WEIGHTS      | weights           | "elastic": the broker's budget is for weights too; they leave while nobody asks    |
+| POLDER_WINDOW       | window            | host memory for contexts longer than fit the device: most layers of them stay there |
+| POLDER_WINDOW_LAYERS| window_layers     | layers of such a context that are on the device at a time (default: 2)              |
 | POLDER_TBT_GOAL     | tbt_goal          | time a token may take while others prefill: "200ms" (default: no bound)            |
 | POLDER_LINKS        | links             | for tests and benches: emulated, "peer=3.2GB/s,host=400MB/s,weights=2GB/s"         |
 | POLDER_FAULTS       | faults            | for tests: faults of the tiers, "fail=0.2,corrupt=0.01,seed=1"                     |
@@ -52,6 +54,8 @@ ENVIRONMENT = {
     "host": "POLDER_HOST",
     "lend": "POLDER_LEND",
     "weights": "POLDER_WEIGHTS",
+    "window": "POLDER_WINDOW",
+    "window_layers": "POLDER_WINDOW_LAYERS",
     "tbt_goal": "POLDER_TBT_GOAL",
     "links": "POLDER_LINKS",
     "faults": "POLDER_FAULTS",
@@ -76,6 +80,9 @@ class EngineSettings:
     host_bytes: int = 0
     lend_bytes: int = 0
     weights: Literal["resident", "elastic"] = "resident"
+    window_bytes: int = 0
+    """Host memory of the window's store, all ranks together; 0: no window."""
+    window_layers: int = 2
     tbt_goal_s: float | None = None
     """None: steps as long as vLLM makes them."""
     links: str = ""
@@ -124,6 +131,8 @@ def read_settings(
         host_bytes=size("host") or 0,
         lend_bytes=size("lend") or 0,
         weights=_weights(str(values.get("weights", "resident"))),
+        window_bytes=size("window") or 0,
+        window_layers=_window_layers(values),
         tbt_goal_s=parse_goal(values["tbt_goal"], what=ENVIRONMENT["tbt_goal"]) if "tbt_goal" in values else None,
         links=_checked(parse_links, str(values.get("links", ""))),
         faults=_checked(parse_faults, str(values.get("faults", ""))),
@@ -145,6 +154,17 @@ def _weights(text: str) -> Literal["resident", "elastic"]:
     if text != "resident":
         raise ConfigError(f'POLDER_WEIGHTS={text!r}: write "elastic", or "resident" (the default)')
     return "resident"
+
+
+def _window_layers(values: Mapping[str, Any]) -> int:
+    if "window_layers" not in values:
+        return EngineSettings.window_layers
+    if "window" not in values:
+        raise ConfigError("POLDER_WINDOW_LAYERS is given, but no POLDER_WINDOW (host memory for its store): give both")
+    text = str(values["window_layers"])
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"POLDER_WINDOW_LAYERS={text!r}: write a number of layers, 1 or more")
+    return int(text)
 
 
 def _checked(parse: Callable[[str], object], text: str) -> str:

@@ -7,20 +7,17 @@ addresses. A job that fails is reported as done, since OffloadingConnector asser
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, OffloadingWorker, TransferResult
 
-from polder.broker.client import fetch_handles, fetch_table
-from polder.broker.core import HOST
-from polder.broker.wire import MAX_FDS, Fetch, FetchTable
+from polder.broker.client import fetch_table
+from polder.broker.wire import FetchTable
+from polder.engines.vllm.host_region import HostRegion, adopt_pages
 from polder.engines.vllm.worker import WorkerMemory
-from polder.memory.devices import open_backend
 from polder.memory.pool import ImportedPages
-from polder.memory.span import Span
 from polder.testing.faulty_tier import EmulatedMemory, FaultyMemory, parse_faults
 from polder.testing.links import EmulatedLink, parse_links
 from polder.tiers.borrowing import ChunkGeometry
@@ -121,7 +118,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
             layers.append((tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), ref.page_size_bytes))
         groups.append(layers)
     links, faults = parse_links(plan.links), parse_faults(plan.faults)
-    host = _HostRegion(memory, plan) if "host" in plan.tiers else None
+    host = HostRegion(memory, plan.host_pages[memory.rank]) if "host" in plan.tiers else None
     lanes: dict[tuple[int, Direction], TierMemory] = {}
     directions: tuple[Direction, ...] = ("load", "store")
     for tier, name in enumerate(plan.tiers):
@@ -142,38 +139,6 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
     return PolderWorker(worker, groups, host.close if host is not None else lambda: None)
 
 
-class _HostRegion:
-    """This rank's pages of the host tier, mapped one after another, and registered with the driver where there is a GPU."""
-
-    def __init__(self, memory: WorkerMemory, plan: TierPlan) -> None:
-        pages = plan.host_pages[memory.rank]
-        self._backend = open_backend(HOST, memory.plan.page_bytes)
-        self._imported = ImportedPages(self._backend)
-        _adopt(memory, self._imported, HOST, list(pages), lender="")
-        self._span = Span(self._backend, len(pages))
-        self._span.map(range(len(pages)), self._imported.handles(memory.plan.generation, list(pages)))
-        self.address = self._span.address(0)
-        self._unpin = (
-            _pin(self.address, len(pages) * memory.plan.page_bytes) if memory.device.startswith("cuda") else None
-        )
-
-    def close(self) -> None:
-        if self._unpin is not None:
-            self._unpin()
-        self._span.close()
-        self._imported.close()
-        self._backend.close()
-
-
-def _pin(address: int, size_bytes: int) -> Callable[[], None]:
-    """Page-locks host memory for the GPU (cudaHostRegister); raises what torch raises."""
-    import torch
-
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(address, size_bytes, 0))
-    return lambda: runtime.cudaHostUnregister(address)
-
-
 def _peer_memory(memory: WorkerMemory, plan: TierPlan) -> PeerMemory:
     cuda = memory.device.startswith("cuda")
 
@@ -182,7 +147,7 @@ def _peer_memory(memory: WorkerMemory, plan: TierPlan) -> PeerMemory:
         table = open_table(fd, on_dead_writer=wait_for_end if cuda else None)
 
         def fetch(imported: ImportedPages, rank: int, pages: Sequence[int]) -> None:
-            _adopt(memory, imported, table_devices[rank], list(pages), lender=name)
+            adopt_pages(memory, imported, table_devices[rank], list(pages), lender=name)
 
         table_devices = _devices(memory, name)
         cut = ChunkGeometry.of(table.geometry, plan.shard_bytes)
@@ -196,16 +161,3 @@ def _devices(memory: WorkerMemory, lender: str) -> list[str]:
     from polder.broker.client import status
 
     return next(engine.devices for engine in status(memory.plan.broker).engines if engine.engine == lender)
-
-
-def _adopt(memory: WorkerMemory, imported: ImportedPages, device: str, pages: list[int], lender: str) -> None:
-    """Brings handles of pages into this process. On CUDA every page is a descriptor, and a message carries a limited number."""
-    for start in range(0, len(pages), MAX_FDS):
-        part = pages[start : start + MAX_FDS]
-        request = Fetch(engine=memory.plan.engine, rank=memory.rank, device=device, pages=part, lender=lender)
-        handles, fds = fetch_handles(memory.plan.broker, request)
-        try:
-            imported.adopt(memory.plan.generation, part, fds, handles.fd_index, handles.offsets)
-        finally:
-            for fd in fds:
-                os.close(fd)

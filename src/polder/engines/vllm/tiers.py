@@ -42,7 +42,8 @@ def agree_on_tiers(
     if len(sizes) != 1:
         raise ConfigError(f"this model's KV cache groups have blocks of {sorted(sizes)} tokens: tiers need one size")
     page_bytes = geometry.page_bytes
-    host_slots = hello.host_pages * page_bytes // shard_bytes
+    host_pages = settings.host_bytes // ranks // page_bytes
+    host_slots = host_pages * page_bytes // shard_bytes
     if "host" in settings.tiers and not host_slots:
         raise ConfigError(f"POLDER_HOST is too small for one block of {shard_bytes * ranks} bytes: raise it")
     # Lenders come and go later, and what they lend is at most what the devices have.
@@ -52,7 +53,7 @@ def agree_on_tiers(
         tiers=settings.tiers,
         capacities=tuple(capacity[tier] for tier in settings.tiers),
         shard_bytes=shard_bytes,
-        host_pages=tuple(tuple(pages) for pages in welcome.host),
+        host_pages=tuple(tuple(pages[:host_pages]) for pages in welcome.host),
         number=os.getpid(),
         namespace=_namespace(vllm_config, kv_cache_config, ranks, hello.devices[0]).digest(),
         links=settings.links,

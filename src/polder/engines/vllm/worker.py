@@ -31,6 +31,7 @@ from polder.memory.span import Span
 
 if TYPE_CHECKING:
     from polder.engines.vllm.tier_worker import TierPlan
+    from polder.engines.vllm.window import WindowPlan
 
 __all__ = [
     "Outcome",
@@ -46,6 +47,7 @@ __all__ = [
     "memory",
     "places_of",
     "prepare",
+    "rewrite_block_tables",
     "unmap_units",
 ]
 
@@ -63,6 +65,7 @@ class WorkerPlan:
     """Of these units, per rank."""
     unit_blocks: int
     tiers: TierPlan | None = None
+    window: WindowPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,12 +277,12 @@ def unmap_units(
     if sources:
         src, dst = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
         _memory.move(src, dst)
-        _rewrite_block_tables(worker.model_runner, src, dst)
+        rewrite_block_tables(worker.model_runner, src, dst)
     _memory.unmap([unit for unit in units if unit in _memory.pages_of], current_generation)
     return Outcome(seconds=time.perf_counter() - started)
 
 
-def _rewrite_block_tables(runner: Any, sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
+def rewrite_block_tables(runner: Any, sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
     """Renumbers moved blocks wherever the V1 model runner remembers them: each request's lists and the batch's tables."""
     moved = dict(zip(sources.tolist(), targets.tolist(), strict=True))
     for state in runner.requests.values():

@@ -1,0 +1,61 @@
+"""Host memory of the broker in a worker: for the host tier, and for the window's store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from polder.broker.client import fetch_handles
+from polder.broker.core import HOST
+from polder.broker.wire import MAX_FDS, Fetch
+from polder.engines.vllm.worker import WorkerMemory
+from polder.memory.devices import open_backend
+from polder.memory.pool import ImportedPages
+from polder.memory.span import Span
+
+__all__ = ["HostRegion", "adopt_pages"]
+
+
+class HostRegion:
+    """This rank's pages of host memory, mapped one after another, and registered with the driver where there is a GPU."""
+
+    def __init__(self, memory: WorkerMemory, pages: Sequence[int]) -> None:
+        """`pages`: numbers of the broker. Raises PolderError, OSError."""
+        self._backend = open_backend(HOST, memory.plan.page_bytes)
+        self._imported = ImportedPages(self._backend)
+        adopt_pages(memory, self._imported, HOST, list(pages), lender="")
+        self._span = Span(self._backend, len(pages))
+        self._span.map(range(len(pages)), self._imported.handles(memory.plan.generation, list(pages)))
+        self.address = self._span.address(0)
+        self._unpin = (
+            _pin(self.address, len(pages) * memory.plan.page_bytes) if memory.device.startswith("cuda") else None
+        )
+
+    def close(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+        self._span.close()
+        self._imported.close()
+        self._backend.close()
+
+
+def _pin(address: int, size_bytes: int) -> Callable[[], None]:
+    """Page-locks host memory for the GPU (cudaHostRegister); raises what torch raises."""
+    import torch
+
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(address, size_bytes, 0))
+    return lambda: runtime.cudaHostUnregister(address)
+
+
+def adopt_pages(memory: WorkerMemory, imported: ImportedPages, device: str, pages: list[int], lender: str) -> None:
+    """Brings handles of pages into this process. On CUDA every page is a descriptor, and a message carries a limited number."""
+    for start in range(0, len(pages), MAX_FDS):
+        part = pages[start : start + MAX_FDS]
+        request = Fetch(engine=memory.plan.engine, rank=memory.rank, device=device, pages=part, lender=lender)
+        handles, fds = fetch_handles(memory.plan.broker, request)
+        try:
+            imported.adopt(memory.plan.generation, part, fds, handles.fd_index, handles.offsets)
+        finally:
+            for fd in fds:
+                os.close(fd)

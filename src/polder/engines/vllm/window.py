@@ -1,0 +1,158 @@
+"""What an engine's core and its workers agree on about the window, before the KV cache exists. Imports nothing of vLLM."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polder.engines.vllm.geometry import KvGeometry, TensorPlace
+from polder.engines.vllm.settings import EngineSettings
+from polder.errors import BudgetError, ConfigError
+from polder.units import format_bytes
+from polder.window.regions import WindowShape
+
+__all__ = ["WindowAgreement", "WindowPlan", "agree_on_window", "with_window"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPlan:
+    """What the workers must know; part of WorkerPlan."""
+
+    window_layers: int
+    layers: tuple[tuple[str, int], ...]
+    """vLLM's name of each attention layer and where its block 0 begins in the KV buffer, in the order of execution."""
+    block_bytes: int
+    """Of one layer."""
+    block_tokens: int
+    first_block: int
+    """The lowest windowed block."""
+    blocks: int
+    host_pages: tuple[tuple[int, ...], ...]
+    """Of the store, per rank."""
+    links: str
+    faults: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowAgreement:
+    """Sizes, and the names of the layers."""
+
+    shape: WindowShape
+    unit_blocks: int
+    block_tokens: int
+    unit_bytes: int
+    page_bytes: int
+    regular_units: int
+    layers: tuple[tuple[str, int], ...]
+    block_bytes: int
+
+    @property
+    def store_pages(self) -> int:
+        """Of a rank."""
+        return self.shape.store_units * self.unit_bytes // self.page_bytes
+
+    def least_held(self, wanted_units: int, ceiling_units: int, max_model_len: int) -> int:
+        """The floor in units. Raises BudgetError when a request of `max_model_len` has no room, with what would be possible."""
+        try:
+            return self.shape.least_held(wanted_units, ceiling_units)
+        except BudgetError as error:
+            tokens = (self.shape.most(ceiling_units) * self.unit_blocks - 1) * self.block_tokens
+            raise BudgetError(
+                f"max_model_len {max_model_len} has no room: {format_bytes(ceiling_units * self.unit_bytes)} of KV on the device "
+                f"and {format_bytes(self.shape.store_units * self.unit_bytes)} in POLDER_WINDOW hold {tokens} tokens with "
+                f"{self.shape.window_layers} of {self.shape.layers} layers local. Raise the KV budget or POLDER_WINDOW, keep fewer "
+                f"layers local (POLDER_WINDOW_LAYERS), or lower --max-model-len"
+            ) from error
+
+    def plan(self, host: Sequence[Sequence[int]], settings: EngineSettings) -> WindowPlan:
+        """`host`: this engine's host pages per rank, the window's last."""
+        return WindowPlan(
+            window_layers=self.shape.window_layers,
+            layers=self.layers,
+            block_bytes=self.block_bytes,
+            block_tokens=self.block_tokens,
+            first_block=self.regular_units * self.unit_blocks,
+            blocks=self.shape.store_units * self.unit_blocks,
+            host_pages=tuple(tuple(pages[-self.store_pages :]) for pages in host),
+            links=settings.links,
+            faults=settings.faults,
+        )
+
+
+def with_window(
+    configs: Sequence[Any],
+    ceiling_bytes: int,
+    page_bytes: int,
+    blocks_of_unit: int,
+    settings: EngineSettings,
+    store_bytes: int,
+) -> tuple[int, int]:
+    """Regular units and all units. Raises ConfigError for a model whose KV cache cannot be windowed."""
+    layers, block_bytes = _layers(configs[0])
+    unit_bytes = len(layers) * blocks_of_unit * block_bytes
+    regular = ceiling_bytes // unit_bytes
+    windowed = min(store_bytes // unit_bytes, max(0, regular - 1) * (len(layers) // settings.window_layers))
+    if not windowed:
+        raise BudgetError(
+            f"POLDER_WINDOW={format_bytes(settings.window_bytes)} is less than one unit of {format_bytes(unit_bytes)} a rank, or "
+            f"the KV budget has not two: raise them, or use smaller pages"
+        )
+    return regular, regular + windowed
+
+
+def agree_on_window(
+    settings: EngineSettings, config: Any, geometry: KvGeometry, regular_units: int
+) -> WindowAgreement | None:
+    """None for an engine without a window."""
+    if not settings.window_bytes:
+        return None
+    layers, block_bytes = _layers(config)
+    if settings.window_layers * 2 > len(layers):
+        raise ConfigError(
+            f"POLDER_WINDOW_LAYERS={settings.window_layers} of {len(layers)} layers makes no room: keep at most half of them local"
+        )
+    return WindowAgreement(
+        shape=WindowShape(
+            layers=len(layers),
+            window_layers=settings.window_layers,
+            store_units=geometry.units - regular_units,
+        ),
+        unit_blocks=geometry.unit_blocks,
+        block_tokens=config.kv_cache_groups[0].kv_cache_spec.block_size,
+        unit_bytes=geometry.pages_per_unit * geometry.page_bytes,
+        page_bytes=geometry.page_bytes,
+        regular_units=regular_units,
+        layers=layers,
+        block_bytes=block_bytes,
+    )
+
+
+def _layers(config: Any) -> tuple[tuple[tuple[str, int], ...], int]:
+    """(name, offset of block 0) of each layer in the order of execution, and the bytes of a block of one. Raises ConfigError."""
+    found: list[tuple[str, int]] = []
+    strides = set()
+    for tensor in config.kv_cache_tensors:
+        place = TensorPlace(
+            offset=tensor.offset,
+            layers=len(tensor.layers),
+            layer_stride=tensor.layer_stride,
+            block_stride=tensor.block_stride,
+        )
+        if place.block_outermost and place.layers > 1:
+            raise ConfigError("POLDER_WINDOW needs a KV layout with the layers outermost")
+        found += [(name, tensor.offset + at * tensor.layer_stride) for at, name in enumerate(tensor.layers)]
+        strides.add(tensor.block_stride)
+    places = {offset for _, offset in found}
+    if len(config.kv_cache_groups) != 1 or len(strides) != 1 or len(places) != len(found):
+        raise ConfigError("POLDER_WINDOW works with models of one kind of attention only: remove it for this model")
+    return tuple(sorted(found, key=lambda layer: _number(layer[0]))), strides.pop()
+
+
+def _number(name: str) -> int:
+    """Of the decoder layer: "model.layers.11.self_attn.attn" -> 11."""
+    number = re.search(r"\.(\d+)\.", name)
+    if number is None:
+        raise ConfigError(f"POLDER_WINDOW cannot tell the place of the layer {name!r}")
+    return int(number[1])

@@ -1,0 +1,213 @@
+"""The engine core's side of the window: opened for a request that would not fit, closed when nobody needs it.
+
+All units are regular at first. A request that the regular blocks could not hold even alone makes as few of them carriers as give
+it room (window/regions.py). Its windowed blocks are the ones that it gets last. Between steps:
+
+    open         blocks leave the carriers, as in a shrink -> workers put their pages under windowed units -> these ids are offered
+    bring home   a decoding request's windowed blocks become regular ones as soon as so many are free: its steps cost no copies
+    close        windowed units without a busy block leave queue and hashes -> workers put the pages back -> carriers are offered
+
+It stays open while memory is ample, since windowed blocks may hold a prefix that comes again. It is closed when requests wait that
+need no window, and when the broker wants memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from polder.engines.vllm import window_worker
+from polder.engines.vllm.blocks import BlockUnits
+from polder.engines.vllm.window import WindowAgreement
+from polder.errors import ConfigError
+
+__all__ = ["CoreWindow"]
+
+logger = logging.getLogger("polder.engine")
+
+GRACE_S = 0.3
+"""The broker has so long to give what would make a window unnecessary."""
+HOME_EVERY_S = 0.5
+MOST_TRIES = 3
+"""A request whose blocks were lost so often fails."""
+
+
+class CoreWindow:
+    """One engine's. Its methods run between two steps, in the core's thread."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        blocks: BlockUnits,
+        agreement: WindowAgreement,
+        rpc: Callable[..., list[Any]],
+        ceiling_units: int,
+    ) -> None:
+        """Opens the store in all workers. Raises ConfigError when one of them cannot."""
+        self._scheduler, self._blocks, self._rpc = scheduler, blocks, rpc
+        self._shape, self._block_tokens = agreement.shape, agreement.block_tokens
+        self._ceiling = ceiling_units
+        self.carriers: dict[int, list[int]] = {}
+        """Unit that lent its pages -> windowed units that have them."""
+        first = blocks.virtual_units
+        self._unused = list(range(first + self._shape.store_units - 1, first - 1, -1))
+        self._wanted_since: float | None = None
+        self._looked_home_at = float("-inf")
+        self._tries: Counter[str] = Counter()
+        self.counters = dict.fromkeys(
+            ("window_opens_total", "window_closes_total", "window_home_blocks_total", "window_lost_total"), 0.0
+        )
+        for error in rpc(window_worker.install):
+            if error:
+                raise ConfigError(f"the window's store: {error}")
+        self._watch_outputs()
+
+    @property
+    def held_units(self) -> int:
+        return len(self._blocks.mapped) + len(self.carriers)
+
+    def look(self, now: float) -> None:
+        """Opens, closes, brings home, as the requests of this moment need it. To be called between steps; mostly does nothing."""
+        wanted = self._wanted_units()
+        if wanted > len(self._blocks.mapped) + len(self._blocks.windowed):
+            self._open(wanted, now)
+        else:
+            self._wanted_since = None
+        if self.carriers:
+            self._bring_home(now)
+            if wanted <= len(self._blocks.mapped) and self._pressed():
+                self.close_idle()
+
+    def close_idle(self) -> None:
+        """Carriers whose windowed units hold no busy block become regular again; what these have cached is lost."""
+        idle = set(self._blocks.idle_windowed())
+        carriers = [carrier for carrier, units in self.carriers.items() if idle.issuperset(units)]
+        if not carriers:
+            return
+        units = [unit for carrier in carriers for unit in self.carriers.pop(carrier)]
+        self._blocks.close(units)
+        self._rpc(window_worker.close_units, carriers)
+        self._unused += units
+        self._blocks.offer(carriers)
+        self.counters["window_closes_total"] += 1
+        logger.info("window: %d units are regular again", len(carriers))
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges; asks the workers."""
+        ranks: list[dict[str, float]] = self._rpc(window_worker.figures)
+        figures = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        return {
+            **self.counters,
+            **figures,
+            "window_carriers": float(len(self.carriers)),
+            "window_units": float(len(self._blocks.windowed)),
+        }
+
+    # ------------------------------------------------------------------ inside
+
+    def _wanted_units(self) -> int:
+        """Of the request that needs most by itself, with one to spare so that a carrier can be emptied while there is room."""
+        requests = [*self._scheduler.running, *list(self._scheduler.waiting)[:1]]
+        longest = max((request.num_tokens for request in requests), default=0)
+        blocks = -(-(longest + 1) // self._block_tokens) + 1  # the null block
+        wanted = -(-blocks // self._blocks.unit_blocks)
+        return wanted + 1 if wanted >= len(self._blocks.mapped) + len(self._blocks.windowed) else wanted
+
+    def _open(self, wanted: int, now: float) -> None:
+        if self.held_units < self._ceiling:
+            self._wanted_since = now if self._wanted_since is None else self._wanted_since
+            if now - self._wanted_since < GRACE_S:
+                return
+        enough = self._shape.carriers_for(self.held_units, wanted)
+        if enough is None:  # one to spare is a wish
+            enough = self._shape.carriers_for(self.held_units, wanted - 1)
+        if enough is None or enough <= len(self.carriers):
+            return
+        done = self._blocks.shrink(enough - len(self.carriers), 1)
+        carriers, plan = done.plan.units.tolist(), done.plan
+        if not carriers:
+            return
+        each = self._shape.units_of_carrier
+        units = [self._unused.pop() for _ in range(min(len(carriers) * each, len(self._unused)))]
+        self._rpc(window_worker.open_units, carriers, units, plan.sources.tolist(), plan.targets.tolist())
+        for at, carrier in enumerate(carriers):
+            self.carriers[carrier] = units[at * each : (at + 1) * each]
+        self._blocks.open(units)
+        self.counters["window_opens_total"] += 1
+        logger.info("window: %d units carry %d now", len(self.carriers), len(self._blocks.windowed))
+
+    def _pressed(self) -> bool:
+        """Whether requests wait, or hold windowed blocks, and none of them needs a window."""
+        return bool(self._scheduler.waiting) or len(self._blocks.idle_windowed()) < len(self._blocks.windowed)
+
+    def _bring_home(self, now: float) -> None:
+        if now - self._looked_home_at < HOME_EVERY_S:
+            return
+        self._looked_home_at = now
+        for request in self._scheduler.running:
+            if request.is_prefill_chunk:
+                continue
+            sources = self._blocks.windowed_of(request.request_id)
+            targets = self._blocks.bring_home(sources) if sources else []
+            if not targets:
+                continue
+            errors = [o.error for o in self._rpc(window_worker.bring_home, sources, targets) if o.error]
+            self.counters["window_home_blocks_total"] += len(targets)
+            if errors:
+                logger.warning("window: %s", errors[0])
+                self._drop(set(targets))
+            return
+
+    # ------------------------------------------------------------------ lost blocks
+
+    def _watch_outputs(self) -> None:
+        scheduler = self._scheduler
+        update = scheduler.update_from_output
+
+        def watched_update(scheduler_output: Any, model_runner_output: Any) -> Any:
+            doubtful = getattr(model_runner_output, window_worker.DOUBTFUL, ())
+            failed = self._drop(set(doubtful)) if doubtful else []
+            outputs = update(scheduler_output, model_runner_output)
+            if failed:
+                self._fail(failed, outputs)
+            return outputs
+
+        scheduler.update_from_output = watched_update
+
+    def _drop(self, doubtful: set[int]) -> list[Any]:
+        """Running requests with such a block start over, and the prefix cache forgets all of theirs. Returns those that have lost
+        too often."""
+        scheduler, failed = self._scheduler, []
+        manager = scheduler.kv_cache_manager
+        for request in list(scheduler.running):
+            ids = {block for group in manager.get_block_ids(request.request_id) for block in group}
+            if not ids & doubtful:
+                continue
+            manager.evict_blocks(ids)
+            scheduler.running.remove(request)
+            scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+            self.counters["window_lost_total"] += 1
+            self._tries[request.request_id] += 1
+            if self._tries[request.request_id] >= MOST_TRIES:
+                failed.append(request)
+        manager.evict_blocks(doubtful)
+        return failed
+
+    def _fail(self, requests: list[Any], outputs: Any) -> None:
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+        from vllm.v1.request import RequestStatus
+
+        ids = {request.request_id for request in requests}
+        logger.error("window: requests %s lost their KV %d times: they fail", sorted(ids), MOST_TRIES)
+        for request in self._scheduler.finish_requests(ids, RequestStatus.FINISHED_ERROR):
+            self._tries.pop(request.request_id, None)
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[]))
+            of_client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id, new_token_ids=[], finish_reason=request.get_finished_reason()
+                )
+            )

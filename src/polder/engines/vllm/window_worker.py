@@ -1,0 +1,300 @@
+"""The window in every worker process: the store, the pages under windowed units, and the hooks around each attention.
+
+vLLM writes keys and values by an op of its own before attention (`do_kv_cache_update`), so the layer's blocks must be there before
+that, and not before attention only, as a connector's hook would have it. Both are methods of the layer's attention implementation,
+called from within opaque ops: wrapped here, they are called by eager and by compiled code alike. What a step reads and writes is
+taken from its attention metadata, before the model's first layer.
+
+A copy that fails ends no engine: the pass runs on, its tokens are worth nothing, and the core is told which blocks are doubtful. It
+drops what came of them (engines/vllm/window_core.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from polder.engines.vllm import worker
+from polder.engines.vllm.host_region import HostRegion
+from polder.engines.vllm.window import WindowPlan
+from polder.engines.vllm.worker import Outcome, WorkerMemory
+from polder.errors import EnvironmentFault, PolderError
+from polder.memory.backend import Backend
+from polder.memory.copy import CopyEngine
+from polder.memory.page import Indices
+from polder.testing.faulty import FaultyBackend, seeded_faults
+from polder.testing.faulty_tier import parse_faults
+from polder.testing.links import parse_links
+from polder.testing.paced import PacedBackend
+from polder.window.stream import BlockHomes, WindowStream
+
+__all__ = ["WorkerWindow", "bring_home", "close_units", "figures", "install", "open_units"]
+
+logger = logging.getLogger("polder.engine")
+
+DOUBTFUL = "polder_doubtful_blocks"
+"""Attribute of a ModelRunnerOutput: blocks whose bytes may be wrong after this step."""
+
+
+class WorkerWindow:
+    """One rank's."""
+
+    def __init__(self, memory: WorkerMemory, plan: WindowPlan) -> None:
+        """Maps the store. Raises PolderError, OSError."""
+        self._memory, self._plan = memory, plan
+        self.store = HostRegion(memory, plan.host_pages[memory.rank])
+        base = memory.span.address(0)
+        self.homes = BlockHomes(
+            local=tuple(base + offset for _, offset in plan.layers),
+            stride_bytes=plan.block_bytes,
+            first=plan.first_block,
+            blocks=plan.blocks,
+            store=self.store.address,
+        )
+        self.copies = CopyEngine(_emulated(memory.backend, plan))
+        self.stream = WindowStream(
+            self.copies, self.homes, window_layers=plan.window_layers, fence=memory.backend.fence
+        )
+        self._carried: dict[int, tuple[int, ...]] = {}  # carrier -> its windowed units
+        self._busy = False
+        self.doubtful: list[int] = []
+        self.failures = 0
+
+    # ------------------------------------------------------------------ pages
+
+    def open(self, carriers: Sequence[int], units: Sequence[int]) -> None:
+        """The pages of `carriers`, no longer mapped, go under the windowed `units`, L // w of them each, zeroed."""
+        memory, geometry = self._memory, self._memory.geometry
+        layers, w = len(self._plan.layers), self._plan.window_layers
+        per_layer, each = geometry.pages_per_unit // layers, layers // w
+        for at, carrier in enumerate(carriers):
+            handles = memory.imported.handles(memory.generation_of[carrier], memory.pages_of[carrier])
+            mine = units[at * each : (at + 1) * each]
+            for number, unit in enumerate(mine):
+                slots = geometry.slots([unit])
+                pages = handles[number * w * per_layer : (number + 1) * w * per_layer]
+                wanted = [pages[(layer % w) * per_layer + page] for layer in range(layers) for page in range(per_layer)]
+                memory.span.map(slots, wanted)
+                memory.span.zero(slots[: w * per_layer])  # the pages of all slots, law 2
+            self._carried[carrier] = tuple(mine)
+
+    def close(self, carriers: Sequence[int]) -> list[int]:
+        """The pages go back under the carriers, zeroed. Returns the windowed units that have none any more."""
+        memory, geometry = self._memory, self._memory.geometry
+        closed: list[int] = []
+        for carrier in carriers:
+            units = self._carried.pop(carrier)
+            memory.span.unmap(geometry.slots(units))
+            closed += units
+            slots = geometry.slots([carrier])
+            memory.span.map(slots, memory.imported.handles(memory.generation_of[carrier], memory.pages_of[carrier]))
+            memory.span.zero(slots)
+        return closed
+
+    def move(self, sources: Indices, targets: Indices) -> None:
+        """Copies whole blocks, all layers, between their homes. Raises EnvironmentFault."""
+        self.stream.settle()
+        for layer in range(len(self.homes.local)):
+            ticket = self.copies.submit(
+                self.homes.home(layer, targets), self.homes.home(layer, sources), self.homes.stride_bytes
+            )
+        self.copies.wait(ticket)
+
+    # ------------------------------------------------------------------ a pass
+
+    def begin(self, attn_metadata: Any, requests: int) -> None:
+        """Before the first layer, with the metadata of its attention; None in a warm-up."""
+        self._busy = False
+        if attn_metadata is None or not self._carried:
+            return
+        ends = attn_metadata.seq_lens.cpu().numpy()[:requests].astype(np.int64)
+        starts = attn_metadata.query_start_loc.cpu().numpy()[: requests + 1].astype(np.int64)
+        done = ends - np.diff(starts)
+        table = attn_metadata.block_table.cpu().numpy()
+        size = self._plan.block_tokens
+        read = [table[row, : -(-int(done[row]) // size)] for row in range(len(ends))]
+        written = [table[row, int(done[row]) // size : -(-int(ends[row]) // size)] for row in range(len(ends))]
+        try:
+            self._busy = self.stream.begin(np.concatenate(read), np.concatenate(written))
+        except EnvironmentFault as error:
+            self._failed(error)
+
+    def before(self, layer: int) -> None:
+        if self._busy:
+            try:
+                self.stream.before(layer)
+            except EnvironmentFault as error:
+                self._failed(error)
+
+    def after(self, layer: int) -> None:
+        if self._busy:
+            try:
+                self.stream.after(layer)
+            except EnvironmentFault as error:
+                self._failed(error)
+
+    def take_doubtful(self) -> list[int]:
+        """Of the pass that has ended."""
+        found, self.doubtful = self.doubtful, []
+        return found
+
+    def _failed(self, error: EnvironmentFault) -> None:
+        self._busy = False
+        self.failures += 1
+        self.doubtful = sorted({*self.doubtful, *self.stream.doubtful})
+        logger.warning("the window lost %d blocks: %s", len(self.doubtful), error)
+
+
+def _emulated(backend: Backend, plan: WindowPlan) -> Backend:
+    """For tests and benches: a slower link, or one that fails."""
+    rate, faults = parse_links(plan.links).get("window"), parse_faults(plan.faults)
+    if rate is not None:
+        backend = PacedBackend(backend, rate)
+    if faults.fail:
+        backend = FaultyBackend(backend, seeded_faults(faults.seed, {"copy": faults.fail}, calls=100_000))
+    return backend
+
+
+_window: WorkerWindow | None = None
+
+
+# ---------------------------------------------------------------- called by the core
+
+
+def install(worker_: Any) -> str:
+    """Opens the store and hooks the model's attention layers. Returns what was wrong; "" if nothing."""
+    global _window
+    memory = worker.memory()
+    assert memory is not None
+    assert memory.plan.window is not None
+    try:
+        window = _window = WorkerWindow(memory, memory.plan.window)
+    except (PolderError, OSError) as error:
+        return f"rank {memory.rank}: {error}"
+    runner = worker_.model_runner
+    layers = worker_.vllm_config.compilation_config.static_forward_context
+    for number, (name, _) in enumerate(memory.plan.window.layers):
+        _hook(window, layers[name].impl, number)
+    _hook_passes(window, runner, memory.plan.window.layers[0][0])
+    return ""
+
+
+def open_units(
+    worker_: Any,
+    carriers: Sequence[int],
+    units: Sequence[int],
+    sources: Sequence[int],
+    targets: Sequence[int],
+) -> Outcome:
+    """Moves blocks out of the carriers, and puts their pages under windowed units."""
+    memory, window = _here()
+    started = time.perf_counter()
+    memory.backend.fence()
+    src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
+    if len(src):
+        memory.move(src, dst)
+        worker.rewrite_block_tables(worker_.model_runner, src, dst)
+    memory.span.unmap(memory.geometry.slots(carriers))
+    window.open(carriers, units)
+    return Outcome(seconds=time.perf_counter() - started)
+
+
+def close_units(worker_: Any, carriers: Sequence[int]) -> Outcome:
+    memory, window = _here()
+    started = time.perf_counter()
+    memory.backend.fence()
+    try:
+        window.stream.settle()
+    except EnvironmentFault as error:  # of blocks that nobody uses any more
+        logger.warning("a windowed block did not get home: %s", error)
+    window.close(carriers)
+    return Outcome(seconds=time.perf_counter() - started)
+
+
+def bring_home(worker_: Any, sources: Sequence[int], targets: Sequence[int]) -> Outcome:
+    """Windowed blocks become regular ones. When copies fail, `error` says so and the targets hold nothing of worth."""
+    memory, window = _here()
+    started = time.perf_counter()
+    memory.backend.fence()
+    src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
+    error = ""
+    try:
+        window.move(src, dst)
+    except EnvironmentFault as failure:
+        error = f"rank {memory.rank}: {failure}"
+    worker.rewrite_block_tables(worker_.model_runner, src, dst)
+    return Outcome(seconds=time.perf_counter() - started, error=error)
+
+
+def figures(worker_: Any) -> dict[str, float]:
+    """Counters of this rank."""
+    _, window = _here()
+    found = window.stream.statistics()
+    return {
+        "window_loaded_bytes_total": float(found.loaded_bytes),
+        "window_stored_bytes_total": float(found.stored_bytes),
+        "window_stall_seconds_total": found.stall_seconds,
+        "window_copy_seconds_total": found.busy_seconds,
+        "window_passes_total": float(found.passes),
+        "window_failures_total": float(window.failures),
+    }
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _here() -> tuple[WorkerMemory, WorkerWindow]:
+    memory = worker.memory()
+    assert memory is not None
+    assert _window is not None
+    return memory, _window
+
+
+def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
+    update, forward = getattr(impl, "do_kv_cache_update", None), impl.forward
+
+    if update is not None:
+
+        @functools.wraps(update)
+        def update_when_there(*args: Any, **kwargs: Any) -> Any:
+            window.before(layer)
+            return update(*args, **kwargs)
+
+        impl.do_kv_cache_update = update_when_there
+
+    @functools.wraps(forward)
+    def forward_and_store(*args: Any, **kwargs: Any) -> Any:
+        window.before(layer)  # where the update is part of it; else nothing is left to wait for
+        output = forward(*args, **kwargs)
+        window.after(layer)
+        return output
+
+    impl.forward = forward_and_store
+
+
+def _hook_passes(window: WorkerWindow, runner: Any, first_layer: str) -> None:
+    from vllm.forward_context import get_forward_context
+
+    model_forward, sample = runner._model_forward, runner.sample_tokens
+
+    @functools.wraps(model_forward)
+    def begin_and_forward(*args: Any, **kwargs: Any) -> Any:
+        metadata = get_forward_context().attn_metadata
+        window.begin(metadata[first_layer] if metadata else None, runner.input_batch.num_reqs)
+        return model_forward(*args, **kwargs)
+
+    @functools.wraps(sample)
+    def sample_and_tell(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        doubtful = window.take_doubtful()
+        if doubtful and output is not None:
+            setattr(output, DOUBTFUL, doubtful)
+        return output
+
+    runner._model_forward = begin_and_forward
+    runner.sample_tokens = sample_and_tell

@@ -1,0 +1,57 @@
+"""How many units are windowed: as few as let the longest context in.
+
+A held unit has pages for all L layers of its blocks. It is either regular, and its blocks are read where they are, or a carrier:
+its pages are w layers of L // w windowed units, whose blocks cost copies in every pass. So with h units held and c of them
+carriers there is room for
+
+    h - c + min(c * (L // w), S)        units of blocks, S being those that the store has room for
+
+which is SwiftCache's equations 1 to 5 in units, with w slots for one (papers: section 3.2; planner/context.py has them in blocks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polder.errors import BudgetError
+
+__all__ = ["WindowShape"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowShape:
+    """Of one engine."""
+
+    layers: int
+    window_layers: int
+    store_units: int
+    """Windowed units that the store has room for."""
+
+    @property
+    def units_of_carrier(self) -> int:
+        return self.layers // self.window_layers
+
+    def room(self, held: int, carriers: int) -> int:
+        """Units of blocks."""
+        return held - carriers + min(carriers * self.units_of_carrier, self.store_units)
+
+    def carriers_for(self, held: int, wanted: int) -> int | None:
+        """The fewest carriers that make room for `wanted` units; None: there is no such number.
+
+        At least one unit stays regular: the null block is in it.
+        """
+        return next((c for c in range(held) if self.room(held, c) >= wanted), None)
+
+    def most(self, held: int) -> int:
+        """Units of blocks, with as many carriers as do good."""
+        return max(self.room(held, carriers) for carriers in range(max(1, held)))
+
+    def least_held(self, wanted: int, ceiling: int) -> int:
+        """The fewest held units with which `wanted` units can have room. Raises BudgetError when `ceiling` is too few."""
+        for held in range(1, ceiling + 1):
+            if self.carriers_for(held, wanted) is not None:
+                return held
+        raise BudgetError(
+            f"{wanted} units of KV have no room: {ceiling} on the device and {self.store_units} in the window's store hold "
+            f"{self.most(ceiling)} with {self.window_layers} of {self.layers} layers local"
+        )

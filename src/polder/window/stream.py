@@ -1,0 +1,129 @@
+"""A pass over the layers with KV that is not all there: each layer's blocks come just before its attention, and go home after it.
+
+A windowed block has an address in every layer, as any block has, but the pages under its layers are those of w slots: layer l lies
+on the pages of slot l mod w. Its home, with all layers, is a store in memory that is not scarce. For a pass the blocks are named
+that the step's requests read and those that it writes, and then, around each layer,
+
+    before(l)    the blocks to read are there; the new tokens' keys and values may be written
+    (key and value are written, attention)
+    after(l)     the written blocks are on their way home; layer l + w is on its way into the slot
+
+so copies overlap with what is computed between two attentions, and with w - 1 attentions. Order and errors are those of
+stream/pipeline.py: one FIFO, so a block has gone home before its slot is filled anew, and the next pass reads what this one wrote.
+
+Source: SwiftCache section 3.3, with w slots in place of one, which lets a load run during the attention of the layer before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from polder.memory.copy import Addresses, CopyEngine
+from polder.memory.page import Indices
+from polder.stream.pipeline import LayerStream, Pieces, StreamStatistics
+
+__all__ = ["BlockHomes", "WindowStream"]
+
+_NOTHING = Pieces.of([])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockHomes:
+    """Where blocks' bytes are, layer by layer, when no pass is under way: regular blocks in place, windowed ones in the store."""
+
+    local: tuple[int, ...]
+    """Address of block 0 of each layer, in the order of execution."""
+    stride_bytes: int
+    """From block to block of a layer, and what a block has there."""
+    first: int
+    """The lowest windowed block; all above it are, too."""
+    blocks: int
+    """Windowed ones: the store has layer after layer, in each of them as many blocks as this."""
+    store: int
+    """Address of the store."""
+
+    @property
+    def store_bytes(self) -> int:
+        return len(self.local) * self.blocks * self.stride_bytes
+
+    def windowed(self, blocks: Indices) -> Indices:
+        """Those of `blocks` that are, each once, rising."""
+        return np.unique(blocks[blocks >= self.first])
+
+    def place(self, layer: int, blocks: Indices) -> Addresses:
+        """Addresses of the blocks' slots in a pass: shape [len(blocks)], uint64."""
+        return np.uint64(self.local[layer]) + blocks.astype(np.uint64) * np.uint64(self.stride_bytes)
+
+    def home(self, layer: int, blocks: Indices) -> Addresses:
+        """Addresses of the blocks' bytes when no pass is under way: shape [len(blocks)], uint64."""
+        stored = self.store + (layer * self.blocks + blocks - self.first) * self.stride_bytes
+        return np.where(blocks >= self.first, stored.astype(np.uint64), self.place(layer, blocks))
+
+
+class WindowStream:
+    """One rank's passes; the essay above is its manual. All methods belong to the thread that launches the layers."""
+
+    def __init__(self, copies: CopyEngine, homes: BlockHomes, *, window_layers: int, fence: Callable[[], None]) -> None:
+        """`copies`: used by nobody else. `fence`: returns when the device has computed what was launched (Backend.fence)."""
+        self._homes = homes
+        layers = len(homes.local)
+        self._buffers = [layer % window_layers for layer in range(layers)]
+        self._window_layers = min(window_layers, layers)
+        self._read = self._written = self._written_before = np.empty(0, np.int64)
+        self._passed = -1
+        self._stream = LayerStream(copies, self._load, self._buffers, store=self._save, fence=fence)
+
+    def begin(self, read: Sequence[int] | Indices, written: Sequence[int] | Indices) -> bool:
+        """A pass begins that reads and writes these blocks. Returns whether any is windowed: if not, nothing else is to be called.
+
+        A block that has tokens from before and gets new ones is in both lists.
+        """
+        self._written_before = self._written
+        self._read = self._homes.windowed(np.asarray(read, np.int64))
+        self._written = self._homes.windowed(np.asarray(written, np.int64))
+        if not len(self._read) and not len(self._written):
+            return False
+        self._passed = -1
+        self._stream.assign(self._buffers)
+        self._stream.fetch(range(self._window_layers))
+        return True
+
+    def before(self, layer: int) -> None:
+        """Returns when the layer's blocks are there and its slot may be written. Raises EnvironmentFault when a copy failed."""
+        self._stream.before(layer)
+
+    def after(self, layer: int) -> None:
+        """The layer's attention is computed, or launched."""
+        self._passed = layer
+        self._stream.after(layer)
+
+    def settle(self) -> None:
+        """Returns when all that was written is home. Raises EnvironmentFault when a copy failed."""
+        self._stream.drain()
+
+    @property
+    def doubtful(self) -> list[int]:
+        """After a copy failed: blocks whose bytes may be wrong, here or at home. Failures are found late, so those written by the
+        pass before are among them."""
+        found: list[int] = np.unique(np.concatenate([self._read, self._written, self._written_before])).tolist()
+        return found
+
+    def statistics(self) -> StreamStatistics:
+        return self._stream.statistics()
+
+    def _load(self, layer: int) -> Pieces:
+        if layer <= self._passed:
+            return _NOTHING  # of the next pass, whose blocks are not known yet
+        homes, blocks = self._homes, self._read
+        return Pieces(homes.place(layer, blocks), homes.home(layer, blocks), _sizes(blocks, homes.stride_bytes))
+
+    def _save(self, layer: int) -> Pieces:
+        homes, blocks = self._homes, self._written
+        return Pieces(homes.home(layer, blocks), homes.place(layer, blocks), _sizes(blocks, homes.stride_bytes))
+
+
+def _sizes(blocks: Indices, size_bytes: int) -> Indices:
+    return np.full(len(blocks), size_bytes, np.int64)
