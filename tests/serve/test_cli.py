@@ -36,6 +36,10 @@ SURFACE = {
     "ctl sleep": {"engine", "--socket", "--json"},
     "ctl wake": {"engine", "--socket", "--json"},
     "ctl stream": {"engine", "layers", "--socket", "--json"},
+    "plan": {
+        *("model", "--device", "--host", "--neighbours", "--link", "--context", "--window", "--chunk", "--tbt-goal"),
+        *("--paper", "--json", "--html"),
+    },
     "sim cache": {"--trace", "--policy", "--json"},
     "doctor": {"--json"},
     "version": {"--json"},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from polder.bench.models import ModelRecipe
+from polder.memory.page import PAGE_BYTES
 
 __all__ = ["BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "EnginePlan", "TierPlan", "fleet_toml"]
 
@@ -63,6 +64,11 @@ class EnginePlan:
     """Of the layers, each in whole pages; counts where they are elastic."""
     tiers: TierPlan | None = None
     """Polder arms: None is an engine without tiers."""
+    window_bytes: int = 0
+    """Polder arms: host memory for long contexts."""
+    window_layers: int = 2
+    page_bytes: int = PAGE_BYTES
+    """Of the Polder arm's broker."""
     extra_args: tuple[str, ...] = ()
     """What one arm alone adds to the arguments."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
@@ -93,10 +99,12 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
     shares = sum(engine.share_bytes for engine in engines)
     weights = [engine.weights_bytes for engine in engines if engine.weights == "elastic"]
     budget = f'budget = "{shares + sum(weights)}B"' if weights else f'kv_budget = "{shares}B"'
-    host_bytes = sum(engine.tiers.host_bytes for engine in engines if engine.tiers)
+    host_bytes = sum((engine.tiers.host_bytes if engine.tiers else 0) + engine.window_bytes for engine in engines)
+    page = max(engine.page_bytes for engine in engines)
     lines = [
         *("[server]", f"port = {port}", ""),
         *("[memory]", 'device = "cpu:0"', budget),
+        *([f'page = "{page}B"'] if page != PAGE_BYTES else ()),
         *([f'host = "{host_bytes}B"'] if host_bytes else ()),
         "",
     ]
@@ -110,6 +118,7 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
             *(['weights = "elastic"'] if engine.weights == "elastic" else ()),
             *_sizing_lines(engine),
             *_tier_lines(engine.tiers),
+            *_window_lines(engine),
             f'cpus = "{engine.cpus}"',
             f"args = [{', '.join(_quoted(text) for text in engine.arguments())}]",
             f"env = {{ {', '.join(f'{key} = {_quoted(value)}' for key, value in engine.environment().items())} }}",
@@ -132,6 +141,12 @@ def _tier_lines(tiers: TierPlan | None) -> list[str]:
         *([f'host = "{tiers.host_bytes}B"'] if tiers.host_bytes else ()),
         *([f'lend = "{tiers.lend_bytes}B"'] if tiers.lend_bytes else ()),
     ]
+
+
+def _window_lines(engine: EnginePlan) -> list[str]:
+    if not engine.window_bytes:
+        return []
+    return [f'window = "{engine.window_bytes}B"', f"window_layers = {engine.window_layers}"]
 
 
 def _quoted(text: str) -> str:

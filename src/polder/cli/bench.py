@@ -97,3 +97,24 @@ def tenants(
         stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
     )
     TenantsBench(plan, workdir=workdir).run(json_file, html_file)
+
+
+@app.command()
+def context(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Less local memory, fewer arms and lengths.")] = False,
+    arms: Annotated[
+        str, typer.Option(help="Only these: stock,window,window-1,window-3,window-4,window-link,window-4-link.")
+    ] = "",
+    workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
+) -> None:
+    """How long a context can be with the same KV bytes on the device: stock, and windows of some layers."""
+    from polder.bench.context import ContextBench
+    from polder.bench.context_plan import ARMS, FULL_CONTEXT, QUICK_CONTEXT
+    from polder.bench.turns_plan import parse_names
+
+    plan = (QUICK_CONTEXT if quick else FULL_CONTEXT).only(parse_names(arms, ARMS, what="arm"))
+    ContextBench(plan, workdir=workdir).run(json_file, html_file)

@@ -43,6 +43,9 @@ class Model:
     host_bytes: int = 0
     lend_bytes: int = 0
     weights: Literal["resident", "elastic"] = "resident"
+    window_bytes: int = 0
+    """Host memory for the layers of long contexts that are not on the device."""
+    window_layers: int | None = None
     tbt_goal_s: float | None = None
     """A token may take so long while others prefill; None: no bound."""
     cpus: str = ""
@@ -66,6 +69,8 @@ class Model:
             "POLDER_HOST": str(self.host_bytes or ""),
             "POLDER_LEND": str(self.lend_bytes or ""),
             "POLDER_WEIGHTS": self.weights,
+            "POLDER_WINDOW": str(self.window_bytes or ""),
+            "POLDER_WINDOW_LAYERS": "" if self.window_layers is None else str(self.window_layers),
             "POLDER_TBT_GOAL": "" if self.tbt_goal_s is None else f"{1e3 * self.tbt_goal_s:g}ms",
         }
         return {"POLDER_BROKER": str(socket), "POLDER_ENGINE": self.name, **none, **given, **self.env}
@@ -88,7 +93,7 @@ class Fleet:
     policy: PolicyConfig
     models: tuple[Model, ...]
     host_bytes: int = 0
-    """Host memory of all models' host tiers."""
+    """Host memory of all models' host tiers and windows."""
 
     def broker(self, socket: Path) -> BrokerConfig:
         devices = {self.device: self.budget_bytes} | ({"host:0": self.host_bytes} if self.host_bytes else {})
@@ -192,11 +197,13 @@ def _host_quotas(models: Sequence[ModelTable], fleet: Fleet) -> dict[str, int]:
     for model in models:
         if model.host is not None and model not in with_host:
             raise ConfigError(f'model {model.name}: host is given, but its tiers are {model.tiers}: add "host" to them')
-    rest = fleet.host_bytes - sum(asked.values())
+    windows = sum(parse_bytes(model.window, what=f"model {model.name}: window") for model in models)
+    taken = sum(asked.values()) + windows
+    rest = fleet.host_bytes - taken
     if rest < 0:
         raise BudgetError(
-            f"the models' host quotas are {format_bytes(sum(asked.values()))} together, more than memory.host "
-            f'{format_bytes(fleet.host_bytes)}: write host = "{_mib(sum(asked.values()))}" or more, or lower them'
+            f"the models' host quotas and windows are {format_bytes(taken)} together, more than memory.host "
+            f'{format_bytes(fleet.host_bytes)}: write host = "{_mib(taken)}" or more, or lower them'
         )
     others = [model.name for model in with_host if model.name not in asked]
     quotas = asked | {name: rest // len(others) // fleet.page_bytes * fleet.page_bytes for name in others}
@@ -242,12 +249,22 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         if least is not None and most is not None and least > most:
             raise ConfigError(f"{what}: {low} {format_bytes(least)} is more than its {high} {format_bytes(most)}")
     path = _resolved(model, folder)
-    least_bytes = least_kv_bytes(
-        Path(path),
-        max_model_len=model.max_model_len,
-        args=model.args,
-        device=fleet.device,
-        page_bytes=fleet.page_bytes,
+    window_bytes = parse_bytes(model.window, what=f"{what}: window")
+    if model.window_layers is not None and (model.window_layers < 1 or not window_bytes):
+        raise ConfigError(
+            f"{what}: window_layers {model.window_layers}: write 1 or more, and window, a size of host memory"
+        )
+    # With a window a request needs less than all of its layers: how much, the engine tells when it starts.
+    least_bytes = (
+        None
+        if window_bytes
+        else least_kv_bytes(
+            Path(path),
+            max_model_len=model.max_model_len,
+            args=model.args,
+            device=fleet.device,
+            page_bytes=fleet.page_bytes,
+        )
     )
     return Model(
         name=model.name,
@@ -260,6 +277,8 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         host_bytes=host_bytes,
         lend_bytes=parse_bytes(model.lend, what=f"{what}: lend"),
         weights=model.weights,
+        window_bytes=window_bytes,
+        window_layers=model.window_layers,
         tbt_goal_s=None if model.tbt_goal is None else parse_goal(model.tbt_goal, what=f"{what}: tbt_goal"),
         cpus=_cpus(model),
         args=tuple(model.args),

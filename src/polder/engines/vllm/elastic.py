@@ -176,16 +176,14 @@ class ElasticCore:
         if self.lender is not None:
             self.lender.note_used(self.blocks.busy_blocks)
         self._settle()
-        if self.window is not None:
-            self.window.look(time.monotonic())
+        self._look_at_window()
         self._report(time.monotonic())
 
     def on_request(self) -> None:
         """A request has joined the queue."""
         if self.weights is not None:
             self.weights.on_request(time.monotonic())
-        if self.window is not None:
-            self.window.look(time.monotonic())
+        self._look_at_window()
         self._report(time.monotonic())
 
     def close(self) -> None:
@@ -222,6 +220,19 @@ class ElasticCore:
         postponed, self._postponed = self._postponed, []
         for recall in postponed:
             self._shrink(recall)
+        if tiers is not None:
+            tiers.resume()
+
+    def _look_at_window(self) -> None:
+        """Opens, closes, brings home: only while no transfer of the tiers reads or writes a block that may have to move."""
+        if self.window is None:
+            return
+        tiers = None if self.tiers is None else self.tiers.tiers
+        if tiers is not None and tiers.busy:
+            if self.window.pressing():
+                tiers.hold()
+            return
+        self.window.look(time.monotonic())
         if tiers is not None:
             tiers.resume()
 

@@ -178,10 +178,8 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
     if bool(settings.tiers) != (transfer is not None):
         flag = f'--kv-transfer-config \'{{"kv_connector":"{CONNECTOR}","kv_role":"kv_both"}}\''
         raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")
-    if settings.window_bytes and (settings.tiers or settings.lend_bytes):
-        raise ConfigError(
-            "POLDER_WINDOW does not work together with POLDER_TIERS or POLDER_LEND yet: remove one of them"
-        )
+    if settings.window_bytes and settings.lend_bytes:
+        raise ConfigError("an engine with a window borrows and does not lend: remove POLDER_LEND, or POLDER_WINDOW")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ConfigError("elastic KV does not work with pipeline parallelism yet")
     if vllm_config.parallel_config.data_parallel_size > 1:

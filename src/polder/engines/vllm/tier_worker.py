@@ -15,6 +15,7 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, Offloading
 
 from polder.broker.client import fetch_table
 from polder.broker.wire import FetchTable
+from polder.engines.vllm import window_worker
 from polder.engines.vllm.host_region import HostRegion, adopt_pages
 from polder.engines.vllm.worker import WorkerMemory
 from polder.memory.pool import ImportedPages
@@ -62,11 +63,20 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
     ) -> None:
         """`groups`: for each KV cache group (address of block 0, bytes from block to block, bytes of a block) of every layer."""
         self.tiers, self._groups, self._on_close = tiers, groups, on_close
+        self._unsent: list[Finished] = []
         self._numbers: dict[int, int] = {}  # job number -> vLLM's job id
         self._reports: list[Finished] = []
         self.failed_loads: set[int] = set()
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        window = window_worker.current()
+        if (
+            window is not None and not window.settled()
+        ):  # the bytes at home may be old ones, with a checksum of their own
+            self._numbers[dst_spec.job.number] = job_id
+            rows = range(len(src_spec.block_ids))
+            self._unsent.append(Finished(number=dst_spec.job.number, failed=dict.fromkeys(rows, "error")))
+            return True
         return self._submit(job_id, dst_spec, src_spec)
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
@@ -74,7 +84,8 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
 
     def get_finished(self) -> list[TransferResult]:
         results = []
-        for finished in self.tiers.poll():
+        unsent, self._unsent = self._unsent, []
+        for finished in [*unsent, *self.tiers.poll()]:
             job_id = self._numbers.pop(finished.number)
             self._reports.append(finished)
             if finished.failed:
@@ -98,11 +109,15 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
 
     def _submit(self, job_id: int, spec: TierJob, blocks: Any) -> bool:
         self._numbers[spec.job.number] = job_id
+        window = window_worker.current()
         pieces: list[Pieces] = []
         at = 0
         for group, size in zip(self._groups, blocks.group_sizes, strict=True):
             for block in blocks.block_ids[at : at + size].tolist():
-                pieces.append([(base + block * stride, length) for base, stride, length in group])
+                if window is None:
+                    pieces.append([(base + block * stride, length) for base, stride, length in group])
+                else:
+                    pieces.append([(window.home_of(base, block), length) for base, _, length in group])
             at += size
         self.tiers.submit(spec.job, pieces)
         return True

@@ -57,6 +57,8 @@ class CoreWindow:
         self._wanted_since: float | None = None
         self._looked_home_at = float("-inf")
         self._tries: Counter[str] = Counter()
+        self._figures: dict[str, float] = {}
+        self._worked = True
         self.counters = dict.fromkeys(
             ("window_opens_total", "window_closes_total", "window_home_blocks_total", "window_lost_total"), 0.0
         )
@@ -69,6 +71,10 @@ class CoreWindow:
     def held_units(self) -> int:
         return len(self._blocks.mapped) + len(self.carriers)
 
+    def pressing(self) -> bool:
+        """Whether a request has no room without more windowed units."""
+        return self._wanted_units() > len(self._blocks.mapped) + len(self._blocks.windowed)
+
     def look(self, now: float) -> None:
         """Opens, closes, brings home, as the requests of this moment need it. To be called between steps; mostly does nothing."""
         wanted = self._wanted_units()
@@ -77,6 +83,7 @@ class CoreWindow:
         else:
             self._wanted_since = None
         if self.carriers:
+            self._worked = True
             self._bring_home(now)
             if wanted <= len(self._blocks.mapped) and self._pressed():
                 self.close_idle()
@@ -96,12 +103,14 @@ class CoreWindow:
         logger.info("window: %d units are regular again", len(carriers))
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges; asks the workers."""
-        ranks: list[dict[str, float]] = self._rpc(window_worker.figures)
-        figures = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        """Counters and gauges; asks the workers only if they may have news, for a message keeps them spinning for a second."""
+        if self._worked:
+            ranks: list[dict[str, float]] = self._rpc(window_worker.figures)
+            self._figures = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+            self._worked = False
         return {
             **self.counters,
-            **figures,
+            **self._figures,
             "window_carriers": float(len(self.carriers)),
             "window_units": float(len(self._blocks.windowed)),
         }

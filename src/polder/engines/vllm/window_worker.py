@@ -33,7 +33,7 @@ from polder.testing.links import parse_links
 from polder.testing.paced import PacedBackend
 from polder.window.stream import BlockHomes, WindowStream
 
-__all__ = ["WorkerWindow", "bring_home", "close_units", "figures", "install", "open_units"]
+__all__ = ["WorkerWindow", "bring_home", "close_units", "current", "figures", "install", "open_units"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -105,6 +105,21 @@ class WorkerWindow:
             )
         self.copies.wait(ticket)
 
+    # ------------------------------------------------------------------ others who read KV by block
+
+    def home_of(self, base: int, block: int) -> int:
+        """Address of a block's bytes between passes, in the layer whose block 0 lies at `base`."""
+        return int(self.homes.home(self.homes.local.index(base), np.array([block]))[0])
+
+    def settled(self) -> bool:
+        """Waits until all that was written is home; False when it did not get there."""
+        try:
+            self.stream.settle()
+        except EnvironmentFault as error:
+            self._failed(error)
+            return False
+        return True
+
     # ------------------------------------------------------------------ a pass
 
     def begin(self, attn_metadata: Any, requests: int) -> None:
@@ -161,6 +176,11 @@ def _emulated(backend: Backend, plan: WindowPlan) -> Backend:
 
 
 _window: WorkerWindow | None = None
+
+
+def current() -> WorkerWindow | None:
+    """This process's; None in an engine without a window."""
+    return _window
 
 
 # ---------------------------------------------------------------- called by the core

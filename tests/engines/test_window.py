@@ -1,0 +1,125 @@
+"""Contexts longer than the device's KV memory on real engines: the same tokens as a stock engine that has enough of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from polder.bench.models import ModelRecipe
+from tests.engines.harness import BLOCK_TOKENS, Engine, prompts, tokens_of
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+DEEP = ModelRecipe(
+    name="tiny-deep", family="llama", layers=16, hidden=256, intermediate=512, heads=4, kv_heads=2, seed=5
+).in_float32()
+PAGE = 64 << 10
+UNIT_TOKENS = 64
+"""A layer's block of 32 tokens is 32 KiB, so a unit is two blocks in 16 pages: 1 MiB."""
+LOCAL_UNITS = 8
+LONGEST = 3600
+"""7 of 8 units carry 8 windowed ones each: 57 units, less the null block, are 3,616 tokens."""
+STOCKS_LONGEST = LOCAL_UNITS * UNIT_TOKENS - BLOCK_TOKENS
+WINDOW = {
+    "POLDER_KV_BUDGET": f"{LOCAL_UNITS}MiB",
+    "POLDER_PAGE": f"{PAGE}B",
+    "POLDER_WINDOW": "64MiB",
+}
+LONG = prompts(1, LONGEST - 70, seed=31)[0]
+OTHER = prompts(1, 1500, seed=32)[0]
+SHORT = prompts(3, 40, seed=33)
+Answers = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def expected() -> Iterator[Answers]:
+    """Answers of stock vLLM with memory for all."""
+    engine = Engine.start("stock", DEEP, num_gpu_blocks_override=400, max_model_len=LONGEST)
+
+    def answers(asked: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
+        return tokens_of(engine.generate(asked, tokens))
+
+    yield answers
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def windowed() -> Iterator[Engine]:
+    engine = Engine.start("w", DEEP, WINDOW, max_model_len=LONGEST)
+    yield engine
+    engine.stop()
+
+
+def figures(engine: Engine) -> dict[str, float]:
+    """Checks all laws, and returns the counters."""
+    found: dict[str, float] = engine.utility("polder_check")
+    return found
+
+
+def test_contexts_up_to_nine_tenths_of_layers_over_window_times_stocks_have_its_tokens(
+    windowed: Engine, expected: Answers
+) -> None:
+    assert 0.9 * DEEP.layers / 2 <= LONGEST / STOCKS_LONGEST
+    for length in (STOCKS_LONGEST - 64, STOCKS_LONGEST + 100, 1500, LONGEST - 70):
+        asked = [LONG[:length]]
+        assert tokens_of(windowed.generate(asked, 64)) == expected(asked, 64), f"{length} tokens"
+    found = figures(windowed)
+    assert found["window_opens_total"] >= 2
+    assert found["window_loaded_bytes_total"] > 0
+    assert found["window_carriers"] == LOCAL_UNITS - 1
+
+
+def test_short_contexts_copy_nothing(windowed: Engine, expected: Answers) -> None:
+    before = figures(windowed)["window_loaded_bytes_total"]
+    assert tokens_of(windowed.generate(SHORT, 16)) == expected(SHORT, 16)
+    after = figures(windowed)
+    assert after["window_loaded_bytes_total"] == before
+
+
+def test_a_prefix_that_is_found_again_lies_in_the_store(windowed: Engine, expected: Answers) -> None:
+    asked = [[*OTHER, *range(50, 90)]]
+    windowed.generate([OTHER], 8)
+    answer = windowed.generate(asked, 32)
+    assert answer[0].cached >= len(OTHER) - 2 * BLOCK_TOKENS
+    assert tokens_of(answer) == expected(asked, 32)
+
+
+def test_long_and_short_in_one_batch_and_two_long_ones_in_turn(windowed: Engine, expected: Answers) -> None:
+    asked = [SHORT[0], LONG, SHORT[1], OTHER, SHORT[2]]
+    lengths = [40, 24, 30, 40, 20]
+    assert tokens_of(windowed.generate(asked, lengths)) == expected(asked, lengths)
+
+
+def test_blocks_of_an_aborted_request_serve_the_next(windowed: Engine, expected: Answers) -> None:
+    engine = windowed.llm.llm_engine
+    windowed.submit(LONG[:3000], tokens=40)
+    for _ in range(14):
+        engine.step()
+    engine.abort_request([name for name in engine.output_processor.request_states], internal=True)
+    while engine.has_unfinished_requests():
+        engine.step()
+    asked = [LONG[500:3000]]
+    assert tokens_of(windowed.generate(asked, 24)) == expected(asked, 24)
+
+
+def test_memory_goes_back_to_short_requests_when_no_long_one_is_there(windowed: Engine, expected: Answers) -> None:
+    windowed.generate([LONG], 4)
+    assert figures(windowed)["window_carriers"] > 0
+    asked = prompts(6, 150, seed=40)
+    assert tokens_of(windowed.generate(asked, 24)) == expected(asked, 24)
+    assert figures(windowed)["window_carriers"] == 0
+
+
+def test_a_decoding_sequence_comes_home_when_it_fits(windowed: Engine, expected: Answers) -> None:
+    asked = [*prompts(4, 80, seed=41), OTHER[:300]]
+    lengths = [40, 40, 40, 40, 120]
+    assert tokens_of(windowed.generate(asked, lengths)) == expected(asked, lengths)
+
+
+def test_a_context_that_no_memory_can_hold_is_refused_and_others_are_served(
+    windowed: Engine, expected: Answers
+) -> None:
+    with pytest.raises(ValueError, match=str(LONGEST)):
+        windowed.generate([[*LONG, *LONG]], 4)
+    assert tokens_of(windowed.generate(SHORT, 8)) == expected(SHORT, 8)

@@ -1,0 +1,150 @@
+"""Sizes are the published ones, and a model that the arithmetic does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polder.errors import ConfigError
+from polder.planner.devices import DEVICES, parse_device, parse_links, parse_rate
+from polder.planner.model_shape import KNOWN, model_shape, read_shape
+
+LLAMA = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "kib"),
+    [
+        ("Qwen3-8B", 8.2, 144),
+        ("Qwen3-14B", 14.8, 160),
+        ("Qwen3-32B", 32.8, 256),
+        ("Llama-3.1-8B", 8.0, 128),
+        ("Llama-3.1-70B", 70.6, 320),
+        ("LWM-7B-1M", 6.7, 512),
+    ],
+)
+def test_parameters_and_kv_are_those_published(name: str, billions: float, kib: int) -> None:
+    shape = KNOWN[name]
+    assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.05)
+    assert shape.kv_bytes_per_token == kib << 10
+    assert shape.flops_per_token == pytest.approx(2 * (shape.parameters - 2 * shape.head_parameters))
+
+
+def test_a_folder_gives_what_the_list_has(tmp_path: Path) -> None:
+    found, known = read_shape(write(tmp_path)), KNOWN["Llama-3.1-8B"]
+    assert (found.weight_bytes, found.kv_bytes_per_token) == (known.weight_bytes, known.kv_bytes_per_token)
+    assert found.trained_tokens == known.trained_tokens
+    assert model_shape(str(tmp_path)) == found
+
+
+def test_names_are_found_with_their_organisation_and_in_any_case() -> None:
+    assert model_shape("Qwen/qwen3-8b") == KNOWN["Qwen3-8B"]
+
+
+def test_keys_left_out_have_the_usual_meaning(tmp_path: Path) -> None:
+    found = read_shape(write(tmp_path, num_key_value_heads=None, torch_dtype=None, max_position_embeddings=None))
+    assert (found.kv_heads, found.head_dim, found.element_bytes, found.trained_tokens) == (32, 128, 2, None)
+    tied = read_shape(write(tmp_path, tie_word_embeddings=True, head_dim=64))
+    assert tied.head_dim == 64
+    assert tied.parameters == tied.layers * tied.layer_parameters + tied.head_parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"mamba_d_state": 16}, "state space"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "different kinds of attention"),
+        ({"sliding_window": 4096}, "a sliding window"),
+        ({"num_experts": 8}, "mixture of experts"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"text_config": {"hidden_size": 1}}, "multimodal"),
+        ({"torch_dtype": "int8"}, "type int8"),
+        ({"intermediate_size": None}, "intermediate_size is None"),
+        ({"num_key_value_heads": [8, 4]}, "num_key_value_heads is"),
+    ],
+)
+def test_what_the_arithmetic_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_shape(write(tmp_path, **changes))
+
+
+def test_a_window_that_is_not_used_is_none(tmp_path: Path) -> None:
+    assert read_shape(write(tmp_path, sliding_window=4096, use_sliding_window=False)).layers == 32
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_cannot_be_read_is_said(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json"):
+        read_shape(tmp_path)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="Qwen3-14B"):
+        model_shape("none/such")
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_every_preset_says_where_it_is_from() -> None:
+    for device in DEVICES.values():
+        assert device.source
+        assert device.host_link is not None
+        assert device.peer_link is not None
+        assert device.host_link.source
+        assert device.peer_link.source
+        assert device.host_link.bytes_per_s < device.memory_bytes_per_s
+    assert parse_device("rtx 4090") == DEVICES["RTX4090"]
+
+
+def test_own_figures_are_taken_as_they_stand() -> None:
+    own = parse_device("memory=80GiB,bandwidth=3TB/s,flops=0.7P,attention=400T")
+    assert (own.memory_bytes, own.memory_bytes_per_s) == (80 << 30, 3e12)
+    assert (own.flops_per_s, own.attention_flops_per_s) == (0.7e15, 400e12)
+    assert own.host_link is None
+    assert parse_device("memory=80GiB,bandwidth=3TB/s,flops=7T").attention_flops_per_s == pytest.approx(5e12)
+
+
+def test_own_links_replace_the_presets() -> None:
+    host = parse_links("24GiB/s", DEVICES["H20"])
+    assert host.host_link is not None
+    assert host.host_link.bytes_per_s == 24 << 30
+    assert host.peer_link == DEVICES["H20"].peer_link
+    both = parse_links("host=1GB/s, peer=2GB/s", DEVICES["H20"])
+    assert both.peer_link is not None
+    assert both.peer_link.bytes_per_s == 2e9
+
+
+@pytest.mark.parametrize(
+    "text", ["A9000", "memory=80GiB", "memory=80GiB,bandwidth=3,flops=1T", "speed=1", "memory=1GiB,x"]
+)
+def test_a_device_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        parse_device(text)
+
+
+@pytest.mark.parametrize("text", ["55", "0GB/s", "fast", "55Gb/s", "-1GB/s"])
+def test_a_rate_has_a_unit_and_is_above_0(text: str) -> None:
+    with pytest.raises(ConfigError, match="link: cannot read"):
+        parse_rate(text, what="link")

@@ -1,0 +1,128 @@
+"""`polder plan` answers from the command line alone, and says what is possible when what was asked for is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polder.cli.plan import parse_tokens
+from polder.errors import ConfigError
+from tests.serve.test_cli import polder
+
+ASKED = ("plan", "Qwen3-8B", "--device", "H200", "--host", "512GiB", "--neighbours", "H200:Qwen3-8B,H200:40GiB")
+
+
+def figures(tmp_path: Path, *arguments: str) -> Any:
+    path = tmp_path / "out" / "plan.json"
+    done = polder(*arguments, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())
+
+
+def test_every_source_has_its_contexts_up_to_its_longest(tmp_path: Path) -> None:
+    found = figures(tmp_path, *ASKED, "--context", "1M", "--tbt-goal", "100ms")
+    stock, host, peers = found["sources"]
+    assert [source["name"] for source in found["sources"]] == ["stock vLLM", "window, host", "window, peers"]
+    assert stock["longest_tokens"] < 1 << 20 < peers["longest_tokens"] < host["longest_tokens"]
+    assert peers["size_bytes"] == found["local_kv_bytes"] + (40 << 30)
+    assert (
+        stock["longest_tokens"]
+        == stock["within_goal_tokens"]
+        < host["within_goal_tokens"]
+        < peers["within_goal_tokens"]
+    )
+    asked = {o["source"]: o for o in found["outlooks"] if o["context_tokens"] == 1 << 20}
+    assert [o["fits"] for o in asked.values()] == [False, True, True]
+    assert asked["window, peers"]["tbt_s"] < asked["window, host"]["tbt_s"]
+    for source in found["sources"]:
+        shown = [o["context_tokens"] for o in found["outlooks"] if o["source"] == source["name"]]
+        assert {8192, source["longest_tokens"], 1 << 20} <= set(shown)
+        assert shown == sorted(shown)
+
+
+def test_the_tables_fit_a_terminal_and_say_where_figures_are_from() -> None:
+    text = polder(*ASKED).stdout
+    assert "window, host: 2 of 36 layers of a block local" in text
+    assert "NCCL, issue 1264" in text
+    assert "longer contexts need another rope_scaling" in text
+    assert "…" not in text
+
+
+def test_without_external_memory_there_is_stock_alone(tmp_path: Path) -> None:
+    found = figures(tmp_path, "plan", "Qwen3-8B", "--device", "H200")
+    assert [source["name"] for source in found["sources"]] == ["stock vLLM"]
+
+
+def test_a_context_that_nothing_holds_is_refused_with_what_is_possible() -> None:
+    done = polder(*ASKED, "--context", "64M")
+    assert done.returncode == 2
+    assert done.stderr.startswith("polder: context: 67,108,864 tokens do not fit. The longest context possible is ")
+    assert "with window, peers" in done.stderr
+
+
+def test_one_layer_local_reaches_further_and_hides_less(tmp_path: Path) -> None:
+    wide, narrow = (figures(tmp_path, *ASKED, "--window", w, "--context", "1M")["sources"][1] for w in ("2", "1"))
+    assert narrow["longest_tokens"] > wide["longest_tokens"]
+
+
+def test_own_figures_and_links(tmp_path: Path) -> None:
+    own = ("plan", "Qwen3-8B", "--device", "memory=24GiB,bandwidth=1TB/s,flops=100T", "--host", "64GiB")
+    found = figures(tmp_path, *own, "--link", "20GB/s", "--chunk", "2k")
+    assert found["sources"][1]["link"]["bytes_per_s"] == 20e9
+    assert polder(*own).stderr == (
+        "polder: link: nothing is known of the host link of own figures: give --link host=55GB/s\n"
+    )
+
+
+def test_the_slowest_neighbour_sets_the_pace(tmp_path: Path) -> None:
+    found = figures(tmp_path, "plan", "Qwen3-8B", "--device", "H200", "--neighbours", "H200:1GiB,A100-80:1GiB")
+    assert found["sources"][1]["link"]["name"] == "NVLink 3"
+
+
+def test_a_report_has_a_plot_and_needs_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "out" / "plan.html"
+    assert polder(*ASKED, "--tbt-goal", "50ms", "--html", str(path)).returncode == 0
+    page = path.read_text()
+    assert page.count("<svg") == 1
+    assert "window, peers: longest context, tokens" in page
+    assert "src=" not in page
+
+
+def test_the_papers_table(tmp_path: Path) -> None:
+    found = figures(tmp_path, "plan", "--paper")
+    assert found[0]["paper"] == {"no_chunk": 6.66, "chunk_8k": 2.78, "chunk_32k": 3.3}
+    assert set(found[0]["ours"]) == set(found[0]["paper"])
+    assert "6.66/9.86" in polder("plan", "--paper").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("Qwen3-8B",), "name a model and a --device"),
+        (("--paper", "--device", "H200"), "--paper stands alone"),
+        (("Qwen3-8B", "--device", "H200", "--neighbours", "40GiB"), "neighbours: cannot read"),
+        (("Qwen3-8B", "--device", "H200", "--neighbours", "H100:Llama-3.1-70B"), "Llama-3.1-70B on H100: 131.4 GiB"),
+        (("Qwen3-8B", "--device", "H200", "--window", "37"), "window: 37 of 36 layers"),
+        (("Qwen3-8B", "--device", "H200", "--tbt-goal", "0ms"), "tbt-goal"),
+        (("Llama-3.1-70B", "--device", "H100"), "131.4 GiB of weights"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(arguments: tuple[str, ...], words: str) -> None:
+    done = polder("plan", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("256k", 262144), ("1M", 1 << 20), ("5000", 5000), ("8K", 8192)])
+def test_tokens_as_people_write_them(text: str, tokens: int) -> None:
+    assert parse_tokens(text, what="context") == tokens
+
+
+@pytest.mark.parametrize("text", ["0", "k", "1.5M", "-1", "12G"])
+def test_other_tokens_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="context: cannot read"):
+        parse_tokens(text, what="context")
