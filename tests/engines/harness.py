@@ -188,12 +188,13 @@ class Engine:
         assert not events, f"only {steps} steps were made"
         return [next(out for key, out in done.items() if key == n or key.startswith(n + "-")) for n in names]
 
-    def submit(self, prompt: list[int], tokens: int = 24) -> None:
+    def submit(self, prompt: list[int], tokens: int = 24, name: str = "") -> None:
         """Asks, and does not wait for an answer."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        self.llm.llm_engine.add_request(f"{self.name}-{next(_numbers)}", {"prompt_token_ids": prompt}, parameters)
+        name = name or f"{self.name}-{next(_numbers)}"
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
 
     def processes(self) -> list[psutil.Process]:
         return [psutil.Process(pid) for pid in self._started if psutil.pid_exists(pid)]

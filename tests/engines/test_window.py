@@ -96,7 +96,7 @@ def test_blocks_of_an_aborted_request_serve_the_next(windowed: Engine, expected:
     windowed.submit(LONG[:3000], tokens=40)
     for _ in range(14):
         engine.step()
-    engine.abort_request([name for name in engine.output_processor.request_states], internal=True)
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
     while engine.has_unfinished_requests():
         engine.step()
     asked = [LONG[500:3000]]
@@ -120,6 +120,48 @@ def test_a_decoding_sequence_comes_home_when_it_fits(windowed: Engine, expected:
 def test_a_context_that_no_memory_can_hold_is_refused_and_others_are_served(
     windowed: Engine, expected: Answers
 ) -> None:
-    with pytest.raises(ValueError, match=str(LONGEST)):
+    with pytest.raises(Exception, match=f"maximum context length is {LONGEST} tokens"):
         windowed.generate([[*LONG, *LONG]], 4)
     assert tokens_of(windowed.generate(SHORT, 8)) == expected(SHORT, 8)
+
+
+def test_compiled_on_two_ranks_with_a_tier_the_tokens_are_the_same(expected: Answers) -> None:
+    settings = WINDOW | {"POLDER_TIERS": "host", "POLDER_HOST": "64MiB", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    compiled = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+    engine = Engine.start("w2", DEEP, settings, max_model_len=3000, tensor_parallel_size=2, **compiled)
+    try:
+        asked = [OTHER, [*OTHER, *range(50, 90)]]
+        assert [tokens_of(engine.generate([one], 24))[0] for one in asked] == [expected([one], 24)[0] for one in asked]
+        engine.llm.llm_engine.reset_prefix_cache()
+        again = engine.generate([asked[1]], 24)
+        assert again[0].cached >= len(OTHER) - 2 * BLOCK_TOKENS, "windowed blocks came back from the tier"
+        assert tokens_of(again) == expected([asked[1]], 24)
+    finally:
+        engine.stop()
+
+
+def test_lost_copies_cost_a_recomputation_and_no_token(expected: Answers) -> None:
+    engine = Engine.start("faulty", DEEP, WINDOW | {"POLDER_FAULTS": "fail=0.0008,seed=3"}, max_model_len=LONGEST)
+    try:
+        asked = [OTHER, SHORT[0]]
+        for _ in range(3):
+            assert tokens_of(engine.generate(asked, 40)) == expected(asked, 40)
+        found = figures(engine)
+        assert found["window_lost_total"] > 0
+    finally:
+        engine.stop()
+
+
+def test_without_a_store_long_requests_fail_alone(expected: Answers) -> None:
+    engine = Engine.start("lost", DEEP, WINDOW | {"POLDER_FAULTS": "fail=1"}, max_model_len=LONGEST)
+    try:
+        finished = {}
+        for name, prompt in zip("abc", [OTHER, *SHORT[:2]], strict=True):
+            engine.submit(prompt, tokens=12, name=name)
+        while engine.llm.llm_engine.has_unfinished_requests():
+            finished |= {o.request_id: o for o in engine.llm.llm_engine.step() if o.finished}
+        reasons = {name[0]: output.outputs[0].finish_reason for name, output in finished.items()}
+        assert reasons == {"a": "error", "b": "length", "c": "length"}
+        assert tokens_of(engine.generate(SHORT, 16)) == expected(SHORT, 16)
+    finally:
+        engine.stop()

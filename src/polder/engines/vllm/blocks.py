@@ -56,6 +56,8 @@ class BlockUnits:
         all_units = self._pool.num_gpu_blocks // unit_blocks
         self.virtual_units = all_units - windowed_units
         self.mapped: list[int] = sorted(mapped_units)
+        self.carriers: set[int] = set()
+        """Regular units whose pages lie under windowed ones: not in use, and not to be had."""
         self.windowed: list[int] = []
         """Units whose blocks cost copies in every pass, in use now; their ids lie above all others."""
         if windowed_units:
@@ -91,6 +93,12 @@ class BlockUnits:
         return len(self.mapped) * self._unit_blocks
 
     @property
+    def free_regular(self) -> int:
+        """Free and not windowed; counted."""
+        queue = self._pool.free_block_queue
+        return int(queue.num_free_blocks - (queue.free_windowed if self.windowed else 0))
+
+    @property
     def busy_blocks(self) -> int:
         """Blocks that running requests hold, the null block included."""
         return int(self.usable_blocks - self._pool.get_num_free_blocks())
@@ -100,8 +108,8 @@ class BlockUnits:
         return len(self._pool.cached_block_hash_to_block)
 
     def unmapped(self, count: int) -> list[int]:
-        """The lowest `count` units that are not mapped."""
-        mapped = set(self.mapped)
+        """The lowest `count` units that have no pages."""
+        mapped = self.carriers.union(self.mapped)
         return [unit for unit in range(self.virtual_units) if unit not in mapped][:count]
 
     # ------------------------------------------------------------------ grow

@@ -178,6 +178,13 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
     if bool(settings.tiers) != (transfer is not None):
         flag = f'--kv-transfer-config \'{{"kv_connector":"{CONNECTOR}","kv_role":"kv_both"}}\''
         raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")
+    if settings.window_bytes and "cuda" in str(vllm_config.device_config.device_type):
+        from vllm.config import CUDAGraphMode
+
+        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            raise ConfigError(
+                "a window's copies are launched layer by layer, which a CUDA graph would leave out: add --enforce-eager"
+            )
     if settings.window_bytes and settings.lend_bytes:
         raise ConfigError("an engine with a window borrows and does not lend: remove POLDER_LEND, or POLDER_WINDOW")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:

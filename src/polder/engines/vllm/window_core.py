@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from polder.engines.vllm import window_worker
@@ -31,8 +31,9 @@ logger = logging.getLogger("polder.engine")
 GRACE_S = 0.3
 """The broker has so long to give what would make a window unnecessary."""
 HOME_EVERY_S = 0.5
+WAITING_LOOKED_AT = 64
 MOST_TRIES = 3
-"""A request whose blocks were lost so often fails."""
+"""A request whose blocks were lost so often, without a token in between, fails."""
 
 
 class CoreWindow:
@@ -56,7 +57,8 @@ class CoreWindow:
         self._unused = list(range(first + self._shape.store_units - 1, first - 1, -1))
         self._wanted_since: float | None = None
         self._looked_home_at = float("-inf")
-        self._tries: Counter[str] = Counter()
+        self._tries: dict[str, tuple[int, int]] = {}
+        """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
         self._figures: dict[str, float] = {}
         self._worked = True
         self.counters = dict.fromkeys(
@@ -85,7 +87,7 @@ class CoreWindow:
         if self.carriers:
             self._worked = True
             self._bring_home(now)
-            if wanted <= len(self._blocks.mapped) and self._pressed():
+            if wanted <= self.held_units and self._pressed():
                 self.close_idle()
 
     def close_idle(self) -> None:
@@ -95,6 +97,7 @@ class CoreWindow:
         if not carriers:
             return
         units = [unit for carrier in carriers for unit in self.carriers.pop(carrier)]
+        self._blocks.carriers = set(self.carriers)
         self._blocks.close(units)
         self._rpc(window_worker.close_units, carriers)
         self._unused += units
@@ -144,13 +147,18 @@ class CoreWindow:
         self._rpc(window_worker.open_units, carriers, units, plan.sources.tolist(), plan.targets.tolist())
         for at, carrier in enumerate(carriers):
             self.carriers[carrier] = units[at * each : (at + 1) * each]
+        self._blocks.carriers = set(self.carriers)
         self._blocks.open(units)
         self.counters["window_opens_total"] += 1
         logger.info("window: %d units carry %d now", len(self.carriers), len(self._blocks.windowed))
 
     def _pressed(self) -> bool:
-        """Whether requests wait, or hold windowed blocks, and none of them needs a window."""
-        return bool(self._scheduler.waiting) or len(self._blocks.idle_windowed()) < len(self._blocks.windowed)
+        """Whether requests hold windowed blocks, or would have to."""
+        if len(self._blocks.idle_windowed()) < len(self._blocks.windowed):
+            return True
+        waiting = islice(self._scheduler.waiting, WAITING_LOOKED_AT)
+        wanted = sum(-(-(request.num_tokens + 1) // self._block_tokens) for request in waiting)
+        return bool(wanted > self._blocks.free_regular)
 
     def _bring_home(self, now: float) -> None:
         if now - self._looked_home_at < HOME_EVERY_S:
@@ -200,10 +208,13 @@ class CoreWindow:
             scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
             scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
             self.counters["window_lost_total"] += 1
-            self._tries[request.request_id] += 1
-            if self._tries[request.request_id] >= MOST_TRIES:
+            tokens, times = self._tries.get(request.request_id, (0, 0))
+            times = times + 1 if request.num_tokens == tokens else 1
+            self._tries[request.request_id] = request.num_tokens, times
+            if times >= MOST_TRIES:
                 failed.append(request)
         manager.evict_blocks(doubtful)
+        self._tries = {name: lost for name, lost in self._tries.items() if name in scheduler.requests}
         return failed
 
     def _fail(self, requests: list[Any], outputs: Any) -> None:
@@ -213,7 +224,6 @@ class CoreWindow:
         ids = {request.request_id for request in requests}
         logger.error("window: requests %s lost their KV %d times: they fail", sorted(ids), MOST_TRIES)
         for request in self._scheduler.finish_requests(ids, RequestStatus.FINISHED_ERROR):
-            self._tries.pop(request.request_id, None)
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[]))
             of_client.outputs.append(
                 EngineCoreOutput(

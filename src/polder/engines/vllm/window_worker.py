@@ -72,15 +72,17 @@ class WorkerWindow:
         memory, geometry = self._memory, self._memory.geometry
         layers, w = len(self._plan.layers), self._plan.window_layers
         per_layer, each = geometry.pages_per_unit // layers, layers // w
+        by_place = sorted(range(layers), key=lambda layer: self._plan.layers[layer][1])  # as `slots` has them
+        one_of_each = np.repeat(np.array(by_place) < w, per_layer)
         for at, carrier in enumerate(carriers):
             handles = memory.imported.handles(memory.generation_of[carrier], memory.pages_of[carrier])
             mine = units[at * each : (at + 1) * each]
             for number, unit in enumerate(mine):
                 slots = geometry.slots([unit])
                 pages = handles[number * w * per_layer : (number + 1) * w * per_layer]
-                wanted = [pages[(layer % w) * per_layer + page] for layer in range(layers) for page in range(per_layer)]
+                wanted = [pages[(layer % w) * per_layer + page] for layer in by_place for page in range(per_layer)]
                 memory.span.map(slots, wanted)
-                memory.span.zero(slots[: w * per_layer])  # the pages of all slots, law 2
+                memory.span.zero(slots[one_of_each])  # the pages of all slots, law 2
             self._carried[carrier] = tuple(mine)
 
     def close(self, carriers: Sequence[int]) -> list[int]:
@@ -159,6 +161,8 @@ class WorkerWindow:
         return found
 
     def _failed(self, error: EnvironmentFault) -> None:
+        if self._memory.rank:
+            raise error  # only the first rank's outputs reach the core, and nobody may get a wrong token
         self._busy = False
         self.failures += 1
         self.doubtful = sorted({*self.doubtful, *self.stream.doubtful})
@@ -299,6 +303,7 @@ def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
 
 def _hook_passes(window: WorkerWindow, runner: Any, first_layer: str) -> None:
     from vllm.forward_context import get_forward_context
+    from vllm.v1.outputs import ModelRunnerOutput
 
     model_forward, sample = runner._model_forward, runner.sample_tokens
 
@@ -312,7 +317,9 @@ def _hook_passes(window: WorkerWindow, runner: Any, first_layer: str) -> None:
     def sample_and_tell(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
         doubtful = window.take_doubtful()
-        if doubtful and output is not None:
+        if doubtful:
+            if not isinstance(output, ModelRunnerOutput):
+                raise EnvironmentFault("the window lost blocks, and this runner's output cannot say so")
             setattr(output, DOUBTFUL, doubtful)
         return output
 
