@@ -141,7 +141,7 @@ class ContextBench:
     def _refused(self, arm: Arm, name: str) -> None:
         """One block more than the arm's longest is refused, and a short request served after it."""
         records = self._play(arm, self.plan.longest(name) + BLOCK_TOKENS, entropy=2)
-        self._found[name]["refused_beyond"] = float(records[0].error is not None)
+        self._found[name]["refused_beyond"] = float(bool(records[0].error))
         self._ask(arm, BLOCK_TOKENS * 2, entropy=3)
 
     def _at_stocks_longest(self, pool: ArmPool) -> None:
@@ -163,7 +163,7 @@ class ContextBench:
     def _ask(self, arm: Arm, length: int, *, entropy: int) -> Answer:
         """Raises EnvironmentFault when it fails."""
         records = self._play(arm, length, entropy)
-        if records[0].error is not None:
+        if records[0].error:
             raise EnvironmentFault(f"{arm.name}: a context of {length} tokens failed: {records[0].error}")
         ttfts, gaps = ttfts_ms(records), tbts_ms(records)
         return Answer(records[0].output_ids, percentile(ttfts, 50), percentile(gaps, 50))

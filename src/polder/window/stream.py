@@ -10,17 +10,20 @@ that the step's requests read and those that it writes, and then, around each la
 
 so copies overlap with what is computed between two attentions, and with w - 1 attentions. Order and errors are those of
 stream/pipeline.py: one FIFO, so a block has gone home before its slot is filled anew, and the next pass reads what this one wrote.
+A failure is raised once, for all copies that have failed by then.
 
 Source: SwiftCache section 3.3, with w slots in place of one, which lets a load run during the attention of the layer before.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from polder.errors import EnvironmentFault
 from polder.memory.copy import Addresses, CopyEngine
 from polder.memory.page import Indices
 from polder.stream.pipeline import LayerStream, Pieces, StreamStatistics
@@ -28,6 +31,7 @@ from polder.stream.pipeline import LayerStream, Pieces, StreamStatistics
 __all__ = ["BlockHomes", "WindowStream"]
 
 _NOTHING = Pieces.of([])
+_NO_BLOCKS: Indices = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +72,11 @@ class WindowStream:
 
     def __init__(self, copies: CopyEngine, homes: BlockHomes, *, window_layers: int, fence: Callable[[], None]) -> None:
         """`copies`: used by nobody else. `fence`: returns when the device has computed what was launched (Backend.fence)."""
-        self._homes = homes
+        self._copies, self._homes = copies, homes
         layers = len(homes.local)
         self._buffers = [layer % window_layers for layer in range(layers)]
         self._window_layers = min(window_layers, layers)
-        self._read = self._written = self._written_before = np.empty(0, np.int64)
+        self._read = self._written = self._unproven = _NO_BLOCKS
         self._passed = -1
         self._stream = LayerStream(copies, self._load, self._buffers, store=self._save, fence=fence)
 
@@ -81,19 +85,24 @@ class WindowStream:
 
         A block that has tokens from before and gets new ones is in both lists.
         """
-        self._written_before = self._written
-        self._read = self._homes.windowed(np.asarray(read, np.int64))
-        self._written = self._homes.windowed(np.asarray(written, np.int64))
-        if not len(self._read) and not len(self._written):
+        to_read = self._homes.windowed(np.asarray(read, np.int64))
+        to_write = self._homes.windowed(np.asarray(written, np.int64))
+        if not len(to_read) and not len(to_write):
             return False
-        self._passed = -1
+        self._unproven = np.union1d(self._unproven, self._written)
+        self._read, self._written, self._passed = to_read, to_write, -1
         self._stream.assign(self._buffers)
         self._stream.fetch(range(self._window_layers))
         return True
 
     def before(self, layer: int) -> None:
         """Returns when the layer's blocks are there and its slot may be written. Raises EnvironmentFault when a copy failed."""
-        self._stream.before(layer)
+        try:
+            self._stream.before(layer)
+        except EnvironmentFault:
+            self._take_errors()
+            raise
+        self._unproven = _NO_BLOCKS
 
     def after(self, layer: int) -> None:
         """The layer's attention is computed, or launched."""
@@ -101,18 +110,32 @@ class WindowStream:
         self._stream.after(layer)
 
     def settle(self) -> None:
-        """Returns when all that was written is home. Raises EnvironmentFault when a copy failed."""
-        self._stream.drain()
+        """Returns when all that was written is home and no copy is under way. Raises EnvironmentFault when one failed."""
+        try:
+            self._copies.wait(self._copies.submit(*_NOTHING))
+        except EnvironmentFault:
+            self._take_errors()
+            raise
+        self._unproven = _NO_BLOCKS
 
     @property
     def doubtful(self) -> list[int]:
-        """After a copy failed: blocks whose bytes may be wrong, here or at home. Failures are found late, so those written by the
-        pass before are among them."""
-        found: list[int] = np.unique(np.concatenate([self._read, self._written, self._written_before])).tolist()
+        """After a copy failed: blocks whose bytes may be wrong, here or at home. Failures are found late, so those are among them
+        that passes before have written and no wait has found at home."""
+        found: list[int] = np.unique(np.concatenate([self._read, self._written, self._unproven])).tolist()
         return found
 
     def statistics(self) -> StreamStatistics:
         return self._stream.statistics()
+
+    def _take_errors(self) -> None:
+        """Waits for all copies. What else has failed concerns blocks that are doubtful now, and must not spoil a later pass."""
+        last = self._copies.submit(*_NOTHING)
+        with contextlib.suppress(EnvironmentFault):
+            self._copies.wait(last)
+        for _ in range(self._copies.statistics().failed):
+            with contextlib.suppress(EnvironmentFault):
+                self._copies.wait(last)
 
     def _load(self, layer: int) -> Pieces:
         if layer <= self._passed:
