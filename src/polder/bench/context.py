@@ -142,7 +142,7 @@ class ContextBench:
         """One block more than the arm's longest is refused, and a short request served after it."""
         records = self._play(arm, self.plan.longest(name) + BLOCK_TOKENS, entropy=2)
         self._found[name]["refused_beyond"] = float(bool(records[0].error))
-        self._ask(arm, BLOCK_TOKENS * 2, entropy=3)
+        self._ask(arm, BLOCK_TOKENS * 4, entropy=3)
 
     def _at_stocks_longest(self, pool: ArmPool) -> None:
         """Stock and window in turn, a new prompt each."""
