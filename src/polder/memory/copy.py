@@ -219,6 +219,8 @@ def _blocks(base: int, stride: int, ids: Sequence[int] | Indices) -> Addresses:
 
 def _merge(dst: Addresses, src: Addresses, lengths: Indices) -> tuple[list[int], list[int], list[int]]:
     """Joins pieces with their neighbours where both sides go on without a gap, and leaves out empty ones."""
+    if len(lengths) == 1 and lengths[0] > 0:  # the usual one, and arrays cost more than such a copy
+        return dst.tolist(), src.tolist(), lengths.tolist()
     some = lengths > 0
     dst, src, lengths = dst[some], src[some], lengths[some]
     if len(lengths) == 0:

@@ -25,7 +25,7 @@ import numpy as np
 
 from polder.errors import EnvironmentFault
 from polder.memory.copy import Addresses, CopyEngine
-from polder.memory.page import Indices
+from polder.memory.page import Indices, runs
 from polder.stream.pipeline import LayerStream, Pieces, StreamStatistics
 
 __all__ = ["BlockHomes", "WindowStream"]
@@ -77,6 +77,8 @@ class WindowStream:
         self._buffers = [layer % window_layers for layer in range(layers)]
         self._window_layers = min(window_layers, layers)
         self._read = self._written = self._unproven = _NO_BLOCKS
+        self._loads: list[Pieces | None] = [None] * layers
+        self._saves: list[Pieces | None] = [None] * layers
         self._passed = -1
         self._stream = LayerStream(copies, self._load, self._buffers, store=self._save, fence=fence)
 
@@ -89,6 +91,11 @@ class WindowStream:
         to_write = self._homes.windowed(np.asarray(written, np.int64))
         if not len(to_read) and not len(to_write):
             return False
+        # Most passes decode over the blocks of the pass before: what is copied for each layer is the same then.
+        if not np.array_equal(to_read, self._read):
+            self._loads = [None] * len(self._buffers)
+        if not np.array_equal(to_write, self._written):
+            self._saves = [None] * len(self._buffers)
         self._unproven = np.union1d(self._unproven, self._written)
         self._read, self._written, self._passed = to_read, to_write, -1
         self._stream.assign(self._buffers)
@@ -140,13 +147,22 @@ class WindowStream:
     def _load(self, layer: int) -> Pieces:
         if layer <= self._passed:
             return _NOTHING  # of the next pass, whose blocks are not known yet
-        homes, blocks = self._homes, self._read
-        return Pieces(homes.place(layer, blocks), homes.home(layer, blocks), _sizes(blocks, homes.stride_bytes))
+        pieces = self._loads[layer]
+        if pieces is None:
+            here, home, sizes = self._runs(layer, self._read)
+            pieces = self._loads[layer] = Pieces(here, home, sizes)
+        return pieces
 
     def _save(self, layer: int) -> Pieces:
-        homes, blocks = self._homes, self._written
-        return Pieces(homes.home(layer, blocks), homes.place(layer, blocks), _sizes(blocks, homes.stride_bytes))
+        pieces = self._saves[layer]
+        if pieces is None:
+            here, home, sizes = self._runs(layer, self._written)
+            pieces = self._saves[layer] = Pieces(home, here, sizes)
+        return pieces
 
-
-def _sizes(blocks: Indices, size_bytes: int) -> Indices:
-    return np.full(len(blocks), size_bytes, np.int64)
+    def _runs(self, layer: int, blocks: Indices) -> tuple[Addresses, Addresses, Indices]:
+        """(places, homes, bytes) of a layer's runs of adjacent blocks."""
+        found = runs(blocks)
+        firsts = np.array([first for first, _ in found], np.int64)
+        sizes = np.array([count for _, count in found], np.int64) * self._homes.stride_bytes
+        return self._homes.place(layer, firsts), self._homes.home(layer, firsts), sizes

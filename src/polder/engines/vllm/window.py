@@ -89,8 +89,10 @@ def with_window(
     settings: EngineSettings,
     store_bytes: int,
 ) -> tuple[int, int]:
-    """Regular units and all units. Raises ConfigError for a model whose KV cache cannot be windowed."""
+    """Regular units and all units. Raises ConfigError for a model whose KV cache cannot be windowed, BudgetError for a store
+    without room for a unit."""
     layers, block_bytes = _layers(configs[0])
+    _check_window_layers(settings, len(layers))
     unit_bytes = len(layers) * blocks_of_unit * block_bytes
     regular = ceiling_bytes // unit_bytes
     windowed = min(store_bytes // unit_bytes, max(0, regular - 1) * (len(layers) // settings.window_layers))
@@ -109,10 +111,7 @@ def agree_on_window(
     if not settings.window_bytes:
         return None
     layers, block_bytes = _layers(config)
-    if settings.window_layers * 2 > len(layers):
-        raise ConfigError(
-            f"POLDER_WINDOW_LAYERS={settings.window_layers} of {len(layers)} layers makes no room: keep at most half of them local"
-        )
+    _check_window_layers(settings, len(layers))
     return WindowAgreement(
         shape=WindowShape(
             layers=len(layers),
@@ -127,6 +126,13 @@ def agree_on_window(
         layers=layers,
         block_bytes=block_bytes,
     )
+
+
+def _check_window_layers(settings: EngineSettings, layers: int) -> None:
+    if settings.window_layers * 2 > layers:
+        raise ConfigError(
+            f"POLDER_WINDOW_LAYERS={settings.window_layers} of {layers} layers makes no room: keep at most half of them local"
+        )
 
 
 def _layers(config: Any) -> tuple[tuple[tuple[str, int], ...], int]:

@@ -1,0 +1,217 @@
+"""Sizes that broker, core and workers agree on, before any KV cache exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from polder.engines.vllm import negotiate
+from polder.engines.vllm.settings import EngineSettings
+from polder.engines.vllm.window import WindowAgreement, agree_on_window, with_window
+from polder.engines.vllm.worker import geometry_of
+from polder.errors import BudgetError, ConfigError
+
+PAGE = 4096
+BLOCK_BYTES = 1024
+UNIT_BLOCKS = PAGE // BLOCK_BYTES
+TOKENS = 16
+
+
+def settings(window_bytes: int = 1 << 30, window_layers: int = 2) -> EngineSettings:
+    return EngineSettings(
+        engine="e",
+        broker=Path("/run/b.sock"),
+        kv_budget_bytes=None,
+        page_bytes=PAGE,
+        kv_floor_bytes=None,
+        kv_share_bytes=None,
+        kv_ceiling_bytes=None,
+        window_bytes=window_bytes,
+        window_layers=window_layers,
+        links="window=2GB/s",
+        faults="seed=3",
+    )
+
+
+def tensor(names: list[str], blocks: int, *, offset: int = 0, size: int = 0) -> SimpleNamespace:
+    stride = blocks * BLOCK_BYTES
+    return SimpleNamespace(
+        size=size or len(names) * stride, layers=names, layer_stride=stride, block_stride=BLOCK_BYTES, offset=offset
+    )
+
+
+def names(*numbers: int) -> list[str]:
+    return [f"model.layers.{n}.self_attn.attn" for n in numbers]
+
+
+def config(tensors: list[SimpleNamespace], blocks: int, groups: int = 1) -> SimpleNamespace:
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=TOKENS))
+    return SimpleNamespace(kv_cache_tensors=tensors, kv_cache_groups=[group] * groups, num_blocks=blocks)
+
+
+def model(layers: int, units: int) -> SimpleNamespace:
+    return config([tensor(names(*range(layers)), units * UNIT_BLOCKS)], units * UNIT_BLOCKS)
+
+
+def agreed(layers: int, window_layers: int, regular: int, store_units: int) -> WindowAgreement:
+    kv = model(layers, regular + store_units)
+    found = agree_on_window(
+        settings(window_layers=window_layers), kv, geometry_of(kv, PAGE, UNIT_BLOCKS), regular_units=regular
+    )
+    assert found is not None
+    return found
+
+
+def hello(agreement: WindowAgreement, max_model_len: int) -> Any:
+    """The floor and ceiling that the broker is told."""
+    units = agreement.regular_units + agreement.shape.store_units
+    kv = model(agreement.shape.layers, units)
+    name = SimpleNamespace(max_model_len=max_model_len, served_model_name="m", model="m")
+    found, _ = negotiate._hello(
+        SimpleNamespace(model_config=name),
+        settings(),
+        kv,
+        geometry_of(kv, PAGE, UNIT_BLOCKS),
+        ["cpu:0"],
+        agreement.regular_units,
+        agreement,
+    )
+    return found
+
+
+SHAPES = st.integers(2, 12).flatmap(
+    lambda layers: st.tuples(st.just(layers), st.integers(1, layers // 2), st.integers(2, 9))
+)
+
+
+@given(shape=SHAPES, store_bytes=st.integers(0, 1 << 22), rest=st.integers(0, PAGE - 1))
+def test_windowed_units_fit_the_store_and_the_carriers(
+    shape: tuple[int, int, int], store_bytes: int, rest: int
+) -> None:
+    layers, window_layers, units = shape
+    unit_bytes = layers * PAGE
+    ceiling, wanted = units * unit_bytes + rest, settings(window_layers=window_layers)
+    assume(store_bytes >= unit_bytes)
+    regular, everything = with_window([model(layers, 3)], ceiling, PAGE, UNIT_BLOCKS, wanted, store_bytes)
+    windowed = everything - regular
+    assert regular == units
+    assert windowed * unit_bytes <= store_bytes
+    assert windowed <= (regular - 1) * (layers // window_layers), "more could never have pages"
+    assert windowed in (store_bytes // unit_bytes, (regular - 1) * (layers // window_layers))
+
+
+@given(shape=SHAPES, store_units=st.integers(1, 40))
+def test_the_agreement_has_the_units_of_geometry_and_store(shape: tuple[int, int, int], store_units: int) -> None:
+    layers, window_layers, regular = shape
+    agreement = agreed(layers, window_layers, regular, store_units)
+    assert agreement.shape.store_units == store_units
+    assert (agreement.unit_bytes, agreement.unit_blocks) == (layers * PAGE, UNIT_BLOCKS)
+    assert (agreement.block_bytes, agreement.block_tokens) == (BLOCK_BYTES, TOKENS)
+    host = [range(100, 150 + agreement.store_pages), range(agreement.store_pages)]
+    plan = agreement.plan(host, settings())
+    assert plan.first_block == regular * UNIT_BLOCKS
+    assert plan.blocks * layers * plan.block_bytes == agreement.store_pages * PAGE
+    assert plan.host_pages == (tuple(range(150, 150 + agreement.store_pages)), tuple(range(agreement.store_pages)))
+    assert (plan.links, plan.faults, plan.layers) == ("window=2GB/s", "seed=3", agreement.layers)
+
+
+def test_without_a_store_there_is_no_window() -> None:
+    kv = model(4, 8)
+    assert agree_on_window(settings(window_bytes=0), kv, geometry_of(kv, PAGE, UNIT_BLOCKS), 8) is None
+
+
+def test_layers_are_in_the_order_of_their_numbers_wherever_they_lie() -> None:
+    blocks, numbers = 8, [0, 1, 10, 11, 2, 3]
+    stride = blocks * BLOCK_BYTES
+    tensors = [
+        tensor(names(*numbers[:4]), blocks, size=6 * stride),
+        tensor(names(*numbers[4:]), blocks, offset=4 * stride, size=6 * stride),
+    ]
+    kv = config(tensors, blocks)
+    agreement = agree_on_window(settings(), kv, geometry_of(kv, PAGE, UNIT_BLOCKS), 1)
+    assert agreement is not None
+    assert agreement.layers == tuple(
+        (name, numbers.index(n) * stride) for n, name in zip(sorted(numbers), names(*sorted(numbers)), strict=True)
+    )
+
+
+def test_a_layer_without_a_number_is_refused() -> None:
+    kv = config([tensor(["model.attn", *names(1, 2, 3)], 8)], 8)
+    with pytest.raises(ConfigError, match=r"model\.attn"):
+        with_window([kv], 1 << 20, PAGE, UNIT_BLOCKS, settings(), 1 << 20)
+
+
+def refuse(kv: SimpleNamespace, match: str, window_layers: int = 2) -> None:
+    wanted = settings(window_layers=window_layers)
+    with pytest.raises(ConfigError, match=match):
+        with_window([kv], 1 << 20, PAGE, UNIT_BLOCKS, wanted, 1 << 20)
+    with pytest.raises(ConfigError, match=match):
+        agree_on_window(wanted, kv, geometry_of(kv, PAGE, UNIT_BLOCKS), 2)
+
+
+def test_a_layout_with_the_blocks_outermost_is_refused() -> None:
+    place = tensor(names(0, 1, 2, 3), 8)
+    place.layer_stride, place.block_stride = BLOCK_BYTES, 4 * BLOCK_BYTES
+    refuse(config([place], 8), "layers outermost")
+
+
+@pytest.mark.parametrize("kind", ["two groups", "overlaid", "two sizes"])
+def test_a_hybrid_model_is_refused(kind: str) -> None:
+    first = tensor(names(0, 1, 2, 3), 8)
+    second = tensor(names(4, 5, 6, 7), 8, offset=0 if kind == "overlaid" else first.size)
+    if kind == "two sizes":
+        second.block_stride *= 2
+        second.layer_stride *= 2
+    refuse(config([first, second], 8, groups=2 if kind == "two groups" else 1), "one kind of attention")
+
+
+@pytest.mark.parametrize(("layers", "window_layers"), [(4, 3), (4, 4), (4, 5), (5, 3), (3, 2), (1, 1)])
+def test_more_than_half_of_the_layers_make_no_room(layers: int, window_layers: int) -> None:
+    refuse(model(layers, 8), f"POLDER_WINDOW_LAYERS={window_layers} of {layers} ", window_layers)
+
+
+@pytest.mark.parametrize(("ceiling_units", "store_units"), [(8, 0), (1, 8), (0, 8)])
+def test_a_store_or_a_budget_without_a_unit_is_refused(ceiling_units: int, store_units: int) -> None:
+    unit = 4 * PAGE
+    with pytest.raises(BudgetError, match="POLDER_WINDOW=1 GiB is less than one unit of 16 KiB"):
+        with_window(
+            [model(4, 8)], ceiling_units * unit + 5, PAGE, UNIT_BLOCKS, settings(), store_units * unit + unit - 1
+        )
+
+
+@given(shape=SHAPES, store_units=st.integers(1, 40))
+def test_the_longest_context_that_a_refusal_names_is_possible_and_the_longest(
+    shape: tuple[int, int, int], store_units: int
+) -> None:
+    layers, window_layers, regular = shape
+    agreement = agreed(layers, window_layers, regular, store_units)
+    with pytest.raises(BudgetError) as refused:
+        hello(agreement, 1 << 30)
+    named = re.search(r"hold (\d+) tokens", str(refused.value))
+    assert named is not None
+    tokens = int(named[1])
+    found = hello(agreement, tokens)
+    assert agreement.shape.most(found.floor_units) * UNIT_BLOCKS >= tokens // TOKENS + 1
+    assert found.floor_units <= found.ceiling_units == regular
+    assert found.host_pages == agreement.store_pages
+    with pytest.raises(BudgetError, match=f"max_model_len {tokens + 1} has no room"):
+        hello(agreement, tokens + 1)
+
+
+@given(shape=SHAPES, store_units=st.integers(1, 40), tokens=st.integers(1, 3000))
+def test_the_floor_is_what_the_longest_request_needs_and_not_more(
+    shape: tuple[int, int, int], store_units: int, tokens: int
+) -> None:
+    layers, window_layers, regular = shape
+    agreement = agreed(layers, window_layers, regular, store_units)
+    blocks = -(-tokens // TOKENS) + 1  # the null block
+    assume(agreement.shape.most(regular) * UNIT_BLOCKS >= blocks)
+    floor = hello(agreement, tokens).floor_units
+    assert agreement.shape.most(floor) * UNIT_BLOCKS >= blocks
+    assert floor == 1 or agreement.shape.most(floor - 1) * UNIT_BLOCKS < blocks

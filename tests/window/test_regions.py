@@ -1,0 +1,98 @@
+"""As few carriers as let the longest context in, and never one more unit than there are pages for."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from polder.errors import BudgetError
+from polder.window.regions import WindowShape
+
+LAYERS = st.integers(2, 48)
+SHAPES = LAYERS.flatmap(
+    lambda layers: st.builds(
+        WindowShape, layers=st.just(layers), window_layers=st.integers(1, layers // 2), store_units=st.integers(0, 120)
+    )
+)
+HELD = st.integers(1, 40)
+WANTED = st.integers(1, 300)
+
+
+@given(shape=SHAPES, held=HELD, share=st.floats(0.0, 1.0))
+def test_room_is_what_the_pages_are_enough_for(shape: WindowShape, held: int, share: float) -> None:
+    carriers = int(share * (held - 1))
+    room = shape.room(held, carriers)
+    slots = carriers * shape.layers // shape.window_layers * shape.window_layers
+    windowed = room - (held - carriers)
+    assert 0 <= windowed <= shape.store_units
+    assert windowed * shape.window_layers <= slots, "each windowed unit has w layers' pages of one carrier"
+    assert windowed in (shape.store_units, carriers * (shape.layers // shape.window_layers))
+
+
+@pytest.mark.parametrize(
+    ("layers", "window_layers", "each"),
+    [(32, 2, 16), (32, 3, 10), (7, 2, 3), (7, 3, 2), (5, 1, 5), (4, 4, 1), (5, 3, 1)],
+)
+def test_layers_that_fill_no_whole_window_carry_nothing(layers: int, window_layers: int, each: int) -> None:
+    shape = WindowShape(layers=layers, window_layers=window_layers, store_units=1000)
+    assert shape.units_of_carrier == each
+    assert shape.room(10, 4) == 6 + 4 * each
+
+
+@given(shape=SHAPES, held=HELD, wanted=WANTED)
+def test_carriers_are_the_fewest_that_do_and_one_unit_stays_regular(shape: WindowShape, held: int, wanted: int) -> None:
+    carriers = shape.carriers_for(held, wanted)
+    possible = [c for c in range(held) if shape.room(held, c) >= wanted]
+    assert carriers == (min(possible) if possible else None)
+    if wanted <= held:
+        assert carriers == 0, "what fits needs no window"
+
+
+@given(shape=SHAPES, held=HELD, wanted=WANTED)
+def test_a_longer_context_needs_no_fewer_carriers_and_more_memory_no_more(
+    shape: WindowShape, held: int, wanted: int
+) -> None:
+    carriers = shape.carriers_for(held, wanted)
+    longer, richer = shape.carriers_for(held, wanted + 1), shape.carriers_for(held + 1, wanted)
+    if longer is not None:
+        assert carriers is not None
+        assert carriers <= longer
+    if carriers is not None:
+        assert richer is not None
+        assert richer <= carriers
+    assert shape.most(held) < shape.most(held + 1)
+
+
+@given(shape=SHAPES, held=HELD)
+def test_most_is_reached_and_nothing_more(shape: WindowShape, held: int) -> None:
+    most = shape.most(held)
+    carriers = shape.carriers_for(held, most)
+    assert carriers is not None
+    assert shape.room(held, carriers) == most
+    assert shape.carriers_for(held, most + 1) is None
+
+
+@given(shape=SHAPES, held=HELD)
+def test_without_a_store_there_is_what_is_held(shape: WindowShape, held: int) -> None:
+    bare = WindowShape(layers=shape.layers, window_layers=shape.window_layers, store_units=0)
+    assert bare.most(held) == held
+    assert bare.carriers_for(held, held + 1) is None
+
+
+@given(shape=SHAPES, ceiling=HELD, wanted=WANTED)
+def test_the_least_held_is_enough_and_one_less_is_not(shape: WindowShape, ceiling: int, wanted: int) -> None:
+    assume(wanted <= shape.most(ceiling))
+    held = shape.least_held(wanted, ceiling)
+    assert 1 <= held <= ceiling
+    assert shape.most(held) >= wanted
+    assert held == 1 or shape.most(held - 1) < wanted
+
+
+@given(shape=SHAPES, ceiling=HELD, more=st.integers(1, 50))
+def test_what_has_no_room_is_refused_with_the_numbers(shape: WindowShape, ceiling: int, more: int) -> None:
+    most = shape.most(ceiling)
+    with pytest.raises(BudgetError) as refused:
+        shape.least_held(most + more, ceiling)
+    numbers = (most + more, ceiling, shape.store_units, most, shape.window_layers, shape.layers)
+    assert all(f" {number} " in f" {refused.value} " for number in numbers)

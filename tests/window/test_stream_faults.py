@@ -1,0 +1,161 @@
+"""A copy that fails is found out in time, and every block that it may have spoiled is named."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polder.errors import EnvironmentFault
+from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
+from tests.window.rank import Rank
+
+LAST_STORE = 9
+"""Among the copies of a pass over 4 layers through 2 slots: 2 loads, then for each layer its store and the load that follows it."""
+
+
+def name(rank: Rank) -> None:
+    rank.named |= {*rank.stream.doubtful}
+
+
+def settle(rank: Rank) -> bool:
+    """As often as there may be failures to raise. Returns whether there were."""
+    raised = False
+    for _ in range(rank.window.copies.statistics().failed + 1):
+        try:
+            rank.stream.settle()
+        except EnvironmentFault:
+            name(rank)
+            raised = True
+    return raised
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=SHAPES,
+    passes=st.lists(PASSES, min_size=1, max_size=6),
+    failing=st.sets(st.integers(1, 60), min_size=1, max_size=4),
+)
+def test_what_is_not_named_is_right_whatever_fails(shape: Shape, passes: list[Pass], failing: set[int]) -> None:
+    with rank_of(shape).open() as rank:
+        for nth in failing:
+            rank.backend.fail_next("copy", nth)
+        for one in passes:
+            try:
+                one.run(rank)
+            except EnvironmentFault:
+                name(rank)
+            if one.settled:
+                settle(rank)
+                rank.check()
+        settle(rank)
+        rank.check()
+
+
+@settings(max_examples=100, deadline=None)
+@given(shape=SHAPES, passes=st.lists(PASSES, min_size=2, max_size=6), nth=st.integers(1, 40))
+def test_a_failure_is_raised_by_the_next_pass_that_computes_a_layer_at_the_latest(
+    shape: Shape, passes: list[Pass], nth: int
+) -> None:
+    with rank_of(shape).open() as rank:
+        rank.backend.fail_next("copy", nth)
+        for one in passes:
+            late = rank.backend.calls["copy"] >= nth
+            began = False
+            with contextlib.suppress(EnvironmentFault):
+                began = one.run(rank) and (int(one.given_up * rank.layers) > 0 or one.half)
+                assert not (late and began), "a pass ran to its end over an earlier one's failure"
+                continue
+            return
+        assert settle(rank) == (rank.backend.calls["copy"] >= nth)
+
+
+def a_pass_without_windowed_blocks(rank: Rank) -> None:
+    for _ in range(3):
+        assert not rank.run([0], [1])
+
+
+def passes_that_never_begin_to_compute(rank: Rank) -> None:
+    for _ in range(3):
+        rank.run([rank.first + 1], [rank.first + 1], until=0)
+
+
+def nothing(rank: Rank) -> None:
+    pass
+
+
+@pytest.mark.parametrize("between", [nothing, a_pass_without_windowed_blocks, passes_that_never_begin_to_compute])
+@pytest.mark.parametrize("found_by", ["the next pass", "settle"])
+def test_a_store_that_fails_last_is_blamed_on_its_own_block(found_by: str, between: Callable[[Rank], None]) -> None:
+    with Rank(4, 2).open() as rank:
+        spoiled, other = rank.first, rank.first + 2
+        rank.backend.fail_next("copy", LAST_STORE)
+        rank.run([], [spoiled])
+        between(rank)
+        with pytest.raises(EnvironmentFault):
+            if found_by == "settle":
+                rank.stream.settle()
+            else:
+                rank.run([], [other])
+        assert spoiled in rank.stream.doubtful
+
+
+def test_a_block_is_no_longer_doubtful_when_it_is_known_to_be_home() -> None:
+    with Rank(4, 2).open() as rank:
+        first = rank.first
+        rank.run([], [first])
+        rank.run([first + 1], [])
+        rank.backend.fail_next("copy")
+        with pytest.raises(EnvironmentFault):
+            rank.run([first + 2], [first + 3])
+        assert rank.stream.doubtful == [first + 2, first + 3]
+
+
+def test_when_copies_work_again_so_does_the_next_pass_however_many_have_failed() -> None:
+    with Rank(6, 2).open() as rank:
+        for nth in range(1, 200):
+            rank.backend.fail_next("copy", nth)
+        for _ in range(5):
+            with pytest.raises(EnvironmentFault):
+                rank.run(rank.windowed[:3], rank.windowed[2:5])
+            assert rank.stream.doubtful == rank.windowed[:5]
+        rank.backend.forgive()
+        rank.run([], rank.windowed)
+        rank.run(rank.windowed, [])
+        rank.stream.settle()
+        rank.check()
+
+
+def test_settle_raises_a_failure_once() -> None:
+    with Rank(4, 2).open() as rank:
+        rank.backend.fail_next("copy", LAST_STORE)
+        rank.run([], [rank.first])
+        with pytest.raises(EnvironmentFault):
+            rank.stream.settle()
+        rank.stream.settle()
+
+
+def test_a_window_that_is_not_settled_moves_nothing_and_names_what_is_lost() -> None:
+    with Rank(4, 2).open() as rank:
+        rank.backend.fail_next("copy", LAST_STORE)
+        rank.run([], [rank.first])
+        with pytest.raises(EnvironmentFault):
+            rank.window.move(np.array([rank.first + 1]), np.array([0]))
+        assert rank.window.take_doubtful() == [rank.first]
+        rank.named = {rank.first}
+        rank.check()
+
+
+def test_a_move_that_fails_spoils_no_pass() -> None:
+    with Rank(4, 2).open() as rank:
+        rank.stream.settle()
+        rank.backend.fail_next("copy", 2)  # the first is settle's
+        with pytest.raises(EnvironmentFault):
+            rank.window.move(np.array(rank.windowed[:2]), np.array([0, 1]))
+        assert not rank.window.take_doubtful()
+        rank.run(rank.windowed, [])
+        rank.check()
