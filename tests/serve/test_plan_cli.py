@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from polder.cli.measure import measure_device
 from polder.cli.plan import parse_tokens
 from polder.errors import ConfigError
 from tests.serve.test_cli import polder
@@ -126,3 +127,11 @@ def test_tokens_as_people_write_them(text: str, tokens: int) -> None:
 def test_other_tokens_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="context: cannot read"):
         parse_tokens(text, what="context")
+
+
+def test_this_machine_can_be_measured() -> None:
+    found = measure_device()
+    assert found.memory_bytes > 1 << 28
+    assert min(found.memory_bytes_per_s, found.flops_per_s, found.attention_flops_per_s) > 1e6
+    assert found.host_link is not None
+    assert "measured here" in found.source

@@ -31,6 +31,7 @@ from polder.bench.context_plan import (
     context_engine,
     window_layers_of,
 )
+from polder.bench.context_predict import planned_tbt_ms, planned_ttft_ms
 from polder.bench.driver import ClosedLoop, Turn, play
 from polder.bench.engine_plan import BLOCK_TOKENS
 from polder.bench.machine import check_engine, describe_machine, describe_versions
@@ -39,7 +40,6 @@ from polder.bench.progress import Reporter, reporter_for
 from polder.bench.result import Arms, BenchResult, ratios_over, write_result
 from polder.bench.tenants_workload import prompt_of
 from polder.errors import EnvironmentFault
-from polder.planner.context_cost import LayerWork, Stream, step_seconds
 
 __all__ = ["ContextBench"]
 
@@ -121,22 +121,10 @@ class ContextBench:
             blocks = self.plan.windowed_blocks(window_layers, length - OUTPUT_TOKENS // 2)
             found[f"windowed_{length}_blocks"] = float(blocks)
             if name.endswith("-link"):
-                found[f"planned_tbt_{length}_ms"] = self._planned_ms(window_layers, blocks, length)
-
-    def _planned_ms(self, window_layers: int, blocks: int, length: int) -> float:
-        """The plan's time of a step: what it takes with all KV local, and the copies by the window's order."""
-        layers = self.plan.recipe.layers
-        layer_block_bytes = BLOCK_TOKENS * self.plan.recipe.kv_bytes_per_token / layers
-        compute_s = self._expected[length].tbt_ms / 1e3 / layers
-        layer = LayerWork(
-            before_s=compute_s / 4,
-            attention_s=compute_s / 4,
-            after_s=compute_s / 2,
-            load_bytes=blocks * layer_block_bytes,
-            store_bytes=layer_block_bytes if blocks else 0,
-        )
-        stream = Stream(link_bytes_per_s=LINK_BYTES_PER_S, window_layers=window_layers)
-        return 1e3 * step_seconds([layer] * layers, stream)
+                stock = {n: answer.ttft_ms for n, answer in self._expected.items()}
+                step_ms = self._expected[length].tbt_ms
+                found[f"planned_ttft_{length}_ms"] = planned_ttft_ms(self.plan, window_layers, length, stock)
+                found[f"planned_tbt_{length}_ms"] = planned_tbt_ms(self.plan, window_layers, length, step_ms)
 
     def _refused(self, arm: Arm, name: str) -> None:
         """One block more than the arm's longest is refused, and a short request served after it."""

@@ -20,7 +20,12 @@ from polder.bench.tables import Table, cell, html_checks, html_table, print_chec
 
 __all__ = ["print_context", "render_context_html", "write_context_html"]
 
-SHOWN = {"ttft": "TTFT, ms", "tbt": "TBT p50, ms", "planned_tbt": "TBT planned, ms"}
+SHOWN = {
+    "ttft": "TTFT, ms",
+    "planned_ttft": "TTFT planned, ms",
+    "tbt": "TBT p50, ms",
+    "planned_tbt": "TBT planned, ms",
+}
 
 
 def print_context(console: Console, result: BenchResult, checks: Sequence[Check]) -> None:

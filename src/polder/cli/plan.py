@@ -28,7 +28,8 @@ def plan(
         str | None, typer.Argument(help="A folder with a config.json, or Qwen3-8B, Llama-3.1-8B, LWM-7B-1M, ...")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="H20, H100, H200, ..., or memory=80GiB,bandwidth=3.35TB/s,flops=600T.")
+        str | None,
+        typer.Option(help="H20, H100, H200, ..., or memory=80GiB,bandwidth=3.35TB/s,flops=600T, or here: measured."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Host memory for windowed KV, e.g. 512GiB.")] = None,
     neighbours: Annotated[
@@ -64,7 +65,12 @@ def plan(
         raise ConfigError("plan: name a model and a --device, e.g. polder plan Qwen3-8B --device H200 --host 512GiB")
     if html_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--html: the plot needs matplotlib: install polder[bench], or leave --html out")
-    on = parse_device(device)
+    if device == "here":
+        from polder.cli.measure import measure_device
+
+        on = measure_device()
+    else:
+        on = parse_device(device)
     setup = Setup(
         shape=model_shape(model),
         device=parse_links(link, on) if link else on,
