@@ -60,10 +60,18 @@ class Windowed(Pool):
         if full:
             self.pool._insert_block_hash(self.key(name), block, num_tokens=None)
 
+    @rule(count=st.integers(1, UNITS), preempting=st.booleans())
+    def shrink(self, count: int, preempting: bool) -> None:
+        hashes = [block.block_hash for block in self.pool.blocks[FIRST:]]
+        content = {block: name for block, name in self.content.items() if block >= FIRST}
+        super().shrink(count=count, preempting=preempting)
+        assert [block.block_hash for block in self.pool.blocks[FIRST:]] == hashes
+        assert {block: name for block, name in self.content.items() if block >= FIRST} == content
+
     @rule(count=st.integers(1, REGULAR))
     def carry(self, count: int) -> None:
         before = set(self.units.mapped)
-        super().shrink(count=count, preempting=False)
+        self.shrink(count=count, preempting=False)
         carriers = sorted(before - set(self.units.mapped))
         unused = [unit for unit in range(REGULAR, UNITS) if unit not in self.units.windowed]
         for at, carrier in enumerate(carriers):

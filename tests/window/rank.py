@@ -74,10 +74,13 @@ class Rank:
             faults="",
         )
         region = SimpleNamespace(address=self.store.ctypes.data)
-        with mock.patch.object(window_worker, "HostRegion", lambda *_: region):
+        with mock.patch.object(window_worker, "HostRegion", return_value=region):
             self.window = WorkerWindow(cast(Any, memory), plan)
         self.stream = self.window.stream
         self.carriers = list(range(REGULAR_UNITS, held))
+        for layer in range(layers):
+            for block in range(len(self.regular), self.first):
+                self.local(layer, block)[:] = 0xAA  # of requests before
         self.span.unmap(geometry.slots(self.carriers))
         self.window.open(self.carriers, list(range(held, held + windowed)))
         self.random = np.random.default_rng(layers * 10 + window_layers)
@@ -106,7 +109,7 @@ class Rank:
     def local(self, layer: int, block: int) -> Bytes:
         """The block's bytes at the address where attention finds them."""
         address = self.window.homes.local[layer] + block * self.block_bytes
-        return np.frombuffer((ctypes.c_uint8 * self.block_bytes).from_address(address), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * self.block_bytes).from_address(address))
 
     def run(self, read: Sequence[int], written: Sequence[int], *, until: int | None = None, half: bool = False) -> bool:
         """A pass; given up before layer `until`, or with `half` between that layer's writing and its `after`."""

@@ -95,10 +95,18 @@ def test_a_closed_carrier_has_its_own_pages_again_zeroed() -> None:
         assert not any(rank.local(layer, blocks[0]).any() for layer in range(1, 6))
 
 
+@pytest.mark.parametrize(("layers", "window_layers"), [(2, 1), (5, 2), (6, 3), (3, 3)])
+def test_opened_units_have_nothing_of_what_was_in_their_pages(layers: int, window_layers: int) -> None:
+    for order in (range(layers), range(layers)[::-1]):
+        with Rank(layers, window_layers, block_bytes=6144, carriers=2, order=order).open() as rank:
+            assert not any(rank.local(layer, block).any() for layer in range(layers) for block in rank.windowed)
+
+
 def test_a_moved_block_is_the_same_in_every_layer_wherever_it_was_and_goes() -> None:
     with Rank(5, 2).open() as rank:
         sources, targets = [rank.first, rank.first + 1, 2], [0, rank.first + 3, rank.first + 2]
         rank.run([], [rank.first])
+        assert rank.window.settled()
         rank.window.move(np.array(sources), np.array(targets))
         for source, target in zip(sources, targets, strict=True):
             rank.truth[:, target] = rank.truth[:, source]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polder.engines.vllm import window_worker, worker
 from polder.errors import EnvironmentFault
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank
@@ -92,15 +94,13 @@ def nothing(rank: Rank) -> None:
 @pytest.mark.parametrize("found_by", ["the next pass", "settle"])
 def test_a_store_that_fails_last_is_blamed_on_its_own_block(found_by: str, between: Callable[[Rank], None]) -> None:
     with Rank(4, 2).open() as rank:
-        spoiled, other = rank.first, rank.first + 2
+        spoiled = rank.first
         rank.backend.fail_next("copy", LAST_STORE)
         rank.run([], [spoiled])
         between(rank)
+        find = rank.stream.settle if found_by == "settle" else partial(rank.run, [], [rank.first + 2])
         with pytest.raises(EnvironmentFault):
-            if found_by == "settle":
-                rank.stream.settle()
-            else:
-                rank.run([], [other])
+            find()
         assert spoiled in rank.stream.doubtful
 
 
@@ -139,23 +139,52 @@ def test_settle_raises_a_failure_once() -> None:
         rank.stream.settle()
 
 
-def test_a_window_that_is_not_settled_moves_nothing_and_names_what_is_lost() -> None:
+@pytest.fixture
+def bring_home(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The workers' part of it: returns the error that the core is told."""
+
+    def told(rank: Rank, sources: list[int], targets: list[int]) -> str:
+        monkeypatch.setattr(window_worker, "_here", lambda: (rank.window._memory, rank.window))
+        monkeypatch.setattr(worker, "rewrite_block_tables", lambda *_: None)
+        return window_worker.bring_home(SimpleNamespace(model_runner=None), sources, targets).error
+
+    return told
+
+
+def test_what_did_not_get_home_is_named_when_another_block_is_to_be_moved(bring_home: Callable[..., str]) -> None:
     with Rank(4, 2).open() as rank:
         rank.backend.fail_next("copy", LAST_STORE)
         rank.run([], [rank.first])
-        with pytest.raises(EnvironmentFault):
-            rank.window.move(np.array([rank.first + 1]), np.array([0]))
+        assert "did not get home" in bring_home(rank, [rank.first + 1], [0])
         assert rank.window.take_doubtful() == [rank.first]
+        assert bring_home(rank, [rank.first + 1], [0]) == ""
+        rank.truth[:, 0] = rank.truth[:, rank.first + 1]
         rank.named = {rank.first}
         rank.check()
 
 
-def test_a_move_that_fails_spoils_no_pass() -> None:
+def test_a_rank_whose_outputs_nobody_reads_ends_rather_than_to_forget_a_failure(bring_home: Callable[..., str]) -> None:
     with Rank(4, 2).open() as rank:
-        rank.stream.settle()
-        rank.backend.fail_next("copy", 2)  # the first is settle's
+        rank.window._memory.rank = 1
+        rank.backend.fail_next("copy", LAST_STORE)
+        rank.run([], [rank.first])
         with pytest.raises(EnvironmentFault):
-            rank.window.move(np.array(rank.windowed[:2]), np.array([0, 1]))
+            bring_home(rank, [rank.first + 1], [0])
+
+
+def test_a_move_that_fails_spoils_no_pass(bring_home: Callable[..., str]) -> None:
+    with Rank(4, 2).open() as rank:
+        rank.backend.fail_next("copy", 2)  # the first is settle's
+        assert "injected" in bring_home(rank, rank.windowed[:2], [0, 1])
         assert not rank.window.take_doubtful()
         rank.run(rank.windowed, [])
         rank.check()
+
+
+def test_closing_one_carrier_tells_of_blocks_of_another() -> None:
+    with Rank(4, 2, carriers=2).open() as rank:
+        rank.backend.fail_next("copy", LAST_STORE)
+        rank.run([], [rank.first])
+        assert not rank.window.settled()
+        rank.window.close(rank.carriers[1:])
+        assert rank.window.take_doubtful() == [rank.first]

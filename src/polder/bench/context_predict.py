@@ -42,7 +42,7 @@ def planned_ttft_ms(plan: ContextPlan, window_layers: int, length: int, ttfts_ms
         before, after = -(-start // BLOCK_TOKENS), -(-end // BLOCK_TOKENS)
         loaded, stored = max(0, before - regular), max(0, after - max(before, regular))
         total += _step_ms(plan, window_layers, compute_ms, loaded=loaded, stored=stored)
-    return total
+    return float(total)
 
 
 def _step_ms(plan: ContextPlan, window_layers: int, compute_ms: float, *, loaded: int, stored: int) -> float:

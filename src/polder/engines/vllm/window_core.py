@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -31,6 +32,8 @@ logger = logging.getLogger("polder.engine")
 GRACE_S = 0.3
 """The broker has so long to give what would make a window unnecessary."""
 HOME_EVERY_S = 0.5
+STEPS_UNDER_WAY = 4
+"""At most."""
 WAITING_LOOKED_AT = 64
 MOST_TRIES = 3
 """A request whose blocks were lost so often, without a token in between, fails."""
@@ -59,6 +62,8 @@ class CoreWindow:
         self._looked_home_at = float("-inf")
         self._tries: dict[str, tuple[int, int]] = {}
         """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
+        self._moved: deque[dict[int, int]] = deque(maxlen=STEPS_UNDER_WAY)
+        """Blocks that came home of late, old id -> new: a step that was under way then names them as they were."""
         self._figures: dict[str, float] = {}
         self._worked = True
         self.counters = dict.fromkeys(
@@ -172,6 +177,7 @@ class CoreWindow:
             if not targets:
                 continue
             errors = [o.error for o in self._rpc(window_worker.bring_home, sources, targets) if o.error]
+            self._moved.append(dict(zip(sources, targets, strict=True)))
             self.counters["window_home_blocks_total"] += len(targets)
             if errors:
                 logger.warning("window: %s", errors[0])
@@ -185,8 +191,9 @@ class CoreWindow:
         update = scheduler.update_from_output
 
         def watched_update(scheduler_output: Any, model_runner_output: Any) -> Any:
-            doubtful = getattr(model_runner_output, window_worker.DOUBTFUL, ())
-            failed = self._drop(set(doubtful)) if doubtful else []
+            doubtful = set(getattr(model_runner_output, window_worker.DOUBTFUL, ()))
+            moved = {after for moves in self._moved for before, after in moves.items() if before in doubtful}
+            failed = self._drop(doubtful | moved) if doubtful else []
             outputs = update(scheduler_output, model_runner_output)
             if failed:
                 self._fail(failed, outputs)

@@ -99,9 +99,7 @@ class WorkerWindow:
         return closed
 
     def move(self, sources: Indices, targets: Indices) -> None:
-        """Copies whole blocks, all layers, between their homes. Raises EnvironmentFault."""
-        if not self.settled():
-            raise EnvironmentFault("blocks that were written before did not get home")
+        """Copies whole blocks, all layers, between their homes. To be `settled` before. Raises EnvironmentFault."""
         layers = range(len(self.homes.local))
         ticket = self.copies.submit(
             np.concatenate([self.homes.home(layer, targets) for layer in layers]),
@@ -247,10 +245,13 @@ def bring_home(worker_: Any, sources: Sequence[int], targets: Sequence[int]) -> 
     memory.backend.fence()
     src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
     error = ""
-    try:
-        window.move(src, dst)
-    except EnvironmentFault as failure:
-        error = f"rank {memory.rank}: {failure}"
+    if window.settled():
+        try:
+            window.move(src, dst)
+        except EnvironmentFault as failure:
+            error = f"rank {memory.rank}: {failure}"
+    else:
+        error = f"rank {memory.rank}: blocks that were written before did not get home"
     worker.rewrite_block_tables(worker_.model_runner, src, dst)
     return Outcome(seconds=time.perf_counter() - started, error=error)
 

@@ -1,0 +1,98 @@
+"""What the core does when a window loses blocks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from polder.engines.vllm import window_worker
+from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.window import WindowAgreement
+from polder.engines.vllm.window_core import HOME_EVERY_S, CoreWindow
+from polder.engines.vllm.worker import Outcome
+from polder.window.regions import WindowShape
+from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
+
+WINDOWED = 3
+REGULAR = UNITS - WINDOWED
+FIRST = REGULAR * UNIT_BLOCKS
+AGREEMENT = WindowAgreement(
+    shape=WindowShape(layers=4, window_layers=2, store_units=WINDOWED),
+    unit_blocks=UNIT_BLOCKS,
+    block_tokens=16,
+    unit_bytes=4 * 4096,
+    page_bytes=4096,
+    regular_units=REGULAR,
+    layers=tuple((f"model.layers.{n}.attn", n) for n in range(4)),
+    block_bytes=1024,
+)
+
+
+class Engine:
+    """A core whose workers do as they are told, with one carrier and requests that hold some blocks."""
+
+    def __init__(self) -> None:
+        self.scheduler = scheduler = Scheduler()
+        scheduler.waiting = []
+        scheduler.update_from_output = lambda *_: {}
+        manager = scheduler.kv_cache_manager
+        manager.get_block_ids = lambda name: ([block.block_id for block in scheduler.requests.get(name, ())],)
+        manager.evict_blocks = scheduler.pool.evict_blocks
+        self.units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(REGULAR)), BusyBlocks.MOVE, windowed_units=WINDOWED)
+        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR)
+
+    def rpc(self, function: Any, *arguments: Any) -> list[Any]:
+        return [""] if function is window_worker.install else [Outcome(seconds=0.0)]
+
+    def ask(self, name: str, blocks: int) -> None:
+        self.scheduler.requests[name] = self.scheduler.pool.get_new_blocks(blocks)
+        request = SimpleNamespace(request_id=name, num_tokens=blocks * 16 - 1, is_prefill_chunk=False)
+        self.scheduler.running.append(request)
+
+    def end(self, name: str) -> None:
+        self.scheduler.running = [r for r in self.scheduler.running if r.request_id != name]
+        self.scheduler.pool.free_blocks(reversed(self.scheduler.requests.pop(name)))
+
+    def step(self, doubtful: list[int]) -> None:
+        output = SimpleNamespace(**{window_worker.DOUBTFUL: doubtful} if doubtful else {})
+        self.scheduler.update_from_output(None, output)
+
+    def running(self) -> list[str]:
+        return [request.request_id for request in self.scheduler.running]
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """`short` has regular blocks only, `long` the other regular ones and two that a carrier has made room for."""
+    engine = Engine()
+    engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1)]
+    engine.window.look(0.0)
+    assert (engine.units.regular_blocks, engine.units.windowed) == (8, [REGULAR, REGULAR + 1])
+    engine.scheduler.waiting = []
+    engine.ask("short", 4)
+    engine.ask("long", 5)
+    assert len(engine.units.windowed_of("long")) == 2
+    return engine
+
+
+def test_holders_of_a_lost_block_start_over_and_others_go_on(engine: Engine) -> None:
+    lost = engine.units.windowed_of("long")[:1]
+    engine.step([])
+    assert engine.running() == ["short", "long"]
+    engine.step(lost)
+    assert engine.running() == ["short"]
+    engine.units.check_integrity()
+
+
+def test_a_block_that_came_home_after_the_step_was_launched_is_lost_under_its_new_number(engine: Engine) -> None:
+    lost = engine.units.windowed_of("long")
+    engine.end("short")
+    engine.window.look(2 * HOME_EVERY_S)
+    assert not engine.units.windowed_of("long")
+    engine.step(lost[:1])
+    assert engine.running() == []
+    engine.units.check_integrity()
