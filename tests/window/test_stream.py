@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polder.engines.vllm import window_worker
 from polder.memory import _libc
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank
@@ -114,6 +115,7 @@ def test_a_moved_block_is_the_same_in_every_layer_wherever_it_was_and_goes() -> 
 
 
 def test_loads_run_while_earlier_layers_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_worker, "INLINE_BYTES", 0)
     with Rank(4, 2).open() as rank:
         steps, real = threading.Semaphore(0), _libc.copy_bytes
 

@@ -132,8 +132,12 @@ class Backend(Protocol):
     def unpin(self, address: int) -> None:
         """Ends that, before the memory is unmapped. `address`: as it was pinned."""
 
-    def copy_queue(self) -> CopyQueue:
-        """A new queue of copies between addresses that this device can reach. The caller closes it."""
+    def copy_queue(self, inline_bytes: int = 0) -> CopyQueue:
+        """A new queue of copies between addresses that this device can reach. The caller closes it.
+
+        Up to `inline_bytes` may be copied by `put` itself, when nothing is under way: for callers to whom a copy's delay matters
+        more than their own time. Devices with a copy engine take no notice.
+        """
 
     def resident_bytes(self) -> int:
         """Physical memory behind the handles held here, in bytes. Pages shared with other processes are counted by each."""

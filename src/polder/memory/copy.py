@@ -73,9 +73,9 @@ class _Failure:
 class CopyEngine:
     """One FIFO of copies on one device; the essay above has its guarantees."""
 
-    def __init__(self, backend: Backend) -> None:
-        """On the CPU the thread starts with the first submission, so a process may fork before that."""
-        self._queue = backend.copy_queue()
+    def __init__(self, backend: Backend, *, inline_bytes: int = 0) -> None:
+        """`inline_bytes`: see Backend.copy_queue. On the CPU a thread starts with the first submission: fork before that."""
+        self._queue = backend.copy_queue(inline_bytes)
         self._lock = threading.Lock()
         self._closed = False
         self._last = 0

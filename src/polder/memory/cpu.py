@@ -148,8 +148,8 @@ class CpuBackend:
     def adopt_many(self, fds: Sequence[int], fd_index: Sequence[int], offsets: Sequence[int]) -> list[Handle]:
         return self._segments.adopt_many(fds, fd_index, offsets)
 
-    def copy_queue(self) -> ThreadQueue:
-        return ThreadQueue(f"polder-copy-{self.device}")
+    def copy_queue(self, inline_bytes: int = 0) -> ThreadQueue:
+        return ThreadQueue(f"polder-copy-{self.device}", inline_bytes)
 
     def close(self) -> None:
         self._segments.close()

@@ -221,7 +221,7 @@ class CudaBackend:
             raise
         return self._hold(keys)
 
-    def copy_queue(self) -> StreamQueue:
+    def copy_queue(self, inline_bytes: int = 0) -> StreamQueue:
         return StreamQueue(self.driver)
 
     def close(self) -> None:

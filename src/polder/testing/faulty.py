@@ -111,9 +111,9 @@ class FaultyBackend:
         self._count("unpin")
         self._inner.unpin(address)
 
-    def copy_queue(self) -> CopyQueue:
+    def copy_queue(self, inline_bytes: int = 0) -> CopyQueue:
         self._count("copy_queue")
-        return _FaultyQueue(self._inner.copy_queue(), self._failure)
+        return _FaultyQueue(self._inner.copy_queue(inline_bytes), self._failure)
 
     def resident_bytes(self) -> int:
         self._count("resident_bytes")

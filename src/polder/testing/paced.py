@@ -22,8 +22,8 @@ class PacedBackend(FaultyBackend):
         super().__init__(inner, fail)
         self._bytes_per_s = bytes_per_s
 
-    def copy_queue(self) -> CopyQueue:
-        return _PacedQueue(super().copy_queue(), self._bytes_per_s)
+    def copy_queue(self, inline_bytes: int = 0) -> CopyQueue:
+        return _PacedQueue(super().copy_queue(inline_bytes), self._bytes_per_s)
 
 
 class _PacedQueue:

@@ -37,6 +37,9 @@ __all__ = ["WorkerWindow", "bring_home", "close_units", "current", "figures", "i
 
 logger = logging.getLogger("polder.engine")
 
+INLINE_BYTES = 256 << 10
+"""Copied in some 30 us. To hand less than this to a thread and to be woken when it is there takes longer: an engine core that
+spins on the thread's core costs it up to milliseconds."""
 DOUBTFUL = "polder_doubtful_blocks"
 """Attribute of a ModelRunnerOutput: blocks whose bytes may be wrong after this step."""
 
@@ -56,7 +59,7 @@ class WorkerWindow:
             blocks=plan.blocks,
             store=self.store.address,
         )
-        self.copies = CopyEngine(_emulated(memory.backend, plan))
+        self.copies = CopyEngine(_emulated(memory.backend, plan), inline_bytes=INLINE_BYTES)
         self.stream = WindowStream(
             self.copies, self.homes, window_layers=plan.window_layers, fence=memory.backend.fence
         )

@@ -1,0 +1,1 @@
+"""KV on several disks, placed by co-activation and read in balance (Swarm)."""

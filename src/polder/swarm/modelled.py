@@ -1,0 +1,78 @@
+"""Steps run on a layout and modelled disks: how long they take, over what no layout could do better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from polder.swarm.activations import FloatArray, IntArray, Profile
+from polder.swarm.arms import Layout
+from polder.swarm.cost import DiskModel, bound_seconds, gap_slots, page_speeds, step_seconds, whole_page_bound_seconds
+from polder.swarm.schedule import exact, plan_reads
+
+__all__ = ["Modelled", "run_steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modelled:
+    seconds: FloatArray
+    """[steps]."""
+    bound_s: FloatArray
+    """[steps]: reading the same bytes with all disks at full bandwidth to the end."""
+    whole_page_bound_s: FloatArray
+    """[steps]: the same pages with a copy of each on every disk, none split."""
+    useful_bytes: int
+    read_bytes: int
+    requests: int
+
+    @property
+    def over_bound(self) -> float:
+        return float(self.seconds.sum() / self.bound_s.sum())
+
+    @property
+    def over_whole_page_bound(self) -> float:
+        return float(self.seconds.sum() / self.whole_page_bound_s.sum())
+
+    @property
+    def useful_bytes_per_s(self) -> float:
+        return self.useful_bytes / float(self.seconds.sum())
+
+    @property
+    def amplification(self) -> float:
+        """Bytes read for each that is wanted; gaps that are read over not counted."""
+        return self.read_bytes / self.useful_bytes
+
+
+def run_steps(
+    layout: Layout,
+    profile: Profile,
+    disks: Sequence[DiskModel],
+    *,
+    block_bytes: int,
+    choose: Callable[[IntArray, FloatArray], IntArray] = exact,
+    host_s_per_request: float = 0.0,
+) -> Modelled:
+    """Each step of the profile (of blocks), alone on the disks. `choose`: masks and speeds to disks, as in schedule.py."""
+    speeds = page_speeds(disks, layout.unit_bytes)
+    gap = min(gap_slots(disk, layout.unit_bytes) for disk in disks)
+    masks = layout.placement.masks()
+    seconds, bounds, whole = (np.zeros(profile.steps) for _ in range(3))
+    read = requests = 0
+    for step, blocks in enumerate(profile):
+        units = layout.units(blocks)
+        plan = plan_reads(layout.placement, units, choose(masks[units], speeds), gap_slots=gap)
+        seconds[step] = step_seconds(plan, disks, layout.unit_bytes, host_s_per_request=host_s_per_request)
+        bounds[step] = bound_seconds(len(units) * layout.unit_bytes, disks)
+        whole[step] = whole_page_bound_seconds(len(units), disks, layout.unit_bytes)
+        read += len(units) * layout.unit_bytes
+        requests += plan.runs
+    return Modelled(
+        seconds=seconds,
+        bound_s=bounds,
+        whole_page_bound_s=whole,
+        useful_bytes=len(profile.items) * block_bytes,
+        read_bytes=read,
+        requests=requests,
+    )

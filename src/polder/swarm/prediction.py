@@ -1,0 +1,60 @@
+"""Reads issued ahead: what the next layer, or the next turn, is likely to want, within a byte budget.
+
+Remembered steps vote. Each has a set that was read and the set that followed: in the layer above, or one step later. Steps whose
+first set is like the present one weigh most, by Jaccard's similarity, and the items of what followed them are read ahead, those
+with most votes first. No model, no training: two profiles of the same ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from polder.errors import ConfigError
+from polder.swarm.activations import BoolArray, IntArray, Profile
+
+__all__ = ["Predictor", "next_layer", "next_turn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """Step s of `before` was followed by step s of `after`. Raises ConfigError when they have different numbers of steps."""
+
+    before: Profile
+    after: Profile
+    nearest: int = 16
+    """Steps that vote."""
+
+    def __post_init__(self) -> None:
+        if self.before.steps != self.after.steps:
+            raise ConfigError(f"prediction: {self.before.steps} steps followed by {self.after.steps}")
+
+    def ahead(self, present: IntArray, *, budget_bytes: int, item_bytes: int, resident: BoolArray) -> IntArray:
+        """What to read, likeliest first, none of it resident ([after.size]), at most `budget_bytes` of it. O(ids remembered)."""
+        budget = max(0, budget_bytes) // item_bytes
+        in_present = np.zeros(self.before.size, dtype=np.bool_)
+        in_present[present] = True
+        lengths = np.diff(self.before.starts)
+        shared = np.bincount(
+            self.before.step_of_items(), weights=in_present[self.before.items], minlength=self.before.steps
+        )
+        likeness = shared / np.maximum(1, lengths + int(in_present.sum()) - shared)
+        newest_first = -np.arange(self.before.steps)
+        voters = np.lexsort((newest_first, -likeness))[: self.nearest]
+        weight = np.zeros(self.before.steps)
+        weight[voters] = likeness[voters]
+        votes = np.bincount(self.after.items, weights=weight[self.after.step_of_items()], minlength=self.after.size)
+        votes[resident] = 0
+        likeliest = np.argsort(-votes, kind="stable")[:budget]
+        return likeliest[votes[likeliest] > 0]
+
+
+def next_layer(layer: Profile, above: Profile) -> Predictor:
+    """While `layer` computes: what the layer above will want in the same step."""
+    return Predictor(before=layer, after=above)
+
+
+def next_turn(profile: Profile) -> Predictor:
+    """What the step after this one will want."""
+    return Predictor(before=profile.part(0, max(0, profile.steps - 1)), after=profile.part(1, profile.steps))
