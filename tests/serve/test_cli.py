@@ -42,6 +42,7 @@ SURFACE = {
     },
     "sim cache": {"--trace", "--policy", "--json"},
     "doctor": {"--json"},
+    "fsck": {"directory", "--repair", "--json"},
     "version": {"--json"},
 }
 

@@ -1,4 +1,4 @@
-"""`polder`: serve, broker, top, ctl, plan, bench, sim, doctor, version.
+"""`polder`: serve, broker, top, ctl, plan, bench, sim, doctor, fsck, version.
 
 Exit codes: 2 you asked for something impossible, 3 the machine or a neighbour is not as needed, 70 a bug of ours.
 """
@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from polder.cli import bench, ctl, doctor, plan, serve, sim, top
+from polder.cli import bench, ctl, doctor, fsck, plan, serve, sim, top
 from polder.errors import EnvironmentFault, PolderError, UsageError
 
 __all__ = ["app", "main"]
@@ -31,6 +31,7 @@ app.command("plan")(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.add_typer(sim.app, name="sim")
 app.command("doctor")(doctor.doctor)
+app.command("fsck")(fsck.fsck)
 app.command("version")(doctor.version)
 
 

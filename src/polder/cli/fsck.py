@@ -1,0 +1,45 @@
+"""`polder fsck`: is every page on these disks what was written?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polder.cli.where import AsJson
+from polder.units import format_bytes
+
+__all__ = ["fsck"]
+
+
+def fsck(
+    directory: Annotated[list[Path], typer.Argument(help="Directories of a disk store that no engine uses now.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Drop bad pages, mend index and sizes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check disks of a store: sizes, index, every page. Ends with 3 when something is wrong and was not repaired.
+
+    A store that runs finds bad pages itself, and recomputes them: this is for knowing, and for disks that one doubts.
+    """
+    from polder.swarm.fsck import check_directory, locked, repair_directory
+
+    reports = []
+    for path in directory:
+        with locked(path):
+            report, good = check_directory(path)
+            if repair and report.problems:
+                repair_directory(path, report, good)
+        reports.append(report)
+    if as_json:
+        print(json.dumps([asdict(report) for report in reports]))
+    else:
+        for report in reports:
+            sizes = f"{format_bytes(report.disk_bytes)} of {format_bytes(report.limit_bytes)}"
+            print(f"{report.directory}: {report.pages:,} pages in {report.slots:,} slots, {sizes}")
+            for problem in report.problems:
+                print(f"  {'repaired: ' if report.repaired else ''}{problem}")
+    if any(report.problems and not report.repaired for report in reports):
+        raise typer.Exit(3)

@@ -1,0 +1,79 @@
+"""Pages whose bytes tell what they are, and a store with memory to write from and to read into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from polder.swarm.disk import DiskConfig
+from polder.swarm.io import Arena, IoEngine, OpenFile, open_page_file
+from polder.swarm.keys import Keys, key_array
+from polder.swarm.layout import usage_bytes
+from polder.swarm.store import DiskStore, StoreConfig
+
+PAGE = 64 << 10
+BoolArray = npt.NDArray[np.bool_]
+
+
+def names(numbers: Sequence[int]) -> Keys:
+    return key_array([b"page%12d" % number for number in numbers])
+
+
+def content(number: int, version: int = 0) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng([number, version]).integers(0, 256, PAGE, dtype=np.uint8)
+
+
+class Shelf:
+    """A store of numbered pages. `read` never looks at a page that the store did not vouch for."""
+
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        limit_bytes: int = 16 << 20,
+        *,
+        engine: IoEngine | None = None,
+        open_file: OpenFile = open_page_file,
+        pages: int = 256,
+        timeout_s: float = 20.0,
+        namespace: str = "tests",
+    ) -> None:
+        for directory in directories:
+            directory.mkdir(exist_ok=True)
+        config = StoreConfig(
+            disks=tuple(DiskConfig(directory=d, limit_bytes=limit_bytes) for d in directories),
+            page_bytes=PAGE,
+            namespace=namespace,
+            timeout_s=timeout_s,
+        )
+        self.store = DiskStore(config, engine=engine, open_file=open_file)
+        self.directories, self.limit_bytes = tuple(directories), limit_bytes
+        self.source, self.target = Arena(pages, PAGE), Arena(pages, PAGE)
+
+    def write(self, numbers: Sequence[int], version: int = 0, disks: Sequence[int] | None = None) -> BoolArray:
+        for row, number in enumerate(numbers):
+            self.source.bytes[row] = content(number, version)
+        to = None if disks is None else np.array(disks)
+        return self.store.write(names(numbers), self.source.addresses[: len(numbers)], to)
+
+    def read(self, numbers: Sequence[int], disks: Sequence[int] | None = None) -> BoolArray:
+        """Which are there. The bytes are in `target`."""
+        self.target.bytes[: len(numbers)] = 0
+        places = self.store.lookup(names(numbers))
+        return self.store.read(
+            places, self.target.addresses[: len(numbers)], None if disks is None else np.array(disks)
+        )
+
+    def wrong(self, numbers: Sequence[int], ok: BoolArray, version: int = 0) -> int:
+        """Pages that the store vouched for though they are something else."""
+        return sum(
+            bool(there) and not np.array_equal(self.target.bytes[row], content(number, version))
+            for row, (number, there) in enumerate(zip(numbers, ok, strict=True))
+        )
+
+    def check(self) -> None:
+        self.store.check_integrity()
+        for directory in self.directories:
+            assert usage_bytes(directory) <= self.limit_bytes
