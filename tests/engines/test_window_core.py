@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from polder.engines.vllm import window_worker
 from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.window import WindowAgreement
-from polder.engines.vllm.window_core import HOME_EVERY_S, CoreWindow
+from polder.engines.vllm.window_core import HOME_EVERY_S, RETRY_S, CoreWindow
 from polder.engines.vllm.worker import Outcome
 from polder.window.regions import WindowShape
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
@@ -95,4 +95,26 @@ def test_a_block_that_came_home_after_the_step_was_launched_is_lost_under_its_ne
     assert not engine.units.windowed_of("long")
     engine.step(lost[:1])
     assert engine.running() == []
+    engine.units.check_integrity()
+
+
+def test_a_window_whose_pages_cannot_be_mapped_stays_closed_and_is_tried_again_later() -> None:
+    engine = Engine()
+    calls: list[Any] = []
+    failing = [True]
+
+    def rpc(function: Any, *arguments: Any) -> list[Any]:
+        calls.append(function)
+        return [Outcome(seconds=0.0, error="no map" if failing[0] and function is window_worker.open_units else "")]
+
+    engine.window._rpc = rpc
+    engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1)]
+    for now in (0.0, RETRY_S / 2):
+        engine.window.look(now)
+        engine.units.check_integrity()
+    assert calls == [window_worker.open_units, window_worker.close_units]
+    assert (engine.units.regular_blocks, engine.units.windowed) == (REGULAR * UNIT_BLOCKS, [])
+    failing[0] = False
+    engine.window.look(RETRY_S)
+    assert engine.units.windowed == [REGULAR, REGULAR + 1]
     engine.units.check_integrity()

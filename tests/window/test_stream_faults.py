@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polder.engines.vllm import window_worker, worker
-from polder.errors import EnvironmentFault
+from polder.errors import EnvironmentFault, OutOfPages
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank
 
@@ -188,3 +190,29 @@ def test_closing_one_carrier_tells_of_blocks_of_another() -> None:
         assert not rank.window.settled()
         rank.window.close(rank.carriers[1:])
         assert rank.window.take_doubtful() == [rank.first]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_opening_that_cannot_map_puts_the_carriers_pages_back(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Rank(4, 2).open() as rank:
+        window, geometry = rank.window, rank.window._memory.geometry
+        units = window.close(rank.carriers)
+        carriers = geometry.slots(rank.carriers)
+        rank.span.unmap(carriers)
+        real, calls = rank.span.map, itertools.count(1)
+
+        def map_or_fail(*arguments: Any) -> None:
+            if next(calls) == failing:
+                raise OutOfPages("no mapping is left")
+            real(*arguments)
+
+        monkeypatch.setattr(rank.span, "map", map_or_fail)
+        with pytest.raises(OutOfPages):
+            window.open(rank.carriers, units)
+        assert rank.span.mapped[carriers].all()
+        assert not rank.span.mapped[geometry.slots(units)].any()
+        rank.span.check_integrity()
+        window.close(rank.carriers)  # what the core asks of every rank changes nothing here
+        rank.span.unmap(carriers)
+        window.open(rank.carriers, units)
+        assert rank.span.mapped[geometry.slots(units)].all()

@@ -31,6 +31,8 @@ logger = logging.getLogger("polder.engine")
 
 GRACE_S = 0.3
 """The broker has so long to give what would make a window unnecessary."""
+RETRY_S = 5.0
+"""After pages could not be mapped."""
 HOME_EVERY_S = 0.5
 STEPS_UNDER_WAY = 4
 """At most."""
@@ -59,6 +61,7 @@ class CoreWindow:
         first = blocks.virtual_units
         self._unused = list(range(first + self._shape.store_units - 1, first - 1, -1))
         self._wanted_since: float | None = None
+        self._refused_until = float("-inf")
         self._looked_home_at = float("-inf")
         self._tries: dict[str, tuple[int, int]] = {}
         """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
@@ -134,6 +137,8 @@ class CoreWindow:
         return wanted + 1 if wanted >= len(self._blocks.mapped) + len(self._blocks.windowed) else wanted
 
     def _open(self, wanted: int, now: float) -> None:
+        if now < self._refused_until:
+            return
         if self.held_units < self._ceiling:
             self._wanted_since = now if self._wanted_since is None else self._wanted_since
             if now - self._wanted_since < GRACE_S:
@@ -149,7 +154,15 @@ class CoreWindow:
             return
         each = self._shape.units_of_carrier
         units = [self._unused.pop() for _ in range(min(len(carriers) * each, len(self._unused)))]
-        self._rpc(window_worker.open_units, carriers, units, plan.sources.tolist(), plan.targets.tolist())
+        moves = plan.sources.tolist(), plan.targets.tolist()
+        errors = [o.error for o in self._rpc(window_worker.open_units, carriers, units, *moves) if o.error]
+        if errors:
+            logger.warning("window: cannot be opened: %s", errors[0])
+            self._rpc(window_worker.close_units, carriers)  # of ranks that could
+            self._unused += units
+            self._blocks.offer(carriers)
+            self._refused_until = now + RETRY_S
+            return
         for at, carrier in enumerate(carriers):
             self.carriers[carrier] = units[at * each : (at + 1) * each]
         self._blocks.carriers = set(self.carriers)

@@ -71,7 +71,18 @@ class WorkerWindow:
     # ------------------------------------------------------------------ pages
 
     def open(self, carriers: Sequence[int], units: Sequence[int]) -> None:
-        """The pages of `carriers`, no longer mapped, go under the windowed `units`, L // w of them each, zeroed."""
+        """The pages of `carriers`, no longer mapped, go under the windowed `units`, L // w of them each, zeroed.
+
+        Raises PolderError or OSError with the carriers' pages back in place: a process has a limited number of mappings, and
+        windowed units take one a page.
+        """
+        try:
+            self._open(carriers, units)
+        except (PolderError, OSError):
+            self.close(carriers)
+            raise
+
+    def _open(self, carriers: Sequence[int], units: Sequence[int]) -> None:
         memory, geometry = self._memory, self._memory.geometry
         layers, w = len(self._plan.layers), self._plan.window_layers
         per_layer, each = geometry.pages_per_unit // layers, layers // w
@@ -80,23 +91,26 @@ class WorkerWindow:
         for at, carrier in enumerate(carriers):
             handles = memory.imported.handles(memory.generation_of[carrier], memory.pages_of[carrier])
             mine = units[at * each : (at + 1) * each]
+            self._carried[carrier] = tuple(mine)
             for number, unit in enumerate(mine):
                 slots = geometry.slots([unit])
                 pages = handles[number * w * per_layer : (number + 1) * w * per_layer]
                 wanted = [pages[(layer % w) * per_layer + page] for layer in by_place for page in range(per_layer)]
                 memory.span.map(slots, wanted)
                 memory.span.zero(slots[one_of_each])  # the pages of all slots, law 2
-            self._carried[carrier] = tuple(mine)
 
     def close(self, carriers: Sequence[int]) -> list[int]:
-        """The pages go back under the carriers, zeroed. Returns the windowed units that have none any more."""
+        """The pages go back under carriers that do not have them, zeroed. Returns the windowed units that have none any more."""
         memory, geometry = self._memory, self._memory.geometry
         closed: list[int] = []
         for carrier in carriers:
-            units = self._carried.pop(carrier)
-            memory.span.unmap(geometry.slots(units))
+            units = self._carried.pop(carrier, ())
+            under = geometry.slots(units)
+            memory.span.unmap(under[memory.span.mapped[under]])
             closed += units
             slots = geometry.slots([carrier])
+            if memory.span.mapped[slots].any():
+                continue
             memory.span.map(slots, memory.imported.handles(memory.generation_of[carrier], memory.pages_of[carrier]))
             memory.span.zero(slots)
         return closed
@@ -219,7 +233,7 @@ def open_units(
     sources: Sequence[int],
     targets: Sequence[int],
 ) -> Outcome:
-    """Moves blocks out of the carriers, and puts their pages under windowed units."""
+    """Moves blocks out of the carriers, and puts their pages under windowed units. After an `error` they are where they were."""
     memory, window = _here()
     started = time.perf_counter()
     memory.backend.fence()
@@ -228,7 +242,10 @@ def open_units(
         memory.move(src, dst)
         worker.rewrite_block_tables(worker_.model_runner, src, dst)
     memory.span.unmap(memory.geometry.slots(carriers))
-    window.open(carriers, units)
+    try:
+        window.open(carriers, units)
+    except (PolderError, OSError) as error:
+        return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")
     return Outcome(seconds=time.perf_counter() - started)
 
 
