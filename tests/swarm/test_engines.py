@@ -106,7 +106,8 @@ def test_a_file_that_is_closed_is_an_error_of_every_page(engine: IoEngine, tmp_p
     (tmp_path / "c").write_bytes(bytes(4 * PAGE))
     file = open_page_file(tmp_path / "c")
     file.close()
-    outcome = engine.read([transfer(0, file, [0, 2], Arena(2, PAGE).addresses)], 20.0)[0]
+    target = Arena(2, PAGE)
+    outcome = engine.read([transfer(0, file, [0, 2], target.addresses)], 20.0)[0]
     assert outcome.errors.tolist() == [errno.EBADF] * 2
 
 
@@ -135,7 +136,8 @@ def test_when_the_system_has_no_more_contexts_threads_do_it(
     engine = AioEngine()
     engine.close()
     monkeypatch.setattr(aio, "_MACHINE", "pdp11")
-    assert not engine.read([transfer(0, files[0], [1, 2], Arena(2, PAGE).addresses)], 20.0)[0].errors.any()
+    target = Arena(2, PAGE)  # named, because its memory ends with it
+    assert not engine.read([transfer(0, files[0], [1, 2], target.addresses)], 20.0)[0].errors.any()
     engine.close()
 
 
