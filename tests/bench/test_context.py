@@ -20,7 +20,9 @@ from polder.bench.context_predict import planned_tbt_ms, planned_ttft_ms
 from polder.bench.context_report import render_context_html
 from polder.bench.engine_plan import BLOCK_TOKENS, fleet_toml
 from polder.bench.result import Arms, BenchResult, ratios_over
+from polder.planner.context_cost import Stream
 
+STREAM = Stream(link_bytes_per_s=LINK_BYTES_PER_S, window_layers=2)
 PLANS = [QUICK_CONTEXT, FULL_CONTEXT]
 
 
@@ -111,12 +113,12 @@ def test_the_page_shows_lengths_and_checks() -> None:
 def test_the_plan_adds_nothing_where_nothing_is_windowed_and_the_links_time_where_it_is_the_bound() -> None:
     plan = QUICK_CONTEXT
     short, long = plan.longest("stock") // 2, plan.longest("window")
-    assert planned_tbt_ms(plan, 2, short, 14.0) == pytest.approx(14.0)
+    assert planned_tbt_ms(plan, STREAM, short, 14.0) == pytest.approx(14.0)
     link_ms = (
         plan.windowed_blocks(2, long - 32) * BLOCK_TOKENS * plan.recipe.kv_bytes_per_token / LINK_BYTES_PER_S * 1e3
     )
-    assert planned_tbt_ms(plan, 2, long, 14.0) == pytest.approx(link_ms, rel=0.1)
+    assert planned_tbt_ms(plan, STREAM, long, 14.0) == pytest.approx(link_ms, rel=0.1)
     ttfts = {n: 0.6 * (n - 64) + 1e-4 * (n - 64) ** 2 for n in (short, 2 * short, long)}
-    assert planned_ttft_ms(plan, 2, short, ttfts) == pytest.approx(ttfts[short])
-    planned = planned_ttft_ms(plan, 2, long, ttfts)
+    assert planned_ttft_ms(plan, STREAM, short, ttfts) == pytest.approx(ttfts[short])
+    planned = planned_ttft_ms(plan, STREAM, long, ttfts)
     assert ttfts[long] <= planned <= ttfts[long] + link_ms * -(-long // plan.batched_tokens)

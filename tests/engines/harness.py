@@ -206,12 +206,22 @@ class Engine:
 
     def stop(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
-        _, alive = psutil.wait_procs(self.processes(), timeout=10)
+        # Python's own resource tracker lives as long as this process, and came with the engine.
+        ending = [p for p in self.processes() if "resource_tracker" not in command_of(p)]
+        _, alive = psutil.wait_procs(ending, timeout=10)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)
         for path in self._shared:  # vLLM's message queues: a killed engine core leaves them behind
             path.unlink(missing_ok=True)
+
+
+def command_of(process: psutil.Process) -> str:
+    """Empty when it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:

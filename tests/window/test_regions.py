@@ -73,6 +73,19 @@ def test_most_is_reached_and_nothing_more(shape: WindowShape, held: int) -> None
     assert shape.carriers_for(held, most + 1) is None
 
 
+@given(shape=SHAPES, held=HELD, unit_blocks=st.integers(1, 8), blocks=st.integers(1, 2000))
+def test_a_contexts_blocks_are_regular_where_there_is_room_and_else_in_open_units(
+    shape: WindowShape, held: int, unit_blocks: int, blocks: int
+) -> None:
+    assume(blocks + 1 <= shape.most(held) * unit_blocks)
+    windowed = shape.windowed_blocks(blocks, held, unit_blocks)
+    assert 0 <= windowed <= shape.store_units * unit_blocks
+    if -(-(blocks + 1) // unit_blocks) < held:
+        assert windowed == 0
+    if blocks + 2 <= shape.most(held) * unit_blocks:
+        assert windowed <= shape.windowed_blocks(blocks + 1, held, unit_blocks)
+
+
 @given(shape=SHAPES, held=HELD)
 def test_without_a_store_there_is_what_is_held(shape: WindowShape, held: int) -> None:
     bare = WindowShape(layers=shape.layers, window_layers=shape.window_layers, store_units=0)

@@ -39,7 +39,9 @@ from polder.bench.metrics import Metrics, percentile, tbts_ms, ttfts_ms
 from polder.bench.progress import Reporter, reporter_for
 from polder.bench.result import Arms, BenchResult, ratios_over, write_result
 from polder.bench.tenants_workload import prompt_of
+from polder.broker.client import status
 from polder.errors import EnvironmentFault
+from polder.planner.context_cost import Stream
 
 __all__ = ["ContextBench"]
 
@@ -121,10 +123,12 @@ class ContextBench:
             blocks = self.plan.windowed_blocks(window_layers, length - OUTPUT_TOKENS // 2)
             found[f"windowed_{length}_blocks"] = float(blocks)
             if name.endswith("-link"):
+                stream = _measured_stream(arm, window_layers)
+                found["link_bytes_per_s"], found["layer_overhead_us"] = stream.link_bytes_per_s, 1e6 * stream.overhead_s
                 stock = {n: answer.ttft_ms for n, answer in self._expected.items()}
                 step_ms = self._expected[length].tbt_ms
-                found[f"planned_ttft_{length}_ms"] = planned_ttft_ms(self.plan, window_layers, length, stock)
-                found[f"planned_tbt_{length}_ms"] = planned_tbt_ms(self.plan, window_layers, length, step_ms)
+                found[f"planned_ttft_{length}_ms"] = planned_ttft_ms(self.plan, stream, length, stock)
+                found[f"planned_tbt_{length}_ms"] = planned_tbt_ms(self.plan, stream, length, step_ms)
 
     def _refused(self, arm: Arm, name: str) -> None:
         """One block more than the arm's longest is refused, and a short request served after it."""
@@ -225,3 +229,14 @@ class ContextBench:
             "started": self._started_at.isoformat(timespec="seconds"),
             "total_seconds": round(time.monotonic() - self._started),
         }
+
+
+def _measured_stream(arm: Arm, window_layers: int) -> Stream:
+    """By the engine itself, when it started."""
+    assert arm.broker is not None
+    stats = next(engine.stats for engine in status(arm.broker).engines if engine.engine == ENGINE)
+    return Stream(
+        link_bytes_per_s=stats["window_link_bytes_per_second"],
+        window_layers=window_layers,
+        overhead_s=stats["window_layer_seconds"],
+    )

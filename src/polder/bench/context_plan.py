@@ -95,15 +95,7 @@ class ContextPlan:
 
     def windowed_blocks(self, window_layers: int, tokens: int) -> int:
         """Of a context of `tokens`, alone: those that the regular units have no room for."""
-        blocks = -(-(tokens + 1) // BLOCK_TOKENS)
-        wanted = -(-(blocks + 1) // self.unit_blocks)
-        if wanted < self.units:
-            return 0
-        shape = self.shape(window_layers)
-        carriers = shape.carriers_for(self.units, wanted + 1)
-        if carriers is None:
-            carriers = shape.carriers_for(self.units, wanted) or 0
-        return max(0, -(-tokens // BLOCK_TOKENS) + 1 - (self.units - carriers) * self.unit_blocks)
+        return self.shape(window_layers).windowed_blocks(-(-(tokens + 1) // BLOCK_TOKENS), self.units, self.unit_blocks)
 
     def lengths(self, arm: str) -> list[int]:
         """Growing contexts, the arm's longest at the end; prompt and output together."""
@@ -165,7 +157,9 @@ def context_engine(arm: str, plan: ContextPlan, models_dir: Path) -> EnginePlan:
         return replace(engine, share_bytes=blocks * BLOCK_TOKENS * plan.recipe.kv_bytes_per_token)
     if window_layers is None:
         return engine
-    link = {"POLDER_LINKS": f"window={LINK_BYTES_PER_S / 1e9:g}GB/s"} if arm.endswith("-link") else {}
+    link = {}
+    if arm.endswith("-link"):  # a goal that is always kept makes the engine measure what the plan needs
+        link = {"POLDER_LINKS": f"window={LINK_BYTES_PER_S / 1e9:g}GB/s", "POLDER_TBT_GOAL": "60s"}
     return replace(
         engine,
         window_bytes=plan.store_units(window_layers) * unit_bytes,

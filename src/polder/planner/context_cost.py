@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from polder.planner.devices import Device
 from polder.planner.model_shape import ModelShape
 
-__all__ = ["LayerWork", "PassTime", "Stream", "decode_seconds", "prefill_seconds", "step_seconds"]
+__all__ = ["LayerWork", "PassTime", "Stream", "decode_seconds", "even_step_seconds", "prefill_seconds", "step_seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class Stream:
 
     link_bytes_per_s: float = math.inf
     window_layers: int = 1
+    overhead_s: float = 0.0
+    """Of a layer with copies: what it takes to launch them, by the thread that launches the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +88,27 @@ def step_seconds(layers: Sequence[LayerWork], stream: Stream) -> float:
         queue_s += layer.load_bytes / stream.link_bytes_per_s
         attended_s.append(max(computed_s + layer.before_s, queue_s) + layer.attention_s)
         computed_s = attended_s[-1] + layer.after_s
+        if layer.load_bytes or layer.store_bytes:
+            computed_s += stream.overhead_s
     for number in range(max(0, len(layers) - stream.window_layers), len(layers)):
         queue_s = store(number)
     return max(computed_s, queue_s)
+
+
+def even_step_seconds(compute_s: float, layers: int, stream: Stream, *, load_bytes: float, store_bytes: float) -> float:
+    """A pass whose computing was measured as a whole: equal layers, a quarter of each before its attention, a quarter in it.
+
+    `load_bytes` and `store_bytes`: windowed KV of one layer.
+    """
+    layer_s = compute_s / layers
+    layer = LayerWork(
+        before_s=layer_s / 4,
+        attention_s=layer_s / 4,
+        after_s=layer_s / 2,
+        load_bytes=load_bytes,
+        store_bytes=store_bytes,
+    )
+    return step_seconds([layer] * layers, stream)
 
 
 def decode_seconds(

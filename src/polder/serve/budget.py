@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polder.engines.vllm.geometry import TensorPlace, unit_blocks
 from polder.errors import ConfigError
@@ -31,7 +31,7 @@ _NOT_PLAIN = (  # keys of config.json that mean another KV cache than one of ful
 
 
 def least_kv_bytes(
-    path: Path, *, max_model_len: int | None, args: Sequence[str], device: str, page_bytes: int
+    path: Path, *, max_model_len: int | Literal["auto"] | None, args: Sequence[str], device: str, page_bytes: int
 ) -> int | None:
     """Bytes without which the model cannot serve one request of its longest kind; None when its config is not understood."""
     config = _read_config(path)
@@ -93,8 +93,10 @@ def _token_bytes_of_layer(config: Mapping[str, Any], args: Sequence[str]) -> int
     return None if size is None else 2 * kv_heads * head_dim * size
 
 
-def _length(config: Mapping[str, Any], max_model_len: int | None, args: Sequence[str]) -> int | None:
+def _length(config: Mapping[str, Any], max_model_len: int | Literal["auto"] | None, args: Sequence[str]) -> int | None:
     given = option(args, "--max-model-len")
+    if max_model_len == "auto":
+        return None  # as long as fits, so anything does
     if max_model_len is not None:
         return max_model_len
     if given is not None:

@@ -34,7 +34,7 @@ class Model:
     name: str
     path: str
     """A folder, or a name that vLLM resolves."""
-    max_model_len: int | None = None
+    max_model_len: int | Literal["auto"] | None = None
     floor_bytes: int | None = None
     share_bytes: int | None = None
     ceiling_bytes: int | None = None
@@ -47,7 +47,7 @@ class Model:
     """Host memory for the layers of long contexts that are not on the device."""
     window_layers: int | None = None
     tbt_goal_s: float | None = None
-    """A token may take so long while others prefill; None: no bound."""
+    """A token may take so long while others prefill, or with a window; None: no bound."""
     cpus: str = ""
     """Cores of its processes, as taskset writes them: "0-7,16"; empty: all."""
     args: tuple[str, ...] = ()
@@ -241,8 +241,7 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         if option(model.args, name) is not None:
             instead = "the key max_model_len" if name == "--max-model-len" else "nothing: `polder serve` sets it"
             raise ConfigError(f"{what}: args: {name} does not belong there; write {instead}")
-    if model.max_model_len is not None and model.max_model_len < 1:
-        raise ConfigError(f"{what}: max_model_len {model.max_model_len}: write a number of tokens above 0")
+    max_model_len = _length(model, what)
     sizes = {key: size(key) for key in ("floor", "share", "ceiling")}
     for low, high in (("floor", "ceiling"), ("share", "ceiling"), ("floor", "share")):
         least, most = sizes[low], sizes[high]
@@ -260,7 +259,7 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         if window_bytes
         else least_kv_bytes(
             Path(path),
-            max_model_len=model.max_model_len,
+            max_model_len=max_model_len,
             args=model.args,
             device=fleet.device,
             page_bytes=fleet.page_bytes,
@@ -269,7 +268,7 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
     return Model(
         name=model.name,
         path=path,
-        max_model_len=model.max_model_len,
+        max_model_len=max_model_len,
         floor_bytes=sizes["floor"],
         share_bytes=sizes["share"],
         ceiling_bytes=sizes["ceiling"],
@@ -285,6 +284,15 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         env=model.env,
         least_bytes=least_bytes,
     )
+
+
+def _length(model: ModelTable, what: str) -> int | Literal["auto"] | None:
+    length = model.max_model_len
+    if length == "auto":
+        return "auto"
+    if isinstance(length, str) or (length is not None and length < 1):
+        raise ConfigError(f'{what}: max_model_len {length!r}: write a number of tokens above 0, or "auto"')
+    return length
 
 
 def _tiers(model: ModelTable) -> tuple[str, ...]:

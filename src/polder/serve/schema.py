@@ -35,7 +35,7 @@ host = "64GiB"                    # DRAM for KV that the caches have no room for
 [[model]]                         # one for each model
 name = "chat"                     # what clients write as "model"
 path = "/models/llama"            # a folder with config.json; anything else that is no path is left to vLLM (a hub's name)
-max_model_len = 8192              # optional, as are all that follow
+max_model_len = 8192              # optional, as are all that follow; "auto": as long as fits
 floor = "64MiB"                   # never taken from it (default: what one request of max_model_len needs)
 share = "160MiB"                  # its own on demand, more is on loan (default: an equal part)
 ceiling = "1GiB"                  # never more than this (default: the whole budget)
@@ -44,7 +44,7 @@ host = "32GiB"                    # its quota of host memory (default: an equal 
 weights = "resident"              # default; "elastic": its weights leave the device while nobody asks it (needs budget)
 window = "8GiB"                   # of memory.host: contexts longer than fit the device keep most layers there (default: no window)
 window_layers = 2                 # of such a context, on the device at a time (default)
-tbt_goal = "200ms"                # time a token may take while others prefill: bounds their chunks (default: no bound)
+tbt_goal = "200ms"                # time a token may take: bounds others' chunks, and contexts with a window (default: no bound)
 lend = "96MiB"                    # most of its KV memory that it lends at a time while idle (default: nothing)
 cpus = "0-1"                      # its processes run on these cores only (default: on all)
 args = ["--enforce-eager"]        # more arguments for `vllm serve`
@@ -72,7 +72,7 @@ class MemoryTable(msgspec.Struct, forbid_unknown_fields=True):
 class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     path: str
-    max_model_len: int | None = None
+    max_model_len: int | str | None = None
     floor: str | int | None = None
     share: str | int | None = None
     ceiling: str | int | None = None

@@ -42,6 +42,19 @@ class WindowShape:
         """
         return next((c for c in range(held) if self.room(held, c) >= wanted), None)
 
+    def windowed_blocks(self, blocks: int, held: int, unit_blocks: int) -> int:
+        """Of a context of `blocks` blocks that is alone: those that regular units have no room for, beside the null block.
+
+        As the engine does it: with a unit to spare where that can be.
+        """
+        wanted = -(-(blocks + 1) // unit_blocks)
+        if wanted < held:
+            return 0
+        carriers = self.carriers_for(held, wanted + 1)
+        if carriers is None:
+            carriers = self.carriers_for(held, wanted) or 0
+        return max(0, blocks + 1 - (held - carriers) * unit_blocks)
+
     def most(self, held: int) -> int:
         """Units of blocks, with as many carriers as do good."""
         return max(self.room(held, carriers) for carriers in range(max(1, held)))

@@ -41,6 +41,7 @@ from polder.engines.vllm.pacing import Pacing
 from polder.engines.vllm.prefetch import Prefetch
 from polder.engines.vllm.weights import CoreWeights
 from polder.engines.vllm.window_core import CoreWindow
+from polder.engines.vllm.window_goal import keep_goal
 from polder.errors import PolderError
 from polder.planner.rates import PrefillRate
 
@@ -94,9 +95,10 @@ class ElasticCore:
             Pacing(self._scheduler, agreement.tbt_goal_s, self.counters)
         self.window: CoreWindow | None = None
         if agreement.window is not None:
-            self.window = CoreWindow(
-                self._scheduler, self.blocks, agreement.window, self._rpc, self._hello.ceiling_units
-            )
+            ceiling = self._hello.ceiling_units
+            self.window = CoreWindow(self._scheduler, self.blocks, agreement.window, self._rpc, ceiling)
+            if agreement.tbt_goal_s is not None:
+                self.counters |= keep_goal(core, agreement.window, agreement.tbt_goal_s, ceiling, self._rpc)
         self._socket = agreement.socket
         # The connector's manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do.
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)

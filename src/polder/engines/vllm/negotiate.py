@@ -105,6 +105,11 @@ def negotiate(
     )
     geometry = worker.geometry_of(configs[0], page_bytes, blocks_of_unit)
     window = agree_on_window(settings, configs[0], geometry, regular_units)
+    model = vllm_config.model_config
+    if (
+        window is not None and model.original_max_model_len == -1
+    ):  # "auto": vLLM does not know that windowed units take room
+        model.max_model_len = min(model.max_model_len, window.longest_tokens(regular_units))
     hello, block_tokens = _hello(vllm_config, settings, configs[0], geometry, devices, regular_units, window)
     weights = _weights(core, settings)
     if weights is not None:

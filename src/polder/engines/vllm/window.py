@@ -58,13 +58,17 @@ class WindowAgreement:
         try:
             return self.shape.least_held(wanted_units, ceiling_units)
         except BudgetError as error:
-            tokens = (self.shape.most(ceiling_units) * self.unit_blocks - 1) * self.block_tokens
+            tokens = self.longest_tokens(ceiling_units)
             raise BudgetError(
                 f"max_model_len {max_model_len} has no room: {format_bytes(ceiling_units * self.unit_bytes)} of KV on the device "
                 f"and {format_bytes(self.shape.store_units * self.unit_bytes)} in POLDER_WINDOW hold {tokens} tokens with "
                 f"{self.shape.window_layers} of {self.shape.layers} layers local. Raise the KV budget or POLDER_WINDOW, keep fewer "
                 f"layers local (POLDER_WINDOW_LAYERS), or lower --max-model-len"
             ) from error
+
+    def longest_tokens(self, ceiling_units: int) -> int:
+        """Of one request."""
+        return (self.shape.most(ceiling_units) * self.unit_blocks - 1) * self.block_tokens
 
     def plan(self, host: Sequence[Sequence[int]], settings: EngineSettings) -> WindowPlan:
         """`host`: this engine's host pages per rank, the window's last."""

@@ -59,12 +59,17 @@ class WorkerWindow:
             blocks=plan.blocks,
             store=self.store.address,
         )
-        self.copies = CopyEngine(_emulated(memory.backend, plan), inline_bytes=INLINE_BYTES)
-        self.stream = WindowStream(
-            self.copies, self.homes, window_layers=plan.window_layers, fence=memory.backend.fence
+        self.backend, self.window_layers, self.fence = (
+            _emulated(memory.backend, plan, memory.rank),
+            plan.window_layers,
+            memory.backend.fence,
         )
+        self.copies = CopyEngine(self.backend, inline_bytes=INLINE_BYTES)
+        self.stream = WindowStream(self.copies, self.homes, window_layers=plan.window_layers, fence=self.fence)
         self._carried: dict[int, tuple[int, ...]] = {}  # carrier -> its windowed units
         self._busy = False
+        self.opened = False
+        """Whether a windowed block may have been read or written since the ranks compared last."""
         self.doubtful: list[int] = []
         self.failures = 0
 
@@ -76,6 +81,7 @@ class WorkerWindow:
         Raises PolderError or OSError with the carriers' pages back in place: a process has a limited number of mappings, and
         windowed units take one a page.
         """
+        self.opened = True
         try:
             self._open(carriers, units)
         except (PolderError, OSError):
@@ -124,6 +130,11 @@ class WorkerWindow:
             self.homes.stride_bytes,
         )
         self.copies.wait(ticket)
+
+    @property
+    def mapped_blocks(self) -> int:
+        """At the start, when the units that have pages are the first ones."""
+        return len(self._memory.pages_of) * self._memory.geometry.unit_blocks
 
     # ------------------------------------------------------------------ others who read KV by block
 
@@ -176,24 +187,23 @@ class WorkerWindow:
     def take_doubtful(self) -> list[int]:
         """Of the pass that has ended."""
         found, self.doubtful = self.doubtful, []
+        self.opened = bool(self._carried)
         return found
 
     def _failed(self, error: EnvironmentFault) -> None:
-        if self._memory.rank:
-            raise error  # only the first rank's outputs reach the core, and nobody may get a wrong token
         self._busy = False
         self.failures += 1
         self.doubtful = sorted({*self.doubtful, *self.stream.doubtful})
         logger.warning("the window lost %d blocks: %s", len(self.doubtful), error)
 
 
-def _emulated(backend: Backend, plan: WindowPlan) -> Backend:
+def _emulated(backend: Backend, plan: WindowPlan, rank: int) -> Backend:
     """For tests and benches: a slower link, or one that fails."""
     rate, faults = parse_links(plan.links).get("window"), parse_faults(plan.faults)
     if rate is not None:
         backend = PacedBackend(backend, rate)
     if faults.fail:
-        backend = FaultyBackend(backend, seeded_faults(faults.seed, {"copy": faults.fail}, calls=100_000))
+        backend = FaultyBackend(backend, seeded_faults(faults.seed + rank, {"copy": faults.fail}, calls=100_000))
     return backend
 
 
@@ -322,11 +332,27 @@ def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
     impl.forward = forward_and_store
 
 
+def _of_all_ranks(doubtful: list[int], ranks: Any) -> list[int]:
+    """Only the first rank's outputs reach the core, so all must know. Every rank opens and closes at the same steps, and calls this
+    after the same ones."""
+    import torch
+    from torch import distributed
+
+    some = torch.tensor([len(doubtful)])
+    distributed.all_reduce(some, group=ranks.cpu_group)
+    if not some.item():
+        return []
+    lists: list[list[int]] = [[] for _ in range(ranks.world_size)]
+    distributed.all_gather_object(lists, doubtful, group=ranks.cpu_group)
+    return sorted({block for found in lists for block in found})
+
+
 def _hook_passes(window: WorkerWindow, runner: Any, first_layer: str) -> None:
+    from vllm.distributed.parallel_state import get_tp_group
     from vllm.forward_context import get_forward_context
     from vllm.v1.outputs import ModelRunnerOutput
 
-    model_forward, sample = runner._model_forward, runner.sample_tokens
+    model_forward, sample, ranks = runner._model_forward, runner.sample_tokens, get_tp_group()
 
     @functools.wraps(model_forward)
     def begin_and_forward(*args: Any, **kwargs: Any) -> Any:
@@ -337,8 +363,11 @@ def _hook_passes(window: WorkerWindow, runner: Any, first_layer: str) -> None:
     @functools.wraps(sample)
     def sample_and_tell(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
+        compared = window.opened
         doubtful = window.take_doubtful()
-        if doubtful:
+        if compared and ranks.world_size > 1:
+            doubtful = _of_all_ranks(doubtful, ranks)
+        if doubtful and not ranks.rank_in_group:
             if not isinstance(output, ModelRunnerOutput):
                 raise EnvironmentFault("the window lost blocks, and this runner's output cannot say so")
             setattr(output, DOUBTFUL, doubtful)

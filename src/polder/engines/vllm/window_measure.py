@@ -1,0 +1,105 @@
+"""What a worker measures before its first request, for window_goal.py: a step's computing, and the window's copies without any."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from polder.engines.vllm import window_worker
+from polder.engines.vllm.window_worker import WorkerWindow
+from polder.errors import EnvironmentFault
+from polder.memory.copy import CopyEngine
+from polder.window.stream import WindowStream
+
+__all__ = ["Measured", "measure"]
+
+TRIES = 7
+MOST_FAILURES = 16
+COPIED_BYTES = 32 << 20
+"""By a longer pass, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of one rank; see planner.window_goal.StepFigures."""
+
+    step_s: float
+    token_s: float
+    overhead_s: float
+    link_bytes_per_s: float
+
+
+def measure(worker_: Any, context_tokens: int) -> Measured:
+    """Called by the core. Steps with and without a context of `context_tokens`; copies over regular blocks, zero onto zero."""
+    window = window_worker.current()
+    assert window is not None
+    step_s, token_s = _computing(worker_.model_runner, window.fence, context_tokens)
+    overhead_s, link_bytes_per_s = _copying(window)
+    return Measured(step_s=step_s, token_s=token_s, overhead_s=overhead_s, link_bytes_per_s=link_bytes_per_s)
+
+
+def _computing(runner: Any, fence: Callable[[], None], context_tokens: int) -> tuple[float, float]:
+    """By passes of vLLM's own warm-up, which attend to the null block again and again: a cache that holds it flatters them."""
+    from vllm.config import CUDAGraphMode
+
+    def step(tokens: int) -> float:
+        started = time.perf_counter()
+        runner._dummy_run(
+            1,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            force_attention=True,
+            uniform_decode=True,
+            profile_seq_lens=tokens,
+        )
+        fence()
+        return time.perf_counter() - started
+
+    short_s, long_s = (_median_s(step, tokens) for tokens in (1, context_tokens))
+    return short_s, max(0.0, long_s - short_s) / max(1, context_tokens - 1)
+
+
+def _copying(window: WorkerWindow) -> tuple[float, float]:
+    """(seconds of a layer besides its bytes, bytes a second), from passes over one block and over many."""
+    homes, block_bytes = window.homes, window.homes.stride_bytes
+    layers = len(homes.local)
+    most = min(window.mapped_blocks - 1, homes.blocks, max(2, COPIED_BYTES // (layers * block_bytes)))
+    copies = CopyEngine(window.backend, inline_bytes=window_worker.INLINE_BYTES)
+    try:
+        stream = WindowStream(copies, replace(homes, first=1), window_layers=window.window_layers, fence=window.fence)
+
+        def one_pass(blocks: int) -> float:
+            read = np.arange(1, 1 + blocks)
+            while True:
+                started = time.perf_counter()
+                try:
+                    stream.begin(read, read[-1:])
+                    for layer in range(layers):
+                        stream.before(layer)
+                        stream.after(layer)
+                    stream.settle()
+                    return time.perf_counter() - started
+                except EnvironmentFault:  # one failed copy is no reason not to serve; the next pass begins anew
+                    failed.append(blocks)
+                    if len(failed) > MOST_FAILURES:
+                        raise
+
+        failed: list[int] = []
+        short_s, long_s = (_median_s(one_pass, blocks) for blocks in (1, most))
+    finally:
+        with contextlib.suppress(EnvironmentFault):
+            copies.close()
+    rate = (
+        layers * (most - 1) * block_bytes / max(1e-9, long_s - short_s) if most > 1 else layers * block_bytes / short_s
+    )
+    return max(0.0, short_s / layers - 2 * block_bytes / rate), rate
+
+
+def _median_s(timed: Callable[[int], float], argument: int) -> float:
+    timed(argument)  # all code has run once
+    return median(timed(argument) for _ in range(TRIES))

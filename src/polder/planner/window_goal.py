@@ -1,0 +1,77 @@
+"""How long a context may get so that its tokens come in time: a window's steps foretold from what an engine measures at its start.
+
+A decode step computes the model once, attends to the whole context, and waits for the windowed part of it:
+
+    step = even_step_seconds(step_s + token_s * tokens, bytes of the windowed blocks)
+
+The first two are a pass of the engine's own model without and with a context; the copies' rate and cost are those of the window's
+own passes without computing. Sampling and scheduling are not in it, nor what other requests of the batch compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from polder.planner.context_cost import Stream, even_step_seconds
+
+__all__ = ["StepFigures", "decode_step_seconds", "longest_within"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """Measured on one engine."""
+
+    layers: int
+    window_layers: int
+    block_bytes: int
+    """Of one layer."""
+    block_tokens: int
+    step_s: float
+    """One token through the model, with next to no context."""
+    token_s: float
+    """More for each token of context."""
+    overhead_s: float
+    """Of a layer with copies, besides their bytes."""
+    link_bytes_per_s: float
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(
+            link_bytes_per_s=self.link_bytes_per_s, window_layers=self.window_layers, overhead_s=self.overhead_s
+        )
+
+
+def decode_step_seconds(figures: StepFigures, context_tokens: int, windowed_blocks: int) -> float:
+    """One sequence's next token."""
+    return even_step_seconds(
+        figures.step_s + figures.token_s * context_tokens,
+        figures.layers,
+        figures.stream,
+        load_bytes=windowed_blocks * figures.block_bytes,
+        store_bytes=min(1, windowed_blocks) * figures.block_bytes,
+    )
+
+
+def longest_within(figures: StepFigures, goal_s: float, most_tokens: int, windowed_blocks: Callable[[int], int]) -> int:
+    """The longest context, in whole blocks and `most_tokens` at most, that needs no window or whose tokens come within `goal_s`.
+
+    `windowed_blocks(tokens)`: what a context needs of them; it never falls. A context without windowed blocks is in time by
+    definition: no window could make it faster.
+    """
+    size = figures.block_tokens
+
+    def in_time(tokens: int) -> bool:
+        windowed = windowed_blocks(tokens)
+        return not windowed or decode_step_seconds(figures, tokens, windowed) <= goal_s
+
+    if in_time(most_tokens):
+        return most_tokens
+    low, high = 0, most_tokens // size
+    while low < high:
+        blocks = (low + high + 1) // 2
+        if in_time(blocks * size):
+            low = blocks
+        else:
+            high = blocks - 1
+    return low * size
