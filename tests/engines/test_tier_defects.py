@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
     OffloadingWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.v1.kv_offload.base import TransferResult
 
@@ -90,3 +91,30 @@ def test_the_front_end_can_rebuild_our_metrics_because_the_class_is_registered_b
     plugin.register()
     assert KVConnectorFactory.get_connector_class_by_name("PolderConnector") is PolderConnector
     assert PolderConnector.build_kv_connector_stats() is not None
+
+
+def test_a_request_preempted_between_steps_that_loads_again_ends_a_stock_engine_and_flushes_its_stores_in_ours() -> (
+    None
+):
+    def half(kind: type[OffloadingConnectorScheduler]) -> Any:
+        scheduler = kind.__new__(kind)
+        scheduler._update_req_states = lambda _: None
+        scheduler._build_store_jobs = scheduler._build_partial_tail_store_jobs = lambda _: {}
+        scheduler.manager = SimpleNamespace(on_schedule_end=lambda _: None)
+        scheduler._jobs = {1: SimpleNamespace(is_store=False), 2: SimpleNamespace(is_store=True)}
+        scheduler._req_status = {"a": SimpleNamespace(transfer_jobs={1, 2})}
+        scheduler._block_id_to_pending_jobs = {}
+        scheduler._current_batch_allocated_block_ids = set()
+        scheduler._current_batch_jobs_to_flush = set()
+        scheduler._current_batch_load_jobs = {}
+        return scheduler
+
+    def output() -> Any:
+        return SimpleNamespace(preempted_req_ids={"a", "b"}, scheduled_new_reqs=[], finished_req_ids=set())
+
+    with pytest.raises(AssertionError):
+        half(OffloadingConnectorScheduler).build_connector_meta(output())
+    told = output()
+    meta = half(TierScheduler).build_connector_meta(told)
+    assert meta.jobs_to_flush == {2}
+    assert told.preempted_req_ids == {"a", "b"}, "vLLM's runners want to know"

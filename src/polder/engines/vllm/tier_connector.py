@@ -8,8 +8,10 @@
 | metrics of a class given by module path fail       | class and spec are registered by name, by the plugin, everywhere     |
 | a prefix is looked up key by key, in every step    | one batch look-up, in `TierScheduler`                                |
 | generated tokens are not kept                      | `offload_prompt_only` is false by default                            |
+| a request that is preempted between two steps and  | it is not told as preempted any more; stores that it still has are   |
+|  loads in the next is an assertion                 | flushed                                                              |
 
-tests/engines/test_tier_defects.py shows the stock behaviour beside ours, for the first four.
+tests/engines/test_tier_defects.py shows the stock behaviour beside ours, for the first four and the last.
 """
 
 from __future__ import annotations
@@ -49,6 +51,23 @@ class TierWorkerMetadata(OffloadingWorkerMetadata):  # type: ignore[misc]
 
 class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
     """The stock scheduler half with look-ups in one batch."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        # Polder preempts between two steps (elastic.py, window_core.py), so the next one may load what was preempted.
+        preempted = scheduler_output.preempted_req_ids or set()
+        again = {name for name in preempted if self._loads_of(name)}
+        for name in again:
+            loads = self._loads_of(name)
+            self._current_batch_jobs_to_flush.update(self._req_status[name].transfer_jobs - loads)
+        scheduler_output.preempted_req_ids = preempted - again
+        try:
+            return super().build_connector_meta(scheduler_output)
+        finally:
+            scheduler_output.preempted_req_ids = preempted
+
+    def _loads_of(self, request_id: str) -> set[int]:
+        status = self._req_status.get(request_id)
+        return {job for job in status.transfer_jobs if not self._jobs[job].is_store} if status is not None else set()
 
     def _maximal_prefix_lookup(
         self, keys: Iterable[Any], req_context: Any, req: Any, group_config: Any, start_chunk_idx: int

@@ -70,9 +70,8 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         window = window_worker.current()
-        if (
-            window is not None and not window.settled()
-        ):  # the bytes at home may be old ones, with a checksum of their own
+        # These blocks are of the pass before. Wrong or old bytes would get a checksum of their own.
+        if window is not None and (not window.settled() or window.spoiled):
             self._numbers[dst_spec.job.number] = job_id
             rows = range(len(src_spec.block_ids))
             self._unsent.append(Finished(number=dst_spec.job.number, failed=dict.fromkeys(rows, "error")))

@@ -71,6 +71,8 @@ class WorkerWindow:
         self.opened = False
         """Whether a windowed block may have been read or written since the ranks compared last."""
         self.doubtful: list[int] = []
+        self.spoiled = False
+        """Whether what the last pass computed may be wrong, in blocks of any kind: nothing of it may be kept."""
         self.failures = 0
 
     # ------------------------------------------------------------------ pages
@@ -191,7 +193,7 @@ class WorkerWindow:
         return found
 
     def _failed(self, error: EnvironmentFault) -> None:
-        self._busy = False
+        self._busy, self.spoiled = False, True
         self.failures += 1
         self.doubtful = sorted({*self.doubtful, *self.stream.doubtful})
         logger.warning("the window lost %d blocks: %s", len(self.doubtful), error)
@@ -367,6 +369,7 @@ def _hook_passes(window: WorkerWindow, runner: Any, first_layer: str) -> None:
         doubtful = window.take_doubtful()
         if compared and ranks.world_size > 1:
             doubtful = _of_all_ranks(doubtful, ranks)
+        window.spoiled = bool(doubtful)
         if doubtful and not ranks.rank_in_group:
             if not isinstance(output, ModelRunnerOutput):
                 raise EnvironmentFault("the window lost blocks, and this runner's output cannot say so")
