@@ -37,7 +37,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.scheduler = scheduler = Scheduler()
-        scheduler.waiting = []
+        scheduler.waiting, scheduler.kv_holding_waiting = [], []
         scheduler.update_from_output = lambda *_: {}
         manager = scheduler.kv_cache_manager
         manager.get_block_ids = lambda name: ([block.block_id for block in scheduler.requests.get(name, ())],)
@@ -118,3 +118,12 @@ def test_a_window_whose_pages_cannot_be_mapped_stays_closed_and_is_tried_again_l
     engine.window.look(RETRY_S)
     assert engine.units.windowed == [REGULAR, REGULAR + 1]
     engine.units.check_integrity()
+
+
+@pytest.mark.parametrize("queue", ["waiting", "kv_holding_waiting"])
+def test_a_request_opens_the_window_whichever_way_it_waits(queue: str) -> None:
+    """One that waits with blocks has a part of its KV from a tier, and needs blocks for the rest."""
+    engine = Engine()
+    setattr(engine.scheduler, queue, [SimpleNamespace(num_tokens=13 * 16 - 1)])
+    engine.window.look(0.0)
+    assert engine.window.carriers

@@ -130,7 +130,9 @@ class CoreWindow:
 
     def _wanted_units(self) -> int:
         """Of the request that needs most by itself, with one to spare so that a carrier can be emptied while there is room."""
-        requests = [*self._scheduler.running, *list(self._scheduler.waiting)[:1]]
+        scheduler = self._scheduler
+        # Those that wait with blocks have a part of their KV from a tier: they need the rest, and nobody is preempted for it.
+        requests = [*scheduler.running, *scheduler.kv_holding_waiting, *islice(scheduler.waiting, 1)]
         longest = max((request.num_tokens for request in requests), default=0)
         blocks = -(-(longest + 1) // self._block_tokens) + 1  # the null block
         wanted = -(-blocks // self._blocks.unit_blocks)
