@@ -118,3 +118,30 @@ def context(
 
     plan = (QUICK_CONTEXT if quick else FULL_CONTEXT).only(parse_names(arms, ARMS, what="arm"))
     ContextBench(plan, workdir=workdir).run(json_file, html_file)
+
+
+@app.command()
+def disks(
+    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, fewer sets and steps.")] = False,
+    stages: Annotated[str, typer.Option(help="Only these: model,shares,wall.")] = "",
+    arms: Annotated[
+        str,
+        typer.Option(help="Only these: sequential,hash,raid0,cluster-per-disk,no-cluster,fixed-blocks,swarm,polder."),
+    ] = "",
+    workdir: Annotated[Path, typer.Option(help="The wall stage needs up to 220 MiB here, for a while.")] = Path(
+        "out/bench"
+    ),
+) -> None:
+    """Pages of KV on several disks: plain stores, the layouts of Swarm, and Polder's. Needs no engine."""
+    from polder.bench.disks import DisksBench
+    from polder.bench.disks_plan import ARMS, FULL_DISKS, QUICK_DISKS, STAGES
+    from polder.bench.turns_plan import parse_names
+
+    plan = (QUICK_DISKS if quick else FULL_DISKS).only(
+        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
+    )
+    DisksBench(plan, workdir=workdir).run(json_file, html_file)

@@ -1,0 +1,119 @@
+"""Access sets for `polder bench disks`: what each step reads from disks. Known steps come first, measured ones after them in time.
+
+Synthetic sets are those of polder.swarm.generator. Conversations are real: a step is one turn, which reads those blocks of its
+prompt that earlier turns have written, as if nothing of them were left in memory. All of it is of one layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import numpy as np
+
+from polder.bench.disks_plan import PAGE_BYTES, REAL_SETS, DisksPlan
+from polder.errors import ConfigError
+from polder.sim.traces import Trace, load_trace
+from polder.swarm.activations import BoolArray, IntArray, Profile
+from polder.swarm.generator import PESSIMISTIC, Groups, Sticky, latent_groups, resident, sticky_clusters
+
+__all__ = ["DESCRIPTIONS", "AccessSet", "access_sets", "turn_reads"]
+
+ENTRY_BYTES = 4 << 10
+"""Keys and values of one token in one layer, of the models that Swarm was measured with."""
+ENTRY_PAGE_BLOCKS = PAGE_BYTES // ENTRY_BYTES
+RANDOM_BLOCKS, RANDOM_READS = 2048, 200
+PAGE_TOKENS = 128
+"""Of a conversation, on a page of 64 KiB: 512 B a token and layer, about what latent attention keeps in 8 bits."""
+TRACES = {"mooncake": "mooncake-conversation", "weka": "weka-u32-clip300"}
+
+DESCRIPTIONS = {
+    "sticky": "small clusters that stay from step to step (generator.Sticky), entries of 4 KiB, 16 to a page",
+    "sticky-64k": "the same, an eighth as many blocks, each of 64 KiB and a page of its own: nothing to pack",
+    "groups": "latent groups among 15 % noise (generator.Groups), entries of 4 KiB, 16 to a page",
+    "pessimistic": "as sticky, little kept and flat popularity (generator.PESSIMISTIC)",
+    "random": f"{RANDOM_READS} of {RANDOM_BLOCKS} blocks of 64 KiB, drawn anew for every step: no co-activation",
+    "mooncake": f"the last turns of an hour of Mooncake's conversations; {PAGE_TOKENS} tokens on a page of 64 KiB",
+    "weka": f"the last turns of an hour of 32 users with WEKA's coding agents; {PAGE_TOKENS} tokens on a page of 64 KiB",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessSet:
+    """Two parts of one run over the same blocks; layouts are made from the first and measured on the second."""
+
+    known: Profile
+    measured: Profile
+    block_bytes: int
+    page_blocks: int
+
+    @property
+    def page_bytes(self) -> int:
+        return self.block_bytes * self.page_blocks
+
+
+def access_sets(name: str, plan: DisksPlan) -> list[AccessSet]:
+    """One for each seed; conversations are one. Raises ConfigError when traces cannot be unpacked."""
+    if name in REAL_SETS:
+        if find_spec("zstandard") is None:
+            raise ConfigError("polder bench disks needs zstandard for its traces: install polder[bench]")
+        return [_conversations(load_trace(TRACES[name]), plan)]
+    return [_synthetic(name, plan, seed) for seed in plan.seeds]
+
+
+def _synthetic(name: str, plan: DisksPlan, seed: int) -> AccessSet:
+    blocks, steps = plan.synthetic_blocks, plan.known_steps + plan.measured_steps
+    if name == "random":
+        rng = np.random.default_rng(seed)
+        sets = [rng.choice(RANDOM_BLOCKS, RANDOM_READS, replace=False) for _ in range(steps)]
+        return _parted(Profile.of(sets, size=RANDOM_BLOCKS), plan, block_bytes=PAGE_BYTES, page_blocks=1)
+    if name == "groups":
+        profile = latent_groups(Groups(blocks=blocks, steps=steps, seed=seed))
+        return _parted(profile, plan, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
+    if name == "sticky-64k":
+        config = Sticky(blocks=blocks // 8, steps=steps, seed=seed, window=64)
+        return _parted(_from_disks(config), plan, block_bytes=PAGE_BYTES, page_blocks=1)
+    config = Sticky(blocks=blocks, steps=steps, seed=seed)
+    if name == "pessimistic":
+        config = replace(PESSIMISTIC, blocks=blocks, steps=steps, seed=seed)
+    return _parted(_from_disks(config), plan, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
+
+
+def _from_disks(config: Sticky) -> Profile:
+    """Without what is always in memory."""
+    (profile,) = sticky_clusters(config)
+    kept = np.where(resident(config), np.int64(-1), np.arange(config.blocks))
+    return profile.mapped(kept, size=config.blocks)
+
+
+def _conversations(trace: Trace, plan: DisksPlan) -> AccessSet:
+    """The last turns that read anything. Blocks that none of them reads are left out: they would only lie there."""
+    wanted = plan.known_steps + plan.measured_steps
+    chosen = [blocks for blocks in turn_reads(trace) if len(blocks)][-wanted:]
+    there = np.unique(np.concatenate(chosen))  # in order of first use, so that a prompt's blocks follow each other
+    pages = trace.block_tokens // PAGE_TOKENS
+    sets = [(np.searchsorted(there, blocks)[:, None] * pages + np.arange(pages)).reshape(-1) for blocks in chosen]
+    return _parted(Profile.of(sets, size=len(there) * pages), plan, block_bytes=PAGE_BYTES, page_blocks=1)
+
+
+def turn_reads(trace: Trace) -> list[IntArray]:
+    """Of each request the leading blocks that earlier ones have written, but for one that all have: it stays in memory."""
+    written: BoolArray = np.zeros(trace.unique_blocks, dtype=np.bool_)
+    prompts = [trace.of(request) for request in range(trace.requests)]
+    shared = np.bincount(np.concatenate([np.unique(blocks) for blocks in prompts])) == trace.requests
+    reads: list[IntArray] = []
+    for blocks in prompts:
+        known = written[blocks]
+        leading = blocks[: len(blocks) if known.all() else int(known.argmin())]
+        reads.append(leading[~shared[leading]])
+        written[blocks] = True
+    return reads
+
+
+def _parted(profile: Profile, plan: DisksPlan, *, block_bytes: int, page_blocks: int) -> AccessSet:
+    return AccessSet(
+        known=profile.part(0, plan.known_steps),
+        measured=profile.part(plan.known_steps, profile.steps),
+        block_bytes=block_bytes,
+        page_blocks=page_blocks,
+    )
