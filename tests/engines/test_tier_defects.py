@@ -47,7 +47,7 @@ def stock_worker(worker: Any) -> OffloadingConnectorWorker:
 def test_a_failed_load_ends_a_stock_engine_and_is_reported_by_ours() -> None:
     with pytest.raises(AssertionError):
         stock_worker(OneFailedLoad()).get_finished(set())
-    ours = PolderWorker(OneFailedJob(), [], lambda: None)  # type: ignore[arg-type]
+    ours = PolderWorker(lambda *_: OneFailedJob(), [], lambda: None)  # type: ignore[arg-type,return-value]
     ours._numbers[1] = 5
     connector = PolderConnector.__new__(PolderConnector)
     connector.connector_worker = stock_worker(ours)
@@ -100,7 +100,7 @@ def test_a_request_preempted_between_steps_that_loads_again_ends_a_stock_engine_
         scheduler = kind.__new__(kind)
         scheduler._update_req_states = lambda _: None
         scheduler._build_store_jobs = scheduler._build_partial_tail_store_jobs = lambda _: {}
-        scheduler.manager = SimpleNamespace(on_schedule_end=lambda _: None)
+        scheduler.manager = SimpleNamespace(on_schedule_end=lambda _: None, plan_spills=list)
         scheduler._jobs = {1: SimpleNamespace(is_store=False), 2: SimpleNamespace(is_store=True)}
         scheduler._req_status = {"a": SimpleNamespace(transfer_jobs={1, 2})}
         scheduler._block_id_to_pending_jobs = {}

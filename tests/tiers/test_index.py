@@ -44,13 +44,16 @@ class Lives(RuleBasedStateMachine):
         super().__init__()
         self.peer = LosingSlots(name="peer", capacity=PEER)
         self.host = HostSlots(name="host", size_bytes=HOST * 64, slot_bytes=64)
-        self.index = spans([self.peer, self.host])
+        self.index = self.make_index()
         self.now = 0.0
         self.holds: dict[Slot, bytes] = {}  # what is really in a slot
         self.committed: set[bytes] = set()  # may be found
         self.stores: list[Job] = []
         self.loads: list[Job] = []
         self.void: list[tuple[str, Places]] = []  # under way when everything was dropped
+
+    def make_index(self) -> BlockIndex:
+        return spans([self.peer, self.host])
 
     # ------------------------------------------------------------------ what may happen
 
@@ -159,8 +162,10 @@ class Lives(RuleBasedStateMachine):
 
     @rule(ended=st.booleans(), rarely=st.integers(0, 15))
     def drop_all(self, ended: bool, rarely: int) -> None:
-        if rarely != 11:
-            return
+        if rarely == 11:
+            self.drop_everything(ended)
+
+    def drop_everything(self, ended: bool) -> None:
         self.index.drop_all()
         if not ended:
             self.void += [("load", job.places) for job in self.loads] + [("store", job.places) for job in self.stores]
@@ -182,10 +187,10 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def books_add_up(self) -> None:
         self.index.check_integrity()
-        assert len(self.index) <= PEER + HOST
+        assert len(self.index) <= self.index.capacity
         writing = (self.index._writing != -1).sum(axis=1)
         pinned = np.zeros(self.index.capacity, dtype=np.int64)
-        for tier in range(2):
+        for tier in range(len(self.index._tiers)):
             for slot in np.flatnonzero(self.index._owner[tier] != -1):
                 pinned[self.index._owner[tier, slot]] += self.index._pins[tier, slot]
         assert np.array_equal(self.index._locks, writing + pinned)
@@ -199,7 +204,7 @@ class Lives(RuleBasedStateMachine):
                 lost = tier == 0 and self.vanished(slot)
                 assert lost or self.holds[tier, slot] == key
             elif tier == PENDING:
-                assert any(key in job.places.keys for job in self.stores)
+                assert any(key in places.keys for places in self.being_written())
 
     @invariant()
     def what_is_loaded_stays_until_it_is_or_is_lost(self) -> None:
@@ -211,6 +216,9 @@ class Lives(RuleBasedStateMachine):
 
     def vanished(self, slot: int) -> bool:
         return slot in self.peer.unreported
+
+    def being_written(self) -> list[Places]:
+        return [job.places for job in self.stores]
 
     def alive(self, job: Job) -> set[Slot]:
         return {slot for row, slot in enumerate(rows(job.places)) if row not in job.lost}

@@ -11,7 +11,7 @@ import pytest
 
 from polder.testing.faulty_tier import EmulatedMemory, Faults, FaultyMemory
 from polder.testing.links import EmulatedLink
-from polder.tiers.places import CpuMover, HostMemory, pair
+from polder.tiers.places import CpuMover, CudaMover, HostMemory, pair
 from polder.tiers.slots import Recipe
 from polder.tiers.transfer import Direction, Job, Mover, Part, Pieces, TierMemory, TierWorker
 
@@ -137,6 +137,18 @@ def test_an_emulated_link_is_charged_once_a_part() -> None:
     machine.run("load", [0, 1], [0, 1], [1, 2])
     assert time.perf_counter() - started >= 2 * SLOT_BYTES / 1e6 - 0.001
     machine.worker.close()
+
+
+def test_a_device_sums_what_the_host_sums_of_the_same_bytes() -> None:
+    pytest.importorskip("torch")
+    mover = object.__new__(CudaMover)
+    mover._backend = type("Cpu", (), {"device": "cpu:0"})()  # type: ignore[assignment]
+    memory = np.random.default_rng(3).integers(0, 256, 4096, dtype=np.uint8)
+    at = memory.ctypes.data
+    pieces = [(at, 512), (at + 512, 1024), (at + 2048, 8)]
+    assert mover.checksum(pieces, 2**63 + 5) == mover.checksum_in_host(pieces, 2**63 + 5)
+    memory[700] ^= 1
+    assert mover.checksum(pieces, 1) == mover.checksum_in_host(pieces, 1) != mover.checksum_in_host(pieces, 2)
 
 
 def test_pieces_are_cut_where_either_side_has_a_border() -> None:

@@ -99,6 +99,25 @@ class Disk:
             generations[there] = self._book.records["generation"][slots[there]]
         return slots, generations
 
+    @property
+    def free(self) -> int:
+        """Pages that can be written before one has to be evicted."""
+        with self._lock:
+            return self._book.free if self.health.state == "ok" else 0
+
+    @property
+    def room(self) -> int:
+        """Pages that the disk has or can take: without the slots that went bad, and none when it is out."""
+        with self._lock:
+            if self.health.state == "ok":
+                return self.slots - self._book.bad
+            return len(self._book) if self.health.state == "read-only" else 0
+
+    @property
+    def evicted(self) -> int:
+        """Pages since the disk was opened."""
+        return self._book.evicted
+
     # ------------------------------------------------------------------ write
 
     def begin_write(self, rows: IntArray, keys: Keys, addresses: IntArray) -> DiskTransfer | None:
@@ -161,6 +180,7 @@ class Disk:
             still = self._book.current(slots, read.generations)  # a page that was forgotten meanwhile has no digest
             good: BoolArray = (errors == 0) & ~torn & still
             self.health.did_read(errors[still], int(good.sum()))
+            self.health.took(int(good.sum()), outcome.seconds)
             bad = slots[still & ~good & ~late]
             if len(bad) and self.health.state != "out":  # of a disk that is lost the books say what to copy again
                 self._book.drop(np.unique(bad))

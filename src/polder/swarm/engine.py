@@ -70,6 +70,7 @@ class _Batch:
         self.errors = [errno.ETIMEDOUT] * count
         self.digests = [0] * count
         self.abandoned = False
+        self.started = self.ended = time.monotonic()
 
     def outcome(self) -> Outcome:
         errors = np.empty(len(self.errors), dtype=np.int32)
@@ -77,7 +78,7 @@ class _Batch:
         # A thread that hung notes the digest first and the success last.
         errors[self.order] = self.errors
         digests[self.order] = np.array(self.digests, dtype=np.uint64)
-        return Outcome(errors=errors, digests=digests)
+        return Outcome(errors=errors, digests=digests, seconds=self.ended - self.started)
 
 
 class _Task:
@@ -107,6 +108,7 @@ class _Task:
 
     def finish(self) -> None:
         self.current, self.over = None, True
+        self.batch.ended = time.monotonic()
         assert self.latch is not None
         self.latch.count_down()
 

@@ -21,6 +21,8 @@ Errors = npt.NDArray[np.int32]
 
 _FORGIVEN_AFTER = 1000
 """Good pages in a row after which a disk's errors are forgotten."""
+_SPEED_MEMORY_S = 2.0
+"""Time of reading over which a disk's measured speed forgets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class DiskHealth:
         self.failed_reads = self.failed_writes = self.timeouts = 0
         self._directory, self._allowed = directory, errors_allowed
         self._reads, self._writes = _Streak(), _Streak()
+        self._pages = self._seconds = 0.0
 
     def did_read(self, errors: Errors, good: int) -> None:
         """A batch was read: errno of each page, and how many verified."""
@@ -66,6 +69,17 @@ class DiskHealth:
         self.timeouts += int((errors == errno.ETIMEDOUT).sum())
         if self._reads.bad >= self._allowed:
             self.stop("out", f"reading: {_name(errors)}")
+
+    def took(self, pages: int, seconds: float) -> None:
+        """A batch of so many good pages was read in so long."""
+        if pages and seconds > 0:
+            keep = max(0.0, 1.0 - seconds / _SPEED_MEMORY_S)
+            self._pages, self._seconds = keep * self._pages + pages, keep * self._seconds + seconds
+
+    @property
+    def pages_per_s(self) -> float:
+        """As measured; 0 before anything was."""
+        return self._pages / self._seconds if self._seconds else 0.0
 
     def did_write(self, errors: Errors, index_failure: str) -> None:
         """A batch was written: errno of each page, and what the index said, "" if it took them."""

@@ -149,6 +149,8 @@ class Outcome:
     """[n] errno, 0 where the page was moved as a whole."""
     digests: UintArray
     """[n] xxh3 of the page that was moved, with its seed; anything where there was an error."""
+    seconds: float = 0.0
+    """From the start of the batch until this disk was done with its part; 0 where the engine cannot tell."""
 
 
 class IoEngine(Protocol):

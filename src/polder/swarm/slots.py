@@ -57,6 +57,15 @@ class SlotBook:
         """Pages that can be found."""
         return self._table.count
 
+    @property
+    def free(self) -> int:
+        """Slots that `take` gives without evicting a page."""
+        return self._free_count
+
+    @property
+    def bad(self) -> int:
+        return int((self._state == _BAD).sum())
+
     def find(self, keys: Keys) -> IntArray:
         """[n] slots, -1 where a key is absent."""
         return self._table.find(keys)

@@ -19,7 +19,7 @@ import xxhash
 from polder.errors import ConfigError
 from polder.swarm.disk import Disk, DiskConfig
 from polder.swarm.engine import ThreadEngine
-from polder.swarm.health import DiskStatistics
+from polder.swarm.health import DiskStatistics, State
 from polder.swarm.io import IoEngine, OpenFile, open_page_file
 from polder.swarm.keys import Keys, mix
 
@@ -178,6 +178,31 @@ class DiskStore:
     def writable(self) -> BoolArray:
         """[disks]"""
         return np.array([disk.health.state == "ok" for disk in self._disks], dtype=np.bool_)
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """One a disk."""
+        return tuple(disk.health.state for disk in self._disks)
+
+    @property
+    def free(self) -> IntArray:
+        """[disks] pages that can be written before one has to be evicted; 0 where nothing is written."""
+        return np.array([disk.free for disk in self._disks], dtype=np.int64)
+
+    @property
+    def room(self) -> IntArray:
+        """[disks] pages that are there or can be: less than there are slots where some went bad, 0 where a disk is out."""
+        return np.array([disk.room for disk in self._disks], dtype=np.int64)
+
+    @property
+    def evicted(self) -> int:
+        """Pages that made room for others since the store was opened."""
+        return sum(disk.evicted for disk in self._disks)
+
+    @property
+    def speeds(self) -> npt.NDArray[np.float64]:
+        """[disks] pages a second, as measured by the reads so far; 0 where nothing is known."""
+        return np.array([disk.health.pages_per_s for disk in self._disks], dtype=np.float64)
 
     def spread(self, keys: Keys, allowed: BoolArray) -> IntArray:
         """[n] a disk for each key among those [n, disks] that are allowed, -1 where none is: in proportion to the disks' slots.

@@ -16,7 +16,7 @@ from polder.errors import ConfigError
 
 __all__ = ["EmulatedLink", "parse_links"]
 
-_RATE = re.compile(r"(peer|host|weights|window)=([0-9]+(?:\.[0-9]+)?)(k|M|G)B/s")
+_RATE = re.compile(r"(peer|host|disk|weights|window)=([0-9]+(?:\.[0-9]+)?)(k|M|G)B/s")
 _UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
 _LATE_S = 0.005
 _SHORTEST_SLEEP_S = 0.0005  # sleeping less costs more than it emulates: the debt is carried over
@@ -48,6 +48,8 @@ def parse_links(text: str) -> Mapping[str, float]:
     for part in filter(None, (word.strip() for word in text.split(","))):
         match = _RATE.fullmatch(part)
         if match is None or not float(match[2]):
-            raise ConfigError(f"link {part!r}: write peer=3.2GB/s, host=400MB/s, weights=2GB/s or window=2GB/s")
+            raise ConfigError(
+                f"link {part!r}: write peer=3.2GB/s, host=400MB/s, disk=200MB/s (each), weights=2GB/s or window=2GB/s"
+            )
         links[match[1]] = float(match[2]) * _UNITS[match[3]]
     return links

@@ -123,7 +123,8 @@ class HitDensity:
         self._put_in_order(count)
         chosen = self._order[self._unchanged() & ~pinned[self._order]][:count]
         if len(chosen) < count:
-            chosen, _ = self._worst(count, (self._group >= 0) & ~pinned)
+            free = np.flatnonzero(~pinned)
+            chosen, _ = self._worst(count, free[self._group[free] >= 0])
         return chosen
 
     def admits(self, keys: UintArray, depths: IntArray, now: float) -> BoolArray:
@@ -214,12 +215,11 @@ class HitDensity:
     def _put_in_order(self, count: int) -> None:
         if int(np.count_nonzero(self._unchanged())) < count:
             bulk = max(2 * count, self._capacity // _BULK_SHARE)
-            self._order, self._order_worth = self._worst(bulk, self._group >= 0)
+            self._order, self._order_worth = self._worst(bulk, np.flatnonzero(self._group >= 0))
             self._order_use = self._use[self._order]
 
-    def _worst(self, count: int, among: BoolArray) -> tuple[IntArray, FloatArray]:
-        """The slots to go first and their worth: by worth in steps, then the longest unused, then the deepest."""
-        slots = np.flatnonzero(among)
+    def _worst(self, count: int, slots: IntArray) -> tuple[IntArray, FloatArray]:
+        """Of these slots those to go first and their worth: by worth in steps, then the longest unused, then the deepest."""
         groups, ages = self._group[slots], bin_of(self._now - self._last_s[slots])
         ranks = self._rank[groups, ages]
         depths = np.minimum(self._depth[slots], (1 << 16) - 1)

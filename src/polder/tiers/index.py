@@ -55,6 +55,8 @@ class BlockIndex:
     def __init__(self, tiers: Sequence[Slots], policy: EvictionPolicy) -> None:
         """`policy` has a capacity of at least the sum of the tiers'."""
         self._tiers, self._policy = tuple(tiers), policy
+        self._written = self._tiers
+        """Those that `prepare_store` writes to: all but one that is written behind another, see disk_index.py."""
         count, widest = sum(t.capacity for t in tiers), max((t.capacity for t in tiers), default=0)
         self.capacity = count
         self._entry_of: dict[bytes, int] = {}
@@ -139,7 +141,7 @@ class BlockIndex:
         placed = self._place_new(keys, depths, fresh, now)
         rows.extend(placed)
         known = [(i, self._entry_of[keys[i]]) for i in sorted(first.values()) if keys[i] in self._entry_of]
-        for tier, slots in enumerate(self._tiers):
+        for tier, slots in enumerate(self._written):
             lacking = [
                 (i, entry)
                 for i, entry in known
@@ -147,6 +149,7 @@ class BlockIndex:
             ]
             for (i, entry), slot in zip(lacking, slots.take(len(lacking)).tolist(), strict=False):
                 rows.append(self._write(i, entry, tier, slot))
+        rows.extend(self._promote(known))
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
         table = table[np.argsort(table[:, 0], kind="stable")]
         positions, entries, tiers, slots_ = table.T
@@ -235,7 +238,7 @@ class BlockIndex:
         """Entries and slots for new blocks, in the order of the prefix: what does not fit is its end."""
         rows: list[tuple[int, int, int, int]] = []
         todo = list(fresh)
-        for tier, slots in enumerate(self._tiers):
+        for tier, slots in enumerate(self._written):
             taken = slots.take(len(todo)).tolist()
             rows.extend(self._enter(keys[i], i, tier, slot) for i, slot in zip(todo, taken, strict=False))
             todo = todo[len(taken) :]
@@ -252,6 +255,10 @@ class BlockIndex:
             entries = np.array([row[1] for row in rows], dtype=np.int64)
             self._policy.insert(entries, key_numbers([keys[i] for i in at.tolist()]), depths[at], now)
         return rows
+
+    def _promote(self, known: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+        """Rows for (position, entry) of known blocks for which room has to be made: without a disk there are none."""
+        return []
 
     def _make_room(self, count: int, keep: set[int]) -> list[tuple[int, int]]:
         """Frees `count` slots, or fewer: first the faster copies of what is in two tiers, then the worst blocks."""

@@ -45,6 +45,7 @@ class ReuseTimes:
         # Until something is known: the older the worse, as LRU has it.
         self.worth: FloatArray = np.tile(1.0 / (1.0 + _EDGES_S[:-1]), (levels * kinds, 1))
         """Hits to come for each second of a slot, shape (groups, AGE_BINS)."""
+        self._chance = np.zeros(shape)
 
     def used(self, groups: IntArray, ages_s: FloatArray) -> None:
         np.add.at(self._used, (groups, bin_of(ages_s)), 1.0)
@@ -66,9 +67,16 @@ class ReuseTimes:
         seen = np.cumsum((unended + self._used)[:, ::-1], axis=1)[:, ::-1] - 0.5 * unended
         common = self._used.sum(axis=0) / np.maximum(seen.sum(axis=0), 1.0)
         chance = np.clip((self._used + self._prior_spells * common) / (seen + self._prior_spells), 0.0, 1.0)
+        self._chance = chance
         worth = _density(chance)
         by_level = np.maximum.accumulate(worth.reshape(self._levels, self._kinds, AGE_BINS), axis=0)
         self.worth = by_level.reshape(worth.shape)
+
+    def reused_within(self, seconds: float) -> FloatArray:
+        """[groups] the share of blocks that are used again within so long after a use, as of the last `estimate`."""
+        bins = int(bin_of(np.array([seconds]))[0]) + 1
+        share: FloatArray = 1.0 - np.prod(1.0 - self._chance[:, :bins], axis=1)
+        return share
 
 
 def _density(chance: FloatArray) -> FloatArray:

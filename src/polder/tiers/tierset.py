@@ -3,7 +3,8 @@
 find / plan_load   a request asks: which of its blocks are in tiers, and how many of them are worth loading (planner/gate.py)
 prepare_load       pins them, and makes the job that the workers carry out
 prepare_store      chooses places for blocks that the engine has computed or loaded, and makes the job
-complete           all ranks have reported: what failed is forgotten
+plan_spills        in every step: the next job from the host tier to the disk, if there is a disk (spill.py)
+report             all ranks have reported: what failed is forgotten
 drop_all           the weights changed: nothing here is valid any more
 """
 
@@ -18,9 +19,12 @@ import numpy as np
 from polder.planner.gate import Cut, best_cut
 from polder.planner.rates import LinkRate, PrefillRate
 from polder.tiers.admission import ReuseGate
+from polder.tiers.disk_index import DiskIndex
+from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import EvictionPolicy
 from polder.tiers.index import ABSENT, BlockIndex, Places, key_numbers
 from polder.tiers.slots import IntArray, Slots
+from polder.tiers.spill import SpillConfig, Spills, load_pages
 from polder.tiers.statistics import TierStatistics
 from polder.tiers.transfer import Direction, Finished, Job, Part
 
@@ -56,16 +60,26 @@ class TierSet:
         ranks: int,
         block_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        spilling: SpillConfig | None = None,
     ) -> None:
-        """`tiers` from the fastest to the slowest; `ranks`: workers that report each job."""
+        """`tiers` from the fastest to the slowest; `ranks`: workers that report each job. The last tier may be a DiskSlots, written
+        from the one before it as `spilling` says.
+
+        Raises ConfigError for a disk that is not the last tier, or without a host tier before it.
+        """
         self._tiers, self._ranks, self._block_tokens, self._clock = tuple(tiers), ranks, block_tokens, clock
-        self.index = BlockIndex(self._tiers, policy)
+        disks = [tier for tier in self._tiers if isinstance(tier, DiskSlots)]
+        self.index = DiskIndex(self._tiers, policy) if disks else BlockIndex(self._tiers, policy)
         self.reuse = ReuseGate(remembered=max(1024, 2 * self.index.capacity))
         self.prefill = PrefillRate()
         self.links: dict[tuple[int, Direction], LinkRate] = {
             (tier, direction): LinkRate() for tier in range(len(tiers)) for direction in ("load", "store")
         }
         self.statistics = TierStatistics([tier.name for tier in tiers])
+        self.spills: Spills | None = None
+        if isinstance(self.index, DiskIndex):
+            link, config = self.links[len(tiers) - 1, "store"], spilling or SpillConfig()
+            self.spills = Spills(self.index, disks[0], config, self.statistics, link, ranks=ranks)
         self._open: dict[int, _Open] = {}
         self._queued = np.zeros(len(tiers))  # bytes of loads under way
         self._next = 1
@@ -77,6 +91,8 @@ class TierSet:
     def find(self, keys: Sequence[bytes]) -> IntArray:
         """As BlockIndex.find: the tier of each block, PENDING or ABSENT."""
         self.statistics.lost_blocks += self.index.refresh()
+        if isinstance(self.index, DiskIndex):
+            self.index.adopt(keys, self._clock())
         return self.index.find(keys)
 
     def asked(self, keys: Sequence[bytes], *, tokens: int) -> None:
@@ -85,7 +101,10 @@ class TierSet:
         `tokens`: what the request lacks. A token counts once, however many groups have blocks for it.
         """
         self.reuse.asked(keys)
-        self.index.touch(keys, self._clock())
+        now = self._clock()
+        self.index.touch(keys, now)
+        if self.spills is not None:
+            self.spills.asked(keys, now)
         self.statistics.asked_tokens += tokens
 
     def plan_load(self, tiers: IntArray) -> Cut:
@@ -151,6 +170,8 @@ class TierSet:
     def prepare_store(self, keys: Sequence[bytes], depths: IntArray) -> tuple[IntArray, Job] | None:
         """Which keys are to be written (rising positions), and the job, whose blocks are those keys. None: nothing is."""
         self.reuse.computed(keys)
+        if self.spills is not None:
+            self.spills.computed(keys, self._clock())
         if self._held or not self.reuse.open:
             self.statistics.unwritten_blocks += len(keys)
             return None
@@ -159,6 +180,15 @@ class TierSet:
             return None
         positions, blocks = np.unique(places.positions, return_inverse=True)
         return positions, self._job("store", places, blocks=blocks)
+
+    def plan_spills(self) -> Job | None:
+        """The next job that moves blocks from the host tier to the disk; it touches no block of the engine. To be called in every
+        step until it says None. Every rank reports it as any other job."""
+        if self.spills is None or self._held:
+            return None
+        job = self.spills.plan(self._next, self._clock())
+        self._next += job is not None
+        return job
 
     def _job(self, direction: Direction, places: Places, *, tokens: int = 0, blocks: IntArray | None = None) -> Job:
         number, self._next = self._next, self._next + 1
@@ -177,6 +207,9 @@ class TierSet:
                     slots=places.slots[rows],
                     seeds=seeds[rows],
                     recipe=recipe,
+                    pages=load_pages([places.keys[row] for row in rows.tolist()])
+                    if self.spills is not None and tier == self.spills.tier
+                    else None,
                 )
                 parts.append(part)
         return Job(number=number, direction=direction, parts=tuple(parts))
@@ -186,9 +219,13 @@ class TierSet:
     def report(self, finished: Finished) -> bool:
         """One rank has ended a job. Returns whether it was a load that failed on this rank; the job is closed by the last rank."""
         job = self._open.get(finished.number)
-        if job is None:
-            return False  # from before everything was dropped
         now = self._clock()
+        if self.spills is not None and (job is not None or self.spills.owns(finished.number)):
+            self.spills.notice(finished)
+            if job is None:
+                self.spills.report(finished, now)
+        if job is None:
+            return False  # a spill, or from before everything was dropped
         for tier, (size, seconds) in finished.moved.items():
             self.links[tier, job.direction].observe(size, seconds, now)
             self.statistics.moved(tier, job.direction, size, seconds)
@@ -205,10 +242,14 @@ class TierSet:
         failed = sorted(job.failed or ())
         if job.direction == "store":
             self.index.complete_store(job.places, failed)
+            if self.spills is not None:
+                self.spills.moved(job.places)
             self.statistics.stored(job.places.tiers, self._tiers[0].slot_bytes)
             return
         np.subtract.at(self._queued, job.places.tiers, float(self._tiers[0].slot_bytes))
         self.index.complete_load(job.places, failed)
+        if self.spills is not None:
+            self.spills.moved(job.places)
         elapsed = now - job.began
         self.statistics.load_wait_seconds += elapsed
         if failed:
@@ -221,10 +262,13 @@ class TierSet:
             self.statistics.late_tokens += job.tokens
 
     def drop_all(self) -> None:
-        """Forgets everything, jobs under way included."""
+        """Forgets everything, jobs under way included. A disk is emptied by the next `plan_spills`, and nothing is written to it
+        any more in this run: its namespace may not name the weights any longer (`spills.resume` says that it does)."""
         self._open.clear()
         self._queued[:] = 0
         self.index.drop_all()
+        if self.spills is not None:
+            self.spills.drop_all(self._clock())
 
     def figures(self) -> dict[str, float]:
         """All counters and gauges, by the names in statistics.py."""
@@ -237,7 +281,8 @@ class TierSet:
             gauges[f"tier_{slots.name}_load_bytes_per_second"] = rate or 0.0
         gauges["tier_prefill_seconds_per_token"] = self.prefill.seconds_per_token or 0.0
         gauges["tier_writing_pays"] = float(self.reuse.open)
-        return self.statistics.figures(self._tiers[0].slot_bytes) | gauges
+        of_disk = self.spills.figures(self._clock()) if self.spills is not None else {}
+        return self.statistics.figures(self._tiers[0].slot_bytes) | gauges | of_disk
 
     def check_integrity(self) -> None:
         self.index.check_integrity()

@@ -11,10 +11,14 @@ failed, with the reason.
 The checksum (xxh3, 64 bits, seeded with the block's key and the namespace) is taken at the engine's side both times, so it
 covers the whole way: a torn copy, a slot that another block was written to, memory that its owner reused, a flipped bit. A
 doubt is a miss (law 5).
+
+The disk tier carries out whole parts at once, so that all its disks work together, and it has jobs of its own that touch no block
+of the engine: see BatchMemory, and spill.py for who makes them.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -26,14 +30,21 @@ import numpy as np
 import numpy.typing as npt
 
 from polder.memory.cores import leave_bound_core
+from polder.tiers.pages import Pages
 from polder.tiers.slots import IntArray, Recipe
 
-__all__ = ["Direction", "Finished", "Job", "Mover", "Part", "Piece", "Pieces", "Reason", "TierMemory", "TierWorker"]
+__all__ = [
+    *("BatchMemory", "Carried", "Direction", "Finished", "HostRows", "Job", "Mover", "News", "Part", "Piece", "Pieces"),
+    *("Reason", "TierMemory", "TierWorker"),
+]
+
+logger = logging.getLogger("polder.tiers")
 
 Piece = tuple[int, int]
 """(address, bytes)"""
 Pieces = Sequence[Piece]
-Direction = Literal["load", "store"]
+Direction = Literal["load", "store", "spill", "tend", "drop"]
+"""The last three are the disk tier's: from host to disk, second copies, forget everything."""
 Reason = Literal["lost", "corrupt", "error"]
 
 
@@ -50,6 +61,8 @@ class Part:
     """For each row the slot, in the tier's numbers."""
     seeds: npt.NDArray[np.uint64]
     recipe: Recipe
+    pages: Pages | None = None
+    """What a disk has to know beside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +70,8 @@ class Job:
     number: int
     direction: Direction
     parts: tuple[Part, ...]
+    copies: int = 0
+    """Of "tend": pages that may be written."""
 
 
 @dataclass(kw_only=True)
@@ -68,6 +83,12 @@ class Finished:
     """Rows that did not succeed."""
     moved: dict[int, tuple[int, float]] = field(default_factory=dict)
     """Tier -> (bytes, seconds that its lane was busy with them)."""
+    lost: dict[int, IntArray] = field(default_factory=dict)
+    """Tier -> slots whose blocks are gone although nobody forgot them."""
+    room: dict[int, int] = field(default_factory=dict)
+    """Tier -> slots that there is room for now."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Gauges of this rank."""
 
 
 class TierMemory(Protocol):
@@ -95,6 +116,63 @@ class Mover(Protocol):
 
     def checksum(self, pieces: Pieces, seed: int) -> int: ...
 
+    def checksum_in_host(self, pieces: Pieces, seed: int) -> int:
+        """The same sum, of a copy of these pieces that lies in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRows:
+    """What a worker knows about n blocks in its host tier."""
+
+    seeds: Sequence[int]
+    sums: Sequence[int]
+    """Of the engine's bytes when they were stored."""
+    sizes: Sequence[tuple[int, ...]]
+    """Bytes of each block's pieces, one behind the other in the slot. Empty where nothing was stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """What became of a part."""
+
+    failed: dict[int, Reason]
+    """By position in the part."""
+    size_bytes: int
+    """That went over the link and are of use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """How a tier fares; see the fields of Finished."""
+
+    lost: IntArray
+    room: int
+    figures: Mapping[str, float]
+
+
+class BatchMemory(Protocol):
+    """A tier that carries out whole parts. Loads come from one thread, the others from another one, at the same time."""
+
+    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> Carried:
+        """Row i of the part goes into `blocks[i]`."""
+
+    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> Carried:
+        """Copies slots of the host tier."""
+
+    def tend(self, copies: int) -> Carried:
+        """Writes up to so many second copies."""
+
+    def drop(self) -> Carried:
+        """Forgets everything."""
+
+    def news(self) -> News:
+        """Asked after each part."""
+
+    def stop(self) -> None:
+        """From now on every part fails at once."""
+
+    def close(self) -> None: ...
+
 
 class _Work:
     """A job under way: what is left of it, and what its parts reported."""
@@ -115,10 +193,18 @@ class TierWorker:
         *,
         seed: int,
         capacities: Mapping[int, int],
+        batches: Mapping[int, BatchMemory] | None = None,
+        host: int | None = None,
     ) -> None:
-        """One memory a lane. `seed`: the namespace's digest; `capacities`: the slots of each tier."""
+        """One memory a lane. `seed`: the namespace's digest; `capacities`: the slots of each tier; `batches`: tiers that carry out
+        whole parts; `host`: the tier that those are written from."""
         self._memories, self._mover, self._seed = memories, mover, np.uint64(seed & (2**64 - 1))
         self._sums = {tier: np.zeros(count, dtype=np.uint64) for tier, count in capacities.items()}
+        self._batches, self._host = dict(batches or {}), host
+        self._sizes: list[tuple[int, ...]] = [()]  # of a block's pieces; there are as many as KV cache groups
+        self._sizes_of = np.zeros(
+            capacities[host] if host is not None else 0, dtype=np.int16
+        )  # [host slots], a row of it
         self._lanes: dict[tuple[int, Direction], queue.SimpleQueue[tuple[_Work, Part] | None]] = {}
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
@@ -135,7 +221,8 @@ class TierWorker:
                 return
             self._open.add(job.number)
         for part in job.parts:
-            self._lane(part.tier, job.direction).put((work, part))
+            lane = job.direction if job.direction in ("load", "store") else "spill"
+            self._lane(part.tier, lane).put((work, part))
 
     def poll(self) -> list[Finished]:
         """Jobs that ended since the last call."""
@@ -154,13 +241,17 @@ class TierWorker:
             self._changed.wait_for(lambda: not self._open)
 
     def close(self) -> None:
-        """Ends the threads, after what is queued, and the memories."""
+        """Ends the threads, after what is queued, and the memories. What is queued for a disk fails."""
+        for batch in self._batches.values():
+            batch.stop()
         for lane in self._lanes.values():
             lane.put(None)
         for thread in self._threads:
             thread.join()
         for memory in self._memories.values():
             memory.close()
+        for batch in self._batches.values():
+            batch.close()
         self._lanes, self._threads = {}, []
 
     # ------------------------------------------------------------------ inside
@@ -182,16 +273,24 @@ class TierWorker:
             started = time.perf_counter()
             failed: dict[int, Reason] = {}
             size = 0
-            for at, row in enumerate(part.rows.tolist()):
-                reason, moved = self._row(work, part, at)
-                size += moved
-                if reason is not None:
-                    failed[row] = reason
-            self._memories[part.tier, work.job.direction].finish(size, started)
+            news: News | None = None
+            if part.tier in self._batches:
+                carried, news = self._batch(work, part)
+                size, failed = carried.size_bytes, {int(part.rows[at]): why for at, why in carried.failed.items()}
+            else:
+                for at, row in enumerate(part.rows.tolist()):
+                    reason, moved = self._row(work, part, at)
+                    size += moved
+                    if reason is not None:
+                        failed[row] = reason
+                self._memories[part.tier, work.job.direction].finish(size, started)
             seconds = time.perf_counter() - started
             with self._changed:
                 finished = work.finished
                 finished.failed |= failed
+                if news is not None:
+                    finished.lost[part.tier], finished.room[part.tier] = news.lost, news.room
+                    finished.figures |= news.figures
                 before = finished.moved.get(part.tier, (0, 0.0))
                 finished.moved[part.tier] = before[0] + size, before[1] + seconds
                 work.left -= 1
@@ -199,6 +298,40 @@ class TierWorker:
                     self._open.discard(finished.number)
                     self._done.append(finished)
                     self._changed.notify_all()
+
+    def _batch(self, work: _Work, part: Part) -> tuple[Carried, News | None]:
+        memory, direction = self._batches[part.tier], work.job.direction
+        try:
+            if direction == "load":
+                carried = memory.load_part(part, [work.blocks[at] for at in part.blocks.tolist()], self._mover)
+            elif direction == "spill":
+                carried = memory.spill_part(part, self._host_rows(part), self._mover)
+            else:
+                carried = memory.tend(work.job.copies) if direction == "tend" else memory.drop()
+        except Exception:  # as for a row
+            logger.exception("tier %d: a part failed; its blocks are misses", part.tier)
+            carried = Carried(failed=dict.fromkeys(range(len(part.rows)), "error"), size_bytes=0)
+        try:
+            return carried, memory.news()
+        except Exception:
+            logger.exception("tier %d: how it fares is not known", part.tier)
+            return carried, None
+
+    def _host_rows(self, part: Part) -> HostRows:
+        assert part.pages is not None
+        assert self._host is not None
+        slots = part.pages.sources
+        return HostRows(
+            seeds=(part.seeds ^ self._seed).tolist(),
+            sums=self._sums[self._host][slots].tolist(),
+            sizes=[self._sizes[row] for row in self._sizes_of[slots].tolist()],
+        )
+
+    def _note_sizes(self, slot: int, block: Pieces) -> None:
+        sizes = tuple([size for _, size in block])
+        if sizes not in self._sizes:
+            self._sizes.append(sizes)
+        self._sizes_of[slot] = self._sizes.index(sizes)
 
     def _row(self, work: _Work, part: Part, at: int) -> tuple[Reason | None, int]:
         """One block. Returns why it failed, and the bytes that went over the link."""
@@ -211,6 +344,8 @@ class TierWorker:
                 if not memory.store(part.recipe, at, block, self._mover):
                     return "lost", 0
                 self._sums[part.tier][slot] = self._mover.checksum(block, seed)
+                if part.tier == self._host:
+                    self._note_sizes(slot, block)
                 return None, size
             if not memory.load(part.recipe, at, block, self._mover):
                 return "lost", size

@@ -115,6 +115,11 @@ def negotiate(
     if weights is not None:
         hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages)
     channel, welcome = _say_hello(socket, hello)
+
+    def rpc(function: Any, *arguments: Any) -> list[Any]:
+        found: list[Any] = core.model_executor.collective_rpc(function, args=arguments)
+        return found
+
     plan = worker.WorkerPlan(
         broker=socket,
         engine=hello.engine,
@@ -123,7 +128,7 @@ def negotiate(
         units=tuple(range(len(welcome.pages[0]) // hello.pages_per_unit)),
         pages=tuple(tuple(pages) for pages in welcome.pages),
         unit_blocks=blocks_of_unit,
-        tiers=agree_on_tiers(vllm_config, settings, configs[0], hello, welcome, socket, geometry),
+        tiers=agree_on_tiers(vllm_config, settings, configs[0], hello, welcome, socket, geometry, rpc),
         window=None if window is None else window.plan(welcome.host, settings),
     )
     core.model_executor.collective_rpc(worker.prepare, args=(plan,))

@@ -10,8 +10,11 @@
 | POLDER_KV_SHARE     | kv_share          | its own on demand; more than that is on loan (default: an equal part)              |
 | POLDER_KV_CEILING   | kv_ceiling        | never more than this (default: the device's whole budget)                          |
 
-| POLDER_TIERS        | tiers             | where blocks go that the cache has no room for: "peer", "host" or "peer,host"      |
+| POLDER_TIERS        | tiers             | where blocks go that the cache has no room for: some of "peer,host,disk"           |
 | POLDER_HOST         | host              | this engine's quota of host memory, all ranks together (needs the tier "host")     |
+| POLDER_DISKS        | disks             | "PATH:SIZE,PATH:SIZE": directories, each on its own disk (needs the tier "disk")   |
+| POLDER_DISK_WRITES  | disk_writes       | most bytes written to them in a day: "500GiB" (default: no bound)                  |
+| POLDER_DISK_IO      | disk_io           | "threads" (default), or "aio": the kernel's, half the CPU time where it is allowed |
 | POLDER_LEND         | lend              | most KV memory lent to other engines at a time, all ranks together (default: none) |
 | POLDER_WEIGHTS      | weights           | "elastic": the broker's budget is for weights too; they leave while nobody asks    |
 | POLDER_WINDOW       | window            | host memory for contexts longer than fit the device: most layers of them stay there |
@@ -40,7 +43,7 @@ from polder.testing.faulty_tier import parse_faults
 from polder.testing.links import parse_links
 from polder.units import parse_bytes, parse_goal
 
-__all__ = ["ENVIRONMENT", "TIERS", "EngineSettings", "read_settings"]
+__all__ = ["ENVIRONMENT", "TIERS", "EngineSettings", "parse_disks", "read_settings"]
 
 ENVIRONMENT = {
     "broker": "POLDER_BROKER",
@@ -52,6 +55,9 @@ ENVIRONMENT = {
     "kv_ceiling": "POLDER_KV_CEILING",
     "tiers": "POLDER_TIERS",
     "host": "POLDER_HOST",
+    "disks": "POLDER_DISKS",
+    "disk_writes": "POLDER_DISK_WRITES",
+    "disk_io": "POLDER_DISK_IO",
     "lend": "POLDER_LEND",
     "weights": "POLDER_WEIGHTS",
     "window": "POLDER_WINDOW",
@@ -61,7 +67,7 @@ ENVIRONMENT = {
     "faults": "POLDER_FAULTS",
 }
 
-TIERS = ("peer", "host")
+TIERS = ("peer", "host", "disk")
 """From the fastest to the slowest."""
 
 
@@ -78,6 +84,11 @@ class EngineSettings:
     tiers: tuple[str, ...] = ()
     """Some of TIERS, in their order."""
     host_bytes: int = 0
+    disks: tuple[tuple[str, int], ...] = ()
+    """Directory and limit in bytes of each, all ranks together."""
+    disk_writes_bytes: int | None = None
+    """A day, all disks together."""
+    disk_io: Literal["threads", "aio"] = "threads"
     lend_bytes: int = 0
     weights: Literal["resident", "elastic"] = "resident"
     window_bytes: int = 0
@@ -127,8 +138,11 @@ def read_settings(
         kv_floor_bytes=size("kv_floor"),
         kv_share_bytes=size("kv_share"),
         kv_ceiling_bytes=size("kv_ceiling"),
-        tiers=_tiers(str(values.get("tiers", "")), size("host") or 0),
+        tiers=_tiers(str(values.get("tiers", "")), size("host") or 0, str(values.get("disks", ""))),
         host_bytes=size("host") or 0,
+        disks=parse_disks(str(values.get("disks", "")), what="POLDER_DISKS"),
+        disk_writes_bytes=size("disk_writes"),
+        disk_io=_disk_io(str(values.get("disk_io", "threads"))),
         lend_bytes=size("lend") or 0,
         weights=_weights(str(values.get("weights", "resident"))),
         window_bytes=size("window") or 0,
@@ -139,12 +153,39 @@ def read_settings(
     )
 
 
-def _tiers(text: str, host_bytes: int) -> tuple[str, ...]:
+def parse_disks(text: str, *, what: str) -> tuple[tuple[str, int], ...]:
+    """ "/mnt/a:100GiB,/mnt/b:50GiB" -> (("/mnt/a", 107374182400), ...). Raises ConfigError."""
+    disks = []
+    for part in filter(None, (word.strip() for word in text.split(","))):
+        path, colon, size = part.rpartition(":")
+        if not colon or not Path(path).is_absolute():
+            raise ConfigError(
+                f"{what}: cannot read {part!r}; write an absolute path and a size, e.g. /mnt/nvme0:100GiB"
+            )
+        disks.append((path, parse_bytes(size, what=f"{what}: {path}")))
+    return tuple(disks)
+
+
+def _disk_io(text: str) -> Literal["threads", "aio"]:
+    if text == "aio":
+        return "aio"
+    if text != "threads":
+        raise ConfigError(f'POLDER_DISK_IO={text!r}: write "threads" (the default) or "aio"')
+    return "threads"
+
+
+def _tiers(text: str, host_bytes: int, disks: str) -> tuple[str, ...]:
     named = {part.strip() for part in text.split(",") if part.strip()}
     if named - set(TIERS):
         raise ConfigError(f"POLDER_TIERS={text!r}: known are {', '.join(TIERS)}")
     if ("host" in named) != bool(host_bytes):
         raise ConfigError('the tier "host" and POLDER_HOST (its size) belong together: give both or neither')
+    if ("disk" in named) != bool(disks):
+        raise ConfigError('the tier "disk" and POLDER_DISKS (its directories) belong together: give both or neither')
+    if "disk" in named and "host" not in named:
+        raise ConfigError(
+            'the tier "disk" is written from the tier "host": add "host" to POLDER_TIERS, and POLDER_HOST'
+        )
     return tuple(tier for tier in TIERS if tier in named)
 
 

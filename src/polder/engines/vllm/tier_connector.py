@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
@@ -29,7 +32,7 @@ from polder.engines.vllm.tier_manager import TierManager
 from polder.engines.vllm.tier_worker import PolderWorker
 from polder.engines.vllm.tiers import SPEC
 from polder.tiers.index import PENDING
-from polder.tiers.transfer import Finished
+from polder.tiers.transfer import Finished, Job
 
 __all__ = ["PolderConnector", "complete_config"]
 
@@ -49,6 +52,13 @@ class TierWorkerMetadata(OffloadingWorkerMetadata):  # type: ignore[misc]
         )
 
 
+@dataclass
+class TierMetadata(OffloadingConnectorMetadata):  # type: ignore[misc]
+    """What the scheduler sends down, with the disk's own jobs."""
+
+    own_jobs: list[Job] = field(default_factory=list)
+
+
 class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
     """The stock scheduler half with look-ups in one batch."""
 
@@ -61,9 +71,10 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
             self._current_batch_jobs_to_flush.update(self._req_status[name].transfer_jobs - loads)
         scheduler_output.preempted_req_ids = preempted - again
         try:
-            return super().build_connector_meta(scheduler_output)
+            meta = super().build_connector_meta(scheduler_output)
         finally:
             scheduler_output.preempted_req_ids = preempted
+        return TierMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, self.manager.plan_spills())
 
     def _loads_of(self, request_id: str) -> set[int]:
         status = self._req_status.get(request_id)
@@ -164,6 +175,12 @@ class PolderConnector(OffloadingConnector):  # type: ignore[misc]
         self._refused.discard(request_id)
 
     # ------------------------------------------------------------------ worker's half
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        super().start_load_kv(forward_context, **kwargs)
+        assert self.connector_worker is not None
+        worker: PolderWorker = self.connector_worker.worker
+        worker.submit_own(self._connector_metadata.own_jobs)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         assert self.connector_worker is not None

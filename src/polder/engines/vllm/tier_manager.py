@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from polder.broker.client import fetch_table
 from polder.broker.wire import FetchTable, Neighbours
 from polder.engines.vllm import worker
 from polder.engines.vllm.settings import TIERS
+from polder.engines.vllm.tier_disk import agree_on_slots
 from polder.engines.vllm.tier_worker import TierJob, TierPlan, open_worker
 from polder.errors import ConfigError, PolderError
 from polder.tiers.borrowing import PeerSlots
@@ -41,16 +42,21 @@ from polder.tiers.density import HitDensity
 from polder.tiers.index import PENDING
 from polder.tiers.lending import open_table
 from polder.tiers.slots import HostSlots, Slots
+from polder.tiers.spill import FIGURES, SpillConfig
 from polder.tiers.statistics import TierStatistics
 from polder.tiers.tierset import TierSet
+from polder.tiers.transfer import Job
 
 __all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager", "agree"]
 
 logger = logging.getLogger("polder.engine")
 
 STATISTICS_EVERY_S = 0.25
+GHOSTS_PER_SLOT = 4.0
+MANY_SLOTS = 1 << 18
+"""With a disk of a million pages, four ghosts a slot would take 200 MB."""
 
-_SOURCES = {"peer": CacheHitSource.P2P, "host": CacheHitSource.HOST}
+_SOURCES = {"peer": CacheHitSource.P2P, "host": CacheHitSource.HOST, "disk": CacheHitSource.DISK}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,9 @@ class TierAgreement:
     broker: Path
     ranks: int
     block_tokens: int
+    rpc: Callable[..., list[Any]]
+    """Calls a function in all workers."""
+    disk_writes_bytes: int | None = None
 
 
 _agreed: TierAgreement | None = None
@@ -92,10 +101,21 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
                     capacity=capacity,
                 )
                 slots.append(self.peers)
+            elif name == "disk":
+                assert plan.disk is not None
+                slots.append(agree_on_slots(agreement.rpc, plan.disk))
             else:
                 slots.append(HostSlots(name=name, size_bytes=capacity * slot_bytes, slot_bytes=slot_bytes))
-        policy = HitDensity(sum(plan.capacities))
-        self.tiers = TierSet(slots, policy, ranks=agreement.ranks, block_tokens=agreement.block_tokens)
+        capacity = sum(tier.capacity for tier in slots)
+        policy = HitDensity(capacity, ghosts_per_slot=GHOSTS_PER_SLOT if capacity < MANY_SLOTS else 1.0)
+        self.tiers = TierSet(
+            slots,
+            policy,
+            ranks=agreement.ranks,
+            block_tokens=agreement.block_tokens,
+            spilling=SpillConfig(written_bytes_per_day=agreement.disk_writes_bytes),
+        )
+        self._more_to_spill = False
         self._lender_pids: dict[str, int] = {}
         self._sent: dict[str, float] = {}
         self._sent_at = float("-inf")
@@ -132,6 +152,18 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         return PrepareStoreOutput(
             keys_to_store=[ordered[i] for i in positions.tolist()], store_spec=TierJob(job), evicted_keys=[]
         )
+
+    def plan_spills(self) -> list[Job]:
+        """In every step: jobs that vLLM does not know, for the workers to carry out behind its back."""
+        jobs = []
+        while (job := self.tiers.plan_spills()) is not None:
+            jobs.append(job)
+        self._more_to_spill = bool(jobs) or (self.tiers.spills is not None and self.tiers.spills.busy)
+        return jobs
+
+    def has_pending_work(self) -> bool:
+        # vLLM makes empty steps meanwhile: what the last request left reaches the disk although no other one comes.
+        return self._more_to_spill
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         # All blocks of the request, those that were found included: a block that came from a slow tier may now move to a fast one.
@@ -215,7 +247,7 @@ class PolderOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
         definitions: dict[str, OffloadingMetricMetadata] = {}
         names = list(TierStatistics(TIERS).figures(0))
         names += [f"tier_{tier}_{gauge}" for tier in TIERS for gauge in _TIER_GAUGES]
-        for name in [*names, *_GAUGES]:
+        for name in [*names, *_GAUGES, *FIGURES]:
             metric, labels = _metric_of(name)
             kind = OffloadingCounterMetadata if name.endswith("_total") else OffloadingGaugeMetadata
             definitions[metric] = kind(documentation=_document(metric), labelnames=("tier",) if labels else ())

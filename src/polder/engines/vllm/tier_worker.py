@@ -17,16 +17,19 @@ from polder.broker.client import fetch_table
 from polder.broker.wire import FetchTable
 from polder.engines.vllm import window_worker
 from polder.engines.vllm.host_region import HostRegion, adopt_pages
+from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks
 from polder.engines.vllm.worker import WorkerMemory
 from polder.memory.pool import ImportedPages
+from polder.swarm.keys import Keys
 from polder.testing.faulty_tier import EmulatedMemory, FaultyMemory, parse_faults
 from polder.testing.links import EmulatedLink, parse_links
 from polder.tiers.borrowing import ChunkGeometry
+from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.lending import open_table
 from polder.tiers.places import CpuMover, CudaMover, HostMemory, Lent, PeerMemory, wait_for_end
-from polder.tiers.transfer import Direction, Finished, Job, Pieces, TierMemory, TierWorker
+from polder.tiers.transfer import BatchMemory, Direction, Finished, Job, Pieces, TierMemory, TierWorker
 
-__all__ = ["PolderWorker", "TierJob", "TierPlan", "open_worker"]
+__all__ = ["PolderWorker", "TierJob", "TierPlan", "current", "open_worker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class TierPlan:
     tiers: tuple[str, ...]
     """Names, from the fastest to the slowest."""
     capacities: tuple[int, ...]
-    """Slots of each."""
+    """Slots of each; the workers' stores say how many the disk has."""
     shard_bytes: int
     """One block on one rank: a slot's bytes there."""
     host_pages: tuple[tuple[int, ...], ...]
@@ -44,6 +47,7 @@ class TierPlan:
     number: int
     """This borrower's: its core's process id."""
     namespace: int
+    disk: DiskPlan | None
     links: str
     faults: str
 
@@ -59,14 +63,36 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
     """Adapts TierWorker to vLLM."""
 
     def __init__(
-        self, tiers: TierWorker, groups: Sequence[Sequence[tuple[int, int, int]]], on_close: Callable[[], None]
+        self,
+        open_tiers: Callable[[int, DiskMemory | None], TierWorker],
+        groups: Sequence[Sequence[tuple[int, int, int]]],
+        on_close: Callable[[], None],
+        *,
+        disks: OpenDisks | None = None,
+        host: tuple[int, int] = (0, 0),
     ) -> None:
-        """`groups`: for each KV cache group (address of block 0, bytes from block to block, bytes of a block) of every layer."""
-        self.tiers, self._groups, self._on_close = tiers, groups, on_close
+        """`open_tiers(slots of the disk, its memory)`: with a disk called by `start`, else at once. `groups`: for each KV cache
+        group (address of block 0, bytes from block to block, bytes of a block) of every layer. `host`: address and slot bytes of
+        its tier."""
+        self._groups, self._on_close, self._open, self._host = groups, on_close, open_tiers, host
+        self.disks = disks
+        self.tiers: TierWorker
+        if disks is None:
+            self.tiers = open_tiers(0, None)
         self._unsent: list[Finished] = []
         self._numbers: dict[int, int] = {}  # job number -> vLLM's job id
         self._reports: list[Finished] = []
         self.failed_loads: set[int] = set()
+
+    def start(self, capacity: int, kept: Keys) -> None:
+        """The scheduler has `capacity` slots for pages on disk, the first of them with the pages `kept`."""
+        assert self.disks is not None
+        self.tiers = self._open(capacity, self.disks.memory(capacity, kept, *self._host))
+
+    def submit_own(self, jobs: Sequence[Job]) -> None:
+        """Jobs of the disk's own, which vLLM does not know."""
+        for job in jobs:
+            self.tiers.submit(job, [])
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         window = window_worker.current()
@@ -85,8 +111,10 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         results = []
         unsent, self._unsent = self._unsent, []
         for finished in [*unsent, *self.tiers.poll()]:
-            job_id = self._numbers.pop(finished.number)
             self._reports.append(finished)
+            job_id = self._numbers.pop(finished.number, None)
+            if job_id is None:
+                continue  # the disk's own
             if finished.failed:
                 self.failed_loads.add(job_id)
             size = sum(moved for moved, _ in finished.moved.values())
@@ -104,6 +132,8 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         self.tiers.close()
+        if self.disks is not None:
+            self.disks.close()
         self._on_close()
 
     def _submit(self, job_id: int, spec: TierJob, blocks: Any) -> bool:
@@ -138,6 +168,8 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
     for tier, name in enumerate(plan.tiers):
         for direction in directions:
             lane: TierMemory
+            if name == "disk":
+                continue  # carries out whole parts
             if name == "host":
                 assert host is not None
                 lane = HostMemory(host.address, plan.shard_bytes)
@@ -149,8 +181,40 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
                 lane = FaultyMemory(lane, faults)
             lanes[tier, direction] = lane
     mover = CpuMover() if memory.device.startswith("cpu") else CudaMover(memory.backend)
-    worker = TierWorker(lanes, mover, seed=plan.namespace + memory.rank, capacities=dict(enumerate(plan.capacities)))
-    return PolderWorker(worker, groups, host.close if host is not None else lambda: None)
+
+    def open_tiers(disk_slots: int, disk: DiskMemory | None) -> TierWorker:
+        capacities = dict(enumerate(plan.capacities))
+        batches: dict[int, BatchMemory] = {}
+        if disk is not None:
+            last = plan.tiers.index("disk")
+            capacities[last], batches[last] = disk_slots, disk
+        return TierWorker(
+            lanes,
+            mover,
+            seed=plan.namespace + memory.rank,
+            capacities=capacities,
+            batches=batches,
+            host=plan.tiers.index("host") if disk is not None else None,
+        )
+
+    global _worker
+    _worker = PolderWorker(
+        open_tiers,
+        groups,
+        host.close if host is not None else lambda: None,
+        disks=OpenDisks(plan.disk, memory.rank) if plan.disk is not None else None,
+        host=(host.address, plan.shard_bytes) if host is not None else (0, 0),
+    )
+    return _worker
+
+
+_worker: PolderWorker | None = None
+
+
+def current() -> PolderWorker:
+    """This process's."""
+    assert _worker is not None
+    return _worker
 
 
 def _peer_memory(memory: WorkerMemory, plan: TierPlan) -> PeerMemory:

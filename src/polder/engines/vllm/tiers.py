@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,15 @@ def agree_on_tiers(
     welcome: Welcome,
     broker: Path,
     geometry: KvGeometry,
+    rpc: Callable[..., list[Any]],
 ) -> Any:
-    """The workers' TierPlan, with the manager's part noted for later; None for an engine without tiers."""
+    """The workers' TierPlan, with the manager's part noted for later; None for an engine without tiers.
+
+    `rpc`: calls a function in all workers.
+    """
     if not settings.tiers:
         return None
+    from polder.engines.vllm.tier_disk import disk_plan
     from polder.engines.vllm.tier_manager import TierAgreement, agree
     from polder.engines.vllm.tier_worker import TierPlan
 
@@ -48,18 +54,29 @@ def agree_on_tiers(
         raise ConfigError(f"POLDER_HOST is too small for one block of {shard_bytes * ranks} bytes: raise it")
     # Lenders come and go later, and what they lend is at most what the devices have.
     lendable = sum(d.total_pages for d in status(broker).devices if d.device != HOST) * page_bytes
-    capacity = {"peer": lendable // (shard_bytes * ranks), "host": host_slots}
+    capacity = {"peer": lendable // (shard_bytes * ranks), "host": host_slots, "disk": 0}
+    namespace = _namespace(vllm_config, kv_cache_config, ranks, hello.devices[0]).digest()
     plan = TierPlan(
         tiers=settings.tiers,
         capacities=tuple(capacity[tier] for tier in settings.tiers),
         shard_bytes=shard_bytes,
         host_pages=tuple(tuple(pages[:host_pages]) for pages in welcome.host),
         number=os.getpid(),
-        namespace=_namespace(vllm_config, kv_cache_config, ranks, hello.devices[0]).digest(),
+        namespace=namespace,
+        disk=disk_plan(settings, shard_bytes=shard_bytes, namespace=namespace, ranks=ranks),
         links=settings.links,
         faults=settings.faults,
     )
-    agree(TierAgreement(plan=plan, engine=hello.engine, broker=broker, ranks=ranks, block_tokens=sizes.pop()))
+    agreement = TierAgreement(
+        plan=plan,
+        engine=hello.engine,
+        broker=broker,
+        ranks=ranks,
+        block_tokens=sizes.pop(),
+        rpc=rpc,
+        disk_writes_bytes=settings.disk_writes_bytes,
+    )
+    agree(agreement)
     return plan
 
 

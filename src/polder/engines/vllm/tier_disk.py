@@ -1,0 +1,153 @@
+"""The disk tier's part of an engine: what core and workers agree on, and the store that each worker opens.
+
+    worker   opens its store and says what it holds (`found`)          before the scheduler exists
+    core     takes what all ranks hold, and tells them (`adopt`)       when vLLM asks for its manager
+    worker   carries out loads and spills from then on
+
+Every rank has a store of its own in each directory, so that a page is one rank's part of one block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polder.engines.vllm.settings import EngineSettings
+from polder.errors import EnvironmentFault
+from polder.swarm.disk import DiskConfig
+from polder.swarm.engine import ThreadEngine
+from polder.swarm.io import ALIGNMENT_BYTES, Arena, IoEngine
+from polder.swarm.keys import Keys
+from polder.swarm.store import DiskStore, StoreConfig
+from polder.testing.disks import DiskFaults, DiskModel, EmulatedDisk, EmulatedEngine
+from polder.testing.faulty_tier import parse_faults
+from polder.testing.links import parse_links
+from polder.tiers.disk_memory import DiskMemory
+from polder.tiers.disk_mirror import common_inventory, disk_capacity, inventory
+from polder.tiers.disk_slots import DiskSlots
+
+__all__ = ["DiskPlan", "OpenDisks", "adopt", "agree_on_slots", "disk_plan", "found"]
+
+logger = logging.getLogger("polder.engine")
+
+LEAST_PAGE_BYTES = 64 << 10
+STAGED_BYTES = 96 << 20
+STAGED_PAGES = (24, 768)
+"""Memory of each rank for pages on their way, beside the host tier: at least, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskPlan:
+    """What the workers must know of their disks; part of TierPlan."""
+
+    disks: tuple[tuple[str, int], ...]
+    """Directory and limit in bytes, for all ranks together."""
+    page_bytes: int
+    namespace: str
+    ranks: int
+    io: str
+    links: str
+    faults: str
+
+
+def disk_plan(settings: EngineSettings, *, shard_bytes: int, namespace: int, ranks: int) -> DiskPlan | None:
+    """None for an engine without the tier."""
+    if not settings.disks:
+        return None
+    return DiskPlan(
+        disks=settings.disks,
+        page_bytes=max(LEAST_PAGE_BYTES, -(-shard_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES),
+        namespace=f"{namespace:016x}, {shard_bytes} bytes a block",
+        ranks=ranks,
+        io=settings.disk_io,
+        links=settings.links,
+        faults=settings.faults,
+    )
+
+
+class OpenDisks:
+    """One rank's store. Raises ConfigError or BudgetError when a directory or a size cannot be meant; a disk that fails is out."""
+
+    def __init__(self, plan: DiskPlan, rank: int) -> None:
+        disks = tuple(
+            DiskConfig(directory=_directory(Path(path), plan.ranks, rank), limit_bytes=limit // plan.ranks)
+            for path, limit in plan.disks
+        )
+        namespace = f"{plan.namespace}, rank {rank} of {plan.ranks}"
+        config = StoreConfig(disks=disks, page_bytes=plan.page_bytes, namespace=namespace)
+        self.store = DiskStore(config, engine=_io_engine(plan))
+        self.capacity = disk_capacity(self.store)
+        self.inventory = inventory(self.store, self.capacity)
+        least, most = STAGED_PAGES
+        self._arena = Arena(min(most, max(least, STAGED_BYTES // plan.page_bytes)), plan.page_bytes)
+
+    def memory(self, capacity: int, kept: Keys, host_address: int, host_slot_bytes: int) -> DiskMemory:
+        return DiskMemory(
+            self.store,
+            self._arena,
+            host_address=host_address,
+            host_slot_bytes=host_slot_bytes,
+            capacity=capacity,
+            inventory=kept,
+        )
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def _directory(path: Path, ranks: int, rank: int) -> Path:
+    """Made for a rank below `path`; `path` itself must be there, for only its owner knows which disk it lies on."""
+    if ranks == 1:
+        return path
+    if path.is_dir():
+        (path / f"rank{rank}").mkdir(exist_ok=True)
+    return path / f"rank{rank}"
+
+
+def _io_engine(plan: DiskPlan) -> IoEngine:
+    engine: IoEngine = ThreadEngine()
+    if plan.io == "aio":
+        from polder.swarm.aio import AioEngine
+
+        try:
+            engine = AioEngine(ThreadEngine())
+        except EnvironmentFault as error:
+            logger.warning("%s", error)
+    rate, faults = parse_links(plan.links).get("disk"), parse_faults(plan.faults)
+    if rate is None and not faults.fail:
+        return engine
+    model = DiskModel(bandwidth_bytes_per_s=rate or float("inf"), latency_s=80e-6 if rate else 0.0)
+    disks = [EmulatedDisk(model, DiskFaults(fail=faults.fail, seed=faults.seed + n)) for n in range(len(plan.disks))]
+    return EmulatedEngine(engine, disks)
+
+
+# ---------------------------------------------------------------- called by the core, in every worker
+
+
+def found(worker_: Any) -> tuple[int, Keys]:
+    """(slots, keys of the pages that can be read) of this rank."""
+    from polder.engines.vllm.tier_worker import current
+
+    disks = current().disks
+    assert disks is not None
+    return disks.capacity, disks.inventory
+
+
+def adopt(worker_: Any, capacity: int, kept: Keys) -> None:
+    """From now on jobs of this rank may name the disk."""
+    from polder.engines.vllm.tier_worker import current
+
+    current().start(capacity, kept)
+
+
+def agree_on_slots(rpc: Callable[..., list[Any]], plan: DiskPlan) -> DiskSlots:
+    """The core's side: what every rank has room for, with what every rank has kept."""
+    ranks = rpc(found)
+    capacity = min(slots for slots, _ in ranks)
+    kept = common_inventory([keys for _, keys in ranks])[:capacity]
+    rpc(adopt, capacity, kept)
+    logger.info("disk tier: %d blocks, %d of them kept from a former run", capacity, len(kept))
+    return DiskSlots(name="disk", capacity=capacity, slot_bytes=plan.page_bytes * plan.ranks, inventory=kept)

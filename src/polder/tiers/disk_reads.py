@@ -1,0 +1,159 @@
+"""Reads pages for a load: from all disks at once, a chunk ahead of the copies."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from polder.memory.cores import leave_bound_core
+from polder.swarm.keys import Keys
+from polder.swarm.schedule import MAX_DISKS, exact, greedy
+from polder.swarm.store import DiskStore, Places
+from polder.tiers.ghosts import FloatArray
+from polder.tiers.slots import IntArray
+from polder.tiers.transfer import Reason
+
+__all__ = ["Chunk", "PageReader"]
+
+_LEAST_CHUNK = 64
+"""Pages: so many keep some disks busy, so a part of several times as many is cut even if the arena would hold it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    rows: IntArray
+    """[n] whose pages have arrived."""
+    addresses: IntArray
+    """[n] where they are, until the next chunk but one is asked for."""
+    failed: dict[int, Reason]
+    """Other rows."""
+
+
+class PageReader:
+    """For one thread."""
+
+    def __init__(self, store: DiskStore, halves: tuple[IntArray, IntArray]) -> None:
+        """`halves`: addresses of pages of memory, at least one each."""
+        self._store, self._halves = store, halves
+        self._stopped = False
+        self._corrupt = self._corrupt_pages()
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def speeds(self) -> FloatArray:
+        """[disks] in proportion: as measured; a disk that was not read yet is as fast as the others are on average."""
+        speeds = self._store.speeds
+        known = speeds > 0
+        speeds[~known] = speeds[known].mean() if known.any() else 1.0
+        return speeds
+
+    def read(self, keys: Keys) -> Iterator[Chunk]:
+        """[n, 2] keys -> chunks that together have every row once. Ends early after `stop`."""
+        count = len(keys)
+        width = min(len(self._halves[0]), max(_LEAST_CHUNK, -(-count // 4)))
+        shunned = np.zeros(len(self._store.states), dtype=np.bool_)
+        if count <= width:
+            if count:
+                yield from self._chunks(keys, 0, width, shunned)
+            return
+        ready: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+        free = threading.Semaphore(2)
+        over = threading.Event()
+
+        def read_ahead() -> None:
+            leave_bound_core()
+            try:
+                at = number = 0
+                while at < count:
+                    free.acquire()
+                    if over.is_set() or self._stopped:
+                        break
+                    chunk = self._some(keys, at, width, number % 2, shunned)
+                    at += len(chunk.rows) + len(chunk.failed)
+                    number += 1
+                    ready.put(chunk)
+            finally:
+                ready.put(None)
+
+        # A daemon, as all threads that disks may keep.
+        thread = threading.Thread(target=read_ahead, name="polder-disk-ahead", daemon=True)
+        thread.start()
+        left = count
+        try:
+            while (chunk := ready.get()) is not None:
+                left -= len(chunk.rows) + len(chunk.failed)
+                yield chunk
+                free.release()
+        finally:
+            over.set()
+            free.release()
+            thread.join()
+        if left:  # the thread failed, or was stopped
+            none = np.empty(0, dtype=np.int64)
+            yield Chunk(rows=none, addresses=none, failed=dict.fromkeys(range(count - left, count), "error"))
+
+    def _chunks(self, keys: Keys, at: int, width: int, shunned: npt.NDArray[np.bool_]) -> Iterator[Chunk]:
+        number = 0
+        while at < len(keys):
+            chunk = self._some(keys, at, width, number % 2, shunned)
+            at += len(chunk.rows) + len(chunk.failed)
+            number += 1
+            yield chunk
+
+    def _some(self, keys: Keys, at: int, width: int, half: int, shunned: npt.NDArray[np.bool_]) -> Chunk:
+        """The next pages, as many as there is memory for. `shunned`: [disks] that are not read, changed where one times out."""
+        memory = self._halves[half]
+        addresses = memory[~np.isin(memory, self._store.unsettled())]
+        if not len(addresses):
+            failed: dict[int, Reason] = dict.fromkeys(range(at, len(keys)), "error")
+            return Chunk(rows=addresses, addresses=addresses, failed=failed)
+        some = keys[at : at + min(width, len(addresses))]
+        found = self._store.lookup(some)
+        slots = np.where(shunned, -1, found.slots)
+        places = Places(keys=some, slots=slots, generations=found.generations)
+        disks = self._schedule(places.present)
+        started = time.monotonic()
+        good = self._store.read(places, addresses[: len(some)], disks)
+        if time.monotonic() - started > 0.9 * self._store.config.timeout_s:
+            shunned[disks[~good & (disks >= 0)]] = True
+        bad = np.flatnonzero(~good)
+        reasons = self._reasons(found, bad) if len(bad) else []
+        return Chunk(
+            rows=at + np.flatnonzero(good),
+            addresses=addresses[: len(some)][good],
+            failed=dict(zip((at + bad).tolist(), reasons, strict=True)),
+        )
+
+    def _schedule(self, present: npt.NDArray[np.bool_]) -> IntArray:
+        """[n, disks] -> [n] which disk reads each page."""
+        masks = present.astype(np.int64) @ (np.int64(1) << np.arange(present.shape[1]))
+        if present.shape[1] <= MAX_DISKS:
+            return exact(masks, self.speeds())
+        return np.where(masks > 0, greedy(np.maximum(masks, 1), self.speeds()), -1)
+
+    def _reasons(self, places: Places, rows: IntArray) -> list[Reason]:
+        """A page that was dropped by the read was corrupt, if the disks have counted any since; or it could not be read."""
+        present = places.slots[rows].max(axis=1, initial=-1) >= 0
+        still = self._store.lookup(places.keys[rows]).slots.max(axis=1, initial=-1) >= 0
+        before, self._corrupt = self._corrupt, self._corrupt_pages()
+        corrupt = self._corrupt - before
+        reasons: list[Reason] = []
+        for was, stays in zip(present.tolist(), still.tolist(), strict=True):
+            if not was:
+                reasons.append("lost")
+            elif not stays and corrupt > 0:
+                corrupt -= 1
+                reasons.append("corrupt")
+            else:
+                reasons.append("error")
+        return reasons
+
+    def _corrupt_pages(self) -> int:
+        return sum(disk.corrupt_pages for disk in self._store.statistics())

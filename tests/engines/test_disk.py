@@ -1,0 +1,113 @@
+"""The disk tier on a real engine: what one run has written the next one finds, with the same tokens, whatever the disks do."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from polder.errors import ConfigError
+from polder.swarm.fsck import check_directory
+from polder.swarm.layout import usage_bytes
+from tests.engines.harness import A32, PAGE, Engine, Output, prompts, tokens_of
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+LIMIT = 48 << 20
+"""Of each of two disks."""
+ASKED = prompts(6, 300, seed=51)
+"""Each has 9 to 11 blocks of half a MiB: together more than budget and host tier."""
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [tmp_path_factory.mktemp(f"disk{n}") for n in range(2)]
+
+
+def start(disks: list[Path], **settings: str) -> Engine:
+    own = {
+        "POLDER_KV_BUDGET": "24MiB",
+        "POLDER_PAGE": f"{PAGE}B",
+        "POLDER_TIERS": "host,disk",
+        "POLDER_HOST": "12MiB",
+        "POLDER_DISKS": ",".join(f"{disk}:{LIMIT}B" for disk in disks),
+    }
+    return Engine.start("d", A32, own | settings)
+
+
+def figures(engine: Engine) -> dict[str, float]:
+    """Checks all laws, and returns the counters."""
+    found: dict[str, float] = engine.utility("polder_check")
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(disks: list[Path]) -> Iterator[list[list[int]]]:
+    """Answers to prompts that nobody has asked before, from an engine that leaves their blocks on the disks."""
+    engine = start(disks)
+    try:
+        answers = [engine.generate([prompt])[0] for prompt in ASKED]
+        assert not any(answer.cached for answer in answers)
+        until = time.monotonic() + 20
+        while figures(engine)["disk_spilled_blocks_total"] < 50 and time.monotonic() < until:
+            time.sleep(0.2)  # no other request comes: empty steps carry the rest
+        found = figures(engine)
+        assert found["disk_spilled_blocks_total"] >= 50
+        assert found["disk_written_bytes_total"] >= 50 * (512 << 10)
+        assert found["disk_disks_ok"] == len(disks)
+    finally:
+        engine.stop()
+    assert all(usage_bytes(disk) <= LIMIT for disk in disks)
+    assert not any(check_directory(disk)[0].problems for disk in disks)
+    yield tokens_of(answers)
+
+
+def test_a_restarted_engine_hits_from_its_first_request_with_the_same_tokens(
+    disks: list[Path], expected: list[list[int]]
+) -> None:
+    engine = start(disks, POLDER_LINKS="disk=2GB/s")
+    try:
+        answers: list[Output] = [engine.generate([prompt])[0] for prompt in ASKED]
+        assert tokens_of(answers) == expected
+        assert all(answer.cached >= len(prompt) - 64 for answer, prompt in zip(answers, ASKED, strict=True))
+        found = figures(engine)
+        assert found["tier_disk_hit_tokens_total"] >= 0.8 * sum(map(len, ASKED))
+        assert found["tier_failed_loads_total"] == 0
+        shutil.rmtree(disks[0])  # pulled while it is in use: open files stay, nothing new can be opened
+        disks[0].mkdir()
+        assert tokens_of(engine.generate([ASKED[0]])) == [expected[0]]
+    finally:
+        engine.stop()
+
+
+def test_one_disk_gone_and_reads_that_fail_cost_no_token(disks: list[Path], expected: list[list[int]]) -> None:
+    """The first disk's directory was emptied, and of the other one's reads a third end with EIO."""
+    engine = start(disks, POLDER_FAULTS="fail=0.3,seed=2")
+    try:
+        assert tokens_of([engine.generate([prompt])[0] for prompt in ASKED]) == expected
+        assert tokens_of(engine.generate(ASKED)) == expected
+        found = figures(engine)
+        assert found["tier_failed_loads_total"] > 0
+        assert found["tier_disk_hit_tokens_total"] > 0
+    finally:
+        engine.stop()
+    assert all(usage_bytes(disk) <= LIMIT for disk in disks)
+
+
+def test_a_directory_of_another_model_is_refused_with_a_message(disks: list[Path], expected: list[list[int]]) -> None:
+    from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks
+
+    plan = DiskPlan(
+        disks=((str(disks[1]), LIMIT),),
+        page_bytes=512 << 10,
+        namespace="another",
+        ranks=1,
+        io="threads",
+        links="",
+        faults="",
+    )
+    with pytest.raises(ConfigError, match="namespace"):
+        OpenDisks(plan, 0)
