@@ -100,14 +100,15 @@ def test_vllms_worker_interface_reaches_the_copier() -> None:
     base = pytest.importorskip("vllm.v1.kv_offload.base")
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
-    from polder.bench.native_offload import MemcpyWorker
+    from polder.bench.native_offload import CopyingWorker, device_blocks
 
     tensors = [torch.arange(6 * 32, dtype=torch.int8).reshape(6, 32) + layer for layer in range(2)]
     caches = base.CanonicalKVCaches(
         tensors=[base.CanonicalKVCacheTensor(tensor=t, page_size_bytes=32) for t in tensors],
         group_data_refs=[[base.CanonicalKVCacheRef(tensor_idx=i, page_size_bytes=32) for i in range(2)]],
     )
-    worker = MemcpyWorker(caches, host_blocks=9, blocks_per_chunk=1, link_bytes_per_s=None)
+    device = device_blocks(caches, 1)
+    worker = CopyingWorker(BlockCopier(device, [np.zeros((9, 32), np.uint8) for _ in device]))
     try:
         expected = [t[[2, 3]].clone() for t in tensors]
         on_device = base.GPULoadStoreSpec([2, 3], group_sizes=[2], block_indices=[0])
@@ -130,11 +131,11 @@ def test_vllms_worker_interface_reaches_the_copier() -> None:
 def test_caches_that_the_worker_does_not_know_are_refused() -> None:
     torch = pytest.importorskip("torch")
     base = pytest.importorskip("vllm.v1.kv_offload.base")
-    from polder.bench.native_offload import MemcpyWorker
+    from polder.bench.native_offload import device_blocks
 
     caches = base.CanonicalKVCaches(
         tensors=[base.CanonicalKVCacheTensor(tensor=torch.zeros((4, 32), dtype=torch.int8), page_size_bytes=32)],
         group_data_refs=[[base.CanonicalKVCacheRef(tensor_idx=0, page_size_bytes=24)]],
     )
     with pytest.raises(NotImplementedError):
-        MemcpyWorker(caches, host_blocks=4, blocks_per_chunk=1, link_bytes_per_s=None)
+        device_blocks(caches, 1)

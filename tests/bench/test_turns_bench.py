@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from polder.bench import tax, turns, turns_equality
+from polder.bench import tax, turns, turns_equality, turns_restart
 from polder.bench.arm_pool import ArmPool
 from polder.bench.arms import Arm
 from polder.bench.completions import encode_body
@@ -19,7 +19,7 @@ from polder.bench.driver import ClosedLoop, OpenLoop, Turn
 from polder.bench.engine_plan import EnginePlan
 from polder.bench.models import MODEL_A, MODEL_B
 from polder.bench.result import read_result
-from polder.bench.turns_plan import ARMS, FULL_TURNS
+from polder.bench.turns_plan import ARMS, FULL_TURNS, RESTART_ARMS
 from polder.bench.turns_setup import ArmSetup
 from tests.bench.fake_server import FakeEngine, serving
 from tests.bench.test_turns_runs import FakeArm
@@ -32,6 +32,12 @@ def turn(model: str, number: int) -> Turn:
 
 def closed(**_: Any) -> ClosedLoop:
     return ClosedLoop(users=[[turn("A", number) for number in range(3)]])
+
+
+def sessions(**_: Any) -> ClosedLoop:
+    """One session of 16 turns."""
+    body = encode_body(model="A", prompt=list(range(100, 164)), output_tokens=3)
+    return ClosedLoop(users=[[Turn(key=f"s0t{number}", body=body, output_tokens=3) for number in range(16)]])
 
 
 def opened(model: str, **_: Any) -> OpenLoop:
@@ -73,6 +79,14 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[st
             monkeypatch.setattr(turns, name, fake)
         monkeypatch.setattr(tax, "QUIET_S", 0.0)
         monkeypatch.setattr(turns_equality, "SETTLE_S", 0.0)
+        monkeypatch.setattr(turns_restart, "SETTLE_S", 0.0)
+        monkeypatch.setattr(turns_restart, "agents", sessions)
+
+        def restarted(arm: str, *_: Any) -> Arm:
+            names.append(f"{arm}-restart")
+            return FakeArm(arm, tmp_path / "logs", engine)
+
+        monkeypatch.setattr(turns_restart, "_started", restarted)
         yield names
 
 
@@ -86,7 +100,12 @@ def test_every_stage_gets_to_the_result(started: list[str], tmp_path: Path) -> N
         *(f"{arm}-chat" for arm in ("stock", "native", "polder")),
         *(f"{arm}-{stage}" for arm in ("stock", "polder") for stage in ("lender", "noreuse-1", "noreuse-4")),
         *(f"{arm}-equality" for arm in ARMS if arm != "stock"),
+        *(f"{arm}-{when}" for arm in RESTART_ARMS for when in ("before", "restart")),
     }
+    assert result.arms["polder-disk-before"]["A"]["requests"] == 16, "two runs of half a session"
+    assert result.arms["polder-disk-restart"]["A"]["first_turn_hit_ratio"] == 48 / 64
+    assert started.count("polder-disk-restart") == 4
+    assert not list(tmp_path.glob("restart-*")), "nothing is left on the disks"
     assert result.arms["polder"]["A"]["requests"] == 6, "two runs"
     assert result.arms["polder-noreuse-4"]["A"]["requests"] == 12, "two rounds of two blocks; one more is not counted"
     assert result.arms["polder-lender"].keys() == {"B"}
@@ -105,6 +124,9 @@ def test_every_stage_gets_to_the_result(started: list[str], tmp_path: Path) -> N
         "noreuse_tax_within_1_percent_1_at_a_time",
         "noreuse_tax_within_1_percent_4_at_a_time",
         *(f"tokens_equal_{arm.replace('-', '_')}" for arm in ARMS if arm != "stock"),
+        "a_ttft_p99_after_a_restart_ratio_to_stock_at_most_0_31",
+        "a_ttft_p99_after_a_restart_ratio_to_native_at_most_1_00",
+        "first_turns_after_a_restart_hit",
         "no_failed_requests",
     }
     assert result.checks["no_failed_requests"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def figures(engine: Engine) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def expected(disks: list[Path]) -> Iterator[list[list[int]]]:
+def expected(disks: list[Path]) -> list[list[int]]:
     """Answers to prompts that nobody has asked before, from an engine that leaves their blocks on the disks."""
     engine = start(disks)
     try:
@@ -62,7 +61,7 @@ def expected(disks: list[Path]) -> Iterator[list[list[int]]]:
         engine.stop()
     assert all(usage_bytes(disk) <= LIMIT for disk in disks)
     assert not any(check_directory(disk)[0].problems for disk in disks)
-    yield tokens_of(answers)
+    return tokens_of(answers)
 
 
 def test_a_restarted_engine_hits_from_its_first_request_with_the_same_tokens(

@@ -72,8 +72,39 @@ def test_tiers_come_in_their_own_order_and_the_host_needs_a_size() -> None:
         read_settings({}, "m", BUDGET | {"POLDER_TIERS": "host"})
     with pytest.raises(ConfigError, match="belong together"):
         read_settings({}, "m", BUDGET | {"POLDER_TIERS": "peer", "POLDER_HOST": "8MiB"})
-    with pytest.raises(ConfigError, match="known are peer, host"):
-        read_settings({}, "m", BUDGET | {"POLDER_TIERS": "disk"})
+    with pytest.raises(ConfigError, match="known are peer, host, disk"):
+        read_settings({}, "m", BUDGET | {"POLDER_TIERS": "tape"})
+
+
+DISKS = {"POLDER_TIERS": "disk,host", "POLDER_HOST": "8MiB", "POLDER_DISKS": "/mnt/a:1GiB, /mnt/b:512MiB"}
+
+
+def test_disks_have_paths_and_sizes_and_come_behind_the_host() -> None:
+    settings = read_settings({}, "m", BUDGET | DISKS | {"POLDER_DISK_WRITES": "2GiB", "POLDER_DISK_IO": "aio"})
+    assert settings is not None
+    assert settings.tiers == ("host", "disk")
+    assert settings.disks == (("/mnt/a", 1 << 30), ("/mnt/b", 512 << 20))
+    assert (settings.disk_writes_bytes, settings.disk_io) == (2 << 30, "aio")
+    plain = read_settings({}, "m", BUDGET | DISKS)
+    assert plain is not None
+    assert (plain.disk_writes_bytes, plain.disk_io) == (None, "threads")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"POLDER_DISKS": ""}, "POLDER_DISKS .* belong together"),
+        ({"POLDER_TIERS": "host"}, "POLDER_DISKS .* belong together"),
+        ({"POLDER_TIERS": "disk", "POLDER_HOST": ""}, "is written from the tier"),
+        ({"POLDER_DISKS": "mnt:1GiB"}, "an absolute path and a size"),
+        ({"POLDER_DISKS": "/mnt/a"}, "an absolute path and a size"),
+        ({"POLDER_DISKS": "/mnt/a:much"}, "POLDER_DISKS: /mnt/a"),
+        ({"POLDER_DISK_IO": "magic"}, '"threads"'),
+    ],
+)
+def test_disks_that_cannot_be_meant_are_refused(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings({}, "m", BUDGET | DISKS | wrong)
 
 
 @pytest.mark.parametrize("bad", [{"POLDER_LINKS": "host=fast"}, {"POLDER_FAULTS": "fail=yes"}])

@@ -32,12 +32,14 @@ ENGINE_ENV = {
 class TierPlan:
     """What a Polder arm gives an engine beyond its own pool."""
 
-    store_to: tuple[Literal["peer", "host"], ...] = ()
+    store_to: tuple[Literal["peer", "host", "disk"], ...] = ()
     """Tiers that the engine stores to."""
     host_bytes: int = 0
     """Its quota of the host tier."""
     lend_bytes: int = 0
     """Most of its own KV memory that it lends at a time."""
+    disks: tuple[str, ...] = ()
+    """Of the fleet, "PATH:SIZE" each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +102,14 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
     weights = [engine.weights_bytes for engine in engines if engine.weights == "elastic"]
     budget = f'budget = "{shares + sum(weights)}B"' if weights else f'kv_budget = "{shares}B"'
     host_bytes = sum((engine.tiers.host_bytes if engine.tiers else 0) + engine.window_bytes for engine in engines)
+    disks = sorted({disk for engine in engines if engine.tiers for disk in engine.tiers.disks})
     page = max(engine.page_bytes for engine in engines)
     lines = [
         *("[server]", f"port = {port}", ""),
         *("[memory]", 'device = "cpu:0"', budget),
         *([f'page = "{page}B"'] if page != PAGE_BYTES else ()),
         *([f'host = "{host_bytes}B"'] if host_bytes else ()),
+        *([f"disks = [{', '.join(map(_quoted, disks))}]"] if disks else ()),
         "",
     ]
     for engine in engines:

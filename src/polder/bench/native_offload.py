@@ -12,6 +12,8 @@ unchanged. CPUOffloadingSpec is the one of vLLM's two specs that needs the least
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from vllm.v1.kv_offload.base import (
@@ -26,37 +28,36 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 from polder.bench.native_copy import BlockCopier, Blocks
 
-__all__ = ["NativeOffloadingSpec"]
+__all__ = ["CopyingWorker", "NativeOffloadingSpec", "device_blocks"]
 
 
 class NativeOffloadingSpec(CPUOffloadingSpec):  # type: ignore[misc]
     """CPUOffloadingSpec with a worker that runs without CUDA. One key more: `link_bytes_per_s` (0 or absent: no emulation)."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        return MemcpyWorker(  # asked for once by each worker process
-            kv_caches,
-            host_blocks=self.num_chunks,
-            blocks_per_chunk=self.blocks_per_chunk,
-            link_bytes_per_s=float(self.extra_config.get("link_bytes_per_s") or 0) or None,
-        )
+        # Asked for once by each worker process. The buffer is private to it, as vLLM's is without a shared region. Filled, not only
+        # reserved: no store is to pay for the page faults of its target.
+        device = device_blocks(kv_caches, self.blocks_per_chunk)
+        host = [np.full((self.num_chunks, blocks.shape[1]), 1, dtype=np.uint8) for blocks in device]
+        rate = float(self.extra_config.get("link_bytes_per_s") or 0) or None
+        return CopyingWorker(BlockCopier(device, host, link_bytes_per_s=rate))
 
 
-class MemcpyWorker(OffloadingWorker):  # type: ignore[misc]
-    """Copies by a thread for each direction. The host buffer is private to the process, as vLLM's is without a shared region."""
+def device_blocks(kv_caches: CanonicalKVCaches, blocks_per_chunk: int) -> list[Blocks]:
+    """Raises NotImplementedError for caches that are not one group of unpadded pages, one block to a chunk."""
+    (refs,) = kv_caches.group_data_refs
+    tensors = [kv_caches.tensors[ref.tensor_idx] for ref in refs]
+    unpadded = all(r.page_size_bytes == t.page_size_bytes for r, t in zip(refs, tensors, strict=True))
+    if blocks_per_chunk != 1 or len(refs) != len(kv_caches.tensors) or not unpadded:
+        raise NotImplementedError("the native arms copy whole blocks of plain attention layers")
+    return [tensor.tensor.view(torch.uint8).numpy() for tensor in tensors]
 
-    def __init__(
-        self, kv_caches: CanonicalKVCaches, *, host_blocks: int, blocks_per_chunk: int, link_bytes_per_s: float | None
-    ) -> None:
-        """Raises NotImplementedError for caches that are not one group of unpadded pages, one block to a chunk."""
-        (refs,) = kv_caches.group_data_refs
-        tensors = [kv_caches.tensors[ref.tensor_idx] for ref in refs]
-        unpadded = all(r.page_size_bytes == t.page_size_bytes for r, t in zip(refs, tensors, strict=True))
-        if blocks_per_chunk != 1 or len(refs) != len(kv_caches.tensors) or not unpadded:
-            raise NotImplementedError("the native arm copies whole blocks of plain attention layers")
-        device: list[Blocks] = [tensor.tensor.view(torch.uint8).numpy() for tensor in tensors]
-        # Filled, not only reserved: no store is to pay for the page faults of its target.
-        host: list[Blocks] = [np.full((host_blocks, blocks.shape[1]), 1, dtype=np.uint8) for blocks in device]
-        self._copier = BlockCopier(device, host, link_bytes_per_s=link_bytes_per_s)
+
+class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
+    """Copies by a thread for each direction."""
+
+    def __init__(self, copier: BlockCopier, on_close: Callable[[], None] = lambda: None) -> None:
+        self._copier, self._on_close = copier, on_close
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         assert isinstance(dst_spec, BlockIDsLoadStoreSpec)
@@ -79,3 +80,4 @@ class MemcpyWorker(OffloadingWorker):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         self._copier.close()
+        self._on_close()

@@ -16,7 +16,7 @@ from polder.bench.result import without_nan
 from polder.bench.scrape import gained
 from polder.bench.timeline import Timeline, sampling
 
-__all__ = ["Run", "arm_metrics", "run_loads", "run_once"]
+__all__ = ["Run", "arm_metrics", "run_loads", "run_on", "run_once"]
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -47,6 +47,11 @@ async def run_once(arm: Arm, load_a: Workload, load_b: Workload, stage: Stage) -
 async def run_loads(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
     """Each engine named under its load, from empty prefix caches."""
     await asyncio.to_thread(arm.reset_prefix_caches)
+    return await run_on(arm, loads, stage)
+
+
+async def run_on(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
+    """Each engine named under its load, with what its caches hold."""
     before, samples_before = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
     load_before, cpu_before = load_average(), cpu_time()
     tally = Tally()

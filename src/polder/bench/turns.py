@@ -34,6 +34,13 @@ from polder.bench.turns_conditions import describe_links, describe_turns, descri
 from polder.bench.turns_equality import EQUALITY_MAX_MODEL_LEN, Answered, answer, compare_answers, rounds_of_questions
 from polder.bench.turns_metrics import ratio_intervals, turns_metrics
 from polder.bench.turns_plan import EQUALITY_BYTES, LOAD_BYTES, USERS, TurnsPlan, compared
+from polder.bench.turns_restart import (
+    RESTART_SUFFIXES,
+    RestartPlan,
+    describe_restart,
+    restart_metrics,
+    run_restart,
+)
 from polder.bench.turns_setup import ArmSetup, arm_pool, turns_engines, warm
 from polder.bench.workload import (
     agents,
@@ -86,6 +93,8 @@ class TurnsBench:
             with TemporaryDirectory(prefix="polder-bench-") as runtime:
                 if {"agents", "chat", "lender", "noreuse"} & set(self.plan.stages):
                     self._under_load(Path(runtime))
+                if "restart" in self.plan.stages:
+                    self._restart(Path(runtime))
                 if "equality" in self.plan.stages:
                     self._equality(Path(runtime))
         finally:  # what was measured before an engine failed is not lost
@@ -187,6 +196,24 @@ class TurnsBench:
             for metric, interval in tax_intervals(theirs, ours).items():
                 self._intervals[f"{over}/{under}:A.{metric}"] = interval
 
+    def _restart(self, runtime: Path) -> None:
+        engine, _ = self._engines()
+        plan = RestartPlan(sessions=self.plan.sessions)
+        for arm in self.plan.restart_order:
+            with self._timed(f"restart, {arm}"):
+                runs = run_restart(
+                    arm, engine, plan, self.plan.links,
+                    logs=self._logs, runtime=runtime, workdir=self._workdir, report=self._report,
+                )  # fmt: skip
+            for run in runs:
+                self._runs.setdefault(run.arm, []).append(run)
+        for suffix in RESTART_SUFFIXES:
+            ran = [arm + suffix for arm in dict.fromkeys(self.plan.restart_order)]
+            self._arms |= {name: restart_metrics(self._runs[name]) for name in ran}
+            for over, under in compared(ran, suffix):
+                ours, theirs = self._runs[over], self._runs[under]
+                self._intervals |= ratio_intervals(ours, theirs, name=f"{over}/{under}", engines=("A",))
+
     def _equality(self, runtime: Path) -> None:
         exact = {"A": MODEL_A.in_float32(), "B": MODEL_B.in_float32()}
         setup = ArmSetup(
@@ -212,7 +239,7 @@ class TurnsBench:
 
     def _result(self) -> tuple[BenchResult, list[Check]]:
         ratios: dict[str, float] = {}
-        suffixes = ["", "-chat", "-lender", *(f"-noreuse-{number}" for number in NOREUSE_AT_A_TIME)]
+        suffixes = ["", "-chat", "-lender", *RESTART_SUFFIXES, *(f"-noreuse-{number}" for number in NOREUSE_AT_A_TIME)]
         for suffix in suffixes:
             for over, under in compared(self._arms, suffix):
                 ratios |= ratios_over(self._arms, arm=over, baseline=under)
@@ -229,6 +256,7 @@ class TurnsBench:
     def _conditions(self) -> dict[str, Any]:
         return {
             **describe_turns(self.plan, self._engines()),
+            "restart": describe_restart(RestartPlan(sessions=self.plan.sessions), self.plan.links),
             **describe_turns_runs([run for runs in self._runs.values() for run in runs], self._intervals),
             "machine": describe_machine(),
             "versions": describe_versions(),

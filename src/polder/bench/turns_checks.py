@@ -18,6 +18,14 @@ _MAIN = (
     ("a_ttft_p99_ratio_to_stock_at_most_0_31", "polder/stock:A.ttft_p99_ms", 0.31),
     ("a_ttft_p99_ratio_to_native_at_most_1_00", "polder/native:A.ttft_p99_ms", 1.00),
 )
+_RESTART = (
+    ("a_ttft_p99_after_a_restart_ratio_to_stock_at_most_0_31", "polder-disk-restart/stock-restart:A.ttft_p99_ms", 0.31),
+    (
+        "a_ttft_p99_after_a_restart_ratio_to_native_at_most_1_00",
+        "polder-disk-restart/native-fs-restart:A.ttft_p99_ms",
+        1.00,
+    ),
+)
 _LENDER = (
     ("b_ttft_p99_ratio_at_most_1_05", "B.ttft_p99_ms", 1.05),
     ("b_tbt_p99_ratio_at_most_1_05", "B.tbt_p99_ms", 1.05),
@@ -28,10 +36,23 @@ def turns_checks(arms: Arms, ratios: Mapping[str, float], intervals: Intervals) 
     return [
         *(_at_most(name, key, limit, ratios, intervals) for name, key, limit in _MAIN if key in ratios),
         *_lender(ratios, intervals),
+        *(_at_most(name, key, limit, ratios, intervals) for name, key, limit in _RESTART if key in ratios),
+        *_first_turns(arms),
         *(check for number in NOREUSE_AT_A_TIME for check in _tax(number, intervals)),
         *(_equality(arm, found["all"]) for arm, found in arms.items() if arm.endswith("-equality")),
         _no_failures(arms),
     ]
+
+
+def _first_turns(arms: Arms) -> Iterator[Check]:
+    found = arms.get("polder-disk-restart")
+    if found is not None:
+        hit = _number(found["A"]["first_turn_hit_ratio"])
+        yield Check(
+            name="first_turns_after_a_restart_hit",
+            passed=hit >= 0.8,
+            detail=f"{hit:.3f} of their prompt tokens were found (limit 0.8: the rest is new)",
+        )
 
 
 def _lender(ratios: Mapping[str, float], intervals: Intervals) -> Iterator[Check]:

@@ -17,6 +17,7 @@ __all__ = [
     "LINKS_BYTES_PER_S",
     "LOAD_BYTES",
     "QUICK_TURNS",
+    "RESTART_ARMS",
     "STAGES",
     "USERS",
     "Links",
@@ -30,7 +31,10 @@ __all__ = [
 
 Links = Literal["emulated", "none"]
 ARMS: tuple[str, ...] = ("stock", "native", "polder-host", "polder-peer", "polder")
-STAGES: tuple[str, ...] = ("agents", "chat", "noreuse", "lender", "equality")
+STAGES: tuple[str, ...] = ("agents", "chat", "noreuse", "lender", "restart", "equality")
+
+RESTART_ARMS: tuple[str, ...] = ("stock", "native-fs", "polder-disk")
+"""Of the restart stage alone."""
 
 USERS = 16
 LINKS_BYTES_PER_S = {"peer": 3.2e9, "host": 400e6}
@@ -71,6 +75,8 @@ class TurnsPlan:
     agents_order: tuple[str, ...]
     chat_order: tuple[str, ...]
     lender_order: tuple[str, ...]
+    restart_order: tuple[str, ...]
+    """Of the arms with a disk behind their pool, and stock."""
     equality_arms: tuple[str, ...]
     noreuse_uncounted_rounds: int
     noreuse_rounds: int
@@ -98,6 +104,7 @@ class TurnsPlan:
             stages=tuple(stage for stage in plan.stages if pair or stage not in ("noreuse", "lender")),
             agents_order=kept(plan.agents_order),
             chat_order=kept(plan.chat_order),
+            restart_order=tuple(arm for arm in plan.restart_order if arm in arms),
             equality_arms=kept(plan.equality_arms),
         )
 
@@ -110,6 +117,7 @@ FULL_TURNS = TurnsPlan(
     agents_order=_THERE_AND_BACK,
     chat_order=("stock", "native", "polder", "polder", "native", "stock"),
     lender_order=("stock", "polder", "polder", "stock"),
+    restart_order=(*RESTART_ARMS, *reversed(RESTART_ARMS)),
     equality_arms=ARMS,
     noreuse_uncounted_rounds=1,
     noreuse_rounds=8,
@@ -117,10 +125,11 @@ FULL_TURNS = TurnsPlan(
 QUICK_TURNS = TurnsPlan(
     name="quick",
     sessions=16,
-    stages=("agents", "noreuse", "equality"),
+    stages=("agents", "noreuse", "restart", "equality"),
     agents_order=("stock", "polder", "native", "native", "polder"),
     chat_order=("stock", "native", "polder"),
     lender_order=("stock", "polder"),
+    restart_order=RESTART_ARMS,
     equality_arms=("stock", "native", "polder"),
     noreuse_uncounted_rounds=0,
     noreuse_rounds=2,
@@ -132,6 +141,8 @@ _BASELINES = {
     "polder-host": ("stock", "native"),
     "polder-peer": ("stock", "native"),
     "polder": ("stock", "native", "polder-host", "polder-peer"),
+    "native-fs": ("stock",),
+    "polder-disk": ("stock", "native-fs"),
 }
 
 

@@ -25,6 +25,7 @@ SHOWN = {
     "tbt_p50_ms": "TBT p50, ms",
     "tbt_p99_ms": "TBT p99, ms",
     "hit_ratio": "prompt tokens found, part",
+    "first_turn_hit_ratio": "of first turns' prompts, part",
     "tier_hit_ratio": "of these in a tier, part of all",
     "computed_prompt_tokens_per_s": "prompt tokens computed per s",
     "output_tokens_per_s": "output tokens per s",
@@ -39,6 +40,8 @@ GROUPS = (
     ("B: bursts, beside the agents", "", "B"),
     ("A: chat", "-chat", "A"),
     ("B: bursts, measured alone", "-lender", "B"),
+    ("A: agents over disks, alone", "-before", "A"),
+    ("A: the same sessions after a restart", "-restart", "A"),
     ("A: nothing to reuse, one at a time", "-noreuse-1", "A"),
     ("A: nothing to reuse, four at a time", "-noreuse-4", "A"),
 )

@@ -29,6 +29,7 @@ __all__ = [
     "chats",
     "chats_ideal_hit_ratio",
     "one_by_one",
+    "parted",
     "unique_prompts",
     "unmeasured",
     "warm_up",
@@ -62,6 +63,18 @@ def agents(*, model: str, users: int, sessions: int) -> ClosedLoop:
         ],
         stagger_s=STAGGER_S,
     )
+
+
+def parted(load: ClosedLoop, turns_before: int, turns_of_session: int) -> tuple[ClosedLoop, ClosedLoop]:
+    """The first `turns_before` turns of each session, and the others. Users keep their sessions and their order."""
+    parts: list[list[list[Turn]]] = [[], []]
+    for turns in load.users:
+        early = [turn for at, turn in enumerate(turns) if at % turns_of_session < turns_before]
+        late = [turn for at, turn in enumerate(turns) if at % turns_of_session >= turns_before]
+        parts[0].append(early)
+        parts[1].append(late)
+    before, after = (ClosedLoop(users=users, stagger_s=load.stagger_s) for users in parts)
+    return before, after
 
 
 def unmeasured(load: ClosedLoop) -> ClosedLoop:

@@ -56,8 +56,13 @@ def turns(
     quick: Annotated[
         bool, typer.Option("--quick", help="256 requests of the agents instead of 512, fewer arms and stages.")
     ] = False,
-    stages: Annotated[str, typer.Option(help="Only these: agents,chat,noreuse,lender,equality.")] = "",
-    arms: Annotated[str, typer.Option(help="Only these: stock,native,polder-host,polder-peer,polder.")] = "",
+    stages: Annotated[str, typer.Option(help="Only these: agents,chat,noreuse,lender,restart,equality.")] = "",
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Only these: stock,native,polder-host,polder-peer,polder; of restart stock,native-fs,polder-disk."
+        ),
+    ] = "",
     links: Annotated[
         LinkEmulation, typer.Option(help="Emulated: peer 3.2 GB/s, host 400 MB/s. None: memcpy's speed.")
     ] = LinkEmulation.EMULATED,
@@ -67,10 +72,11 @@ def turns(
     from dataclasses import replace
 
     from polder.bench.turns import TurnsBench
-    from polder.bench.turns_plan import ARMS, FULL_TURNS, QUICK_TURNS, STAGES, parse_names
+    from polder.bench.turns_plan import ARMS, FULL_TURNS, QUICK_TURNS, RESTART_ARMS, STAGES, parse_names
 
+    known = tuple(dict.fromkeys((*ARMS, *RESTART_ARMS)))
     plan = (QUICK_TURNS if quick else FULL_TURNS).only(
-        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
+        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, known, what="arm")
     )
     TurnsBench(replace(plan, links=links.value), workdir=workdir).run(json_file, html_file)
 

@@ -18,7 +18,8 @@ what vLLM does if the engine is stock.
 | create_offloader (V1 and V2 runner)     | worker  | elastic weights: decoder layers over pages that come and go    |
 | CPUModelRunner.load_model               | worker  | calls the offloader's post_init, as the GPU runners do         |
 | Worker.reload_weights and the two ways  | worker  | elastic weights: refused, the host copy would keep the old     |
-|  to update them                         |         | ones, and they would come back in mid-answer                   |
+|  to update them                         |         | ones, and they would come back in mid-answer; a disk tier      |
+|                                         |         | takes nothing more, for its namespace names the old ones       |
 | dispatch_cpu_unquantized_gemm           | worker  | elastic weights: packed weights as tensors (cpu_linear.py)     |
 """
 
@@ -127,10 +128,10 @@ def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:
 
 def _patch_updates(worker_class: Any) -> None:
     for name in ("reload_weights", "start_weight_update", "update_weights"):
-        setattr(worker_class, name, _refused_if_elastic(getattr(worker_class, name)))
+        setattr(worker_class, name, _watched_update(getattr(worker_class, name)))
 
 
-def _refused_if_elastic(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _watched_update(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def update(self: Any, *args: Any, **kwargs: Any) -> Any:
         settings = _settings(self.vllm_config)
@@ -139,6 +140,10 @@ def _refused_if_elastic(stock: Callable[..., Any]) -> Callable[..., Any]:
                 "weights cannot be replaced while this engine serves with elastic weights: their host copy would keep the "
                 "old ones. Start it anew, or serve it with resident weights"
             )
+        if settings is not None and settings.disks:
+            from polder.engines.vllm.tier_worker import on_new_weights
+
+            on_new_weights()
         return stock(self, *args, **kwargs)
 
     return update

@@ -171,6 +171,8 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
 
     def reset_cache(self) -> None:
         self.tiers.drop_all()
+        if self.tiers.spills is not None:
+            self.tiers.spills.resume()  # new weights stop the disks in the workers (plugin.py), so the namespace still holds
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as a

@@ -29,7 +29,7 @@ from polder.tiers.lending import open_table
 from polder.tiers.places import CpuMover, CudaMover, HostMemory, Lent, PeerMemory, wait_for_end
 from polder.tiers.transfer import BatchMemory, Direction, Finished, Job, Pieces, TierMemory, TierWorker
 
-__all__ = ["PolderWorker", "TierJob", "TierPlan", "current", "open_worker"]
+__all__ = ["PolderWorker", "TierJob", "TierPlan", "current", "on_new_weights", "open_worker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         its tier."""
         self._groups, self._on_close, self._open, self._host = groups, on_close, open_tiers, host
         self.disks = disks
+        self._disk: DiskMemory | None = None
         self.tiers: TierWorker
         if disks is None:
             self.tiers = open_tiers(0, None)
@@ -87,7 +88,13 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
     def start(self, capacity: int, kept: Keys) -> None:
         """The scheduler has `capacity` slots for pages on disk, the first of them with the pages `kept`."""
         assert self.disks is not None
-        self.tiers = self._open(capacity, self.disks.memory(capacity, kept, *self._host))
+        self._disk = self.disks.memory(capacity, kept, *self._host)
+        self.tiers = self._open(capacity, self._disk)
+
+    def stop_disks(self) -> None:
+        """The weights are not those that the stores' namespace names any more: nothing is read or written in this run."""
+        if self._disk is not None:
+            self._disk.stop()
 
     def submit_own(self, jobs: Sequence[Job]) -> None:
         """Jobs of the disk's own, which vLLM does not know."""
@@ -215,6 +222,12 @@ def current() -> PolderWorker:
     """This process's."""
     assert _worker is not None
     return _worker
+
+
+def on_new_weights() -> None:
+    """After vLLM has replaced weights of this process."""
+    if _worker is not None:
+        _worker.stop_disks()
 
 
 def _peer_memory(memory: WorkerMemory, plan: TierPlan) -> PeerMemory:
