@@ -64,7 +64,10 @@ def test_a_good_file_says_what_it_says(tmp_path: Path, model: Path) -> None:
 
 def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
     folder_of(tmp_path, CONFIG | {"num_hidden_layers": 2})
-    fleet = load_fleet(write(tmp_path, EXAMPLE.replace("/models/llama", str(model))))
+    for disk in ("nvme0", "nvme1"):
+        (tmp_path / disk).mkdir()
+    text = EXAMPLE.replace("/models/llama", str(model)).replace("/mnt/", f"{tmp_path}/")
+    fleet = load_fleet(write(tmp_path, text))
     chat = fleet.models[0]
     assert (chat.floor_bytes, chat.share_bytes, chat.ceiling_bytes) == (64 * MIB, 160 * MIB, 1024 * MIB)
     assert fleet.policy.min_hold_s == 1.0
@@ -74,6 +77,10 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
     assert environment["POLDER_ENGINE"] == "chat"
     assert environment["POLDER_KV_SHARE"] == str(160 * MIB)
     assert environment["POLDER_TBT_GOAL"] == "200ms"
+    assert environment["POLDER_TIERS"] == "peer,host,disk"
+    assert environment["POLDER_DISKS"] == ",".join(f"{tmp_path}/nvme{n}/chat:{400 << 30}" for n in range(2))
+    assert environment["POLDER_DISK_WRITES"] == str(500 << 30)
+    assert environment["POLDER_DISK_IO"] == "threads"
     assert environment["POLDER_KV_BUDGET"] == "", "what the shell had set is undone"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 

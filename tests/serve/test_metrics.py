@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from polder.serve.metrics import merge, render
 from polder.serve.supervisor import ChildStatus
+from polder.tiers.spill import FIGURES
 from tests.serve.fakes import MIB, canned_status
 
 CHILD = ChildStatus(name="a", state="ready", pid=1, restarts=2, retry_in_s=0.0, last_exit="")
@@ -22,6 +24,13 @@ NAMES = [
     "polder_engine_busy_bytes",
     "polder_engine_cached_bytes",
     "polder_engine_ceiling_bytes",
+    "polder_engine_disk_admission_refused_blocks_total",
+    "polder_engine_disk_budget_refused_blocks_total",
+    "polder_engine_disk_copied_bytes_total",
+    "polder_engine_disk_disks_ok",
+    "polder_engine_disk_spilled_blocks_total",
+    "polder_engine_disk_written_bytes_per_day",
+    "polder_engine_disk_written_bytes_total",
     "polder_engine_evicted_blocks_total",
     "polder_engine_floor_bytes",
     "polder_engine_giveback_preemptions_total",
@@ -92,6 +101,15 @@ def test_the_values_are_the_status_in_bytes_and_seconds() -> None:
     ):
         assert line in text, line
     assert 'steps_total{engine="b"}' not in text, "what an engine does not report is not zero"
+
+
+def test_every_figure_of_the_disks_is_published() -> None:
+    status = canned_status()
+    stats = {name: 7.0 + number for number, name in enumerate(FIGURES)}
+    engines = [msgspec.structs.replace(status.engines[0], stats=stats), *status.engines[1:]]
+    text = render(msgspec.structs.replace(status, engines=engines))
+    for name, value in stats.items():
+        assert f'polder_engine_{name}{{engine="a"}} {value}' in text
 
 
 def test_without_a_broker_only_its_absence_is_shown() -> None:

@@ -153,6 +153,18 @@ def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:
     assert errors == ""
 
 
+def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "nvme").mkdir()
+    path = tmp_path / "fleet.toml"
+    text = path.read_text().replace("[[model]]", f'host = "8MiB"\ndisks = ["{tmp_path}/nvme:64MiB"]\n[[model]]', 1)
+    path.write_text(text.replace('name = "b"', 'name = "b/8"\ntiers = ["host", "disk"]'))
+    serve.start()
+    wait_for(serve.ready, "the fleet", 30)
+    assert [made.name for made in (tmp_path / "nvme").iterdir()] == ["b%2F8"]
+    serve.end(signal.SIGTERM)
+    assert (tmp_path / "nvme" / "b%2F8").is_dir(), "what is on disk stays"
+
+
 def test_a_killed_serve_takes_everything_along(serve: Serve) -> None:
     serve.start()
     wait_for(serve.ready, "the fleet", 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_what_nobody_asked_for_is_divided_equally_in_whole_pages(tmp_path: Path,
 @pytest.mark.parametrize(
     ("memory", "a", "error", "words"),
     [
-        ("", 'tiers = ["disk"]', ConfigError, "unknown 'disk'; known are peer, host"),
+        ("", 'tiers = ["tape"]', ConfigError, "unknown 'tape'; known are peer, host, disk"),
         ("", 'tiers = ["host"]', BudgetError, "no host memory is left"),
         ('host = "10MiB"', 'tiers = ["host"]\nhost = "20MiB"', BudgetError, 'write host = "20MiB" or more'),
         ('host = "10MiB"', 'host = "5MiB"', ConfigError, 'add "host" to them'),
@@ -92,6 +93,9 @@ def test_top_shows_tiers_what_is_lent_and_the_verdict() -> None:
         "tier_saved_prefill_seconds_total": 812.0,
         "tier_unread_bytes_total": 12.0 * 1024 * MIB,
         "tier_refused_loads_total": 3.0,
+        "tier_disk_used_bytes": 96.0 * 1024 * MIB,
+        "tier_disk_size_bytes": 100.0 * 1024 * MIB,
+        "tier_disk_corrupt_blocks_total": 5.0,
         "tier_writing_pays": 1.0,
         "lent_offered_bytes": 8.0 * MIB,
         "lent_borrowed_bytes": 2.0 * MIB,
@@ -103,5 +107,6 @@ def test_top_shows_tiers_what_is_lent_and_the_verdict() -> None:
     console.print(render(Snapshot(broker=msgspec.structs.replace(status, engines=engines), children=[])))
     console.file.close()
     text = console.export_text()
+    assert re.search(r"a +disk +96.GiB +100.GiB +0 +0.B +0.B +5 ", text)
     assert "tiers saved 812 s of prefill, cost 2 s of copies, 12 GiB written never read, 3 loads refused" in text
     assert "a offers 8 MiB, 2 MiB of it are borrowed; 7 borrowed blocks taken back, p99 0.40 ms" in text

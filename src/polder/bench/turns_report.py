@@ -14,7 +14,7 @@ from rich.console import Console
 from polder.bench.checks import Check
 from polder.bench.result import BenchResult
 from polder.bench.tables import Table, cell, html_checks, html_table, print_checks, print_tables
-from polder.bench.turns_plan import ARMS
+from polder.bench.turns_plan import ARMS, RESTART_ARMS
 
 __all__ = ["print_turns", "render_turns_html", "write_turns_html"]
 
@@ -88,7 +88,7 @@ def _tiles(result: BenchResult) -> Iterator[tuple[float, str]]:
 def _tables(result: BenchResult) -> Iterator[Table]:
     """One of each stage that was run; behind an arm's figure stands its ratio to stock's."""
     for title, suffix, engine in GROUPS:
-        arms = [arm for arm in ARMS if engine in result.arms.get(arm + suffix, {})]
+        arms = [arm for arm in dict.fromkeys((*ARMS, *RESTART_ARMS)) if engine in result.arms.get(arm + suffix, {})]
         if not arms:
             continue
         found = {arm: result.arms[arm + suffix][engine] for arm in arms}

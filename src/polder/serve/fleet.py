@@ -18,6 +18,7 @@ from polder.broker.policy import PolicyConfig
 from polder.engines.vllm.settings import TIERS
 from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
+from polder.serve.disks import Disks, disk_parts
 from polder.serve.schema import EXAMPLE, FleetFile, MemoryTable, ModelTable, read_file
 from polder.units import format_bytes, parse_bytes, parse_goal, parse_seconds
 
@@ -39,8 +40,12 @@ class Model:
     share_bytes: int | None = None
     ceiling_bytes: int | None = None
     tiers: tuple[str, ...] = ()
-    """Where KV goes that its cache has no room for: some of "peer", "host"."""
+    """Where KV goes that its cache has no room for: some of TIERS, in their order."""
     host_bytes: int = 0
+    disks: Disks = ()
+    disk_writes_bytes: int | None = None
+    """A day, all disks together; None: no bound."""
+    disk_io: Literal["threads", "aio"] = "threads"
     lend_bytes: int = 0
     weights: Literal["resident", "elastic"] = "resident"
     window_bytes: int = 0
@@ -67,6 +72,9 @@ class Model:
         given |= {
             "POLDER_TIERS": ",".join(self.tiers),
             "POLDER_HOST": str(self.host_bytes or ""),
+            "POLDER_DISKS": ",".join(f"{path}:{size}" for path, size in self.disks),
+            "POLDER_DISK_WRITES": "" if self.disk_writes_bytes is None else str(self.disk_writes_bytes),
+            "POLDER_DISK_IO": self.disk_io,
             "POLDER_LEND": str(self.lend_bytes or ""),
             "POLDER_WEIGHTS": self.weights,
             "POLDER_WINDOW": str(self.window_bytes or ""),
@@ -166,8 +174,11 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
         host_bytes=host,
     )
     fleet.broker(Path("socket"))  # page and budget fit each other
-    quotas = _host_quotas(file.model, fleet)
-    return replace(fleet, models=tuple(_model(model, fleet, folder, quotas.get(model.name, 0)) for model in file.model))
+    for model in file.model:
+        _tiers(model)
+    disks, quotas = disk_parts(memory, file.model), _host_quotas(file.model, fleet)
+    models = (_model(m, fleet, folder, quotas.get(m.name, 0), disks.get(m.name, ())) for m in file.model)
+    return replace(fleet, models=tuple(models))
 
 
 def _budget(file: FleetFile) -> int:
@@ -230,7 +241,7 @@ def _policy(memory: MemoryTable, budget_bytes: int) -> PolicyConfig:
     )
 
 
-def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Model:
+def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int, disks: Disks) -> Model:
     what = f"model {model.name}"
 
     def size(key: str) -> int | None:
@@ -274,6 +285,9 @@ def _model(model: ModelTable, fleet: Fleet, folder: Path, host_bytes: int) -> Mo
         ceiling_bytes=sizes["ceiling"],
         tiers=_tiers(model),
         host_bytes=host_bytes,
+        disks=disks,
+        disk_writes_bytes=size("disk_writes"),
+        disk_io=model.disk_io,
         lend_bytes=parse_bytes(model.lend, what=f"{what}: lend"),
         weights=model.weights,
         window_bytes=window_bytes,

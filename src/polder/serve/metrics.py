@@ -39,6 +39,11 @@ _ENGINE_GAUGES = {
         "lent_recall_p99_seconds",
         "Waiting for a borrower when taking a block back, the last 4096 times",
     ),
+    "disk_written_bytes_per_day": (
+        "disk_written_bytes_per_day",
+        "Bytes a day written to its disks, at the rate of the last hour, all ranks",
+    ),
+    "disk_disks_ok": ("disk_disks_ok", "Its disks that can be read and written, each counted once a rank"),
 }
 _ENGINE_COUNTERS = {
     "prefix_queries_tokens_total": "Prompt tokens looked up in the prefix cache",
@@ -62,6 +67,11 @@ _ENGINE_COUNTERS = {
     "weights_stall_seconds_total": "Computing waited for layers, a rank",
     "lent_recalls_total": "Blocks on offer that it took back for itself",
     "lent_borrowed_recalls_total": "Of these, blocks that somebody had borrowed",
+    "disk_written_bytes_total": "Bytes written to its disks, second copies included, all ranks",
+    "disk_copied_bytes_total": "Of these, second copies of pages that are read most",
+    "disk_spilled_blocks_total": "Blocks written from host memory to disk",
+    "disk_admission_refused_blocks_total": "Blocks not written to disk, because too few like them are read again",
+    "disk_budget_refused_blocks_total": "Blocks not written to disk, because the day's writes (disk_writes) are used up",
 }
 _GIVEBACK_EDGES_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)
 

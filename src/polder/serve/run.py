@@ -18,6 +18,7 @@ from polder.broker import client
 from polder.broker.config import BrokerConfig
 from polder.errors import AddressInUse, BrokerUnavailable, ConfigError, EnvironmentFault
 from polder.serve.budget import option
+from polder.serve.disks import make_folders
 from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
 from polder.serve.process import ProcessSpec, free_port, vllm_serve
@@ -45,6 +46,7 @@ def run(
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write logs to {logs}: {error.strerror}") from error
+        make_folders(model.disks for model in fleet.models)
         ports = {model.name: free_port() for model in fleet.models}
         upstreams = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
         teams: list[Supervisor] = []

@@ -31,6 +31,7 @@ reserve_high = 0.08               # ... up to this (defaults)
 hold = "1s"                       # cache memory changes hands no more often (default)
 deadline = "200ms"                # time to give recalled memory back (default)
 host = "64GiB"                    # DRAM for KV that the caches have no room for, of all models (default: none)
+disks = ["/mnt/nvme0:400GiB", "/mnt/nvme1:400GiB"]  # a directory on each disk, its limit; of all models (default: none)
 
 [[model]]                         # one for each model
 name = "chat"                     # what clients write as "model"
@@ -39,8 +40,10 @@ max_model_len = 8192              # optional, as are all that follow; "auto": as
 floor = "64MiB"                   # never taken from it (default: what one request of max_model_len needs)
 share = "160MiB"                  # its own on demand, more is on loan (default: an equal part)
 ceiling = "1GiB"                  # never more than this (default: the whole budget)
-tiers = ["peer", "host"]          # KV that its cache has no room for: to what others lend, to host memory (default: none)
+tiers = ["peer", "host", "disk"]  # KV that its cache has no room for: to what others lend, to DRAM, then to disk (default: none)
 host = "32GiB"                    # its quota of host memory (default: an equal part for each model with this tier)
+disk_writes = "500GiB"            # most that it writes to all disks in a day (default: no bound)
+disk_io = "threads"               # default; "aio": the kernel's, for half the CPU time where it is allowed
 weights = "resident"              # default; "elastic": its weights leave the device while nobody asks it (needs budget)
 window = "8GiB"                   # of memory.host: contexts longer than fit the device keep most layers there (default: no window)
 window_layers = 2                 # of such a context, on the device at a time (default)
@@ -67,6 +70,7 @@ class MemoryTable(msgspec.Struct, forbid_unknown_fields=True):
     hold: str | float = PolicyConfig.min_hold_s
     deadline: str | float = PolicyConfig.deadline_s
     host: str | int = 0
+    disks: list[str] = []
 
 
 class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,6 +82,8 @@ class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
     ceiling: str | int | None = None
     tiers: list[str] = []
     host: str | int | None = None
+    disk_writes: str | int | None = None
+    disk_io: Literal["threads", "aio"] = "threads"
     lend: str | int = 0
     weights: Literal["resident", "elastic"] = "resident"
     window: str | int = 0

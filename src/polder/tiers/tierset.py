@@ -32,6 +32,8 @@ __all__ = ["TierSet"]
 
 PROBE_EVERY_S = 5.0
 """A link too slow to be used is tried with one block that often: it may have become faster."""
+LEAST_TRIAL, MOST_TRIAL = 512, 4096
+"""Blocks asked for before writing is judged: half of what the tiers hold. Users who all begin at once have nothing to reuse yet."""
 OVERHEAD_S = 0.003
 """Of any asynchronous load: vLLM takes two more, empty steps for it (reference: 3 to 5 ms)."""
 
@@ -70,7 +72,10 @@ class TierSet:
         self._tiers, self._ranks, self._block_tokens, self._clock = tuple(tiers), ranks, block_tokens, clock
         disks = [tier for tier in self._tiers if isinstance(tier, DiskSlots)]
         self.index = DiskIndex(self._tiers, policy) if disks else BlockIndex(self._tiers, policy)
-        self.reuse = ReuseGate(remembered=max(1024, 2 * self.index.capacity))
+        self.reuse = ReuseGate(
+            remembered=max(1024, 2 * self.index.capacity),
+            trial=min(MOST_TRIAL, max(LEAST_TRIAL, self.index.capacity // 2)),
+        )
         self.prefill = PrefillRate()
         self.links: dict[tuple[int, Direction], LinkRate] = {
             (tier, direction): LinkRate() for tier in range(len(tiers)) for direction in ("load", "store")
