@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,5 @@ def test_a_directory_of_another_model_is_refused_with_a_message(disks: list[Path
     )
     with pytest.raises(ConfigError, match="namespace"):
         OpenDisks(plan, 0)
+    with pytest.raises(ConfigError, match="an engine with one rank"):
+        OpenDisks(replace(plan, ranks=2), 1)

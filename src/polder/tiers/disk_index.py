@@ -25,6 +25,7 @@ from polder.tiers.slots import HostSlots, IntArray, Slots
 __all__ = ["DiskIndex", "Spill"]
 
 _NOWHERE = -1
+_LONG_AGO = -(1 << 62)
 _RESERVE_SHARE = 32
 """Blocks that leave the faster tiers next are chosen so many times in one turnover of them."""
 
@@ -53,6 +54,10 @@ class DiskIndex(BlockIndex):
         self._slots: DiskSlots = tiers[-1]
         self.stripes: IntArray = np.zeros(self.capacity, dtype=np.int64)
         """Of each entry: consecutive numbers for consecutive blocks, see Pages."""
+        self._entered = 0  # blocks that came to the faster tiers, ever
+        self._entered_when_used = np.full(
+            self.capacity, _LONG_AGO, dtype=np.int64
+        )  # that, at an entry's last load from disk
         self._reserve: list[int] = []  # entries that leave the faster tiers next, the worst last
         self._reserved: npt.NDArray[np.bool_] = np.zeros(self.capacity, dtype=np.bool_)
 
@@ -70,6 +75,7 @@ class DiskIndex(BlockIndex):
             for row, entry in zip(found.tolist(), entries.tolist(), strict=True):
                 self._entry_of[unknown[row]], self._keys[entry] = entry, unknown[row]
             self._reserved[entries] = self.was_read[entries] = False
+            self._entered_when_used[entries] = _LONG_AGO
             self._lay(entries, slots[found])
             self._policy.insert(entries, key_numbers([unknown[row] for row in found.tolist()]), found, now)
         return len(found)
@@ -169,6 +175,8 @@ class DiskIndex(BlockIndex):
     def _enter(self, key: bytes, position: int, tier: int, slot: int) -> tuple[int, int, int, int]:
         row = super()._enter(key, position, tier, slot)
         self._reserved[row[1]] = False
+        self._entered_when_used[row[1]] = _LONG_AGO
+        self._entered += 1
         return row
 
     def _promote(self, known: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
@@ -177,8 +185,19 @@ class DiskIndex(BlockIndex):
             for at, entry in known
             if (self._place[entry, : self.disk] < 0).all() and (self._writing[entry, : self.disk] < 0).all()
         ]
+        alone = self._worth_promoting(alone)
         freed = self._make_room(len(alone), {entry for _, entry in known}) if alone else []
+        self._entered += len(freed)
         return [self._write(at, entry, *place) for (at, entry), place in zip(alone, freed, strict=False)]
+
+    def _worth_promoting(self, alone: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those that would have been found in the faster tiers had they been promoted at their last use: fewer blocks have come
+        there since than these tiers hold. Where what is used in turn is more than that, every promotion costs a copy, and the
+        place of a block that is as good."""
+        room = sum(tier.capacity for tier in self._written)
+        worth = [(at, entry) for at, entry in alone if self._entered - int(self._entered_when_used[entry]) < room]
+        self._entered_when_used[[entry for _, entry in alone]] = self._entered
+        return worth
 
     def _make_room(self, count: int, keep: set[int]) -> list[tuple[int, int]]:
         """As without a disk, but what is on disk, too, leaves the faster tiers only."""

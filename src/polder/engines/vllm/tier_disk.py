@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from polder.engines.vllm.settings import EngineSettings
-from polder.errors import EnvironmentFault
+from polder.errors import ConfigError, EnvironmentFault
 from polder.swarm.disk import DiskConfig
 from polder.swarm.engine import ThreadEngine
 from polder.swarm.io import ALIGNMENT_BYTES, Arena, IoEngine
 from polder.swarm.keys import Keys
+from polder.swarm.layout import META
 from polder.swarm.store import DiskStore, StoreConfig
 from polder.testing.disks import DiskFaults, DiskModel, EmulatedDisk, EmulatedEngine
 from polder.testing.faulty_tier import parse_faults
@@ -102,6 +103,8 @@ def _directory(path: Path, ranks: int, rank: int) -> Path:
     """Made for a rank below `path`; `path` itself must be there, for only its owner knows which disk it lies on."""
     if ranks == 1:
         return path
+    if (path / META).exists():
+        raise ConfigError(f"{path} has the pages of an engine with one rank: empty it, or name another directory")
     if path.is_dir():
         (path / f"rank{rank}").mkdir(exist_ok=True)
     return path / f"rank{rank}"
