@@ -138,7 +138,8 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         self.tiers.wait(number for number, job_id in self._numbers.items() if job_id in job_ids)
 
     def shutdown(self) -> None:
-        self.tiers.close()
+        if self.disks is None or self._disk is not None:  # else the start failed before `start`
+            self.tiers.close()
         if self.disks is not None:
             self.disks.close()
         self._on_close()

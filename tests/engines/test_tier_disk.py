@@ -1,0 +1,113 @@
+"""What an engine makes of its disks before and beside its requests, without one: agreement between ranks, new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from polder.engines.vllm import plugin, tier_worker
+from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found
+from polder.engines.vllm.tier_worker import PolderWorker
+from polder.swarm.io import Arena
+from polder.tiers.disk_memory import DiskMemory
+from polder.tiers.pages import short_keys
+
+PAGE = 64 << 10
+LIMIT = 16 << 20
+KEYS = short_keys([b"%032d" % n for n in range(12)])
+
+
+def plan_of(folder: Path, ranks: int) -> DiskPlan:
+    disks = []
+    for name in "ab":
+        (folder / name).mkdir(exist_ok=True)
+        disks.append((str(folder / name), LIMIT))
+    return DiskPlan(disks=tuple(disks), page_bytes=PAGE, namespace="n", ranks=ranks, io="threads", links="", faults="")
+
+
+def worker(plan: DiskPlan, rank: int, wanted: list[int]) -> PolderWorker:
+    """One that has written the pages `wanted` in a former run."""
+    former = OpenDisks(plan, rank)
+    arena = Arena(len(wanted), PAGE)
+    assert former.store.write(KEYS[wanted], arena.addresses).all()
+    former.close()
+    region = np.zeros(8 * PAGE, dtype=np.uint8)
+    memories: list[DiskMemory] = []
+
+    def open_tiers(_: int, memory: DiskMemory | None) -> Any:
+        assert memory is not None
+        memories.append(memory)
+        return SimpleNamespace(close=memory.close, region=region)
+
+    return PolderWorker(open_tiers, [], lambda: None, disks=OpenDisks(plan, rank), host=(region.ctypes.data, PAGE))
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[list[PolderWorker]]:
+    plan = plan_of(tmp_path, 2)
+    workers = [worker(plan, 0, [0, 1, 2, 3]), worker(plan, 1, [3, 1, 7])]
+    yield workers
+    for one in workers:
+        one.shutdown()
+
+
+def test_ranks_begin_with_what_all_of_them_have(ranks: list[PolderWorker], monkeypatch: pytest.MonkeyPatch) -> None:
+    def rpc(function: Any, *arguments: Any) -> list[Any]:
+        answers = []
+        for one in ranks:
+            monkeypatch.setattr(tier_worker, "_worker", one)
+            answers.append(function(None, *arguments))
+        return answers
+
+    capacities = [slots for slots, _ in rpc(found)]
+    slots = agree_on_slots(rpc, plan_like(ranks))
+    assert slots.capacity == min(capacities)
+    assert slots.slot_bytes == 2 * PAGE
+    assert slots.unbound == 2
+    assert (slots.claim(KEYS) >= 0).nonzero()[0].tolist() == [1, 3]
+    for one in ranks:
+        assert one.disks is not None
+        assert one.disks.store.lookup(KEYS).present.any(axis=1).sum() == 2, "what only one rank has is of no use"
+
+
+def plan_like(ranks: list[PolderWorker]) -> Any:
+    return SimpleNamespace(page_bytes=PAGE, ranks=len(ranks))
+
+
+def test_new_weights_stop_the_disks_and_leave_their_pages(
+    ranks: list[PolderWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = ranks[0]
+    monkeypatch.setattr(tier_worker, "_worker", one)
+    adopt(None, 8, KEYS[:2])
+    monkeypatch.setattr(plugin, "_settings", lambda _: SimpleNamespace(weights="resident", disks=(("/mnt/a", 1),)))
+    updated = plugin._watched_update(lambda self: "updated")
+    assert updated(SimpleNamespace(vllm_config=None)) == "updated"
+    memory = one._disk
+    assert memory is not None
+    assert memory.tend(1).size_bytes == 0
+    part: Any = SimpleNamespace(pages=SimpleNamespace(keys=KEYS[:2]), rows=np.arange(2))
+    assert set(memory.load_part(part, [[], []], None).failed.values()) == {"error"}  # type: ignore[arg-type]
+    assert one.disks is not None
+    assert one.disks.store.lookup(KEYS[:2]).present.any(axis=1).all(), "the next run with the old weights finds them"
+
+
+def test_without_disks_there_is_no_plan_and_a_page_holds_a_block(tmp_path: Path) -> None:
+    settings: Any = SimpleNamespace(disks=(), disk_io="threads", links="", faults="")
+    assert disk_plan(settings, shard_bytes=1000, namespace=1, ranks=1) is None
+    settings.disks = (("/mnt/a", 1 << 30),)
+    for shard, page in ((1000, PAGE), (PAGE, PAGE), (PAGE + 1, PAGE + 4096)):
+        plan = disk_plan(settings, shard_bytes=shard, namespace=1, ranks=1)
+        assert plan is not None
+        assert plan.page_bytes == page
+    other = disk_plan(settings, shard_bytes=1000, namespace=2, ranks=1)
+    assert other is not None
+    assert replace(other, namespace=plan.namespace) != other
