@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,11 +104,12 @@ class ContextBench:
                 self._ask(arm, BLOCK_TOKENS * 4, entropy=1)  # all code has run once
                 lengths = asked if name == "enough" else self.plan.lengths(name)
                 for number, length in enumerate(lengths):
-                    self._one(arm, name, length)
+                    self._one(arm, name, length, enough=lambda: pool.get("enough"))
                     stage.update(number + 1, len(lengths))
                 self._refused(arm, name)
 
-    def _one(self, arm: Arm, name: str, length: int) -> None:
+    def _one(self, arm: Arm, name: str, length: int, enough: Callable[[], Arm]) -> None:
+        """`enough`: the arm that has all KV local, up."""
         answer = self._ask(arm, length, entropy=0)
         found = self._found[name]
         found[f"ttft_{length}_ms"], found[f"tbt_{length}_ms"] = answer.ttft_ms, answer.tbt_ms
@@ -125,8 +126,10 @@ class ContextBench:
             if name.endswith("-link"):
                 stream = _measured_stream(arm, window_layers)
                 found["link_bytes_per_s"], found["layer_overhead_us"] = stream.link_bytes_per_s, 1e6 * stream.overhead_s
+                found["contention_s_per_gb"] = 1e9 * stream.contention_s_per_byte
                 stock = {n: answer.ttft_ms for n, answer in self._expected.items()}
-                step_ms = self._expected[length].tbt_ms
+                step_ms = self._ask(enough(), length, entropy=0).tbt_ms  # now: the machine changes with what others do
+                found[f"enough_tbt_{length}_ms"] = step_ms
                 found[f"planned_ttft_{length}_ms"] = planned_ttft_ms(self.plan, stream, length, stock)
                 found[f"planned_tbt_{length}_ms"] = planned_tbt_ms(self.plan, stream, length, step_ms)
 
@@ -239,4 +242,5 @@ def _measured_stream(arm: Arm, window_layers: int) -> Stream:
         link_bytes_per_s=stats["window_link_bytes_per_second"],
         window_layers=window_layers,
         overhead_s=stats["window_layer_seconds"],
+        contention_s_per_byte=stats["window_contention_seconds_per_byte"],
     )

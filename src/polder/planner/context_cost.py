@@ -47,6 +47,8 @@ class Stream:
     window_layers: int = 1
     overhead_s: float = 0.0
     """Of a layer with copies: what it takes to launch them, by the thread that launches the layers."""
+    contention_s_per_byte: float = 0.0
+    """By which computing takes longer for each byte copied meanwhile: of memory bandwidth, and on a CPU of cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def even_step_seconds(compute_s: float, layers: int, stream: Stream, *, load_byt
 
     `load_bytes` and `store_bytes`: windowed KV of one layer.
     """
-    layer_s = compute_s / layers
+    layer_s = compute_s / layers + stream.contention_s_per_byte * (load_bytes + store_bytes)
     layer = LayerWork(
         before_s=layer_s / 4,
         attention_s=layer_s / 4,

@@ -5,7 +5,7 @@ A decode step computes the model once, attends to the whole context, and waits f
     step = even_step_seconds(step_s + token_s * tokens, bytes of the windowed blocks)
 
 The first two are a pass of the engine's own model without and with a context; the copies' rate and cost are those of the window's
-own passes without computing. Sampling and scheduling are not in it, nor what other requests of the batch compute.
+own passes without computing, and by how much copies slow computing down is measured with both at once. Sampling and scheduling are not in it, nor what other requests of the batch compute.
 """
 
 from __future__ import annotations
@@ -34,11 +34,16 @@ class StepFigures:
     overhead_s: float
     """Of a layer with copies, besides their bytes."""
     link_bytes_per_s: float
+    contention_s_per_byte: float = 0.0
+    """More for each byte copied meanwhile."""
 
     @property
     def stream(self) -> Stream:
         return Stream(
-            link_bytes_per_s=self.link_bytes_per_s, window_layers=self.window_layers, overhead_s=self.overhead_s
+            link_bytes_per_s=self.link_bytes_per_s,
+            window_layers=self.window_layers,
+            overhead_s=self.overhead_s,
+            contention_s_per_byte=self.contention_s_per_byte,
         )
 
 

@@ -34,6 +34,7 @@ def keep_goal(
         token_s=max(rank.token_s for rank in ranks),
         overhead_s=max(rank.overhead_s for rank in ranks),
         link_bytes_per_s=min(rank.link_bytes_per_s for rank in ranks),
+        contention_s_per_byte=max(rank.contention_s_per_byte for rank in ranks),
     )
     figures = StepFigures(
         layers=agreement.shape.layers,
@@ -44,6 +45,7 @@ def keep_goal(
         token_s=slowest.token_s,
         overhead_s=slowest.overhead_s,
         link_bytes_per_s=slowest.link_bytes_per_s,
+        contention_s_per_byte=slowest.contention_s_per_byte,
     )
 
     def windowed(tokens: int) -> int:
@@ -76,4 +78,5 @@ def keep_goal(
         "window_context_seconds_per_token": slowest.token_s,
         "window_layer_seconds": slowest.overhead_s,
         "window_link_bytes_per_second": slowest.link_bytes_per_s,
+        "window_contention_seconds_per_byte": slowest.contention_s_per_byte,
     }

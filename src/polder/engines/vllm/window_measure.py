@@ -33,19 +33,28 @@ class Measured:
     token_s: float
     overhead_s: float
     link_bytes_per_s: float
+    contention_s_per_byte: float = 0.0
 
 
 def measure(worker_: Any, context_tokens: int) -> Measured:
     """Called by the core. Steps with and without a context of `context_tokens`; copies over regular blocks, zero onto zero."""
     window = window_worker.current()
     assert window is not None
-    step_s, token_s = _computing(worker_.model_runner, window.fence, context_tokens)
+    step = _steps_of(worker_.model_runner, window.fence)
+    short_s, long_s = (_median_s(step, tokens) for tokens in (1, context_tokens))
     overhead_s, link_bytes_per_s = _copying(window)
-    return Measured(step_s=step_s, token_s=token_s, overhead_s=overhead_s, link_bytes_per_s=link_bytes_per_s)
+    return Measured(
+        step_s=short_s,
+        token_s=max(0.0, long_s - short_s) / max(1, context_tokens - 1),
+        overhead_s=overhead_s,
+        link_bytes_per_s=link_bytes_per_s,
+        contention_s_per_byte=_contention(window, step),
+    )
 
 
-def _computing(runner: Any, fence: Callable[[], None], context_tokens: int) -> tuple[float, float]:
-    """By passes of vLLM's own warm-up, which attend to the null block again and again: a cache that holds it flatters them."""
+def _steps_of(runner: Any, fence: Callable[[], None]) -> Callable[[int], float]:
+    """Seconds of a pass over one token with a context of so many. By vLLM's own warm-up, which attends to the null block again and
+    again: a cache that holds it flatters them."""
     from vllm.config import CUDAGraphMode
 
     def step(tokens: int) -> float:
@@ -60,8 +69,32 @@ def _computing(runner: Any, fence: Callable[[], None], context_tokens: int) -> t
         fence()
         return time.perf_counter() - started
 
-    short_s, long_s = (_median_s(step, tokens) for tokens in (1, context_tokens))
-    return short_s, max(0.0, long_s - short_s) / max(1, context_tokens - 1)
+    return step
+
+
+def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:
+    """By how much a step takes longer for each byte copied under it: steps with and without, in turn."""
+    homes = window.homes
+    copies = CopyEngine(window.inner_backend)
+    blocks = np.arange(1, 1 + min(window.mapped_blocks - 1, homes.blocks))
+    regular = replace(homes, first=1)
+    layers = range(len(homes.local))
+    source = np.concatenate([regular.home(layer, blocks) for layer in layers])
+    target = np.concatenate([regular.place(layer, blocks) for layer in layers])
+    most = max(1, COPIED_BYTES // homes.stride_bytes)
+    source, target = source[:most], target[:most]
+    slower = []
+    try:
+        for _ in range(TRIES):
+            alone_s = step(1)
+            ticket = copies.submit(target, source, homes.stride_bytes)
+            beside_s, steps = step(1), 1
+            while not copies.done(ticket):
+                beside_s, steps = beside_s + step(1), steps + 1
+            slower.append(beside_s - steps * alone_s)
+    finally:
+        copies.close()
+    return max(0.0, median(slower)) / (len(source) * homes.stride_bytes)
 
 
 def _copying(window: WorkerWindow) -> tuple[float, float]:

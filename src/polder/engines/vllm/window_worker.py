@@ -59,6 +59,7 @@ class WorkerWindow:
             blocks=plan.blocks,
             store=self.store.address,
         )
+        self.inner_backend = memory.backend
         self.backend, self.window_layers, self.fence = (
             _emulated(memory.backend, plan, memory.rank),
             plan.window_layers,
