@@ -5,7 +5,8 @@ A decode step computes the model once, attends to the whole context, and waits f
     step = even_step_seconds(step_s + token_s * tokens, bytes of the windowed blocks)
 
 The first two are a pass of the engine's own model without and with a context; the copies' rate and cost are those of the window's
-own passes without computing, and by how much copies slow computing down is measured with both at once. Sampling and scheduling are not in it, nor what other requests of the batch compute.
+own passes without computing, and by how much copies slow computing down is measured with both at once. Sampling and scheduling are
+not in it, nor what other requests of the batch compute.
 """
 
 from __future__ import annotations
