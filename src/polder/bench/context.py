@@ -124,7 +124,9 @@ class ContextBench:
             blocks = self.plan.windowed_blocks(window_layers, length - OUTPUT_TOKENS // 2)
             found[f"windowed_{length}_blocks"] = float(blocks)
             if name.endswith("-link"):
-                stream = _measured_stream(arm, window_layers)
+                recipe = self.plan.recipe
+                stream = _measured_stream(arm, window_layers, BLOCK_TOKENS * recipe.kv_bytes_per_token / recipe.layers)
+                found["windowed_step_more_ms"] = 1e3 * max((more_s for _, more_s in stream.least_s), default=0.0)
                 found["link_bytes_per_s"], found["layer_overhead_us"] = stream.link_bytes_per_s, 1e6 * stream.overhead_s
                 found["contention_s_per_gb"] = 1e9 * stream.contention_s_per_byte
                 stock = {n: answer.ttft_ms for n, answer in self._expected.items()}
@@ -234,13 +236,19 @@ class ContextBench:
         }
 
 
-def _measured_stream(arm: Arm, window_layers: int) -> Stream:
+def _measured_stream(arm: Arm, window_layers: int, block_bytes: float) -> Stream:
     """By the engine itself, when it started."""
     assert arm.broker is not None
     stats = next(engine.stats for engine in status(arm.broker).engines if engine.engine == ENGINE)
+    steps = {
+        int(name.split("_")[2]): more_s
+        for name, more_s in stats.items()
+        if name.startswith("window_step_") and "_blocks_" in name
+    }
     return Stream(
         link_bytes_per_s=stats["window_link_bytes_per_second"],
         window_layers=window_layers,
         overhead_s=stats["window_layer_seconds"],
         contention_s_per_byte=stats["window_contention_seconds_per_byte"],
+        least_s=tuple((blocks * block_bytes, more_s) for blocks, more_s in sorted(steps.items())),
     )

@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from polder.planner.devices import Device
 from polder.planner.model_shape import ModelShape
 
@@ -49,6 +51,8 @@ class Stream:
     """Of a layer with copies: what it takes to launch them, by the thread that launches the layers."""
     contention_s_per_byte: float = 0.0
     """By which computing takes longer for each byte copied meanwhile: of memory bandwidth, and on a CPU of cores."""
+    least_s: tuple[tuple[float, float], ...] = ()
+    """Measured: (bytes of a layer, by how much a step with them takes longer), rising; beyond the last as long as that, or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +114,11 @@ def even_step_seconds(compute_s: float, layers: int, stream: Stream, *, load_byt
         load_bytes=load_bytes,
         store_bytes=store_bytes,
     )
-    return step_seconds([layer] * layers, stream)
+    planned_s = step_seconds([layer] * layers, stream)
+    if not stream.least_s or not load_bytes + store_bytes:
+        return planned_s
+    sizes, more = zip(*stream.least_s, strict=True)
+    return max(planned_s, compute_s + float(np.interp(load_bytes, sizes, more)))
 
 
 def decode_seconds(

@@ -5,8 +5,9 @@ A decode step computes the model once, attends to the whole context, and waits f
     step = even_step_seconds(step_s + token_s * tokens, bytes of the windowed blocks)
 
 The first two are a pass of the engine's own model without and with a context; the copies' rate and cost are those of the window's
-own passes without computing, and by how much copies slow computing down is measured with both at once. Sampling and scheduling are
-not in it, nor what other requests of the batch compute.
+own passes without computing, and by how much copies slow computing down is measured with both at once. What threads and wake-ups
+cost where copies and computing take about as long is in no such formula, so some real steps with windowed blocks are measured, too,
+and no step is foretold to be faster than those. Sampling and scheduling are not in it, nor what other requests of a batch compute.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class StepFigures:
     link_bytes_per_s: float
     contention_s_per_byte: float = 0.0
     """More for each byte copied meanwhile."""
+    windowed_steps: tuple[tuple[int, float], ...] = ()
+    """(windowed blocks, by how much a step with them took longer), rising."""
 
     @property
     def stream(self) -> Stream:
@@ -45,6 +48,7 @@ class StepFigures:
             window_layers=self.window_layers,
             overhead_s=self.overhead_s,
             contention_s_per_byte=self.contention_s_per_byte,
+            least_s=tuple((float(blocks * self.block_bytes), more_s) for blocks, more_s in self.windowed_steps),
         )
 
 

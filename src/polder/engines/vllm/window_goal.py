@@ -35,6 +35,10 @@ def keep_goal(
         overhead_s=max(rank.overhead_s for rank in ranks),
         link_bytes_per_s=min(rank.link_bytes_per_s for rank in ranks),
         contention_s_per_byte=max(rank.contention_s_per_byte for rank in ranks),
+        windowed_steps=tuple(
+            (steps[0][0], max(more_s for _, more_s in steps))
+            for steps in zip(*(rank.windowed_steps for rank in ranks), strict=True)
+        ),
     )
     figures = StepFigures(
         layers=agreement.shape.layers,
@@ -46,6 +50,7 @@ def keep_goal(
         overhead_s=slowest.overhead_s,
         link_bytes_per_s=slowest.link_bytes_per_s,
         contention_s_per_byte=slowest.contention_s_per_byte,
+        windowed_steps=slowest.windowed_steps,
     )
 
     def windowed(tokens: int) -> int:
@@ -79,4 +84,5 @@ def keep_goal(
         "window_layer_seconds": slowest.overhead_s,
         "window_link_bytes_per_second": slowest.link_bytes_per_s,
         "window_contention_seconds_per_byte": slowest.contention_s_per_byte,
+        **{f"window_step_{blocks}_blocks_seconds": more_s for blocks, more_s in slowest.windowed_steps},
     }

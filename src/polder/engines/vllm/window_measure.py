@@ -34,6 +34,7 @@ class Measured:
     overhead_s: float
     link_bytes_per_s: float
     contention_s_per_byte: float = 0.0
+    windowed_steps: tuple[tuple[int, float], ...] = ()
 
 
 def measure(worker_: Any, context_tokens: int) -> Measured:
@@ -49,6 +50,7 @@ def measure(worker_: Any, context_tokens: int) -> Measured:
         overhead_s=overhead_s,
         link_bytes_per_s=link_bytes_per_s,
         contention_s_per_byte=_contention(window, step),
+        windowed_steps=_windowed_steps(window, step),
     )
 
 
@@ -95,6 +97,28 @@ def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:
     finally:
         copies.close()
     return max(0.0, median(slower)) / (len(source) * homes.stride_bytes)
+
+
+def _windowed_steps(window: WorkerWindow, step: Callable[[int], float]) -> tuple[tuple[int, float], ...]:
+    """Real steps, as if regular blocks were windowed, with those without in turn: a few blocks, half of what is there, all."""
+    most = min(window.mapped_blocks - 1, window.homes.blocks)
+    copies = CopyEngine(window.backend, inline_bytes=window_worker.INLINE_BYTES)
+    homes = replace(window.homes, first=1)
+    stream = WindowStream(copies, homes, window_layers=window.window_layers, fence=window.fence)
+    found = []
+    try:
+        for blocks in sorted({1, max(1, most // 2), most}):
+            longer = []
+            for _ in range(TRIES + 1):
+                alone_s = step(1)
+                with window.passing(stream, np.arange(1, 1 + blocks)):
+                    longer.append(step(1) - alone_s)
+            more_s = median(longer[1:])  # all code has run once
+            found.append((blocks, max(more_s, *(before_s for _, before_s in found), 0.0)))
+    finally:
+        with contextlib.suppress(EnvironmentFault):
+            copies.close()
+    return tuple(found)
 
 
 def _copying(window: WorkerWindow) -> tuple[float, float]:

@@ -11,10 +11,11 @@ drops what came of them (engines/vllm/window_core.py).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,26 @@ class WorkerWindow:
             self._busy = self.stream.begin(np.concatenate(read), np.concatenate(written))
         except EnvironmentFault as error:
             self._failed(error)
+
+    @contextlib.contextmanager
+    def passing(self, stream: WindowStream, blocks: Indices) -> Iterator[None]:
+        """For measurements: the pass within reads these blocks by `stream` and writes the last of them. Its copies may fail."""
+        own, begin = self.stream, self.begin
+
+        def begin_measured(attn_metadata: Any, requests: int) -> None:
+            self._busy = stream.begin(blocks, blocks[-1:])
+
+        self.stream, self.begin = stream, begin_measured  # type: ignore[method-assign]
+        try:
+            begin_measured(None, 0)  # a warm-up does not call it
+            yield
+            stream.settle()
+        except EnvironmentFault as error:
+            logger.debug("a measured pass lost copies: %s", error)
+        finally:
+            self.stream, self.begin = own, begin  # type: ignore[method-assign]
+            self._busy = self.spoiled = False
+            self.doubtful = []
 
     def before(self, layer: int) -> None:
         if self._busy:
