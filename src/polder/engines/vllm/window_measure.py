@@ -105,7 +105,7 @@ def _windowed_steps(window: WorkerWindow, step: Callable[[int], float]) -> tuple
     copies = CopyEngine(window.backend, inline_bytes=window_worker.INLINE_BYTES)
     homes = replace(window.homes, first=1)
     stream = WindowStream(copies, homes, window_layers=window.window_layers, fence=window.fence)
-    found = []
+    found: list[tuple[int, float]] = []
     try:
         for blocks in sorted({1, max(1, most // 2), most}):
             longer = []
