@@ -73,12 +73,12 @@ def test_transfers_too_short_to_sleep_for_are_paid_together(clock: Clock) -> Non
 
 def test_links_are_read_in_bytes_a_second() -> None:
     assert parse_links("peer=3.2GB/s, host=400MB/s") == {"peer": 3.2e9, "host": 4e8}
-    assert parse_links("host=5kB/s") == {"host": 5e3}
+    assert parse_links("host=5kB/s,disk=75MB/s") == {"host": 5e3, "disk": 75e6}
     assert parse_links("") == {}
 
 
 @pytest.mark.parametrize(
-    "text", ["peer", "peer=3", "peer=3GB", "disk=3GB/s", "peer=-1GB/s", "peer=0GB/s", "peer=1e3MB/s"]
+    "text", ["peer", "peer=3", "peer=3GB", "tape=3GB/s", "peer=-1GB/s", "peer=0GB/s", "peer=1e3MB/s"]
 )
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="write peer="):
