@@ -33,6 +33,7 @@ __all__ = ["RESTART_SUFFIXES", "RestartPlan", "describe_restart", "restart_engin
 RESTART_SUFFIXES = ("-before", "-restart")
 TURNS = 16
 """Of each session of tiny-agent-v1."""
+_SHARED, _VLLMS_REGION = Path("/dev/shm"), "vllm_offload_*.mmap"
 SETTLE_S = 4.0
 """After the last reply, for writes under way: every arm gets it."""
 
@@ -87,6 +88,7 @@ def run_restart(
     for number in range(plan.disks):
         (folder / f"disk{number}").mkdir(parents=True)
     of_arm = restart_engine(arm, engine, plan, links, folder)
+    shared = set(_SHARED.glob(_VLLMS_REGION))
     before, after = parted(agents(model="A", users=plan.users, sessions=plan.sessions), plan.turns_before, TURNS)
     try:
         up = _started(arm, of_arm, logs, runtime)
@@ -104,6 +106,10 @@ def run_restart(
             up.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for left in (
+            set(_SHARED.glob(_VLLMS_REGION)) - shared
+        ):  # vLLM's shutdown kills its engine core before that unlinks it
+            left.unlink(missing_ok=True)
     first.arm, second.arm = f"{arm}-before", f"{arm}-restart"
     return first, second
 
