@@ -29,7 +29,11 @@ def keep_goal(
     config, scheduler = core.vllm_config.model_config, core.scheduler
     regular_tokens = max(1, ceiling_units * agreement.unit_blocks - 1) * agreement.block_tokens
     ranks: list[Measured] = rpc(measure, min(regular_tokens, config.max_model_len))
-    slowest = Measured(
+    figures = StepFigures(  # of the slowest rank
+        layers=agreement.shape.layers,
+        window_layers=agreement.shape.window_layers,
+        block_bytes=agreement.block_bytes,
+        block_tokens=agreement.block_tokens,
         step_s=max(rank.step_s for rank in ranks),
         token_s=max(rank.token_s for rank in ranks),
         overhead_s=max(rank.overhead_s for rank in ranks),
@@ -39,18 +43,6 @@ def keep_goal(
             (steps[0][0], max(more_s for _, more_s in steps))
             for steps in zip(*(rank.windowed_steps for rank in ranks), strict=True)
         ),
-    )
-    figures = StepFigures(
-        layers=agreement.shape.layers,
-        window_layers=agreement.shape.window_layers,
-        block_bytes=agreement.block_bytes,
-        block_tokens=agreement.block_tokens,
-        step_s=slowest.step_s,
-        token_s=slowest.token_s,
-        overhead_s=slowest.overhead_s,
-        link_bytes_per_s=slowest.link_bytes_per_s,
-        contention_s_per_byte=slowest.contention_s_per_byte,
-        windowed_steps=slowest.windowed_steps,
     )
 
     def windowed(tokens: int) -> int:
@@ -64,7 +56,7 @@ def keep_goal(
         "window: a token after %d takes %.1f ms by what was measured (%s/s for copies), %d tokens are possible within %g ms",
         asked,
         1e3 * planned_s,
-        format_bytes(int(slowest.link_bytes_per_s)),
+        format_bytes(int(figures.link_bytes_per_s)),
         possible,
         1e3 * goal_s,
     )
@@ -79,10 +71,10 @@ def keep_goal(
         core.collective_rpc("update_max_model_len", args=(possible,))
         logger.info("window: max_model_len is %d", possible)
     return {
-        "window_step_seconds": slowest.step_s,
-        "window_context_seconds_per_token": slowest.token_s,
-        "window_layer_seconds": slowest.overhead_s,
-        "window_link_bytes_per_second": slowest.link_bytes_per_s,
-        "window_contention_seconds_per_byte": slowest.contention_s_per_byte,
-        **{f"window_step_{blocks}_blocks_seconds": more_s for blocks, more_s in slowest.windowed_steps},
+        "window_step_seconds": figures.step_s,
+        "window_context_seconds_per_token": figures.token_s,
+        "window_layer_seconds": figures.overhead_s,
+        "window_link_bytes_per_second": figures.link_bytes_per_s,
+        "window_contention_seconds_per_byte": figures.contention_s_per_byte,
+        **{f"window_step_{blocks}_blocks_seconds": more_s for blocks, more_s in figures.windowed_steps},
     }

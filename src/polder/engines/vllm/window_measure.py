@@ -20,6 +20,8 @@ from polder.window.stream import WindowStream
 __all__ = ["Measured", "measure"]
 
 TRIES = 7
+STEPS_BESIDE = 2
+"""One ends before the copies do, as a rule, and the other after them."""
 MOST_FAILURES = 16
 COPIED_BYTES = 32 << 20
 """By a longer pass, at most."""
@@ -38,19 +40,23 @@ class Measured:
 
 
 def measure(worker_: Any, context_tokens: int) -> Measured:
-    """Called by the core. Steps with and without a context of `context_tokens`; copies over regular blocks, zero onto zero."""
+    """Called by the core. Steps with and without a context of `context_tokens`; copies over regular blocks, zero onto zero.
+
+    Steps are collective: every rank makes the same number of them, and what may raise on one of them comes after all steps.
+    """
     window = window_worker.current()
     assert window is not None
     step = _steps_of(worker_.model_runner, window.fence)
     short_s, long_s = (_median_s(step, tokens) for tokens in (1, context_tokens))
+    contention_s_per_byte, windowed_steps = _contention(window, step), _windowed_steps(window, step)
     overhead_s, link_bytes_per_s = _copying(window)
     return Measured(
         step_s=short_s,
         token_s=max(0.0, long_s - short_s) / max(1, context_tokens - 1),
         overhead_s=overhead_s,
         link_bytes_per_s=link_bytes_per_s,
-        contention_s_per_byte=_contention(window, step),
-        windowed_steps=_windowed_steps(window, step),
+        contention_s_per_byte=contention_s_per_byte,
+        windowed_steps=windowed_steps,
     )
 
 
@@ -90,10 +96,8 @@ def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:
         for _ in range(TRIES):
             alone_s = step(1)
             ticket = copies.submit(target, source, homes.stride_bytes)
-            beside_s, steps = step(1), 1
-            while not copies.done(ticket):
-                beside_s, steps = beside_s + step(1), steps + 1
-            slower.append(beside_s - steps * alone_s)
+            slower.append(sum(step(1) for _ in range(STEPS_BESIDE)) - STEPS_BESIDE * alone_s)
+            copies.wait(ticket)
     finally:
         copies.close()
     return max(0.0, median(slower)) / (len(source) * homes.stride_bytes)

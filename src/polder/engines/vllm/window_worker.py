@@ -177,20 +177,17 @@ class WorkerWindow:
     @contextlib.contextmanager
     def passing(self, stream: WindowStream, blocks: Indices) -> Iterator[None]:
         """For measurements: the pass within reads these blocks by `stream` and writes the last of them. Its copies may fail."""
-        own, begin = self.stream, self.begin
-
-        def begin_measured(attn_metadata: Any, requests: int) -> None:
-            self._busy = stream.begin(blocks, blocks[-1:])
-
-        self.stream, self.begin = stream, begin_measured  # type: ignore[method-assign]
+        own = self.stream
+        self.stream = stream
         try:
-            begin_measured(None, 0)  # a warm-up does not call it
-            yield
-            stream.settle()
+            self._busy = stream.begin(blocks, blocks[-1:])  # a warm-up does not call `begin`
         except EnvironmentFault as error:
-            logger.debug("a measured pass lost copies: %s", error)
+            self._failed(error)
+        try:
+            yield
+            self.settled()
         finally:
-            self.stream, self.begin = own, begin  # type: ignore[method-assign]
+            self.stream = own
             self._busy = self.spoiled = False
             self.doubtful = []
 
