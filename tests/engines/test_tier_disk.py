@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +42,10 @@ def worker(plan: DiskPlan, rank: int, wanted: list[int]) -> PolderWorker:
     arena = Arena(len(wanted), PAGE)
     assert former.store.write(KEYS[wanted], arena.addresses).all()
     former.close()
+    return made(plan, rank)
+
+
+def made(plan: DiskPlan, rank: int) -> PolderWorker:
     region = np.zeros(8 * PAGE, dtype=np.uint8)
     memories: list[DiskMemory] = []
 
@@ -78,6 +85,55 @@ def test_ranks_begin_with_what_all_of_them_have(ranks: list[PolderWorker], monke
         assert one.disks.store.lookup(KEYS).present.any(axis=1).sum() == 2, "what only one rank has is of no use"
 
 
+@pytest.mark.parametrize("bare", [0, 1])
+@pytest.mark.parametrize("why", ["no pages", "no disks"])
+def test_a_rank_that_has_nothing_stops_no_start(
+    tmp_path: Path, bare: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path, 2)
+    for rank in range(2):
+        worker(plan, rank, [0, 1, 2]).shutdown()
+    for name in "ab":
+        shutil.rmtree(tmp_path / name / f"rank{bare}")
+        if why == "no disks":
+            (tmp_path / name / f"rank{bare}").touch()
+    workers = [made(plan, rank) for rank in range(2)]
+
+    def rpc(function: Any, *arguments: Any) -> list[Any]:
+        answers = []
+        for one in workers:
+            monkeypatch.setattr(tier_worker, "_worker", one)
+            answers.append(function(None, *arguments))
+        return answers
+
+    slots = agree_on_slots(rpc, plan)
+    assert slots.unbound == 0
+    assert (slots.capacity > 0) == (why == "no pages")
+    assert (slots.claim(KEYS) == -1).all()
+    for one in workers:
+        one.shutdown()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", ["stat", "mkdir"])
+def test_a_disk_that_has_no_folder_for_a_rank_is_out_and_the_others_serve(
+    tmp_path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_of(tmp_path, 2)
+    stock = getattr(Path, call)
+
+    def refuse(self: Path, *arguments: Any, **more: Any) -> Any:
+        if self.parent == tmp_path / "b":  # as root may do everything, it is done here
+            raise OSError(number, os.strerror(number), str(self))
+        return stock(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, call, refuse)
+    disks = OpenDisks(plan, 1)
+    assert disks.store.states == ("ok", "out")
+    assert f"{tmp_path}/b/rank1: {os.strerror(number)}" in caplog.text
+    disks.close()
+
+
 def plan_like(ranks: list[PolderWorker]) -> Any:
     return SimpleNamespace(page_bytes=PAGE, ranks=len(ranks))
 
@@ -94,6 +150,8 @@ def test_new_weights_stop_the_disks_and_leave_their_pages(
     memory = one._disk
     assert memory is not None
     assert memory.tend(1).size_bytes == 0
+    memory.drop()
+    assert memory.news().figures["disks_ok"] == 0
     part: Any = SimpleNamespace(pages=SimpleNamespace(keys=KEYS[:2]), rows=np.arange(2))
     assert set(memory.load_part(part, [[], []], None).failed.values()) == {"error"}  # type: ignore[arg-type]
     assert one.disks is not None

@@ -15,6 +15,9 @@ from polder.swarm.layout import usage_bytes
 from polder.swarm.store import DiskStore, StoreConfig
 
 PAGE = 64 << 10
+PARTS = 16
+"""Of a page, where it has any."""
+PART = PAGE // PARTS
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -39,12 +42,14 @@ class Shelf:
         pages: int = 256,
         timeout_s: float = 20.0,
         namespace: str = "tests",
+        parts: int = 1,
     ) -> None:
         for directory in directories:
             directory.mkdir(exist_ok=True)
         config = StoreConfig(
             disks=tuple(DiskConfig(directory=d, limit_bytes=limit_bytes) for d in directories),
             page_bytes=PAGE,
+            parts=parts,
             namespace=namespace,
             timeout_s=timeout_s,
         )
@@ -66,6 +71,23 @@ class Shelf:
             places, self.target.addresses[: len(numbers)], None if disks is None else np.array(disks)
         )
 
+    def read_parts(self, numbers: Sequence[int], parts: Sequence[int], disks: Sequence[int] | None = None) -> BoolArray:
+        """Which are there. Part i is in the first bytes of page i of `target`."""
+        self.target.bytes[: len(numbers)] = 0
+        places = self.store.lookup(names(numbers))
+        to = None if disks is None else np.array(disks)
+        return self.store.read(places, self.target.addresses[: len(numbers)], to, np.array(parts, dtype=np.int64))
+
+    def wrong_parts(self, numbers: Sequence[int], parts: Sequence[int], ok: BoolArray, version: int = 0) -> int:
+        """Parts that the store vouched for though they, or the bytes behind them, are something else."""
+        size, wrong = self.store.config.part_bytes, 0
+        for row in np.flatnonzero(ok).tolist():
+            part = content(numbers[row], version)[parts[row] * size :][:size]
+            wrong += not np.array_equal(self.target.bytes[row, :size], part) or bool(
+                self.target.bytes[row, size:].any()
+            )
+        return wrong
+
     def wrong(self, numbers: Sequence[int], ok: BoolArray, version: int = 0) -> int:
         """Pages that the store vouched for though they are something else."""
         return sum(
@@ -77,3 +99,7 @@ class Shelf:
         self.store.check_integrity()
         for directory in self.directories:
             assert usage_bytes(directory) <= self.limit_bytes
+
+
+def shelf_of_parts(*directories: Path, engine: IoEngine | None = None, limit_bytes: int = 16 << 20) -> Shelf:
+    return Shelf(directories, limit_bytes, engine=engine, parts=PARTS)

@@ -15,7 +15,7 @@ import xxhash
 from polder.errors import EnvironmentFault
 from polder.swarm import aio
 from polder.swarm.aio import AioEngine
-from polder.swarm.engine import RUN_PAGES, ThreadEngine, side_by_side
+from polder.swarm.engine import RUN_BYTES, RUN_PIECES, ThreadEngine, side_by_side
 from polder.swarm.io import Arena, DirectFile, IoEngine, Transfer, open_page_file
 from tests.swarm.pages import PAGE, Shelf
 
@@ -43,9 +43,10 @@ def transfer(disk: int, file: DirectFile, slots: list[int], addresses: np.ndarra
     return Transfer(
         disk=disk,
         file=file,
-        page_bytes=PAGE,
+        piece_bytes=PAGE,
         offsets=np.array(slots) * PAGE,
         addresses=addresses[: len(slots)],
+        memory=addresses[: len(slots)],
         seeds=np.array(slots, dtype=np.uint64),
     )
 
@@ -70,6 +71,30 @@ def test_what_was_written_is_read_and_both_are_summed(engine: IoEngine, files: l
         assert not read[disk].errors.any()
     assert engine.read([], 1.0) == []
     assert len(engine.unsettled()) == 0
+
+
+def test_every_disk_is_timed_from_the_start_of_the_batch_to_its_own_end(
+    engine: IoEngine, files: list[DirectFile]
+) -> None:
+    target = Arena(PAGES, PAGE)
+    started = time.monotonic()
+    outcomes = engine.read(
+        [
+            transfer(0, files[0], [1], target.addresses[-1:]),
+            transfer(1, files[1], list(range(PAGES - 1)), target.addresses),
+        ],
+        20.0,
+    )
+    took = time.monotonic() - started
+    assert all(0 < outcome.seconds <= took for outcome in outcomes)
+
+
+def test_the_speeds_of_disks_are_measured(engine: IoEngine, tmp_path: Path) -> None:
+    shelf = Shelf([tmp_path / "a", tmp_path / "b"], engine=engine)
+    assert shelf.write(range(40)).all()
+    assert shelf.read(range(40)).all()
+    assert (shelf.store.speeds > 0).all()
+    shelf.store.close()
 
 
 def test_of_a_run_only_the_bad_pages_fail(engine: IoEngine, files: list[DirectFile]) -> None:
@@ -117,7 +142,18 @@ def test_runs_leave_something_for_every_worker() -> None:
     assert side_by_side(offsets, PAGE, 4) == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert side_by_side([], PAGE, 4) == []
     long = side_by_side([page * PAGE for page in range(100)], PAGE, 1)
-    assert max(end - first for first, end in long) == RUN_PAGES
+    assert max(end - first for first, end in long) == RUN_PIECES
+
+
+@pytest.mark.parametrize("piece_bytes", [4096, 16 << 10, 48 << 10, 1 << 20])
+def test_a_run_of_small_pieces_is_as_long_as_one_of_pages(piece_bytes: int) -> None:
+    offsets = [piece * piece_bytes for piece in range(1000)]
+    longest = max(end - first for first, end in side_by_side(offsets, piece_bytes, 1))
+    assert longest == max(RUN_PIECES, RUN_BYTES // piece_bytes) <= os.sysconf("SC_IOV_MAX")
+    few = side_by_side(offsets[:40], piece_bytes, 1000)
+    assert {end - first for first, end in few[:-1]} == {max(1, (64 << 10) // piece_bytes)}, (
+        "idle workers cut no shorter"
+    )
 
 
 def test_a_kernel_without_aio_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def double_a_page(disk: Path) -> None:
 
     meta = read_meta(disk)
     assert meta is not None
-    index = SlotIndex(disk / "index.db", meta.slots, meta.device)
+    index = SlotIndex(disk / "index.db", meta)
     records, _ = index.load()
     records[PAGES] = records[5]
     records["generation"][5] += 1000  # and so the later one does not verify
@@ -118,12 +118,31 @@ def test_what_is_over_the_limit_and_not_ours_is_not_repaired(disk: Path) -> None
     assert (disk / "thesis.tex").exists()
 
 
-def test_a_disk_in_use_missing_or_foreign_is_refused(disk: Path, tmp_path: Path) -> None:
+def test_a_disk_in_use_missing_or_foreign_is_left_alone_and_is_wrong(disk: Path, tmp_path: Path) -> None:
     shelf = Shelf([disk])
-    busy = polder("fsck", str(disk))
-    assert (busy.returncode, "is used by another process" in busy.stderr) == (3, True)
+    busy = polder("fsck", str(disk), "--repair")
+    assert (busy.returncode, "is used by another process" in busy.stdout) == (3, True)
     assert shelf.store.lookup(names([1])).present.all()
     shelf.store.close()
     assert polder("fsck", str(tmp_path / "none")).returncode == 3
     foreign = polder("fsck", str(tmp_path))
-    assert (foreign.returncode, "it has no meta.json" in foreign.stderr) == (2, True)
+    assert foreign.returncode == 3
+    assert foreign.stdout.startswith(f"{tmp_path}: not checked\n")
+    assert "it has no meta.json" in foreign.stdout
+
+
+@pytest.mark.parametrize("first", ["damaged", "missing"])
+def test_what_was_done_to_a_disk_is_told_whatever_becomes_of_the_others(disk: Path, tmp_path: Path, first: str) -> None:
+    cut_the_slab(disk)
+    paths = [str(disk), str(tmp_path / "none")][:: 1 if first == "damaged" else -1]
+    said = polder("fsck", *paths)
+    assert said.returncode == 3
+    assert "the slab has 6553600 bytes instead of" in said.stdout
+    assert "none: not checked" in said.stdout
+    mended = polder("fsck", *paths, "--repair", "--json")
+    reports = {report["directory"]: report for report in json.loads(mended.stdout)}
+    assert mended.returncode == 3
+    assert list(reports) == paths
+    assert reports[str(disk)]["repaired"]
+    assert "none" in reports[str(tmp_path / "none")]["problems"][0]
+    assert polder("fsck", str(disk)).returncode == 0

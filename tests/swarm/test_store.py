@@ -46,6 +46,14 @@ def test_a_table_finds_what_was_added_and_not_removed() -> None:
         table.remove(np.flatnonzero(~held)[:1])
 
 
+def test_a_table_over_no_rows_finds_nothing() -> None:
+    table, nothing = KeyTable(np.empty((0, 2), dtype=np.uint64)), np.empty(0, dtype=np.int64)
+    table.add(nothing)
+    table.remove(nothing)
+    assert table.find(names(range(5))).tolist() == [-1] * 5
+    assert table.find(names([])).tolist() == []
+
+
 def test_keys_have_16_bytes() -> None:
     assert len(names([1, 2])) == 2
     with pytest.raises(ConfigError, match="a key has 3 bytes"):
@@ -53,13 +61,13 @@ def test_keys_have_16_bytes() -> None:
 
 
 def test_the_least_recently_used_page_goes_first() -> None:
-    book, chance, order = SlotBook(empty_records(50)), np.random.default_rng(1), list[int]()
+    book, chance, order = SlotBook(empty_records(50, 1)), np.random.default_rng(1), list[int]()
     for number in range(1, 400):
         slots = book.take(1)
         gone = [n for n in order if book.find(names([n]))[0] < 0]
         assert gone == (order[:1] if len(order) == 50 else [])
         order = [n for n in order if n not in gone] + [number]
-        book.note(slots, names([number]), np.array([number], np.uint64), np.zeros(1, np.uint64))
+        book.note(slots, names([number]), np.array([number], np.uint64), np.zeros((1, 1), np.uint64))
         book.publish(slots)
         used = order[chance.integers(len(order))]
         book.touch(book.find(names([used])))
@@ -68,7 +76,7 @@ def test_the_least_recently_used_page_goes_first() -> None:
 
 
 def test_of_two_records_of_a_page_the_later_one_stays() -> None:
-    records = empty_records(3)
+    records = empty_records(3, 1)
     records["key"] = names([5, 5, 6])
     records["generation"] = [7, 9, 8]
     book = SlotBook(records)
@@ -82,6 +90,7 @@ def test_of_two_records_of_a_page_the_later_one_stays() -> None:
 class Model(RuleBasedStateMachine):
     """Two disks of 29 slots, reopened at will. A page may be missing, but never be another one's bytes nor an old version."""
 
+    parts = 1
     numbers = st.lists(st.integers(0, 79), min_size=1, max_size=24)
 
     def __init__(self) -> None:
@@ -93,7 +102,7 @@ class Model(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.shelf = Shelf([self.folder / "a", self.folder / "b"], self.limit, pages=24)
+        self.shelf = Shelf([self.folder / "a", self.folder / "b"], self.limit, pages=24, parts=self.parts)
 
     @rule(numbers=numbers)
     def write(self, numbers: list[int]) -> None:
@@ -117,6 +126,18 @@ class Model(RuleBasedStateMachine):
             if ok[row]:
                 assert np.array_equal(self.shelf.target.bytes[row], content(number, self.versions[number]))
 
+    @rule(wanted=st.lists(st.tuples(st.integers(0, 79), st.integers(0, 15)), min_size=1, max_size=24))
+    def read_parts(self, wanted: list[tuple[int, int]]) -> None:
+        """In any order, some of them of one page, some twice."""
+        numbers, parts = [number for number, _ in wanted], [part % self.parts for _, part in wanted]
+        places = self.shelf.store.lookup(names(numbers)).present
+        ok = self.shelf.read_parts(numbers, parts)
+        assert np.array_equal(ok, places.any(axis=1))
+        size = PAGE // self.parts
+        for row in np.flatnonzero(ok).tolist():
+            page = content(numbers[row], self.versions[numbers[row]])
+            assert np.array_equal(self.shelf.target.bytes[row, :size], page[parts[row] * size :][:size])
+
     @rule(numbers=numbers)
     def forget(self, numbers: list[int]) -> None:
         self.shelf.store.forget(names(numbers))
@@ -131,7 +152,9 @@ class Model(RuleBasedStateMachine):
         places = self.shelf.store.lookup(names(numbers))
         self.forget(numbers)
         self.write(list(range(40)))
-        assert not self.shelf.store.read(places, self.shelf.target.addresses[: len(numbers)]).any()
+        addresses, last = self.shelf.target.addresses[: len(numbers)], np.full(len(numbers), self.parts - 1)
+        assert not self.shelf.store.read(places, addresses).any()
+        assert not self.shelf.store.read(places, addresses, parts=last).any()
 
     @rule()
     def reopen(self) -> None:
@@ -162,8 +185,12 @@ class Model(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=12, stateful_step_count=14, deadline=None)
+class ModelOfParts(Model):
+    parts = 16
+
+
+TestModel, TestModelOfParts = Model.TestCase, ModelOfParts.TestCase
+TestModel.settings = TestModelOfParts.settings = settings(max_examples=12, stateful_step_count=14, deadline=None)
 
 
 # ---------------------------------------------------------------- sizes
@@ -195,9 +222,10 @@ def test_a_batch_larger_than_the_disk_is_accepted_as_far_as_it_fits(tmp_path: Pa
 
 
 @pytest.mark.parametrize("limit", [3 << 20, 100 << 20, 64 << 30, 4 << 40])
-def test_the_plan_of_a_directory_adds_up(limit: int) -> None:
-    layout = plan_layout(limit, PAGE)
-    taken = layout.slab_bytes + 4096 * index_pages(layout.slots)
+@pytest.mark.parametrize(("page_bytes", "parts"), [(PAGE, 1), (PAGE, 16), (4 * PAGE, 64)])
+def test_the_plan_of_a_directory_adds_up(limit: int, page_bytes: int, parts: int) -> None:
+    layout = plan_layout(limit, page_bytes, parts)
+    taken = layout.slab_bytes + 4096 * index_pages(layout.slots, parts)
     assert taken + (2 << 20) < limit < taken + (3 << 20) + layout.slab_bytes // 500
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -9,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 from polder.swarm.aio import AioEngine
 from polder.swarm.disk import DiskConfig
 from polder.swarm.engine import ThreadEngine
+from polder.swarm.index import SlotIndex
 from polder.swarm.io import IoEngine, PageFile, open_page_file
 from polder.swarm.replication import restore_copies
 from polder.swarm.store import DiskStore, StoreConfig
@@ -204,6 +207,14 @@ def two_disks(tmp_path: Path, timeout_s: float = 20.0) -> tuple[Shelf, EmulatedD
     return made, emulated
 
 
+def settled(shelf: Shelf) -> None:
+    """Returns when nothing hangs any more."""
+    until = time.monotonic() + 10
+    while len(shelf.store.unsettled()) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(shelf.store.unsettled()) == 0
+
+
 def test_a_disk_that_dies_loses_its_own_pages_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shelf, emulated = two_disks(tmp_path)
     emulated.die()
@@ -253,18 +264,34 @@ def test_a_disk_that_hangs_holds_nobody_up_and_its_memory_is_named(tmp_path: Pat
     started = time.monotonic()
     ok = shelf.read(range(100))
     assert time.monotonic() - started < 5
-    assert ok.tolist() == [False] * 40 + [True] * 60
     held = shelf.store.unsettled()
     assert 0 < len(held) <= 60
     assert np.isin(held, shelf.target.addresses).all()
+    assert ok.tolist() == [False] * 40 + (~np.isin(shelf.target.addresses[40:100], held)).tolist()
+    assert ok[60:].all()
     assert shelf.store.statistics()[0].state == "out"
-    assert shelf.read(range(60, 100)).all(), "the other disk's threads are free"
+    places, others = shelf.store.lookup(names(range(40, 100))), shelf.source.addresses[:60]
+    assert shelf.store.read(places, others).all(), "the other disk's threads are free, and it has twenty copies"
+    assert not shelf.read(range(40, 50)).any(), "what hangs may write here"
     assert list(restore_copies(shelf.store, 0, shelf.target, 1000)) == [], "not through memory that may change"
     emulated.recover()
-    until = time.monotonic() + 10
-    while len(shelf.store.unsettled()) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert len(shelf.store.unsettled()) == 0
+    settled(shelf)
+    shelf.store.close()
+
+
+def test_a_read_that_lands_late_changes_no_page_that_was_vouched_for(tmp_path: Path) -> None:
+    shelf, emulated = two_disks(tmp_path, timeout_s=0.2)
+    slab = np.memmap(tmp_path / "a" / "slab", np.uint8)
+    slab[:] = 0xAB
+    slab.flush()
+    emulated.hang()
+    ok = shelf.read(range(100))
+    emulated.recover()
+    settled(shelf)
+    assert (shelf.target.bytes[40:60] == 0xAB).any(), "there a copy would have been read to"
+    assert ok[60:].all()
+    assert shelf.wrong(range(100), ok) == 0
+    assert shelf.store.statistics()[1].read_pages == ok.sum(), "and no copy was"
     shelf.store.close()
 
 
@@ -346,6 +373,95 @@ def test_an_index_that_cannot_be_written_makes_the_disk_read_only(
     assert shelf.read(range(20)).all()
     shelf.check()
     shelf.store.close()
+
+
+@contextlib.contextmanager
+def hanging(call: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This call of a SlotIndex does not return as long as this lasts, where its disk is the one at `directory`."""
+    stock, answers = getattr(SlotIndex, call), threading.Event()
+
+    def hang(self: SlotIndex, *arguments: object) -> None:
+        if self._path.parent == directory:
+            answers.wait()
+        stock(self, *arguments)
+
+    monkeypatch.setattr(SlotIndex, call, hang)
+    yield
+    answers.set()
+
+
+@pytest.mark.parametrize("first", ["write", "forget"])
+def test_an_index_that_hangs_is_waited_for_once_and_its_disk_is_still_read(
+    tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("polder.swarm.disk._LEAST_PATIENCE_S", 0.2)
+    shelf, _ = two_disks(tmp_path, timeout_s=0.2)
+    with hanging("store", tmp_path / "a", monkeypatch):
+        started = time.monotonic()
+        if first == "write":
+            assert shelf.write(range(300, 310), disks=[0] * 5 + [1] * 5).tolist() == [False] * 5 + [True] * 5
+        else:
+            assert shelf.store.forget(names(range(10))) == 10
+        assert time.monotonic() - started < 4
+        assert shelf.store.states == ("read-only", "ok")
+        assert "read-only: writing the index: no answer for 0.2 s" in caplog.text
+        shelf.store._disks[0]._patience_s = 1e6
+        ok = shelf.read(range(10, 100))
+        assert ok.all()
+        assert shelf.wrong(range(10, 100), ok) == 0
+        assert shelf.store.forget(names(range(10, 20))) == 10, "though they may come back with the next start"
+        assert not shelf.read(range(10, 20)).any()
+        assert shelf.write(range(400, 420)).all()
+        assert not shelf.store.lookup(names(range(400, 420))).present[:, 0].any()
+        shelf.check()
+    until = time.monotonic() + 10
+    while shelf.store._disks[0]._aside.hangs and time.monotonic() < until:
+        time.sleep(0.01)
+    assert shelf.store.forget(names([20])) == 1, "and now all of it is noted"
+    shelf.store.close()
+    again = Shelf([tmp_path / "a", tmp_path / "b"])
+    ok = again.read(range(100))
+    assert again.wrong(range(100), ok) == 0
+    assert not ok[10:21].any()
+    assert ok[21:].all()
+    assert again.store.states == ("ok", "ok")
+    again.check()
+    again.store.close()
+
+
+@pytest.mark.parametrize("call", ["store", "close"])
+def test_a_store_is_closed_though_a_disk_hangs(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("polder.swarm.disk._LEAST_PATIENCE_S", 0.2)
+    shelf, _ = two_disks(tmp_path, timeout_s=0.2)
+    assert shelf.read(range(100)).all()
+    with hanging(call, tmp_path / "a", monkeypatch):
+        started = time.monotonic()
+        shelf.store.close()
+        assert time.monotonic() - started < 4
+        assert "not closed: no answer for 0.2 s" in caplog.text
+        again = Shelf([tmp_path / "a", tmp_path / "b"])
+        assert again.store.states == ("out", "ok"), "a directory that may still be written to is in use"
+        again.store.close()
+
+
+def test_when_no_thread_can_be_had_the_index_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of the interpreter."""
+    shelf, _ = two_disks(tmp_path)
+
+    def refuse_to_start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse_to_start)
+        assert shelf.store.forget(names(range(10))) == 10
+        shelf.store.close()
+    again = Shelf([tmp_path / "a", tmp_path / "b"])
+    assert again.read(range(100)).tolist() == [False] * 10 + [True] * 90
+    again.store.close()
 
 
 # ---------------------------------------------------------------- disks that cannot be opened

@@ -209,6 +209,22 @@ def test_a_disk_that_hangs_keeps_a_load_no_longer_than_its_timeout(two: list[Pat
     disks[two[0]].recover()
 
 
+def test_neither_loads_nor_spills_look_into_a_disks_directory(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a disk hangs that would never end, and no engine thread stands in."""
+    looked: list[Path] = []
+    monkeypatch.setattr("polder.swarm.disk.usage_bytes", lambda directory: looked.append(directory) or 0)
+    disks = {directory: EmulatedDisk(FAST) for directory in two}
+    rig = Rig(two, host_slots=4, open_file=emulated_files(disks), timeout_s=0.2)
+    keys = names(0, 16)
+    rig.keep(keys, at_once=4)
+    disks[two[0]].hang()
+    assert rig.load(keys).failed
+    rig.keep(names(100, 16), at_once=4)
+    disks[two[0]].recover()
+    rig.close()
+    assert looked == []
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_disks_that_refuse_writes_still_serve_and_nothing_makes_room_for_nothing(two: list[Path], number: int) -> None:
     disks = {directory: EmulatedDisk(FAST) for directory in two}
@@ -350,6 +366,8 @@ def test_ranks_agree_on_what_all_of_them_have() -> None:
     one = key_array([b"%16d" % n for n in (5, 3, 8, 1)])
     other = key_array([b"%16d" % n for n in (1, 2, 3, 5)])
     assert np.array_equal(common_inventory([one, other]), key_array([b"%16d" % n for n in (5, 3, 1)]))
+    none = key_array([])
+    assert [len(common_inventory(ranks)) for ranks in ([one, none], [none, one], [none, none])] == [0, 0, 0]
 
 
 def test_pages_beyond_the_agreed_inventory_are_forgotten(two: list[Path]) -> None:
@@ -384,6 +402,34 @@ def test_everything_dropped_is_gone_for_good_and_other_bytes_never_come_back_und
     assert rig.tiers.spills is not None
     rig.tiers.spills.resume()
     rig.keep(keys)
+    assert not rig.load(keys).failed
+    rig.check()
+    rig.close()
+
+
+def test_new_weights_leave_the_pages_where_they_are_and_end_the_spills(two: list[Path]) -> None:
+    rig = Rig(two, host_slots=8)
+    keys = names(0, 24)
+    rig.keep(keys)
+    kept = rig.store.lookup(short_keys(keys)).present.sum()
+    rig.memory.stop()
+    rig.tiers.drop_all()
+    assert rig.tiers.spills is not None
+    rig.tiers.spills.resume()  # as the manager does: it is for the workers to know of the weights
+    rig.weights = 1
+    assert [finished.failed for finished in rig.spill()] == [{}], (
+        "the job that would empty the disks tells that they are stopped"
+    )
+    written = rig.tiers.figures()["disk_written_bytes_total"]
+    rig.keep(names(100, 40))
+    assert rig.tiers.plan_spills() is None
+    assert not rig.tiers.spills.busy
+    figures = rig.tiers.figures()
+    assert figures["disk_written_bytes_total"] == written
+    assert figures["tier_disk_failed_blocks_total"] == figures["disk_disks_ok"] == 0
+    assert rig.store.lookup(short_keys(keys)).present.sum() == kept
+    rig.close()
+    rig = Rig(two, host_slots=8)  # with the old weights again
     assert not rig.load(keys).failed
     rig.check()
     rig.close()

@@ -11,9 +11,10 @@ import pytest
 
 from polder.testing.faulty_tier import EmulatedMemory, Faults, FaultyMemory
 from polder.testing.links import EmulatedLink
+from polder.tiers import transfer
 from polder.tiers.places import CpuMover, CudaMover, HostMemory, pair
 from polder.tiers.slots import Recipe
-from polder.tiers.transfer import Direction, Job, Mover, Part, Pieces, TierMemory, TierWorker
+from polder.tiers.transfer import Carried, Direction, Job, Mover, News, Part, Pieces, TierMemory, TierWorker
 
 LAYERS, BYTES, BLOCKS, SLOTS = 4, 512, 16, 32
 SLOT_BYTES = LAYERS * BYTES
@@ -116,6 +117,46 @@ def test_a_load_does_not_wait_for_stores() -> None:
     gate.set()
     machine.worker.wait([99])
     machine.worker.close()
+
+
+def test_a_disk_that_keeps_its_lane_keeps_nobody_from_closing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers, begun = threading.Event(), threading.Event()
+
+    class Hanging:
+        stopped = closed = False
+
+        def tend(self, copies: int) -> Carried:
+            begun.set()
+            answers.wait(10.0)
+            return Carried(failed={}, size_bytes=0)
+
+        def news(self) -> News:
+            return News(lost=np.empty(0, dtype=np.int64), room=0, figures={})
+
+        def stop(self) -> None:
+            self.stopped = True
+
+        def close(self) -> None:
+            self.closed = True
+
+    memory = Hanging()
+    monkeypatch.setattr(transfer, "_CLOSE_S", 0.1)
+    worker = TierWorker({}, CpuMover(), seed=7, capacities={0: 1}, batches={0: memory})  # type: ignore[dict-item]
+    none = np.empty(0, dtype=np.int64)
+    recipe = Recipe(lender="", slots=none, chunks=none, epochs=none)
+    part = Part(tier=0, rows=none, blocks=none, slots=none, seeds=none.astype(np.uint64), recipe=recipe)
+    worker.submit(Job(number=1, direction="tend", parts=(part,)), [])
+    assert begun.wait(10.0)
+    started = time.monotonic()
+    worker.close()
+    assert time.monotonic() - started < 5.0
+    assert memory.stopped
+    assert memory.closed
+    assert "polder-tier0-spill: a disk does not answer" in caplog.text
+    answers.set()
+    worker.wait([1])
 
 
 def test_a_job_without_parts_ends_at_once(machine: Machine) -> None:

@@ -1,8 +1,8 @@
 """Kernel AIO: half the CPU time of threads for single pages, where it is allowed. Asked for, never needed.
 
-One thread hands the kernel many requests at once and sums the pages as they come: no thread switch and no fight for the GIL a page.
-Unlike io_uring it passes the usual container profiles. Its weakness: handing over a request may itself wait, when the file system
-has to read where the file lies, and that wait has no limit. `ThreadEngine` keeps its promise of time on any disk.
+One thread hands the kernel many requests at once and sums the pieces as they come: no thread switch and no fight for the GIL each
+time. Unlike io_uring it passes the usual container profiles. Its weakness: handing over a request may itself wait, when the file
+system has to read where the file lies, and that wait has no limit. `ThreadEngine` keeps its promise of time on any disk.
 
 Files without O_DIRECT, and memory that is not aligned, are left to a `ThreadEngine`.
 """
@@ -74,8 +74,8 @@ class AioEngine:
                 call.reap(0, 0.0)
             self._idle += [call.context for call in self._hung if not call.flying]
             self._hung = [call for call in self._hung if call.flying]
-            held = [call.addresses_in_flight() for call in self._hung]
-        return np.concatenate([self._threads.unsettled(), *held])
+            held = [call.memory_in_flight() for call in self._hung]
+        return np.unique(np.concatenate([self._threads.unsettled(), *held]))
 
     def close(self) -> None:
         """A context in which a request hangs is left to the end of the process: to end it would wait for that."""
@@ -107,7 +107,7 @@ class AioEngine:
                 self._idle.append(call.context)
         for transfer, outcome in zip(transfers, outcomes, strict=True):
             rows = np.flatnonzero(~np.isin(outcome.errors, (0, errno.ETIMEDOUT)))
-            if len(rows):  # of a run with one bad page all are reported: the threads find out which
+            if len(rows):  # of a run with one bad piece all are reported: the threads find out which
                 again = otherwise([_part(transfer, rows)], timeout_s)[0]
                 outcome.errors[rows], outcome.digests[rows] = again.errors, again.digests
         return outcomes
@@ -116,34 +116,36 @@ class AioEngine:
 class _Call:
     """The requests of one batch: those that wait, those that the kernel has, and what became of them.
 
-    Pages are counted over all transfers, of each in the order of its offsets; a request is a run of them.
+    Pieces are counted over all transfers, of each in the order of its offsets; a request is a run of them.
     """
 
     def __init__(self, context: int, transfers: Sequence[Transfer], opcode: int) -> None:
         self.context, self.flying, self.abandoned = context, 0, False
+        self._started = time.monotonic()
+        self._ended = [self._started] * len(transfers)
         self._orders = [np.argsort(transfer.offsets, kind="stable") for transfer in transfers]
-        self._page_bytes = transfers[0].page_bytes
+        self._transfers, self._piece_bytes = transfers, transfers[0].piece_bytes
         offsets = [t.offsets[order].tolist() for t, order in zip(transfers, self._orders, strict=True)]
-        self._addresses = _flat([t.addresses for t in transfers], self._orders).astype(np.int64)
-        self._places: list[int] = self._addresses.tolist()
+        addresses = _flat([t.addresses for t in transfers], self._orders)
+        self._places: list[int] = addresses.tolist()
         self._seeds: list[int] = _flat([t.seeds for t in transfers], self._orders).tolist()
         self._errors, self._digests = [errno.ETIMEDOUT] * len(self._seeds), [0] * len(self._seeds)
         self._reading = opcode == _PREADV
         runs, starts, files = list[tuple[int, int]](), list[int](), list[int]()
         self._disks, self._limits = list[int](), list[list[int]]()
-        first_page = 0
+        first_piece = 0
         for number, (transfer, mine) in enumerate(zip(transfers, offsets, strict=True)):
-            cut = side_by_side(mine, self._page_bytes, _DEPTH)
+            cut = side_by_side(mine, self._piece_bytes, _DEPTH)
             self._limits.append([len(runs), len(runs) + len(cut)])
-            runs += [(first_page + first, first_page + end) for first, end in cut]
+            runs += [(first_piece + first, first_piece + end) for first, end in cut]
             starts += [mine[first] for first, _ in cut]
             files += [_descriptor(transfer)] * len(cut)
             self._disks += [number] * len(cut)
-            first_page += len(mine)
+            first_piece += len(mine)
         self._runs, self._in_flight = runs, [0] * len(transfers)
         self._sent, self._over = set[int](), set[int]()
         self._vectors = np.empty(len(self._seeds), dtype=_IOVEC)  # the kernel reads them, and the requests
-        self._vectors["address"], self._vectors["bytes"] = self._addresses, self._page_bytes
+        self._vectors["address"], self._vectors["bytes"] = addresses, self._piece_bytes
         self._requests = np.zeros(len(runs), dtype=_IOCB)
         spans = np.array(runs, dtype=np.int64).reshape(-1, 2)
         self._requests["data"], self._requests["opcode"] = np.arange(len(runs)), opcode
@@ -154,8 +156,8 @@ class _Call:
         self._events = np.zeros(_EVENTS, dtype=_EVENT)
         self._depth = max(1, min(_DEPTH, _EVENTS // len(transfers)))
         if not self._reading:
-            for page in range(len(self._seeds)):
-                self._sum(page)
+            for piece in range(len(self._seeds)):
+                self._sum(piece)
 
     def submit(self) -> bool:
         """Hands over what the disks have room for. False when nothing is left to wait for."""
@@ -186,38 +188,41 @@ class _Call:
         if count > 0:
             self.flying -= count
             data, results = self._events["data"][:count].tolist(), self._events["result"][:count].tolist()
+            now = time.monotonic()
             for run, result in zip(data, results, strict=True):
                 self._in_flight[self._disks[run]] -= 1
+                self._ended[self._disks[run]] = now
                 self._finish(run, result)
 
     def outcomes(self) -> list[Outcome]:
         found, at = [], 0
-        for order in self._orders:
+        for order, ended in zip(self._orders, self._ended, strict=True):
             errors, digests = np.empty(len(order), dtype=np.int32), np.empty(len(order), dtype=np.uint64)
             errors[order] = self._errors[at : at + len(order)]
             digests[order] = np.array(self._digests[at : at + len(order)], dtype=np.uint64)
-            found.append(Outcome(errors=errors, digests=digests))
+            found.append(Outcome(errors=errors, digests=digests, seconds=ended - self._started))
             at += len(order)
         return found
 
-    def addresses_in_flight(self) -> IntArray:
-        pages = [page for run in self._sent - self._over for page in range(*self._runs[run])]
-        return self._addresses[np.array(pages, dtype=np.int64)]
+    def memory_in_flight(self) -> IntArray:
+        pieces = [piece for run in self._sent - self._over for piece in range(*self._runs[run])]
+        memory: IntArray = _flat([t.memory for t in self._transfers], self._orders).astype(np.int64)
+        return memory[np.array(pieces, dtype=np.int64)]
 
     def _finish(self, run: int, result: int) -> None:
         self._over.add(run)
         if self.abandoned:
             return
         first, end = self._runs[run]
-        whole = result == (end - first) * self._page_bytes
-        for page in range(first, end):
+        whole = result == (end - first) * self._piece_bytes
+        for piece in range(first, end):
             if whole and self._reading:
-                self._sum(page)
-            self._errors[page] = 0 if whole else -min(0, result) or errno.EIO
+                self._sum(piece)
+            self._errors[piece] = 0 if whole else -min(0, result) or errno.EIO
 
-    def _sum(self, page: int) -> None:
-        self._digests[page] = xxhash.xxh3_64_intdigest(
-            memory_view(self._places[page], self._page_bytes), self._seeds[page]
+    def _sum(self, piece: int) -> None:
+        self._digests[piece] = xxhash.xxh3_64_intdigest(
+            memory_view(self._places[piece], self._piece_bytes), self._seeds[piece]
         )
 
 
@@ -244,7 +249,11 @@ def _descriptor(transfer: Transfer) -> int:
 
 def _part(transfer: Transfer, rows: IntArray) -> Transfer:
     return replace(
-        transfer, offsets=transfer.offsets[rows], addresses=transfer.addresses[rows], seeds=transfer.seeds[rows]
+        transfer,
+        offsets=transfer.offsets[rows],
+        addresses=transfer.addresses[rows],
+        memory=transfer.memory[rows],
+        seeds=transfer.seeds[rows],
     )
 
 

@@ -52,8 +52,8 @@ def lock_directory(directory: Path) -> int:
 def open_directory(directory: Path, layout: Layout, namespace: str, open_file: OpenFile) -> OpenDirectory:
     """Makes it if it is empty, resizes it if it was of another size.
 
-    Raises ConfigError when it holds something else, or pages of another namespace or size; EnvironmentFault and OSError when it
-    cannot be used now.
+    Raises ConfigError when it holds something else, or pages of another namespace or size or of other parts; EnvironmentFault and
+    OSError when it cannot be used now.
     """
     with contextlib.ExitStack() as undo:
         lock_fd = lock_directory(directory)
@@ -68,7 +68,7 @@ def open_directory(directory: Path, layout: Layout, namespace: str, open_file: O
             index.close()
             meta = Meta.new(layout, namespace, meta.device)
             records = rebuild(directory, meta, records)
-            index = SlotIndex(directory / INDEX, meta.slots, meta.device)
+            index = SlotIndex(directory / INDEX, meta)
         undo.callback(index.close)
         preallocate(directory / SLAB, layout.slab_bytes)
         file = open_file(directory / SLAB)
@@ -78,7 +78,7 @@ def open_directory(directory: Path, layout: Layout, namespace: str, open_file: O
 
 def rebuild(directory: Path, meta: Meta, records: Records) -> Records:
     """Gives the directory the size that `meta` says and a new index of these records, as far as they fit; returns those."""
-    kept = empty_records(meta.slots)
+    kept = empty_records(meta.slots, meta.parts)
     count = min(len(kept), len(records))
     kept[:count] = records[:count]
     slab, size = directory / SLAB, meta.slots * meta.page_bytes
@@ -100,7 +100,7 @@ def _make(directory: Path, layout: Layout, namespace: str) -> Meta:
     remove_index(directory / INDEX)
     (directory / SLAB).unlink(missing_ok=True)
     meta = Meta.new(layout, namespace)
-    rebuild(directory, meta, empty_records(meta.slots))
+    rebuild(directory, meta, empty_records(meta.slots, meta.parts))
     return meta
 
 
@@ -108,6 +108,7 @@ def _compare(directory: Path, meta: Meta, layout: Layout, namespace: str) -> Non
     for what, there, asked in (
         ("namespace", meta.namespace, namespace),
         ("pages of bytes", meta.page_bytes, layout.page_bytes),
+        ("parts a page", meta.parts, layout.parts),
     ):
         if there != asked:
             raise ConfigError(
@@ -120,15 +121,15 @@ def _open_index(directory: Path, meta: Meta) -> tuple[SlotIndex, Records]:
     """A damaged index keeps the rows that can be read: it is a cache, and a wrong row does not verify."""
     path = directory / INDEX
     try:
-        index = SlotIndex(path, meta.slots, meta.device)
+        index = SlotIndex(path, meta)
     except EnvironmentFault as error:
         logger.warning("%s; it starts empty", error)
-        records = rebuild(directory, meta, empty_records(meta.slots))
-        return SlotIndex(path, meta.slots, meta.device), records
+        records = rebuild(directory, meta, empty_records(meta.slots, meta.parts))
+        return SlotIndex(path, meta), records
     records, whole = index.load()
     if not whole:
         index.close()
         logger.warning("%s: damaged; what can be read of it is kept", path)
         records = rebuild(directory, meta, records)
-        index = SlotIndex(path, meta.slots, meta.device)
+        index = SlotIndex(path, meta)
     return index, records

@@ -7,6 +7,7 @@ So whatever stops the process, a slot's record and its bytes either belong toget
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import threading
@@ -19,21 +20,28 @@ import numpy.typing as npt
 import xxhash
 
 from polder.errors import EnvironmentFault
-from polder.swarm.directory import open_directory
+from polder.swarm.directory import OpenDirectory, open_directory
+from polder.swarm.engine import Aside
 from polder.swarm.health import DiskHealth, DiskStatistics
 from polder.swarm.index import empty_records, row_bytes
-from polder.swarm.io import OpenFile, Outcome, Transfer
-from polder.swarm.keys import Keys, distinct, page_seeds
+from polder.swarm.io import OpenFile, Outcome
+from polder.swarm.keys import Keys, distinct
 from polder.swarm.layout import plan_layout, usage_bytes
+from polder.swarm.pieces import DiskTransfer, PageFormat, one_a_page, verify, worst
 from polder.swarm.slots import SlotBook
 
-__all__ = ["Disk", "DiskConfig", "DiskTransfer"]
+__all__ = ["Disk", "DiskConfig"]
 
 logger = logging.getLogger("polder.swarm")
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 UintArray = npt.NDArray[np.uint64]
+_Parts = IntArray | None
+
+_LEAST_PATIENCE_S = 5.0
+"""With an index that is written and with files that are closed: a busy machine makes any disk slow."""
+_ROWS_AT_ONCE = 1024  # of the index: a disk that answers takes them in far less than that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +50,6 @@ class DiskConfig:
     """Must exist, on the disk that is to be used."""
     limit_bytes: int
     """What `du` of the directory may come to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiskTransfer:
-    """What an engine is to do, and which rows of the caller's and slots of this disk's that is about."""
-
-    rows: IntArray
-    slots: IntArray
-    keys: Keys
-    generations: UintArray
-    transfer: Transfer
 
 
 class Disk:
@@ -64,20 +61,24 @@ class Disk:
         config: DiskConfig,
         *,
         page_bytes: int,
+        parts: int,
         namespace: str,
         errors_allowed: int,
+        timeout_s: float,
         open_file: OpenFile,
     ) -> None:
-        """Raises ConfigError or BudgetError when the directory, the limit or the page size cannot be meant."""
-        self.number, self.config, self.page_bytes = number, config, page_bytes
+        """Raises ConfigError or BudgetError when the directory, the limit or the size of pages or parts cannot be meant."""
+        self.number, self.config = number, config
         self.health = DiskHealth(config.directory, errors_allowed)
         self.device = ""
-        self._namespace = xxhash.xxh3_64_intdigest(namespace.encode())
+        hashed = xxhash.xxh3_64_intdigest(namespace.encode())
+        self._pages = PageFormat(page_bytes=page_bytes, parts=parts, namespace=hashed)
         self._lock = threading.Lock()  # of the books; never held during I/O
         self._index_lock = threading.Lock()  # taken first
-        self._open = None
-        records = empty_records(0)
-        layout = plan_layout(config.limit_bytes, page_bytes)
+        self._aside, self._patience_s = Aside(number), max(timeout_s, _LEAST_PATIENCE_S)
+        self._open: OpenDirectory | None = None
+        layout = plan_layout(config.limit_bytes, page_bytes, parts)
+        records = empty_records(0, parts)
         try:
             self._open = open_directory(config.directory, layout, namespace, open_file)
             self.device, records = self._open.meta.device, self._open.records
@@ -135,18 +136,19 @@ class Disk:
             self._generation += len(slots)
         if not len(slots):
             return None
-        return self._transfer(rows[fresh], slots, keys[fresh], generations, addresses[fresh])
+        return self._transfer(rows[fresh], slots, keys[fresh], generations, addresses[fresh], None)
 
     def end_write(self, written: DiskTransfer, outcome: Outcome) -> None:
         """Publishes the pages that were written as a whole and that the index took."""
-        good, slots = outcome.errors == 0, written.slots
-        failure = ""
+        slots, digests = written.slots, outcome.digests.reshape(-1, self._pages.parts)
+        errors = worst(outcome.errors.reshape(digests.shape))
+        good, failure = errors == 0, ""
         with self._index_lock:
             with self._lock:
-                spoiled = outcome.errors == errno.EIO
+                spoiled = errors == errno.EIO
                 self._book.retire(slots[spoiled])
                 self._book.abandon(slots[~good & ~spoiled])
-                self._book.note(slots[good], written.keys[good], written.generations[good], outcome.digests[good])
+                self._book.note(slots[good], written.keys[good], written.generations[good], digests[good])
             try:
                 self._store_rows(self._book.dirty)
             except EnvironmentFault as error:
@@ -154,14 +156,14 @@ class Disk:
             with self._lock:
                 (self._book.abandon if failure else self._book.publish)(slots[good])
         with self._lock:
-            self.health.did_write(outcome.errors, failure)
+            self.health.did_write(errors, failure)
 
     # ------------------------------------------------------------------ read
 
     def begin_read(
-        self, rows: IntArray, keys: Keys, slots: IntArray, generations: UintArray, addresses: IntArray
+        self, rows: IntArray, keys: Keys, slots: IntArray, generations: UintArray, addresses: IntArray, parts: _Parts
     ) -> DiskTransfer | None:
-        """Pins what is still as it was looked up. None when there is nothing to read."""
+        """Pins what is still as it was looked up. `parts`: as of DiskTransfer. None when there is nothing to read."""
         if self._open is None or self.health.state == "out":
             return None
         with self._lock:
@@ -169,22 +171,25 @@ class Disk:
             self._book.pin(slots[still])
         if not still.any():
             return None
-        return self._transfer(rows[still], slots[still], keys[still], generations[still], addresses[still])
+        chosen = None if parts is None else parts[still]
+        return self._transfer(rows[still], slots[still], keys[still], generations[still], addresses[still], chosen)
 
     def end_read(self, read: DiskTransfer, outcome: Outcome) -> BoolArray:
-        """Which pages arrived as they were written. Others are dropped, but for those that only took too long."""
-        slots, errors = read.slots, outcome.errors
-        late = errors == errno.ETIMEDOUT
+        """Which rows arrived as they were written. Pages of others are dropped, but for those that only took too long."""
+        slots, parts = read.slots, read.parts
         with self._lock:
-            torn = (errors == 0) & (outcome.digests != self._book.records["digest"][slots])
+            digests = self._book.records["digest"]
+            digests = digests[slots] if parts is None else digests[slots, parts][:, None]
+            errors, torn = verify(outcome, digests)
             still = self._book.current(slots, read.generations)  # a page that was forgotten meanwhile has no digest
             good: BoolArray = (errors == 0) & ~torn & still
-            self.health.did_read(errors[still], int(good.sum()))
-            self.health.took(int(good.sum()), outcome.seconds)
-            bad = slots[still & ~good & ~late]
+            counted = still if parts is None else still & one_a_page(slots, errors, torn)
+            self.health.did_read(errors[counted], int(good[counted].sum()))
+            self.health.took(int(good.sum()) * digests.shape[1] / self._pages.parts, outcome.seconds)
+            self._book.touch(slots[good])  # before any of these is dropped, for another of its parts
+            bad = slots[still & ~good & (errors != errno.ETIMEDOUT)]
             if len(bad) and self.health.state != "out":  # of a disk that is lost the books say what to copy again
                 self._book.drop(np.unique(bad))
-            self._book.touch(slots[good])
             self._book.unpin(slots)
         return good
 
@@ -198,7 +203,8 @@ class Disk:
                 slots = slots[slots >= 0]
                 self._book.drop(slots)
             try:
-                self._store_rows(self._book.dirty)
+                if len(slots):
+                    self._store_rows(self._book.dirty)
             except EnvironmentFault as error:
                 logger.warning("%s: pages that were forgotten may come back: %s", self.config.directory, error)
         return len(slots)
@@ -250,38 +256,44 @@ class Disk:
                     logger.warning("%s: the order of use is lost: %s", self.config.directory, error)
 
     def close(self) -> None:
-        if self._open is not None:
-            self._open.index.close()
-            self._open.file.close()
-            os.close(self._open.lock_fd)
-            self._open = None
+        """A disk that hangs is left open, to the end of the process."""
+        with self._index_lock:
+            opened, self._open = self._open, None
+            if opened is not None:
+                try:
+                    self._aside.call(lambda: _close(opened), self._patience_s)
+                except EnvironmentFault as error:
+                    logger.warning("%s: not closed: %s", self.config.directory, error)
 
     def _transfer(
-        self, rows: IntArray, slots: IntArray, keys: Keys, generations: UintArray, addresses: IntArray
+        self, rows: IntArray, slots: IntArray, keys: Keys, generations: UintArray, addresses: IntArray, parts: _Parts
     ) -> DiskTransfer:
         assert self._open is not None
-        transfer = Transfer(
-            disk=self.number,
-            file=self._open.file,
-            page_bytes=self.page_bytes,
-            offsets=slots * self.page_bytes,
-            addresses=addresses,
-            seeds=page_seeds(keys, generations, self._namespace),
-        )
-        return DiskTransfer(rows=rows, slots=slots, keys=keys, generations=generations, transfer=transfer)
+        transfer = self._pages.transfer(self.number, self._open.file, slots, keys, generations, addresses, parts)
+        return DiskTransfer(rows=rows, slots=slots, keys=keys, generations=generations, parts=parts, transfer=transfer)
 
     def _store_rows(self, marked: BoolArray) -> None:
-        """Rows of the index as they are now. Raises EnvironmentFault: they stay marked."""
+        """Rows of the index as they are now. Raises EnvironmentFault: they stay marked. Where the index hangs, it is asked no more
+        before it has answered, so nobody waits twice; and the disk is not written to."""
         assert self._open is not None
-        with self._lock:
-            numbers = np.flatnonzero(marked)
-            rows = {number: row_bytes(self._book.records, number) for number in numbers.tolist()}
-            self._book.dirty[numbers] = False
-        try:
-            self._open.index.store(rows)
-        except EnvironmentFault:
+        every = np.flatnonzero(marked)
+        for numbers in (every[at : at + _ROWS_AT_ONCE] for at in range(0, len(every), _ROWS_AT_ONCE)):
             with self._lock:
-                self._book.dirty[numbers] = True
-            raise
-        with self._lock:
-            self._book.touched[numbers] = False
+                rows = {number: row_bytes(self._book.records, number) for number in numbers.tolist()}
+                self._book.dirty[numbers] = False
+            try:
+                self._aside.call(functools.partial(self._open.index.store, rows), self._patience_s)
+            except EnvironmentFault as error:
+                with self._lock:
+                    self._book.dirty[numbers] = True
+                    if self._aside.hangs:
+                        self.health.stop("read-only", f"writing the index: {error}")
+                raise
+            with self._lock:
+                self._book.touched[numbers] = False
+
+
+def _close(opened: OpenDirectory) -> None:
+    opened.index.close()
+    opened.file.close()
+    os.close(opened.lock_fd)

@@ -1,15 +1,18 @@
-"""Carries out batches of page reads and writes on several disks at a time, and sums every page on its way.
+"""Carries out batches of reads and writes on several disks at a time, and sums every piece on its way.
 
-`ThreadEngine` needs nothing but the kernel: some threads a disk, one task a thread and batch, one preadv for pages that lie side by
-side. Another engine (io_uring, NIXL) takes its place by having the same three methods.
+`ThreadEngine` needs nothing but the kernel: some threads a disk, one task a thread and batch, one preadv for pieces that lie side
+by side. Another engine (io_uring, NIXL) takes its place by having the same three methods.
 
 A system call on a disk that hangs cannot be called off. The engine waits for a batch until its time is over and reports what is
 not done as ETIMEDOUT; a thread that hangs may still write to the memory that it was given. `unsettled` lists that memory: it must
 not be used for anything else until it is listed no more.
+
+`Aside` is for the few other calls on a disk that may hang as well: on its index, and to close its files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -17,22 +20,27 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from polder.errors import EnvironmentFault
 from polder.memory.cores import leave_bound_core
 from polder.swarm.io import Arena, Outcome, Transfer, memory_view
 
-__all__ = ["ThreadEngine", "side_by_side"]
+__all__ = ["Aside", "ThreadEngine", "side_by_side"]
 
 logger = logging.getLogger("polder.swarm")
 
 IntArray = npt.NDArray[np.int64]
 
-RUN_PAGES = 16
-"""At most so many pages, side by side on the disk, are moved by one system call."""
+RUN_PIECES, RUN_BYTES = 16, 1 << 20
+"""At most so many pieces or bytes, whichever is more, that lie side by side on the disk are moved by one system call. That is 256
+pieces at most, for none has less than 4096 bytes; the kernel takes 1024."""
+_LEAST_RUN_BYTES = 64 << 10
+"""No run is cut into shorter ones than that for workers that are idle: one more request takes longer than so many bytes do."""
 _JOIN_S = 2.0
 
 
@@ -60,13 +68,18 @@ class _Batch:
 
     def __init__(self, transfer: Transfer, workers: int, move: _Move) -> None:
         self.order = np.argsort(transfer.offsets, kind="stable")
-        self.file, self.page_bytes, self.move = transfer.file, transfer.page_bytes, move
+        self.file, self.piece_bytes, self.move = transfer.file, transfer.piece_bytes, move
+        self.memory = transfer.memory
         self.offsets: list[int] = transfer.offsets[self.order].tolist()
         self.addresses: list[int] = transfer.addresses[self.order].tolist()
         self.seeds: list[int] = transfer.seeds[self.order].tolist()
         count = len(self.offsets)
         self.aligned = not (transfer.addresses % transfer.file.alignment_bytes).any()
-        self.runs = side_by_side(self.offsets, transfer.page_bytes, workers if self.aligned else count)
+        self.runs = (
+            side_by_side(self.offsets, transfer.piece_bytes, workers)
+            if self.aligned
+            else [(row, row + 1) for row in range(count)]
+        )
         self.errors = [errno.ETIMEDOUT] * count
         self.digests = [0] * count
         self.abandoned = False
@@ -113,7 +126,7 @@ class _Task:
         self.latch.count_down()
 
     def _one_by_one(self, first: int, last: int) -> None:
-        """One page of the run is bad: which?"""
+        """One piece of the run is bad: which?"""
         for row in range(first, last):
             if self.batch.abandoned:
                 return
@@ -142,9 +155,9 @@ class ThreadEngine:
     def unsettled(self) -> IntArray:
         with self._lock:
             self._hung = [task for task in self._hung if not task.over]
-            held = [(task.batch.addresses, task.current) for task in self._hung]
-        addresses = [address for all_of_them, run in held if run for address in all_of_them[run[0] : run[1]]]
-        return np.array(addresses, dtype=np.int64)
+            held = [(task.batch, task.current) for task in self._hung]
+        memory = [batch.memory[batch.order[run[0] : run[1]]] for batch, run in held if run]
+        return np.unique(np.concatenate(memory)) if memory else np.empty(0, dtype=np.int64)
 
     def close(self) -> None:
         """Ends the threads, but for those that hang in the kernel: they are left to the end of the process."""
@@ -196,8 +209,8 @@ def _work(tasks: queue.SimpleQueue[_Task | None]) -> None:
     leave_bound_core()
     bounce: Arena | None = None
     while (task := tasks.get()) is not None:
-        if not task.batch.aligned and (bounce is None or bounce.page_bytes != task.batch.page_bytes):
-            bounce = Arena(1, task.batch.page_bytes)
+        if not task.batch.aligned and (bounce is None or bounce.page_bytes != task.batch.piece_bytes):
+            bounce = Arena(1, task.batch.piece_bytes)
         try:
             task.carry_out(bounce)
         except Exception:
@@ -206,7 +219,7 @@ def _work(tasks: queue.SimpleQueue[_Task | None]) -> None:
 
 
 def _read(batch: _Batch, first: int, last: int, bounce: Arena | None) -> None:
-    size = batch.page_bytes
+    size = batch.piece_bytes
     views = [memory_view(address, size) for address in batch.addresses[first:last]]
     target = views if batch.aligned or bounce is None else [memoryview(bounce.bytes[0])]
     if batch.file.preadv(target, batch.offsets[first]) != (last - first) * size:
@@ -219,24 +232,61 @@ def _read(batch: _Batch, first: int, last: int, bounce: Arena | None) -> None:
 
 
 def _write(batch: _Batch, first: int, last: int, bounce: Arena | None) -> None:
-    views = [memory_view(address, batch.page_bytes) for address in batch.addresses[first:last]]
+    views = [memory_view(address, batch.piece_bytes) for address in batch.addresses[first:last]]
     for row, view in enumerate(views, first):
         batch.digests[row] = xxhash.xxh3_64_intdigest(view, batch.seeds[row])
     if not batch.aligned and bounce is not None:
         bounce.bytes[0] = views[0]
         views = [memoryview(bounce.bytes[0])]
-    if batch.file.pwritev(views, batch.offsets[first]) != (last - first) * batch.page_bytes:
+    if batch.file.pwritev(views, batch.offsets[first]) != (last - first) * batch.piece_bytes:
         raise OSError(errno.EIO, "short write")
     batch.errors[first:last] = [0] * (last - first)
 
 
-def side_by_side(offsets: Sequence[int], page_bytes: int, workers: int) -> list[tuple[int, int]]:
-    """Cuts sorted offsets, in bytes, into runs (first, end) of pages side by side, so that every worker has something to do."""
+class Aside:
+    """Calls on one disk, one at a time, each in a thread of its own: who asks does not wait for ever. Not thread-safe."""
+
+    def __init__(self, disk: int) -> None:
+        self._name = f"polder-disk{disk}-aside"
+        self._last: Future[None] | None = None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a call that took too long has not returned yet."""
+        return self._last is not None and not self._last.done()
+
+    def call(self, function: Callable[[], None], timeout_s: float) -> None:
+        """Raises what `function` raises. Raises EnvironmentFault when it takes longer, though it goes on then; and at once, without
+        a call, as long as an earlier one hangs."""
+        if not self.hangs:
+            done = Future[None]()
+
+            def carry_out() -> None:
+                try:
+                    function()
+                except BaseException as error:
+                    done.set_exception(error)
+                else:
+                    done.set_result(None)
+
+            thread = threading.Thread(target=carry_out, name=self._name, daemon=True)  # a daemon, as those above
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more of them, or the interpreter ends
+                return function()
+            self._last = done
+            with contextlib.suppress(TimeoutError):
+                return done.result(timeout_s)
+        raise EnvironmentFault(f"no answer for {timeout_s:g} s")
+
+
+def side_by_side(offsets: Sequence[int], piece_bytes: int, workers: int) -> list[tuple[int, int]]:
+    """Cuts sorted offsets, in bytes, into runs (first, end) of pieces side by side, so that every worker has something to do."""
     count = len(offsets)
-    longest = min(RUN_PAGES, -(-count // workers)) if workers else 1
+    longest = min(max(RUN_PIECES, RUN_BYTES // piece_bytes), max(-(-count // workers), _LEAST_RUN_BYTES // piece_bytes))
     runs, first = [], 0
     for row in range(1, count):
-        if offsets[row] - offsets[row - 1] != page_bytes or row - first == longest:
+        if offsets[row] - offsets[row - 1] != piece_bytes or row - first == longest:
             runs.append((first, row))
             first = row
     if count:

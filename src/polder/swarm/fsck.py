@@ -16,9 +16,10 @@ from polder.errors import ConfigError, EnvironmentFault
 from polder.swarm.directory import lock_directory, rebuild
 from polder.swarm.engine import ThreadEngine
 from polder.swarm.index import Records, SlotIndex, empty_records
-from polder.swarm.io import Arena, OpenFile, Transfer, open_page_file
-from polder.swarm.keys import distinct, page_seeds
+from polder.swarm.io import Arena, OpenFile, open_page_file
+from polder.swarm.keys import distinct
 from polder.swarm.layout import INDEX, META, SLAB, Meta, read_meta, usage_bytes
+from polder.swarm.pieces import PageFormat, verify
 
 __all__ = ["Report", "check_directory", "locked", "repair_directory"]
 
@@ -104,10 +105,10 @@ def _meta(directory: Path) -> Meta:
 
 def _check_index(directory: Path, meta: Meta, report: Report) -> Records:
     try:
-        index = SlotIndex(directory / INDEX, meta.slots, meta.device)
+        index = SlotIndex(directory / INDEX, meta)
     except EnvironmentFault as error:
         report.problems.append(f"the index is lost, and all pages with it: {error}")
-        return empty_records(meta.slots)
+        return empty_records(meta.slots, meta.parts)
     try:
         damage = index.damage()
         records, whole = index.load()
@@ -124,7 +125,7 @@ def _check_index(directory: Path, meta: Meta, report: Report) -> Records:
     report.doubled_pages = len(older)
     if len(older):
         report.problems.append(f"{len(older)} pages are in two slots")
-    records[older] = empty_records(1)
+    records[older] = empty_records(1, meta.parts)
     return records
 
 
@@ -137,26 +138,17 @@ def _check_pages(directory: Path, meta: Meta, records: Records, report: Report, 
     except OSError as error:
         raise EnvironmentFault(f"{directory / SLAB}: {error.strerror}") from None
     engine, arena = ThreadEngine(), Arena(_BATCH_PAGES, meta.page_bytes)
-    seeds = page_seeds(
-        records["key"][used], records["generation"][used], xxhash.xxh3_64_intdigest(meta.namespace.encode())
-    )
+    namespace = xxhash.xxh3_64_intdigest(meta.namespace.encode())
+    pages = PageFormat(page_bytes=meta.page_bytes, parts=meta.parts, namespace=namespace)
     bad: list[npt.NDArray[np.int64]] = []
     for at in range(0, len(used), _BATCH_PAGES):
         slots = used[at : at + _BATCH_PAGES]
-        transfer = Transfer(
-            disk=0,
-            file=file,
-            page_bytes=meta.page_bytes,
-            offsets=slots * meta.page_bytes,
-            addresses=arena.addresses[: len(slots)],
-            seeds=seeds[at : at + _BATCH_PAGES],
-        )
-        outcome = engine.read([transfer], _TIMEOUT_S)[0]
-        failed = outcome.errors != 0
-        torn = ~failed & (outcome.digests != records["digest"][slots])
-        report.unreadable_pages += int(failed.sum())
+        some = records[slots]
+        transfer = pages.transfer(0, file, slots, some["key"], some["generation"], arena.addresses[: len(slots)])
+        errors, torn = verify(engine.read([transfer], _TIMEOUT_S)[0], some["digest"])
+        report.unreadable_pages += int((errors != 0).sum())
         report.corrupt_pages += int(torn.sum())
-        bad.append(slots[failed | torn])
+        bad.append(slots[(errors != 0) | torn])
     engine.close()
     if not len(engine.unsettled()):
         file.close()
@@ -164,7 +156,7 @@ def _check_pages(directory: Path, meta: Meta, records: Records, report: Report, 
         report.problems.append(f"{report.unreadable_pages} pages cannot be read")
     if report.corrupt_pages:
         report.problems.append(f"{report.corrupt_pages} pages do not verify")
-    records[np.concatenate(bad)] = empty_records(1)
+    records[np.concatenate(bad)] = empty_records(1, meta.parts)
     return records
 
 

@@ -39,6 +39,7 @@ class DiskStatistics:
     disk_bytes: int
     """What the directory takes now."""
     read_pages: int
+    """A page of which parts were read counts once a batch, here and below."""
     written_pages: int
     evicted_pages: int
     corrupt_pages: int
@@ -70,8 +71,8 @@ class DiskHealth:
         if self._reads.bad >= self._allowed:
             self.stop("out", f"reading: {_name(errors)}")
 
-    def took(self, pages: int, seconds: float) -> None:
-        """A batch of so many good pages was read in so long."""
+    def took(self, pages: float, seconds: float) -> None:
+        """A batch of so many good pages, or parts of them, was read in so long."""
         if pages and seconds > 0:
             keep = max(0.0, 1.0 - seconds / _SPEED_MEMORY_S)
             self._pages, self._seconds = keep * self._pages + pages, keep * self._seconds + seconds

@@ -1,4 +1,4 @@
-"""index.db of one disk: SQLite, 100 slots a row, every row there from the start and always of the same size.
+"""index.db of one disk: SQLite, up to 100 slots a row, every row there from the start and always of the same size.
 
 So the file has its final size when it is made, its tree never changes, and a batch of pages that lie side by side is one row. A
 transaction makes a batch known as a whole, also when the process is killed. Nothing is synchronised: after a loss of power each row
@@ -19,23 +19,27 @@ import numpy as np
 import numpy.typing as npt
 
 from polder.errors import EnvironmentFault
-from polder.swarm.layout import RECORDS_PER_ROW, SQLITE_PAGE_BYTES, WAL_BYTES, index_pages
+from polder.swarm.layout import SQLITE_PAGE_BYTES, WAL_BYTES, Meta, index_pages, records_per_row
 
-__all__ = ["RECORD", "Records", "SlotIndex", "create_index", "empty_records", "remove_index", "row_bytes"]
-
-RECORD = np.dtype([("key", "<u8", (2,)), ("generation", "<u8"), ("digest", "<u8"), ("used", "<i8")])
-"""A generation of 0: nothing is there. "used" orders the pages by their last use."""
+__all__ = ["Records", "SlotIndex", "create_index", "empty_records", "per_row", "remove_index", "row_bytes"]
 
 Records = npt.NDArray[np.void]
+"""Fields "key" (2 words), "generation" (0: nothing is there), "digest" (one a part), "used", which orders the pages by their last
+use."""
 IntArray = npt.NDArray[np.int64]
 
-_ROW_BYTES = RECORDS_PER_ROW * RECORD.itemsize
 _ROWS_AT_ONCE = 96
 _FRAME_BYTES = SQLITE_PAGE_BYTES + 24
 
 
-def empty_records(slots: int) -> Records:
-    return np.zeros(slots, dtype=RECORD)
+def empty_records(slots: int, parts: int) -> Records:
+    fields = [("key", "<u8", (2,)), ("generation", "<u8"), ("digest", "<u8", (parts,)), ("used", "<i8")]
+    return np.zeros(slots, dtype=fields)
+
+
+def per_row(records: Records) -> int:
+    """How many of them a row of the index holds."""
+    return records_per_row(records["digest"].shape[1])
 
 
 def create_index(path: Path, records: Records, device: str) -> None:
@@ -50,7 +54,7 @@ def create_index(path: Path, records: Records, device: str) -> None:
             db.execute(f"PRAGMA application_id={_identity(device)}")
             db.execute("CREATE TABLE slots (number INTEGER PRIMARY KEY, records BLOB NOT NULL)")
             db.execute("BEGIN")
-            rows = range(-(-len(records) // RECORDS_PER_ROW))
+            rows = range(-(-len(records) // per_row(records)))
             db.executemany("INSERT INTO slots VALUES (?, ?)", ((row, row_bytes(records, row)) for row in rows))
             db.execute("COMMIT")
         fd = os.open(fresh, os.O_RDONLY | os.O_CLOEXEC)
@@ -72,16 +76,17 @@ def remove_index(path: Path) -> None:
 
 
 def row_bytes(records: Records, row: int) -> bytes:
-    part = records[row * RECORDS_PER_ROW : (row + 1) * RECORDS_PER_ROW].tobytes()
-    return part.ljust(_ROW_BYTES, b"\0")
+    width = per_row(records)
+    part = records[row * width : (row + 1) * width].tobytes()
+    return part.ljust(width * records.itemsize, b"\0")
 
 
 class SlotIndex:
     """An open index.db. `store` and `close` may be called from any thread, one at a time."""
 
-    def __init__(self, path: Path, slots: int, device: str) -> None:
+    def __init__(self, path: Path, meta: Meta) -> None:
         """Opens what `create_index` made. Raises EnvironmentFault when it is damaged, missing, in use, or another disk's."""
-        self._path, self._slots = path, slots
+        self._path, self._slots, self._parts = path, meta.slots, meta.parts
         self._wal = path.with_name(path.name + "-wal")
         try:
             os.stat(path)
@@ -91,7 +96,7 @@ class SlotIndex:
         try:
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=OFF", "temp_store=MEMORY"):
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
-            self._db.execute(f"PRAGMA max_page_count={index_pages(slots)}")
+            self._db.execute(f"PRAGMA max_page_count={index_pages(meta.slots, meta.parts)}")
             self._db.execute("PRAGMA wal_autocheckpoint=0")
             identity = self._db.execute("PRAGMA application_id").fetchone()[0]
             self._db.execute("BEGIN IMMEDIATE")  # takes the lock for good
@@ -99,23 +104,23 @@ class SlotIndex:
         except sqlite3.Error as error:
             self._db.close()
             raise EnvironmentFault(f"{path}: {error}") from None
-        if identity != _identity(device):
+        if identity != _identity(meta.device):
             self._db.close()
             raise EnvironmentFault(f"{path}: is the index of another disk")
 
     def load(self) -> tuple[Records, bool]:
         """The records of all slots, and whether they are all there: what cannot be read is empty."""
-        count = -(-self._slots // RECORDS_PER_ROW)
+        width = records_per_row(self._parts)
+        count = -(-self._slots // width)
         try:
             rows = self._db.execute("SELECT number, records FROM slots ORDER BY number").fetchall()
         except sqlite3.Error:
             rows = self._salvage(count)
-        records = empty_records(count * RECORDS_PER_ROW)
+        records = empty_records(count * width, self._parts)
         whole = len(rows) == count
         for number, data in rows:
-            if 0 <= number < count and isinstance(data, bytes) and len(data) == _ROW_BYTES:
-                at = number * RECORDS_PER_ROW
-                records[at : at + RECORDS_PER_ROW] = np.frombuffer(data, dtype=RECORD)
+            if 0 <= number < count and isinstance(data, bytes) and len(data) == width * records.itemsize:
+                records[number * width : (number + 1) * width] = np.frombuffer(data, dtype=records.dtype)
             else:
                 whole = False
         return records[: self._slots].copy(), whole

@@ -1,5 +1,5 @@
 """What disk I/O needs of memory and of files: aligned arenas, views of bare addresses, files opened past the page cache; and what
-an engine is that moves pages between them (`ThreadEngine` in engine.py)."""
+an engine is that moves pieces between them (`ThreadEngine` in engine.py)."""
 
 from __future__ import annotations
 
@@ -129,26 +129,29 @@ class Arena:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """n pages of one disk, to be read or to be written."""
+    """n pieces of one disk, to be read or to be written. A piece is a page, or a part of one."""
 
     disk: int
     """Number of the disk: transfers of one disk share its threads."""
     file: PageFile
-    page_bytes: int
+    piece_bytes: int
+    """A multiple of ALIGNMENT_BYTES."""
     offsets: IntArray
-    """[n] bytes, multiples of `page_bytes`."""
+    """[n] bytes, multiples of `piece_bytes`."""
     addresses: IntArray
-    """[n] of memory that holds a page each, or is to hold one."""
+    """[n] of memory that holds a piece each, or is to hold one."""
+    memory: IntArray
+    """[n] the address by which the caller knows that memory: where the whole begins that the piece is moved with."""
     seeds: UintArray
-    """[n] of the pages' checksums."""
+    """[n] of the pieces' checksums."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     errors: npt.NDArray[np.int32]
-    """[n] errno, 0 where the page was moved as a whole."""
+    """[n] errno, 0 where the piece was moved as a whole."""
     digests: UintArray
-    """[n] xxh3 of the page that was moved, with its seed; anything where there was an error."""
+    """[n] xxh3 of the piece that was moved, with its seed; anything where there was an error."""
     seconds: float = 0.0
     """From the start of the batch until this disk was done with its part; 0 where the engine cannot tell."""
 
@@ -157,12 +160,12 @@ class IoEngine(Protocol):
     """Thread-safe. Never raises for what a disk does: it reports it."""
 
     def read(self, transfers: Sequence[Transfer], timeout_s: float) -> list[Outcome]:
-        """Reads all pages, all disks at the same time. Takes `timeout_s` at most."""
+        """Reads all pieces, all disks at the same time. Takes `timeout_s` at most."""
 
     def write(self, transfers: Sequence[Transfer], timeout_s: float) -> list[Outcome]:
-        """Writes all pages, all disks at the same time. Takes `timeout_s` at most."""
+        """Writes all pieces, all disks at the same time. Takes `timeout_s` at most."""
 
     def unsettled(self) -> IntArray:
-        """Addresses of pages that a request which timed out may still read or write."""
+        """`memory` of the pieces that a request which timed out may still read or write, each once."""
 
     def close(self) -> None: ...

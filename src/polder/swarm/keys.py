@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from polder.errors import ConfigError, IntegrityError
 
-__all__ = ["KEY_BYTES", "KeyTable", "Keys", "distinct", "key_array", "mix", "page_seeds"]
+__all__ = ["KEY_BYTES", "KeyTable", "Keys", "distinct", "key_array", "mix", "page_seeds", "part_seeds"]
 
 IntArray = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
@@ -46,6 +46,11 @@ def page_seeds(keys: Keys, generations: npt.NDArray[np.uint64], namespace: int) 
     return mix(mix(first ^ keys[:, 1]) ^ generations)
 
 
+def part_seeds(seeds: npt.NDArray[np.uint64], parts: IntArray) -> npt.NDArray[np.uint64]:
+    """Seeds of parts of pages, by the pages' seeds and the parts' numbers: the bytes of another part do not verify either."""
+    return mix(seeds ^ parts.astype(np.uint64))
+
+
 def distinct(keys: Keys) -> IntArray:
     """[m] rows of the first of each key, in rising order."""
     if len(keys) < 2:
@@ -74,6 +79,8 @@ class KeyTable:
 
     def find(self, keys: Keys) -> IntArray:
         """[n] slots, -1 where a key is absent."""
+        if not self.count:  # of no rows there is not even one to compare a key with
+            return np.full(len(keys), -1, dtype=np.int64)
         slots, _ = self._probe(keys)
         return slots
 

@@ -30,13 +30,12 @@ __all__ = [
         "INDEX",
         "LEAST_PAGE_BYTES",
         "META",
-        "RECORDS_PER_ROW",
         "SLAB",
         "SQLITE_PAGE_BYTES",
         "WAL_BYTES",
         "Layout",
     ),
-    *("Meta", "index_pages", "plan_layout", "preallocate", "read_meta", "usage_bytes", "write_meta"),
+    *("Meta", "index_pages", "plan_layout", "preallocate", "read_meta", "records_per_row", "usage_bytes", "write_meta"),
 ]
 
 FORMAT = 1
@@ -48,13 +47,18 @@ _FIXED_BYTES = 2 * WAL_BYTES + (128 << 10)
 """The log twice (some file systems allocate ahead), and the directory, meta.json and its successor."""
 _EXTENTS = 1024
 """Of this many bytes of the slab one is set aside for its extents; 24 bytes for each 64 KiB are the worst case."""
-RECORDS_PER_ROW = 100
-"""Of 40 bytes, so that a row of the index fills one page of SQLite's."""
+_ROW_BYTES = 4000
+"""Of records, at most: so a row of the index fills one page of SQLite's."""
+_RECORD_BYTES, _DIGEST_BYTES = 32, 8
+"""A record has a digest for each part of its page."""
+_MOST_PARTS = (_ROW_BYTES - _RECORD_BYTES) // _DIGEST_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     page_bytes: int
+    parts: int
+    """Of equal size, that a page is read in."""
     limit_bytes: int
     slots: int
 
@@ -73,38 +77,58 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     page_bytes: int
     limit_bytes: int
     slots: int
+    parts: int = 1
+    """Directories of before there were parts do not say it."""
 
     @classmethod
     def new(cls, layout: Layout, namespace: str, device: str = "") -> Meta:
         return cls(format=FORMAT, device=device or uuid.uuid4().hex, namespace=namespace, **asdict(layout))
 
 
-def index_pages(slots: int) -> int:
+def records_per_row(parts: int) -> int:
+    """How many slots a row of the index is about: 100 where a page is one part."""
+    return _ROW_BYTES // (_RECORD_BYTES + _DIGEST_BYTES * parts)
+
+
+def index_pages(slots: int, parts: int) -> int:
     """The most pages that index.db has: one a row, inner nodes of at least 300 children, the schema."""
-    rows = -(-slots // RECORDS_PER_ROW)
+    rows = -(-slots // records_per_row(parts))
     return rows + rows // 300 + 8
 
 
-def _needed_bytes(slots: int, page_bytes: int) -> int:
+def _needed_bytes(slots: int, page_bytes: int, parts: int) -> int:
     slab = slots * page_bytes
-    return slab + slab // _EXTENTS + index_pages(slots) * SQLITE_PAGE_BYTES + _FIXED_BYTES
+    return slab + slab // _EXTENTS + index_pages(slots, parts) * SQLITE_PAGE_BYTES + _FIXED_BYTES
 
 
-def plan_layout(limit_bytes: int, page_bytes: int) -> Layout:
-    """As many slots as the limit allows. Raises ConfigError for a bad page size, BudgetError when not one slot fits."""
-    if page_bytes < LEAST_PAGE_BYTES or page_bytes % ALIGNMENT_BYTES:
-        raise ConfigError(
-            f"pages of {page_bytes} bytes: disks need a multiple of {ALIGNMENT_BYTES}, {LEAST_PAGE_BYTES} at least"
-        )
-    least = _needed_bytes(1, page_bytes)
+def plan_layout(limit_bytes: int, page_bytes: int, parts: int = 1) -> Layout:
+    """As many slots as the limit allows. Raises ConfigError for bad sizes of pages or parts, BudgetError when not one slot fits."""
+    bad = _bad_page(page_bytes, parts)
+    if bad:
+        raise ConfigError(bad)
+    least = _needed_bytes(1, page_bytes, parts)
     if limit_bytes < least:
         raise BudgetError(
             f"a disk store of {format_bytes(limit_bytes)}: {format_bytes(least)} is the least for one page"
         )
     slots = limit_bytes // page_bytes
-    while (over := _needed_bytes(slots, page_bytes) - limit_bytes) > 0:
+    while (over := _needed_bytes(slots, page_bytes, parts) - limit_bytes) > 0:
         slots -= max(1, over // (2 * page_bytes))
-    return Layout(page_bytes=page_bytes, limit_bytes=limit_bytes, slots=slots)
+    return Layout(page_bytes=page_bytes, parts=parts, limit_bytes=limit_bytes, slots=slots)
+
+
+def _bad_page(page_bytes: int, parts: int) -> str:
+    """Why there can be no such pages, "" if there can."""
+    if page_bytes < LEAST_PAGE_BYTES or page_bytes % ALIGNMENT_BYTES:
+        return f"pages of {page_bytes} bytes: disks need a multiple of {ALIGNMENT_BYTES}, {LEAST_PAGE_BYTES} at least"
+    if parts < 1 or page_bytes % (parts * ALIGNMENT_BYTES):
+        return (
+            f"pages of {page_bytes} bytes in {parts} parts: a part has to be a multiple of {ALIGNMENT_BYTES} bytes: "
+            "choose another number of parts, or another size of pages"
+        )
+    if parts > _MOST_PARTS:
+        return f"pages in {parts} parts: {_MOST_PARTS} are the most: choose larger parts or smaller pages"
+    return ""
 
 
 def read_meta(directory: Path) -> Meta | None:
@@ -123,8 +147,9 @@ def read_meta(directory: Path) -> Meta | None:
         meta = msgspec.json.decode(text, type=Meta)
     except (ValueError, TypeError, KeyError, msgspec.MsgspecError) as error:
         raise ConfigError(f"{path}: cannot be understood ({error}): empty the directory to start over") from None
-    if meta.slots < 1 or meta.page_bytes < LEAST_PAGE_BYTES or meta.page_bytes % ALIGNMENT_BYTES:
-        raise ConfigError(f"{path}: {meta.slots} slots of {meta.page_bytes} bytes: empty the directory to start over")
+    bad = _bad_page(meta.page_bytes, meta.parts) or ("no slots" if meta.slots < 1 else "")
+    if bad:
+        raise ConfigError(f"{path}: {bad}: empty the directory to start over")
     return meta
 
 

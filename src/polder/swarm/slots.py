@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polder.errors import IntegrityError
-from polder.swarm.index import RECORD, Records
+from polder.swarm.index import Records, per_row
 from polder.swarm.keys import Keys, KeyTable, distinct
-from polder.swarm.layout import RECORDS_PER_ROW
 
 __all__ = ["SlotBook"]
 
@@ -35,7 +34,9 @@ class SlotBook:
         """Takes the array over. Of pages with the same key the last written one stays: after a loss of power the index may
         hold both."""
         self.records = records
-        self.dirty = np.zeros(-(-len(records) // RECORDS_PER_ROW), dtype=np.bool_)
+        self._per_row = per_row(records)
+        self._nothing = np.zeros(1, dtype=records.dtype)
+        self.dirty = np.zeros(-(-len(records) // self._per_row), dtype=np.bool_)
         self.touched = np.zeros_like(self.dirty)
         self.evicted = 0
         self._state = np.zeros(len(records), dtype=np.uint8)
@@ -88,12 +89,12 @@ class SlotBook:
         return taken
 
     def note(self, slots: IntArray, keys: Keys, generations: UintArray, digests: UintArray) -> None:
-        """Busy slots hold these pages: so the index will say. They are not found yet."""
+        """Busy slots hold these pages: so the index will say. They are not found yet. `digests`: [n, parts]."""
         self.records["key"][slots] = keys
         self.records["generation"][slots] = generations
         self.records["digest"][slots] = digests
         self._stamp(slots)
-        self.dirty[slots // RECORDS_PER_ROW] = True
+        self.dirty[slots // self._per_row] = True
 
     def publish(self, slots: IntArray) -> None:
         """Busy slots that were noted are found from now on; those whose key came in meanwhile are free again."""
@@ -161,14 +162,15 @@ class SlotBook:
         used = np.flatnonzero(self._state == _USED)
         if self._table.count != len(used) or not np.array_equal(self._table.find(self.records["key"][used]), used):
             raise IntegrityError(f"{self._table.count} keys for {len(used)} used slots")
-        if (self._pins < 0).any() or (self.records["generation"][self._state == _FREE] != 0).any():
+        empty = self.records[self._state == _FREE]
+        if (self._pins < 0).any() or empty["generation"].any() or empty["used"].any():
             raise IntegrityError("a free slot has a record, or a slot was unpinned too often")
 
     # ------------------------------------------------------------------
 
     def _clear(self, slots: IntArray) -> None:
-        self.records[slots] = np.zeros(1, dtype=RECORD)
-        self.dirty[slots // RECORDS_PER_ROW] = True
+        self.records[slots] = self._nothing
+        self.dirty[slots // self._per_row] = True
 
     def _release(self, slots: IntArray) -> None:
         self._state[slots] = _FREE
@@ -178,7 +180,7 @@ class SlotBook:
     def _stamp(self, slots: IntArray) -> None:
         self._clock += len(slots)
         self.records["used"][slots] = self._clock - 1 - np.arange(len(slots))
-        self.touched[slots // RECORDS_PER_ROW] = True
+        self.touched[slots // self._per_row] = True
 
     def _victims(self, count: int) -> IntArray:
         """Up to `count` used slots, least recently used first, none that is being read; they are busy now.

@@ -35,12 +35,18 @@ class StoreConfig:
     disks: tuple[DiskConfig, ...]
     page_bytes: int
     """A multiple of 4096, 64 KiB at least."""
+    parts: int = 1
+    """Of equal size, multiples of 4096, that a page can be read in: each has a checksum of its own. Up to 496."""
     namespace: str
     """What must be equal for pages to be interchangeable; a directory made for another one is refused."""
     timeout_s: float = 5.0
     """A batch that takes longer is over: what is missing are misses."""
     errors_allowed: int = 8
     """After so many failed pages without a thousand good ones in between a disk is used no more in this run."""
+
+    @property
+    def part_bytes(self) -> int:
+        return self.page_bytes // self.parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +86,10 @@ class DiskStore:
                     number,
                     disk,
                     page_bytes=config.page_bytes,
+                    parts=config.parts,
                     namespace=config.namespace,
                     errors_allowed=config.errors_allowed,
+                    timeout_s=config.timeout_s,
                     open_file=open_file,
                 )
                 self._disks.append(opened)
@@ -132,12 +140,24 @@ class DiskStore:
             accepted[rows] = disk.find(keys[rows])[0] >= 0
         return accepted
 
-    def read(self, places: Places, addresses: IntArray, disks: IntArray | None = None) -> BoolArray:
+    def read(
+        self, places: Places, addresses: IntArray, disks: IntArray | None = None, parts: IntArray | None = None
+    ) -> BoolArray:
         """Reads n pages into memory: [n] addresses of `page_bytes` each, best aligned to 4096.
 
-        `disks`: [n] which copy to read, -1: none at all; without it the first. Where it fails another copy is tried. Returns [n]:
-        which pages arrived as they were written; at the other addresses is anything, and see `unsettled`.
+        `disks`: [n] which copy to read, -1: none at all; without it the first. Where it fails another copy is tried. `parts`: [n]
+        read only that part of each page, `part_bytes` long; side-by-side parts are one request. Several rows may be of one page. A
+        copy with a part that does not verify is dropped as a whole.
+
+        Returns [n]: which pages or parts arrived as they were written; at the other addresses is anything. Where a request that
+        timed out may still write (`unsettled`) nothing has arrived, and no other copy is tried.
+
+        Raises ConfigError for a part that pages do not have.
         """
+        if parts is not None and len(parts) and not 0 <= parts.min() <= parts.max() < self.config.parts:
+            raise ConfigError(
+                f"parts {parts.min()} to {parts.max()} of a page: they are numbered from 0 to {self.config.parts - 1}"
+            )
         ok = np.zeros(len(places.keys), dtype=np.bool_)
         left = places.present.copy()
         if disks is None:
@@ -149,16 +169,19 @@ class DiskStore:
                 rows = np.flatnonzero(disks == disk.number)
                 left[rows, disk.number] = False
                 rows = rows[places.slots[rows, disk.number] >= 0]
-                at = places.slots[rows, disk.number], places.generations[rows, disk.number]
-                if (
-                    len(rows)
-                    and (reading := disk.begin_read(rows, places.keys[rows], *at, addresses[rows])) is not None
-                ):
+                if not len(rows):
+                    continue
+                at = places.slots[rows, disk.number], places.generations[rows, disk.number], addresses[rows]
+                reading = disk.begin_read(rows, places.keys[rows], *at, None if parts is None else parts[rows])
+                if reading is not None:
                     begun.append((disk, reading))
             outcomes = self._engine.read([r.transfer for _, r in begun], self.config.timeout_s) if begun else []
             for (disk, reading), outcome in zip(begun, outcomes, strict=True):
                 ok[reading.rows] = disk.end_read(reading, outcome)
             left[ok] = False
+            if len(unsettled := self._engine.unsettled()):  # what verifies there now may be overwritten later
+                hung = np.isin(addresses, unsettled)
+                ok[hung], left[hung] = False, False
             disks = _first(left)
         return ok
 
@@ -200,6 +223,11 @@ class DiskStore:
         return sum(disk.evicted for disk in self._disks)
 
     @property
+    def corrupt_pages(self) -> int:
+        """As in `statistics`, all disks together; unlike those it asks nothing of a disk, which may hang."""
+        return sum(disk.health.corrupt_pages for disk in self._disks)
+
+    @property
     def speeds(self) -> npt.NDArray[np.float64]:
         """[disks] pages a second, as measured by the reads so far; 0 where nothing is known."""
         return np.array([disk.health.pages_per_s for disk in self._disks], dtype=np.float64)
@@ -220,7 +248,7 @@ class DiskStore:
         return self._disks[disk].by_recency()
 
     def statistics(self) -> tuple[DiskStatistics, ...]:
-        """One a disk, in their order."""
+        """One a disk, in their order. Looks into their directories, and so waits for a disk that hangs."""
         return tuple(disk.statistics() for disk in self._disks)
 
     def check_integrity(self) -> None:

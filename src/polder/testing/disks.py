@@ -195,15 +195,15 @@ class EmulatedEngine:
         for transfer, outcome in zip(transfers, outcomes, strict=True):
             disk = self._disks[transfer.disk]
             order = np.argsort(transfer.offsets, kind="stable")
-            runs = np.array(side_by_side(transfer.offsets[order].tolist(), transfer.page_bytes, 1)).reshape(-1, 2)
+            runs = np.array(side_by_side(transfer.offsets[order].tolist(), transfer.piece_bytes, 1)).reshape(-1, 2)
             lengths = runs[:, 1] - runs[:, 0]
-            done, failed = disk.serve(lengths * transfer.page_bytes, started)
+            done, failed = disk.serve(lengths * transfer.piece_bytes, started)
             late = done > started + timeout_s
             errors = np.where(late, errno.ETIMEDOUT, failed)
-            of_pages = np.empty(len(order), dtype=np.int32)
-            of_pages[order] = np.repeat(errors, lengths)
+            of_pieces = np.empty(len(order), dtype=np.int32)
+            of_pieces[order] = np.repeat(errors, lengths)
             mine = min(float(done.max(initial=started)), started + timeout_s)
-            errors = np.where(outcome.errors, outcome.errors, of_pages)
+            errors = np.where(outcome.errors, outcome.errors, of_pieces)
             paced.append(Outcome(errors=errors, digests=outcome.digests, seconds=mine - started))
             over = max(over, mine)
         late_s = max(0.0, self._clock.now() - over)

@@ -91,6 +91,8 @@ class DiskMemory:
         size = 0
         for chunk in () if self._stopped else self._reader.read(part.pages.keys):
             failed |= chunk.failed
+            if self._stopped:  # the engine's blocks may be gone
+                break
             moved = self._copy_out(chunk, blocks, mover)
             if moved is None:
                 failed |= dict.fromkeys(chunk.rows.tolist(), "error")
@@ -226,10 +228,11 @@ class DiskMemory:
     # ------------------------------------------------------------------ the rest
 
     def drop(self) -> Carried:
-        """Forgets everything, for good."""
+        """Forgets everything, for good; once stopped, it leaves the pages on the disks to a run that can use them."""
         with self._lock:
             self._mirror = SlotMirror(self._capacity)
-        self._forget(self._mirror.strays(self._store))
+        if not self._stopped:
+            self._forget(self._mirror.strays(self._store))
         return Carried(failed={}, size_bytes=0)
 
     def news(self) -> News:
@@ -239,7 +242,7 @@ class DiskMemory:
                 self._seen = condition
                 self._lost = np.concatenate((self._lost, self._mirror.compare(self._store)))
             lost, self._lost = self._lost, self._lost[:0]
-        figures = {"disks_ok": float(self._store.writable.sum())}
+        figures = {"disks_ok": 0.0 if self._stopped else float(self._store.writable.sum())}
         return News(lost=lost, room=min(self._capacity, disk_capacity(self._store)), figures=figures)
 
     def stop(self) -> None:

@@ -42,7 +42,7 @@ class PageReader:
         """`halves`: addresses of pages of memory, at least one each."""
         self._store, self._halves = store, halves
         self._stopped = False
-        self._corrupt = self._corrupt_pages()
+        self._corrupt = store.corrupt_pages
 
     def stop(self) -> None:
         self._stopped = True
@@ -142,7 +142,7 @@ class PageReader:
         """A page that was dropped by the read was corrupt, if the disks have counted any since; or it could not be read."""
         present = places.slots[rows].max(axis=1, initial=-1) >= 0
         still = self._store.lookup(places.keys[rows]).slots.max(axis=1, initial=-1) >= 0
-        before, self._corrupt = self._corrupt, self._corrupt_pages()
+        before, self._corrupt = self._corrupt, self._store.corrupt_pages
         corrupt = self._corrupt - before
         reasons: list[Reason] = []
         for was, stays in zip(present.tolist(), still.tolist(), strict=True):
@@ -154,6 +154,3 @@ class PageReader:
             else:
                 reasons.append("error")
         return reasons
-
-    def _corrupt_pages(self) -> int:
-        return sum(disk.corrupt_pages for disk in self._store.statistics())

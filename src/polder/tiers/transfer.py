@@ -40,6 +40,9 @@ __all__ = [
 
 logger = logging.getLogger("polder.tiers")
 
+_CLOSE_S = 15.0
+"""A part under way waits for a disk that hangs a few times as long as its store does. Who ends the engine does not wait longer."""
+
 Piece = tuple[int, int]
 """(address, bytes)"""
 Pieces = Sequence[Piece]
@@ -206,7 +209,7 @@ class TierWorker:
             capacities[host] if host is not None else 0, dtype=np.int16
         )  # [host slots], a row of it
         self._lanes: dict[tuple[int, Direction], queue.SimpleQueue[tuple[_Work, Part] | None]] = {}
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[int, list[threading.Thread]] = {}  # by tier
         self._changed = threading.Condition()
         self._open: set[int] = set()
         self._done: list[Finished] = []
@@ -241,18 +244,23 @@ class TierWorker:
             self._changed.wait_for(lambda: not self._open)
 
     def close(self) -> None:
-        """Ends the threads, after what is queued, and the memories. What is queued for a disk fails."""
+        """Ends the threads, after what is queued, and the memories. What is queued for a disk fails, and a thread that a disk keeps
+        is left to the end of the process."""
         for batch in self._batches.values():
             batch.stop()
         for lane in self._lanes.values():
             lane.put(None)
-        for thread in self._threads:
-            thread.join()
+        until = time.monotonic() + _CLOSE_S
+        for tier, threads in self._threads.items():
+            for thread in threads:
+                thread.join(max(0.0, until - time.monotonic()) if tier in self._batches else None)
+                if thread.is_alive():
+                    logger.warning("%s: a disk does not answer: it is left behind", thread.name)
         for memory in self._memories.values():
             memory.close()
         for batch in self._batches.values():
             batch.close()
-        self._lanes, self._threads = {}, []
+        self._lanes, self._threads = {}, {}
 
     # ------------------------------------------------------------------ inside
 
@@ -262,7 +270,7 @@ class TierWorker:
             lane = self._lanes[tier, direction] = queue.SimpleQueue()
             name = f"polder-tier{tier}-{direction}"
             thread = threading.Thread(target=self._run, args=(lane,), name=name, daemon=True)
-            self._threads.append(thread)
+            self._threads.setdefault(tier, []).append(thread)
             thread.start()
         return lane
 

@@ -100,14 +100,19 @@ class OpenDisks:
 
 
 def _directory(path: Path, ranks: int, rank: int) -> Path:
-    """Made for a rank below `path`; `path` itself must be there, for only its owner knows which disk it lies on."""
+    """Made for a rank below `path`; `path` itself must be there, for only its owner knows which disk it lies on. Where it cannot be
+    made the store finds the disk "out", as every disk that cannot be used."""
     if ranks == 1:
         return path
-    if (path / META).exists():
-        raise ConfigError(f"{path} has the pages of an engine with one rank: empty it, or name another directory")
-    if path.is_dir():
-        (path / f"rank{rank}").mkdir(exist_ok=True)
-    return path / f"rank{rank}"
+    mine = path / f"rank{rank}"
+    try:
+        if (path / META).exists():
+            raise ConfigError(f"{path} has the pages of an engine with one rank: empty it, or name another directory")
+        if path.is_dir():
+            mine.mkdir(exist_ok=True)
+    except OSError as error:
+        logger.warning("%s: %s", mine, error.strerror)
+    return mine
 
 
 def _io_engine(plan: DiskPlan) -> IoEngine:
