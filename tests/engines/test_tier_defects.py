@@ -70,6 +70,7 @@ def test_a_request_whose_load_failed_is_not_offered_the_same_load_again() -> Non
     connector.connector_scheduler = TierScheduler.__new__(TierScheduler)
     connector.connector_scheduler._req_status = {"request": state}
     connector.connector_scheduler._stale_job_threshold = 0
+    connector.connector_scheduler.manager = SimpleNamespace(tiers=SimpleNamespace(refresh=lambda: None))
     output = SimpleNamespace(kv_connector_worker_meta=None, failed_recving={"request"})
     connector.connector_scheduler.update_connector_output(output)
     assert state.max_load_tokens is None, "stock"
@@ -100,7 +101,8 @@ def test_a_request_preempted_between_steps_that_loads_again_ends_a_stock_engine_
         scheduler = kind.__new__(kind)
         scheduler._update_req_states = lambda _: None
         scheduler._build_store_jobs = scheduler._build_partial_tail_store_jobs = lambda _: {}
-        scheduler.manager = SimpleNamespace(on_schedule_end=lambda _: None, plan_spills=list)
+        tiers = SimpleNamespace(refresh=lambda: None)
+        scheduler.manager = SimpleNamespace(on_schedule_end=lambda _: None, plan_spills=list, tiers=tiers)
         scheduler._jobs = {1: SimpleNamespace(is_store=False), 2: SimpleNamespace(is_store=True)}
         scheduler._req_status = {"a": SimpleNamespace(transfer_jobs={1, 2})}
         scheduler._block_id_to_pending_jobs = {}

@@ -146,12 +146,14 @@ class Rig:
 
     def ask(self, keys: Sequence[bytes]) -> list[int]:
         self.clock.now += 1.0
+        self.tiers.refresh()
         found: list[int] = self.tiers.find(keys).tolist()
         self.tiers.asked(keys, tokens=16 * len(keys))
         return found
 
     def load(self, keys: Sequence[bytes]) -> Finished:
         """Loads those that are there. Every block that is not reported as failed has the right bytes."""
+        self.tiers.refresh()
         wanted = [key for key, tier in zip(keys, self.tiers.find(keys).tolist(), strict=True) if tier >= 0]
         if not wanted:
             return Finished(number=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from polder.errors import ConfigError
@@ -258,3 +259,52 @@ def test_a_disk_without_host_memory_before_it_is_refused() -> None:
             TierSet(slots, Lru(8), ranks=1, block_tokens=16)
     with pytest.raises(ConfigError, match="spills"):
         SpillConfig(batch_blocks=0)
+
+
+def test_what_is_written_counts_although_everything_was_dropped_meanwhile() -> None:
+    machine = Machine(written_bytes_per_day=24 * 10 * PAGE)
+    machine.store(names(0, 8))
+    job = machine.plan()
+    machine.tiers.drop_all()
+    assert machine.tiers.spills is not None
+    machine.tiers.spills.resume()
+    machine.end(job)
+    machine.end(machine.plan())  # the drop
+    assert machine.figure("disk_written_bytes_total") == 8 * PAGE
+    assert machine.figure("disk_spilled_blocks_total") == 0
+    machine.store(names(8, 16))
+    assert len(machine.plan().parts[0].rows) == 2, "of the ten pages of this hour"
+
+
+@pytest.mark.parametrize("reasons", [("corrupt", "error"), ("error", "corrupt")])
+def test_a_host_copy_that_one_rank_found_corrupt_is_dropped_whatever_others_say(reasons: tuple[str, str]) -> None:
+    machine = Machine(ranks=2)
+    machine.store(names(0, 2))
+    job = machine.plan()
+    for reason in reasons:
+        machine.tiers.report(Finished(number=job.number, failed={0: reason}))  # type: ignore[dict-item]
+    assert machine.tiers.find(names(0, 2)).tolist() == [ABSENT, HOST]
+
+
+def test_while_candidates_are_left_the_engine_goes_on_stepping(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(host=128)
+    spills = machine.tiers.spills
+    assert spills is not None
+    looked_at = 0
+
+    def refuse_the_first(numbers: npt.NDArray[np.uint64], now: float) -> npt.NDArray[np.bool_]:
+        nonlocal looked_at
+        looked_at += len(numbers)
+        return np.arange(looked_at - len(numbers), looked_at) >= 70
+
+    monkeypatch.setattr(spills.admission, "judge", refuse_the_first)
+    machine.store(names(0, 100))
+    assert machine.tiers.plan_spills() is None, "eight batches were refused"
+    steps = 0
+    while spills.busy:
+        job = machine.tiers.plan_spills()
+        steps += 1
+        if job is not None:
+            machine.end(job)
+    assert machine.figure("disk_spilled_blocks_total") == 30
+    assert steps < 16

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from polder.tiers.admission import ReuseGate
+from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import Lru
 from polder.tiers.index import ABSENT, PENDING
+from polder.tiers.pages import short_keys
 from polder.tiers.slots import HostSlots
 from polder.tiers.statistics import verdict
 from polder.tiers.tierset import TierSet
@@ -153,3 +155,50 @@ def test_the_verdict_is_one_line_of_what_was_saved_and_paid(tiers: TierSet) -> N
     line = verdict(tiers.figures())
     assert line.startswith("tiers saved 0.128 s of prefill, cost ")
     assert "written never read" in line
+
+
+def test_what_a_step_has_found_it_can_load_whatever_is_lost_meanwhile(clock: Clock) -> None:
+    """A disk takes thousands of pages along; look-ups of one step must not see them go one after another."""
+    count = 6000
+    disk = DiskSlots(name="disk", capacity=count, slot_bytes=64, inventory=short_keys(keys("p", count)))
+    tiers = TierSet(
+        [HostSlots(name="host", size_bytes=64, slot_bytes=1), disk],
+        Lru(count + 64),
+        ranks=1,
+        block_tokens=16,
+        clock=clock,
+    )
+    assert (tiers.find(keys("p", count)) >= 0).all()
+    job = tiers.prepare_load(keys("p", 4), tokens=64)
+    lost = np.arange(0, count, 2)
+    tiers.report(Finished(number=job.number, lost={1: lost}, room={1: count // 2}, figures={"disks_ok": 1.0}))
+    wanted = keys("p", 200)
+    for _ in range(3):  # as often as a look-up asks
+        assert (tiers.find(wanted) >= 0).all()
+    tiers.prepare_load(wanted, tokens=1)
+    while disk.losing:
+        tiers.refresh()
+    assert (tiers.find(keys("p", count)) < 0).sum() == count // 2
+    tiers.check_integrity()
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_ranks_load_at_the_same_time_so_a_load_takes_as_long_with_many_as_with_one(clock: Clock, ranks: int) -> None:
+    tiers = TierSet(
+        [HostSlots(name="host", size_bytes=64 * ranks, slot_bytes=ranks)],
+        Lru(64),
+        ranks=ranks,
+        block_tokens=16,
+        clock=clock,
+    )
+    prepared = tiers.prepare_store(keys("a", 32), np.arange(32))
+    assert prepared is not None
+    job = prepared[1]
+    for _ in range(2):  # it is stored, and loaded
+        for _ in range(ranks):
+            tiers.report(Finished(number=job.number, moved={0: (32, 0.1)}))
+        job = tiers.prepare_load(keys("a", 32), tokens=512)
+    for _ in range(ranks):
+        tiers.report(Finished(number=job.number, moved={0: (32, 0.1)}))
+    tiers.prefill.observe(512, 0.154)
+    assert tiers.plan_load(tiers.find(keys("a", 32))).blocks == 32

@@ -2,7 +2,7 @@
 
 Every block that is written costs a copy; one that nobody asks for again is a copy for nothing, and where nothing is ever reused
 that is the whole cost of having tiers (law 7: at most 1 %). So the share of asked blocks that had been computed before is
-measured, also among blocks that were not written: their keys alone are remembered, as many as twice the tiers hold. While that
+measured: those that a tier has, and those whose keys alone are remembered, for they were not written or are gone. While that
 share is below what a copy costs, beside computing a block, only a sample of requests is written, so that what comes back later
 is noticed and served.
 """
@@ -10,7 +10,7 @@ is noticed and served.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 __all__ = ["ReuseGate"]
 
@@ -26,9 +26,11 @@ class ReuseGate:
         self._asked = self._again = 0.0
         self.open = True
 
-    def asked(self, keys: Sequence[bytes]) -> int:
-        """A request asks for these blocks, which its engine's own cache has not. Returns how many were seen before."""
-        again = sum(1 for key in keys if key in self._seen)
+    def asked(self, keys: Sequence[bytes], held: Collection[bytes] = ()) -> int:
+        """A request asks for these blocks, which its engine's own cache has not; tiers have those in `held`.
+
+        Returns how many were seen before."""
+        again = sum(1 for key in keys if key in self._seen or key in held)
         fade = max(0.0, 1.0 - len(keys) / (4 * self._trial))
         self._asked = fade * self._asked + len(keys)
         self._again = fade * self._again + again

@@ -122,10 +122,10 @@ class Spills:
         self._candidates |= dict.fromkeys(self._index.in_host(places).tolist())
         self._loaded |= bool((places.tiers == self.tier).any())
 
-    def drop_all(self, now: float) -> None:
+    def drop_all(self) -> None:
         """The index was emptied. The disks are, too, by the next job; and nothing is written any more, see `resume`."""
-        self._budget.settle(sum(job.granted_bytes for job in self._open.values()), now)
-        self._open.clear()
+        for job in self._open.values():  # the workers carry it out all the same, and its writes count
+            job.spill = None
         self._news.clear()
         self._candidates.clear()
         self._written_s[:] = np.nan
@@ -139,7 +139,8 @@ class Spills:
 
     @property
     def busy(self) -> bool:
-        return bool(self._open)
+        """Whether `plan` will have something to do, or to wait for, though nothing happens meanwhile."""
+        return bool(self._open) or (bool(self._candidates) and self._writable and not self._sealed)
 
     def plan(self, number: int, now: float) -> Job | None:
         """The next job, with this number; None when there is nothing to do now."""
@@ -231,7 +232,7 @@ class Spills:
         for reason in finished.failed.values():  # what was corrupt was so in the host tier already
             self._statistics.failed(self._index.host if reason == "corrupt" else self.tier, "store", reason)
         job.written_bytes += size
-        job.failed |= finished.failed
+        job.failed |= {row: why for row, why in finished.failed.items() if job.failed.get(row) != "corrupt"}
         job.acks += 1
         if job.acks == self._ranks:
             del self._open[finished.number]

@@ -1,5 +1,6 @@
 """All tiers of one engine, as its scheduler sees them: what may be loaded, what is worth loading, what is written where.
 
+refresh            between two steps: what lenders took back and disks lost is in no tier any more
 find / plan_load   a request asks: which of its blocks are in tiers, and how many of them are worth loading (planner/gate.py)
 prepare_load       pins them, and makes the job that the workers carry out
 prepare_store      chooses places for blocks that the engine has computed or loaded, and makes the job
@@ -34,6 +35,8 @@ PROBE_EVERY_S = 5.0
 """A link too slow to be used is tried with one block that often: it may have become faster."""
 LEAST_TRIAL, MOST_TRIAL = 512, 4096
 """Blocks asked for before writing is judged: half of what the tiers hold. Users who all begin at once have nothing to reuse yet."""
+MOST_REMEMBERED = 1 << 18
+"""Keys of blocks that no tier has, of 200 bytes each, by which reuse is judged."""
 OVERHEAD_S = 0.003
 """Of any asynchronous load: vLLM takes two more, empty steps for it (reference: 3 to 5 ms)."""
 
@@ -73,7 +76,7 @@ class TierSet:
         disks = [tier for tier in self._tiers if isinstance(tier, DiskSlots)]
         self.index = DiskIndex(self._tiers, policy) if disks else BlockIndex(self._tiers, policy)
         self.reuse = ReuseGate(
-            remembered=max(1024, 2 * self.index.capacity),
+            remembered=min(MOST_REMEMBERED, max(1024, 2 * self.index.capacity)),
             trial=min(MOST_TRIAL, max(LEAST_TRIAL, self.index.capacity // 2)),
         )
         self.prefill = PrefillRate()
@@ -93,9 +96,12 @@ class TierSet:
 
     # ------------------------------------------------------------------ a request asks
 
+    def refresh(self) -> None:
+        """Forgets blocks whose places are gone. Never within a step: what a look-up has found there a load may still name."""
+        self.statistics.lost_blocks += self.index.refresh()
+
     def find(self, keys: Sequence[bytes]) -> IntArray:
         """As BlockIndex.find: the tier of each block, PENDING or ABSENT."""
-        self.statistics.lost_blocks += self.index.refresh()
         if isinstance(self.index, DiskIndex):
             self.index.adopt(keys, self._clock())
         return self.index.find(keys)
@@ -105,7 +111,8 @@ class TierSet:
 
         `tokens`: what the request lacks. A token counts once, however many groups have blocks for it.
         """
-        self.reuse.asked(keys)
+        tiers = self.index.find(keys).tolist()
+        self.reuse.asked(keys, {key for key, tier in zip(keys, tiers, strict=True) if tier != ABSENT})
         now = self._clock()
         self.index.touch(keys, now)
         if self.spills is not None:
@@ -121,12 +128,13 @@ class TierSet:
             rate = self.links[tier, "load"].bytes_per_s
             if rate is not None:
                 costs[tier] = 1.0 / rate
-            queued[tier] = float(self._queued[tier])
+            queued[tier] = float(self._queued[tier]) / self._ranks
         if self.prefill.seconds_per_token is None:
             return Cut(blocks=len(tiers), load_s=0.0, recompute_s=0.0)
         cut = best_cut(
             tiers,
-            block_bytes=self._tiers[0].slot_bytes,
+            block_bytes=self._tiers[0].slot_bytes
+            // self._ranks,  # ranks load at the same time, and each measures its own part
             block_tokens=self._block_tokens,
             seconds_per_byte=costs,
             queued_bytes=queued,
@@ -273,7 +281,7 @@ class TierSet:
         self._queued[:] = 0
         self.index.drop_all()
         if self.spills is not None:
-            self.spills.drop_all(self._clock())
+            self.spills.drop_all()
 
     def figures(self) -> dict[str, float]:
         """All counters and gauges, by the names in statistics.py."""

@@ -74,7 +74,9 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
             meta = super().build_connector_meta(scheduler_output)
         finally:
             scheduler_output.preempted_req_ids = preempted
-        return TierMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, self.manager.plan_spills())
+        own_jobs = self.manager.plan_spills()
+        self.manager.tiers.refresh()
+        return TierMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, own_jobs)
 
     def _loads_of(self, request_id: str) -> set[int]:
         status = self._req_status.get(request_id)
@@ -154,6 +156,7 @@ class PolderConnector(OffloadingConnector):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         for finished in getattr(connector_output.kv_connector_worker_meta, "reports", ()):
             self.manager.tiers.report(finished)
+        self.manager.tiers.refresh()
         for request_id in connector_output.failed_recving or ():
             state = self.scheduler._req_status.get(request_id)
             if state is not None:
