@@ -8,14 +8,21 @@ bytes of another namespace are not merely unlikely to be asked for, they do not 
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-__all__ = ["Namespace", "cpu_isa", "weights_fingerprint"]
+__all__ = ["Namespace", "config_digest", "cpu_isa", "weights_fingerprint"]
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OF_THE_FILE = ("transformers_version", "_name_or_path", "_commit_hash")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,9 @@ class Namespace:
 
     model: str
     weights: str
-    """Revision or fingerprint of the weights, see `weights_fingerprint`."""
+    """See `weights_fingerprint`; "unknown" where nothing tells them from others."""
+    config: str
+    """What the model is computed by beside its weights: see `config_digest`."""
     dtype: str
     """Of the KV cache, e.g. "bfloat16", "fp8_e4m3"."""
     layout: str
@@ -41,13 +50,31 @@ class Namespace:
         return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def weights_fingerprint(folder: Path, revision: str | None) -> str:
-    """The revision if there is one, else what changes when weights are replaced in place: names, sizes and times of the files."""
-    if revision:
-        return revision
-    files: Iterable[Path] = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    parts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return xxhash.xxh3_64_hexdigest(repr(parts).encode()) if parts else "unknown"
+def weights_fingerprint(model: str, revision: str | None, cached: Path | None = None) -> str | None:
+    """What changes when weights do. None when nothing says which they are.
+
+    Of a folder or a file what it takes to replace them in place: names, sizes and times. Of a name on a hub the commit: a branch
+    moves. `cached`: a file of that revision, `.../snapshots/<commit>/config.json`.
+    """
+    path = Path(model)
+    if path.exists():
+        files = [f for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.suffix in _WEIGHTS]
+        parts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return xxhash.xxh3_64_hexdigest(repr(parts).encode()) if parts else None
+    for commit in (cached.parent.name if cached else "", revision or ""):
+        if _COMMIT.fullmatch(commit):
+            return commit
+    return None
+
+
+def config_digest(config: Mapping[str, Any], **others: object) -> str:
+    """Of a model's configuration as it is in force, overrides included, and of other settings that change what is computed.
+
+    A context that is longer than the model was trained for is computed otherwise from the first token on where rope says so.
+    """
+    plain = {key: value for key, value in config.items() if key not in _OF_THE_FILE}
+    text = json.dumps([plain, others], sort_keys=True, default=repr)
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def cpu_isa() -> str:

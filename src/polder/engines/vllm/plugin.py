@@ -127,7 +127,7 @@ def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:
 
 
 def _patch_updates(worker_class: Any) -> None:
-    for name in ("reload_weights", "start_weight_update", "update_weights"):
+    for name in ("reload_weights", "start_weight_update", "update_weights", "reset_weights"):
         setattr(worker_class, name, _watched_update(getattr(worker_class, name)))
 
 

@@ -13,12 +13,13 @@ from polder.broker.wire import Hello, Welcome
 from polder.engines.vllm.geometry import KvGeometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError
-from polder.tiers.namespace import Namespace, cpu_isa, weights_fingerprint
+from polder.tiers.namespace import Namespace, config_digest, cpu_isa, weights_fingerprint
 
 __all__ = ["CONNECTOR", "SPEC", "agree_on_tiers"]
 
 CONNECTOR = "PolderConnector"
 SPEC = "PolderOffloadingSpec"
+UNKNOWN = "unknown"
 
 
 def agree_on_tiers(
@@ -55,7 +56,10 @@ def agree_on_tiers(
     # Lenders come and go later, and what they lend is at most what the devices have.
     lendable = sum(d.total_pages for d in status(broker).devices if d.device != HOST) * page_bytes
     capacity = {"peer": lendable // (shard_bytes * ranks), "host": host_slots, "disk": 0}
-    namespace = _namespace(vllm_config, kv_cache_config, ranks, hello.devices[0]).digest()
+    names = _namespace(vllm_config, kv_cache_config, ranks, hello.devices[0])
+    if settings.disks:
+        _check_lasting(vllm_config, names)
+    namespace = names.digest()
     plan = TierPlan(
         tiers=settings.tiers,
         capacities=tuple(capacity[tier] for tier in settings.tiers),
@@ -88,10 +92,42 @@ def _namespace(vllm_config: Any, kv_cache_config: Any, ranks: int, device: str) 
     ]
     return Namespace(
         model=str(model.model),
-        weights=weights_fingerprint(Path(model.model), model.revision),
+        weights=weights_fingerprint(str(model.model), model.revision, _cached(model)) or UNKNOWN,
+        config=config_digest(
+            model.hf_config.to_dict(),
+            architecture=model.architecture,
+            quantization=model.quantization,
+            context=model.max_model_len if "longrope" in repr(model.hf_config.to_dict()) else None,
+        ),
         dtype=str(model.dtype if cache.cache_dtype == "auto" else cache.cache_dtype),
         layout=f"{getattr(cache, 'kv_cache_layout', None)} {groups}",
         block_tokens=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         isa=cpu_isa() if device.startswith("cpu") else device.partition(":")[0],
         shard=f"*/{ranks}",
     )
+
+
+def _cached(model: Any) -> Path | None:
+    """The configuration in the hub's cache, by which a branch says at which commit it was."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(str(model.model), "config.json", revision=model.revision)
+    except HFValidationError:  # no name of a hub's
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _check_lasting(vllm_config: Any, names: Namespace) -> None:
+    """What a disk keeps outlives the engine, so whatever computed it must have a name. Raises ConfigError where it has none."""
+    if names.weights == UNKNOWN:
+        raise ConfigError(
+            f"disk tier: nothing tells the weights of {names.model} from others that may come in their place: serve a folder with "
+            f"its weights, or name a commit (--revision), or leave the tier disk out"
+        )
+    if vllm_config.lora_config is not None:
+        raise ConfigError(
+            "disk tier: vLLM knows a LoRA adapter by its name alone, and one trained anew would be served the old one's KV after "
+            "a restart: leave out --enable-lora or the tier disk"
+        )
