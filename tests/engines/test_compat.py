@@ -19,8 +19,18 @@ def test_the_installed_vllm_has_every_seam() -> None:
     compat.check_seams()
 
 
-def test_a_changed_private_function_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    block_pool = pytest.importorskip("vllm.v1.core.block_pool")
-    monkeypatch.setattr(block_pool.BlockPool, "move_block_hashes", lambda self, src: None)
-    with pytest.raises(UnsupportedVersion, match="move_block_hashes"):
+@pytest.mark.parametrize(
+    ("module", "name", "function"),
+    [
+        ("vllm.v1.core.block_pool", "BlockPool", "move_block_hashes"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler", "_free_request_blocks"),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward"),
+    ],
+)
+def test_a_changed_private_function_is_noticed(
+    module: str, name: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = getattr(pytest.importorskip(module), name)
+    monkeypatch.setattr(owner, function, lambda self, src: None)
+    with pytest.raises(UnsupportedVersion, match=function):
         compat.check_seams()

@@ -8,8 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("vllm")
+
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    RSWASpec,
+    SlidingWindowSpec,
+)
 
 from polder.engines.vllm import negotiate
 from polder.engines.vllm.settings import EngineSettings
@@ -50,8 +62,12 @@ def names(*numbers: int) -> list[str]:
     return [f"model.layers.{n}.self_attn.attn" for n in numbers]
 
 
-def config(tensors: list[SimpleNamespace], blocks: int, groups: int = 1) -> SimpleNamespace:
-    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=TOKENS))
+SIZES: dict[str, Any] = {"block_size": TOKENS, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+FULL = FullAttentionSpec(**SIZES)
+
+
+def config(tensors: list[SimpleNamespace], blocks: int, groups: int = 1, spec: KVCacheSpec = FULL) -> SimpleNamespace:
+    group = SimpleNamespace(kv_cache_spec=spec)
     return SimpleNamespace(kv_cache_tensors=tensors, kv_cache_groups=[group] * groups, num_blocks=blocks)
 
 
@@ -169,6 +185,22 @@ def test_a_hybrid_model_is_refused(kind: str) -> None:
         second.block_stride *= 2
         second.layer_stride *= 2
     refuse(config([first, second], 8, groups=2 if kind == "two groups" else 1), "one kind of attention")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlidingWindowSpec(**SIZES, sliding_window=64),
+        FullAttentionSpec(**SIZES, sliding_window=64),
+        FullAttentionSpec(**SIZES, attention_chunk_size=64),
+        ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64),
+        RSWASpec(**SIZES, rswa_window=64),
+        MLAAttentionSpec(**SIZES),
+    ],
+    ids=["sliding", "full, computed as sliding", "full, computed in chunks", "chunked", "R-SWA", "MLA"],
+)
+def test_a_model_whose_only_kind_of_attention_is_not_full_is_refused(spec: KVCacheSpec) -> None:
+    refuse(config([tensor(names(0, 1, 2, 3), 8)], 8, spec=spec), "full attention only")
 
 
 @pytest.mark.parametrize(("layers", "window_layers"), [(4, 3), (4, 4), (4, 5), (5, 3), (3, 2), (1, 1)])

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus
+
 from polder.engines.vllm import window_worker
 from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.window import WindowAgreement
@@ -50,7 +52,9 @@ class Engine:
 
     def ask(self, name: str, blocks: int) -> None:
         self.scheduler.requests[name] = self.scheduler.pool.get_new_blocks(blocks)
-        request = SimpleNamespace(request_id=name, num_tokens=blocks * 16 - 1, is_prefill_chunk=False)
+        request = SimpleNamespace(
+            request_id=name, num_tokens=blocks * 16 - 1, is_prefill_chunk=False, status=RequestStatus.RUNNING
+        )
         self.scheduler.running.append(request)
 
     def end(self, name: str) -> None:

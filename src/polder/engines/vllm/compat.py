@@ -90,6 +90,46 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Scheduler._preempt_request",
         ("self", "request", "timestamp", "drop_stale_output"),
     ),
+    # Of the window; all of these modules are imported by those above.
+    ("vllm.v1.core.sched.scheduler", "Scheduler._free_request_blocks", ("self", "request")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._update_waiting_for_remote_kv", ("self", "request")),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", ("self", "block_ids")),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("self", "request_id")),
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._model_forward",
+        ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds", "model_kwargs"),
+    ),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._dummy_run",
+        (
+            *("self", "num_tokens", "cudagraph_runtime_mode", "force_attention", "uniform_decode"),
+            *("allow_microbatching", "skip_eplb", "is_profile", "create_mixed_batch", "remove_lora"),
+            *("is_graph_capturing", "num_active_loras", "profile_seq_lens", "randomize_inputs"),
+        ),
+    ),
+    ("vllm.v1.worker.gpu_worker", "Worker.update_max_model_len", ("self", "max_model_len")),
+    # The ops that call `do_kv_cache_update` and `forward` of a layer's attention.
+    ("vllm.model_executor.layers.attention.attention", "unified_kv_cache_update", ("key", "value", "layer_name")),
+    (
+        "vllm.model_executor.layers.attention.attention",
+        "unified_attention_with_output",
+        (
+            *("query", "key", "value", "output", "layer_name"),
+            *("output_scale", "output_block_scale", "kv_cache_dummy_dep"),
+        ),
+    ),
+    (
+        "vllm.v1.attention.backend",
+        "AttentionImpl.forward",
+        (
+            *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+            *("output_scale", "output_block_scale"),
+        ),
+    ),
 )
 
 

@@ -188,6 +188,11 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
     if bool(settings.tiers) != (transfer is not None):
         flag = f'--kv-transfer-config \'{{"kv_connector":"{CONNECTOR}","kv_role":"kv_both"}}\''
         raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")
+    if settings.window_bytes and vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            "a window needs vLLM's V1 model runner, for its hooks are in that: set VLLM_USE_V2_MODEL_RUNNER=0, "
+            "or remove POLDER_WINDOW"
+        )
     if settings.window_bytes and "cuda" in str(vllm_config.device_config.device_type):
         from vllm.config import CUDAGraphMode
 

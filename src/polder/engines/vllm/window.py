@@ -1,4 +1,4 @@
-"""What an engine's core and its workers agree on about the window, before the KV cache exists. Imports nothing of vLLM."""
+"""What an engine's core and its workers agree on about the window, before the KV cache exists. To import it needs no vLLM."""
 
 from __future__ import annotations
 
@@ -141,6 +141,8 @@ def _check_window_layers(settings: EngineSettings, layers: int) -> None:
 
 def _layers(config: Any) -> tuple[tuple[tuple[str, int], ...], int]:
     """(name, offset of block 0) of each layer in the order of execution, and the bytes of a block of one. Raises ConfigError."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
     found: list[tuple[str, int]] = []
     strides = set()
     for tensor in config.kv_cache_tensors:
@@ -157,6 +159,13 @@ def _layers(config: Any) -> tuple[tuple[tuple[str, int], ...], int]:
     places = {offset for _, offset in found}
     if len(config.kv_cache_groups) != 1 or len(strides) != 1 or len(places) != len(found):
         raise ConfigError("POLDER_WINDOW works with models of one kind of attention only: remove it for this model")
+    spec = config.kv_cache_groups[0].kv_cache_spec
+    # Blocks that leave a sliding window stay in the workers' block tables, and a pass would load them: their units may be closed.
+    # What is derived from full attention leaves blocks behind as well (R-SWA), or has no `forward` to hook (MLA).
+    if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
+        raise ConfigError(
+            "POLDER_WINDOW works with full attention only, not with sliding windows, chunks or MLA: remove it for this model"
+        )
     return tuple(sorted(found, key=lambda layer: _number(layer[0]))), strides.pop()
 
 

@@ -67,6 +67,8 @@ class CoreWindow:
         """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
         self._moved: deque[dict[int, int]] = deque(maxlen=STEPS_UNDER_WAY)
         """Blocks that came home of late, old id -> new: a step that was under way then names them as they were."""
+        self._failed: list[Any] = []
+        """Requests that have ended with an error, and whose clients were not told yet."""
         self._figures: dict[str, float] = {}
         self._worked = True
         self.counters = dict.fromkeys(
@@ -208,44 +210,67 @@ class CoreWindow:
         def watched_update(scheduler_output: Any, model_runner_output: Any) -> Any:
             doubtful = set(getattr(model_runner_output, window_worker.DOUBTFUL, ()))
             moved = {after for moves in self._moved for before, after in moves.items() if before in doubtful}
-            failed = self._drop(doubtful | moved) if doubtful else []
+            if doubtful:
+                self._drop(doubtful | moved)
             outputs = update(scheduler_output, model_runner_output)
-            if failed:
-                self._fail(failed, outputs)
+            if self._failed:
+                self._tell(outputs)
             return outputs
 
         scheduler.update_from_output = watched_update
 
-    def _drop(self, doubtful: set[int]) -> list[Any]:
-        """Running requests with such a block start over, and the prefix cache forgets all of theirs. Returns those that have lost
-        too often."""
-        scheduler, failed = self._scheduler, []
+    def _drop(self, doubtful: set[int]) -> None:
+        """Requests with such a block start over, or fail, and the prefix cache forgets all of theirs."""
+        from vllm.v1.request import RequestStatus
+
+        scheduler, failing = self._scheduler, set()
         manager = scheduler.kv_cache_manager
-        for request in list(scheduler.running):
+        # Those that wait with blocks may have hit some that a running request was only about to compute.
+        for request in [*scheduler.running, *scheduler.kv_holding_waiting]:
             ids = {block for group in manager.get_block_ids(request.request_id) for block in group}
             if not ids & doubtful:
                 continue
             manager.evict_blocks(ids)
-            scheduler.running.remove(request)
-            scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
-            scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
             self.counters["window_lost_total"] += 1
-            tokens, times = self._tries.get(request.request_id, (0, 0))
-            times = times + 1 if request.num_tokens == tokens else 1
-            self._tries[request.request_id] = request.num_tokens, times
-            if times >= MOST_TRIES:
-                failed.append(request)
+            if not self._start_over(request):
+                failing.add(request.request_id)
         manager.evict_blocks(doubtful)
+        if failing:
+            logger.error("window: requests %s lost their KV and cannot start over: they fail", sorted(failing))
+            self._failed += scheduler.finish_requests(failing, RequestStatus.FINISHED_ERROR)
         self._tries = {name: lost for name, lost in self._tries.items() if name in scheduler.requests}
-        return failed
 
-    def _fail(self, requests: list[Any], outputs: Any) -> None:
-        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    def _start_over(self, request: Any) -> bool:
+        """Takes a request's blocks from it, so that it looks for a prefix again. False: it must fail."""
         from vllm.v1.request import RequestStatus
 
-        ids = {request.request_id for request in requests}
-        logger.error("window: requests %s lost their KV %d times: they fail", sorted(ids), MOST_TRIES)
-        for request in self._scheduler.finish_requests(ids, RequestStatus.FINISHED_ERROR):
+        scheduler = self._scheduler
+        match request.status:
+            case RequestStatus.RUNNING:
+                scheduler.running.remove(request)
+                scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
+                scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+                tokens, times = self._tries.get(request.request_id, (0, 0))
+                times = times + 1 if request.num_tokens == tokens else 1
+                self._tries[request.request_id] = request.num_tokens, times
+                return times < MOST_TRIES
+            case RequestStatus.WAITING_FOR_STREAMING_REQ:
+                return False  # vLLM cuts such a session to what is computed: it would go on without its past
+            case RequestStatus.WAITING_FOR_REMOTE_KVS:
+                # As if its load had failed: vLLM frees the blocks when that has ended, for until then it writes to them.
+                scheduler.failed_recving_kv_req_ids.add(request.request_id)
+            case _:  # has loaded, and there was no room for the rest
+                scheduler._free_request_blocks(request)
+        request.num_computed_tokens = 0
+        scheduler._inflight_prefills.discard(request)  # or its next load would have to leave room for itself
+        return True
+
+    def _tell(self, outputs: Any) -> None:
+        """The clients of requests that have failed."""
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+        failed, self._failed = self._failed, []
+        for request in failed:
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[]))
             of_client.outputs.append(
                 EngineCoreOutput(

@@ -245,12 +245,14 @@ def install(worker_: Any) -> str:
     memory = worker.memory()
     assert memory is not None
     assert memory.plan.window is not None
+    layers = worker_.vllm_config.compilation_config.static_forward_context
+    if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
+        return "layers of this model read other layers' KV, whose slots are filled anew by then: remove POLDER_WINDOW"
     try:
         window = _window = WorkerWindow(memory, memory.plan.window)
     except (PolderError, OSError) as error:
         return f"rank {memory.rank}: {error}"
     runner = worker_.model_runner
-    layers = worker_.vllm_config.compilation_config.static_forward_context
     for number, (name, _) in enumerate(memory.plan.window.layers):
         _hook(window, layers[name].impl, number)
     _hook_passes(window, runner, memory.plan.window.layers[0][0])

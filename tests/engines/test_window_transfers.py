@@ -1,0 +1,120 @@
+"""Transfers of the tiers beside a window: they read and write the homes of its blocks."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from polder.engines.vllm import window_worker
+from polder.engines.vllm.tier_worker import PolderWorker, TierJob
+from polder.memory import _libc
+from polder.tiers.slots import Recipe
+from polder.tiers.transfer import Finished, Job, Part, Pieces
+from tests.window.rank import Rank
+from tests.window.test_stream_faults import LAST_STORE
+
+
+class Tiers:
+    """In the place of our TierWorker: a load has arrived when it is submitted, and its bytes are 0x5A."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def submit(self, job: Job, blocks: Sequence[Pieces]) -> None:
+        self.jobs.append(job)
+        for address, size in (piece for block in blocks for piece in block if job.direction == "load"):
+            ctypes.memset(address, 0x5A, size)
+
+    def poll(self) -> list[Finished]:
+        return []
+
+
+class Beside:
+    """A rank with a window, and the tiers' worker over its blocks."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.tiers = Tiers()
+        group = [(base, rank.block_bytes, rank.block_bytes) for base in rank.window.homes.local]
+        self.worker = PolderWorker(lambda *_: self.tiers, [group], lambda: None)  # type: ignore[arg-type,return-value]
+
+    def submit(self, direction: Any, blocks: list[int]) -> None:
+        """Job 5. Each block has two places, in two tiers: so there are twice as many rows as blocks."""
+        count, none = len(blocks), np.empty(0, np.int64)
+        parts = tuple(
+            Part(
+                tier=tier,
+                rows=np.arange(tier * count, (tier + 1) * count),
+                blocks=np.arange(count),
+                slots=np.arange(count),
+                seeds=np.zeros(count, np.uint64),
+                recipe=Recipe(lender="", slots=np.arange(count), chunks=none, epochs=none),
+            )
+            for tier in range(2)
+        )
+        there = TierJob(Job(number=1, direction=direction, parts=parts))
+        here = SimpleNamespace(group_sizes=[count], block_ids=np.array(blocks))
+        if direction == "load":
+            assert self.worker.submit_load(5, there, here)
+        else:
+            assert self.worker.submit_store(5, here, there)
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rank], Beside]:
+    def open_(rank: Rank) -> Beside:
+        monkeypatch.setattr(window_worker, "_window", rank.window)
+        return Beside(rank)
+
+    return open_
+
+
+def test_a_load_lands_after_what_the_pass_before_has_written_to_its_block(
+    beside: Callable[[Rank], Beside], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = _libc.copy_bytes
+
+    def copy_slowly(*arguments: Any) -> None:
+        time.sleep(0.02)
+        real(*arguments)
+
+    monkeypatch.setattr(window_worker, "INLINE_BYTES", 0)
+    monkeypatch.setattr(_libc, "copy_bytes", copy_slowly)
+    with Rank(4, 2).open() as rank:
+        rank.run([], [rank.first])  # of a request that ends now
+        beside(rank).submit("load", [rank.first])
+        rank.stream.settle()
+        assert (rank.store[:, 0] == 0x5A).all()
+
+
+@pytest.mark.parametrize("direction", ["load", "store"])
+def test_a_transfer_beside_blocks_that_did_not_get_home_fails_in_all_of_its_places(
+    direction: str, beside: Callable[[Rank], Beside]
+) -> None:
+    with Rank(4, 2).open() as rank:
+        rank.backend.fail_next("copy", LAST_STORE)
+        rank.run([], [rank.first])
+        found = beside(rank)
+        found.submit(direction, [*rank.windowed[1:4], rank.regular[1]])
+        assert not found.tiers.jobs
+        assert [result.job_id for result in found.worker.get_finished()] == [5]
+        (report,) = found.worker.take_reports()
+        assert report.failed == dict.fromkeys(range(8), "error")
+        assert found.worker.failed_loads == {5}
+        assert rank.window.take_doubtful() == [rank.first]
+
+
+def test_after_a_spoiled_pass_blocks_are_loaded_and_not_stored(beside: Callable[[Rank], Beside]) -> None:
+    with Rank(4, 2).open() as rank:
+        rank.window.spoiled = True
+        for direction, jobs in (("store", 0), ("load", 1)):
+            found = beside(rank)
+            found.submit(direction, [rank.first])
+            assert len(found.tiers.jobs) == jobs
