@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from polder.errors import ConfigError
 
@@ -30,14 +31,21 @@ def parse_bytes(text: str | int, *, what: str = "size") -> int:
 def parse_seconds(text: str | float, *, what: str = "time") -> float:
     """`"150ms"` -> 0.15. Numbers are seconds. Raises ConfigError naming `what`."""
     if isinstance(text, int | float) and not isinstance(text, bool):
-        if not 0 <= text < float("inf"):
-            raise ConfigError(f"{what}: {text} is not a time")
-        return float(text)
-    match = _NUMBER.fullmatch(str(text))
-    unit = match.group(2) if match else None
-    if match is None or unit not in _SECONDS:
-        raise ConfigError(f"{what}: cannot read {text!r}; write a number and one of us, ms, s, min, e.g. 150ms")
-    return float(match.group(1)) * _SECONDS[unit]
+        seconds = float(text)
+    else:
+        match = _NUMBER.fullmatch(str(text))
+        unit = match.group(2) if match else None
+        if match is None or unit not in _SECONDS:
+            raise ConfigError(f"{what}: cannot read {text!r}; write a number and one of us, ms, s, min, e.g. 150ms")
+        seconds = float(match.group(1)) * _SECONDS[unit]
+    if not 0 <= seconds < float("inf"):
+        raise ConfigError(f"{what}: {text} is not a time")
+    return seconds
+
+
+def seconds_text(seconds: float) -> str:
+    """What `parse_seconds` reads as the very same number: all its digits, and no exponent, which is no part of a time."""
+    return f"{Decimal(repr(seconds)):f}s"
 
 
 def parse_goal(text: str | float, *, what: str) -> float:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from polder.engines.vllm.settings import read_settings
 from polder.errors import BudgetError, ConfigError, UsageError
-from polder.serve.budget import least_kv_bytes
-from polder.serve.fleet import EXAMPLE, load_fleet
+from polder.serve.budget import least_kv_bytes, option
+from polder.serve.fleet import EXAMPLE, Model, load_fleet
+from polder.serve.run import broker_spec
+from polder.units import parse_goal, parse_seconds, seconds_text
 
 MIB = 1 << 20
 GOOD = """
@@ -76,7 +81,7 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
     assert environment["POLDER_BROKER"] == "/s"
     assert environment["POLDER_ENGINE"] == "chat"
     assert environment["POLDER_KV_SHARE"] == str(160 * MIB)
-    assert environment["POLDER_TBT_GOAL"] == "200ms"
+    assert environment["POLDER_TBT_GOAL"] == "0.2s"
     assert environment["POLDER_TIERS"] == "peer,host,disk"
     assert environment["POLDER_DISKS"] == ",".join(f"{tmp_path}/nvme{n}/chat:{400 << 30}" for n in range(2))
     assert environment["POLDER_DISK_WRITES"] == str(500 << 30)
@@ -135,6 +140,46 @@ def test_each_mistake_is_named(tmp_path: Path, model: Path, change: tuple[str, s
     with pytest.raises(UsageError, match=words) as raised:
         load_fleet(path)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--max_model_len", "4096"], "--max-model-len does not belong there; write the key max_model_len"),
+        (["--max_model-len=4096"], "--max-model-len does not belong there"),
+        (["--served_model_name=b"], "--served-model-name does not belong there"),
+        (["--kv_transfer_config.kv_connector", "X"], "--kv-transfer-config does not belong there"),
+        (["--kv-transfer-config.kv_role=kv_both"], "--kv-transfer-config does not belong there"),
+    ],
+)
+def test_what_the_fleet_sets_is_refused_however_vllm_lets_it_be_written(
+    tmp_path: Path, model: Path, args: list[str], words: str
+) -> None:
+    text = GOOD.format(model=model).replace('args = ["--block-size", "32"]', f"args = {args}")
+    with pytest.raises(ConfigError, match=words):
+        load_fleet(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "value"),
+    [
+        (["--block_size", "16"], "--block-size", "16"),
+        (["--block_size=16"], "--block-size", "16"),
+        (["--hf_overrides.rope_type", "a_b"], "--hf-overrides", "a_b"),
+        (["--dtype=auto_b"], "--dtype", "auto_b"),
+        (["-tp", "2"], "-tp", "2"),
+        (["-tp=2"], "-tp", "2"),
+        (["--block-size-2", "16"], "--block-size", None),
+        (["block_size", "16"], "--block-size", None),
+    ],
+)
+def test_an_option_is_found_as_vllm_would_find_it(args: list[str], name: str, value: str | None) -> None:
+    assert option(args, name) == value
+
+
+def test_an_option_at_the_end_needs_a_value() -> None:
+    with pytest.raises(ConfigError, match="args: --block-size needs a value"):
+        option(["--block_size"], "--block-size")
 
 
 def test_names_must_differ(tmp_path: Path, model: Path) -> None:
@@ -197,6 +242,7 @@ def test_shares_over_the_budget_are_refused(tmp_path: Path, model: Path) -> None
         ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, (), None),
         ({}, ("--kv-cache-dtype", "fp8"), None),
         ({}, ("--tensor-parallel-size", "2"), None),
+        ({}, ("--tensor_parallel_size", "2"), None),
     ],
 )
 def test_the_least_memory_of_a_model(
@@ -218,3 +264,37 @@ def test_without_max_model_len_the_models_own_length_counts(tmp_path: Path) -> N
     assert least({}, "--max-model-len", "4096") == 48 * MIB
     assert least({}, "--max-model-len", "auto") is None
     assert least({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}) is None
+
+
+# ---------------------------------------------------------------- what reaches the engines
+
+
+@given(st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False))
+@example(parse_goal("20min", what="goal"))
+@example(parse_goal("0.001us", what="goal"))
+@example(5e-324)
+@example(1.7976931348623157e308)
+def test_a_goal_of_any_length_is_the_engines_to_the_last_digit(seconds: float) -> None:
+    environment = Model(name="a", path="a", tbt_goal_s=parse_goal(seconds, what="goal")).environment(Path("/s"))
+    settings = read_settings({}, "", environment)
+    assert settings is not None
+    assert settings.tbt_goal_s == seconds
+
+
+@given(st.floats(min_value=0, allow_infinity=False, allow_nan=False))
+def test_a_time_as_text_is_the_same_time(seconds: float) -> None:
+    assert parse_seconds(seconds_text(seconds)) == seconds
+
+
+@pytest.mark.parametrize("time", ["0.0001us", "1s", "90min"])
+def test_the_broker_gets_the_files_times_to_the_last_digit(tmp_path: Path, model: Path, time: str) -> None:
+    text = GOOD.format(model=model).replace("[[", f'hold = "{time}"\ndeadline = "{time}"\n[[', 1)
+    argv = broker_spec(load_fleet(write(tmp_path, text)).broker(Path("/s")), tmp_path / "log").argv
+    for name in ("--hold", "--deadline"):
+        assert parse_seconds(argv[argv.index(name) + 1]) == parse_seconds(time)
+
+
+def test_a_time_longer_than_any_number_is_refused() -> None:
+    for text in ("9" * 400 + "s", float("inf"), -1.0):
+        with pytest.raises(ConfigError, match="is not a time"):
+            parse_seconds(text)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from polder.cli.where import AsJson
+from polder.errors import PolderError
 from polder.units import format_bytes
 
 __all__ = ["fsck"]
@@ -20,25 +21,31 @@ def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Drop bad pages, mend index and sizes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check disks of a store: sizes, index, every page. Ends with 3 when something is wrong and was not repaired.
+    """Check disks of a store: sizes, index, every page. Ends with 3 when something is wrong and was not repaired, also when a
+    directory cannot be checked.
 
     A store that runs finds bad pages itself, and recomputes them: this is for knowing, and for disks that one doubts.
     """
-    from polder.swarm.fsck import check_directory, locked, repair_directory
+    from polder.swarm.fsck import Report, check_directory, locked, repair_directory
 
     reports = []
     for path in directory:
-        with locked(path):
-            report, good = check_directory(path)
-            if repair and report.problems:
-                repair_directory(path, report, good)
+        report = Report(directory=str(path), problems=[])
+        try:
+            with locked(path):
+                report, good = check_directory(path)
+                if repair and report.problems:
+                    repair_directory(path, report, good)
+        except PolderError as error:  # this directory's own: what was done to others is told nevertheless
+            report.problems.append(str(error))
         reports.append(report)
     if as_json:
         print(json.dumps([asdict(report) for report in reports]))
     else:
         for report in reports:
             sizes = f"{format_bytes(report.disk_bytes)} of {format_bytes(report.limit_bytes)}"
-            print(f"{report.directory}: {report.pages:,} pages in {report.slots:,} slots, {sizes}")
+            found = f"{report.pages:,} pages in {report.slots:,} slots, {sizes}"
+            print(f"{report.directory}: {found if report.slots else 'not checked'}")
             for problem in report.problems:
                 print(f"  {'repaired: ' if report.repaired else ''}{problem}")
     if any(report.problems and not report.repaired for report in reports):

@@ -50,14 +50,21 @@ def least_kv_bytes(
 
 
 def option(args: Sequence[str], name: str) -> str | None:
-    """The value of a `vllm serve` argument written as two words or with "="; None when it is not given."""
+    """The value of a `vllm serve` argument written as two words or with "="; None when it is not given.
+
+    As vLLM takes it: with "_" for "-" too. Of an object given field by field ("--name.field") the value of the first.
+    """
     for at, text in enumerate(args):
-        if text == name:
+        given, equals, value = text.partition("=")
+        # The fields' own names, and the names after a single dash, are as they stand.
+        if given.startswith("--"):
+            given = given.partition(".")[0].replace("_", "-")
+        if given == name:
+            if equals:
+                return value
             if at + 1 == len(args):
                 raise ConfigError(f"args: {name} needs a value")
             return args[at + 1]
-        if text.startswith(name + "="):
-            return text.partition("=")[2]
     return None
 
 

@@ -20,7 +20,7 @@ from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
 from polder.serve.disks import Disks, disk_parts
 from polder.serve.schema import EXAMPLE, FleetFile, MemoryTable, ModelTable, read_file
-from polder.units import format_bytes, parse_bytes, parse_goal, parse_seconds
+from polder.units import format_bytes, parse_bytes, parse_goal, parse_seconds, seconds_text
 
 __all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
 
@@ -79,7 +79,7 @@ class Model:
             "POLDER_WEIGHTS": self.weights,
             "POLDER_WINDOW": str(self.window_bytes or ""),
             "POLDER_WINDOW_LAYERS": "" if self.window_layers is None else str(self.window_layers),
-            "POLDER_TBT_GOAL": "" if self.tbt_goal_s is None else f"{1e3 * self.tbt_goal_s:g}ms",
+            "POLDER_TBT_GOAL": "" if self.tbt_goal_s is None else seconds_text(self.tbt_goal_s),
         }
         return {"POLDER_BROKER": str(socket), "POLDER_ENGINE": self.name, **none, **given, **self.env}
 

@@ -24,6 +24,7 @@ from polder.serve.gateway import make_app
 from polder.serve.process import ProcessSpec, free_port, vllm_serve
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
 from polder.serve.supervisor import Backoff, Event, Supervisor
+from polder.units import seconds_text
 
 __all__ = ["broker_spec", "run"]
 
@@ -97,8 +98,8 @@ def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
         "--page": str(config.page_bytes),
         "--reserve-low": repr(policy.reserve_low_ratio),
         "--reserve-high": repr(policy.reserve_high_ratio),
-        "--hold": f"{policy.min_hold_s:.9f}s",
-        "--deadline": f"{policy.deadline_s:.9f}s",
+        "--hold": seconds_text(policy.min_hold_s),
+        "--deadline": seconds_text(policy.deadline_s),
     }
     return ProcessSpec(
         name="broker",
