@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from polder.errors import ConfigError
-from polder.testing import links
+from polder.testing import faulty_tier, links
+from polder.testing.faulty_tier import EmulatedBatch
 from polder.testing.links import EmulatedLink, parse_links
 
 
@@ -25,7 +27,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(links, "time", SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep))
+    for module in (links, faulty_tier):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.perf_counter, sleep=clock.sleep))
     return clock
 
 
@@ -83,3 +86,27 @@ def test_links_are_read_in_bytes_a_second() -> None:
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="write peer="):
         parse_links(text)
+
+
+def test_what_a_tier_of_whole_parts_loads_goes_over_the_link_that_others_use(clock: Clock) -> None:
+    link, copied = EmulatedLink(1000.0), []
+
+    class Mover:
+        def copy(self, dst: object, src: object) -> None:
+            copied.append((dst, src))
+
+    class Tier:
+        def load_part(self, part: object, blocks: object, mover: Mover) -> str:
+            for _ in range(2):
+                mover.copy([(0, 100)], [(512, 100)])
+            return "carried"
+
+    def load() -> object:
+        return EmulatedBatch(cast(Any, Tier()), link).load_part(cast(Any, None), [], cast(Any, Mover()))
+
+    assert load() == "carried"
+    assert len(copied) == 2
+    assert clock.now == pytest.approx(100.2)
+    link.charge(300, clock.now)
+    assert load() == "carried"
+    assert clock.now == pytest.approx(100.7)

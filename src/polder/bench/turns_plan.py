@@ -36,6 +36,18 @@ STAGES: tuple[str, ...] = ("agents", "chat", "noreuse", "lender", "restart", "eq
 RESTART_ARMS: tuple[str, ...] = ("stock", "native-fs", "polder-disk")
 """Of the restart stage alone."""
 
+_ARMS_OF: dict[str, tuple[str, ...]] = {
+    "agents": ARMS,
+    "chat": ARMS,
+    "noreuse": ("stock", "polder"),
+    "lender": ("stock", "polder"),
+    "restart": RESTART_ARMS,
+    "equality": tuple(arm for arm in ARMS if arm != "stock"),
+}
+"""Of each stage; equality compares them with stock, which it always asks."""
+_PAIRED = ("noreuse", "lender")
+"""Stages that compare their arms with each other, and need all."""
+
 USERS = 16
 LINKS_BYTES_PER_S = {"peer": 3.2e9, "host": 400e6}
 """8 to 1, as NVLink is to PCIe, and slow enough that a tier's speed can be seen beside this machine's prefill."""
@@ -88,7 +100,8 @@ class TurnsPlan:
     def only(self, *, stages: Sequence[str] = (), arms: Sequence[str] = ()) -> TurnsPlan:
         """The same with these stages and arms alone; none named: all of the plan's.
 
-        The noreuse and lender stages compare stock with polder, so they stay only with both. Equality always asks stock too.
+        A stage of the plan stays only with some of its arms, noreuse and lender with both: they compare stock with polder. Equality
+        always asks stock too. Raises ConfigError when a stage that is named cannot stay.
         """
         plan = replace(self, stages=tuple(s for s in STAGES if s in stages)) if stages else self
         if not arms:
@@ -98,10 +111,12 @@ class TurnsPlan:
             # An arm that the plan leaves out and the user names is run once, after the others.
             return tuple(a for a in order if a in arms) + tuple(a for a in ARMS if a in arms and a not in order)
 
-        pair = {"stock", "polder"} <= set(arms)
+        lacking = {stage: text for stage in plan.stages if (text := _lacking(stage, arms))}
+        if stages and lacking:
+            raise ConfigError("; ".join(lacking.values()))
         return replace(
             plan,
-            stages=tuple(stage for stage in plan.stages if pair or stage not in ("noreuse", "lender")),
+            stages=tuple(stage for stage in plan.stages if stage not in lacking),
             agents_order=kept(plan.agents_order),
             chat_order=kept(plan.chat_order),
             restart_order=tuple(arm for arm in plan.restart_order if arm in arms),
@@ -181,6 +196,15 @@ def parse_names(text: str, known: Sequence[str], *, what: str) -> list[str]:
         if name not in known:
             raise ConfigError(f"unknown {what} {name!r}; known are {', '.join(known)}")
     return names
+
+
+def _lacking(stage: str, arms: Sequence[str]) -> str:
+    """Why these arms give the stage nothing to run; empty when they do."""
+    of_stage = _ARMS_OF[stage]
+    least, words = (len(of_stage), "all") if stage in _PAIRED else (1, "some")
+    if len(set(of_stage) & set(arms)) >= least:
+        return ""
+    return f"stage {stage} has nothing to run of {', '.join(arms)}: name {words} of {', '.join(of_stage)}"
 
 
 def _native_config(sizes: TurnsBytes, links: Links) -> str:

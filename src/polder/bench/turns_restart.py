@@ -8,10 +8,12 @@ arms together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,17 @@ from polder.bench.runs import Run, run_loads, run_on
 from polder.bench.scrape import summed
 from polder.bench.turns_plan import LINKS_BYTES_PER_S, Links
 from polder.bench.workload import agents, parted
+from polder.engines.vllm.tier_disk import STAGED_BYTES
 
-__all__ = ["RESTART_SUFFIXES", "RestartPlan", "describe_restart", "restart_engine", "restart_metrics", "run_restart"]
+__all__ = [
+    *("RESTART_SUFFIXES", "RestartPlan", "describe_restart", "offload_file", "restart_engine", "restart_metrics"),
+    "run_restart",
+]
 
 RESTART_SUFFIXES = ("-before", "-restart")
 TURNS = 16
 """Of each session of tiny-agent-v1."""
-_SHARED, _VLLMS_REGION = Path("/dev/shm"), "vllm_offload_*.mmap"
+_SHARED = Path("/dev/shm")
 SETTLE_S = 4.0
 """After the last reply, for writes under way: every arm gets it."""
 
@@ -51,24 +57,35 @@ class RestartPlan:
     disk_bytes_per_s: float = 75e6
     """Of each: together less than the emulated host link."""
 
+    @property
+    def native_bytes(self) -> int:
+        """CPU tier of the native arm: Polder's host tier, and its memory for pages on their way from and to disk."""
+        return self.host_bytes + STAGED_BYTES
 
-def restart_engine(arm: str, engine: EnginePlan, plan: RestartPlan, links: Links, folder: Path) -> EnginePlan:
-    """Engine A as `arm` serves it; `folder` is the arm's own, and holds what it keeps on disk."""
+
+def restart_engine(
+    arm: str, engine: EnginePlan, plan: RestartPlan, links: Links, folder: Path, engine_id: str
+) -> EnginePlan:
+    """Engine A as `arm` serves it; `folder` is the arm's own, and holds what it keeps on disk. `engine_id`: of vLLM's connector."""
     core, *more = dict.fromkeys(two_cores())
     engine = replace(engine, core=core, more_cores=tuple(more))
-    emulated = links == "emulated"
     if arm == "stock":
         return engine
     if arm == "native-fs":
-        return replace(engine, extra_args=("--kv-transfer-config", _native_config(plan, folder, emulated=emulated)))
+        return replace(engine, extra_args=("--kv-transfer-config", _native_config(plan, links, folder, engine_id)))
     disks = tuple(f"{folder.resolve() / f'disk{n}'}:{plan.disk_bytes}B" for n in range(plan.disks))
     rates = f"host={LINKS_BYTES_PER_S['host'] / 1e6:g}MB/s,disk={plan.disk_bytes_per_s / 1e6:g}MB/s"
     return replace(
         engine,
         sizing="fixed",
         tiers=TierPlan(store_to=("host", "disk"), host_bytes=plan.host_bytes, disks=disks),
-        extra_env={"POLDER_LINKS": rates} if emulated else {},
+        extra_env={"POLDER_LINKS": rates} if links == "emulated" else {},
     )
+
+
+def offload_file(engine_id: str) -> Path:
+    """The shared memory that vLLM's connector makes for an engine."""
+    return _SHARED / f"vllm_offload_{engine_id}.mmap"
 
 
 def run_restart(
@@ -87,29 +104,30 @@ def run_restart(
     shutil.rmtree(folder, ignore_errors=True)
     for number in range(plan.disks):
         (folder / f"disk{number}").mkdir(parents=True)
-    of_arm = restart_engine(arm, engine, plan, links, folder)
-    shared = set(_SHARED.glob(_VLLMS_REGION))
     before, after = parted(agents(model="A", users=plan.users, sessions=plan.sessions), plan.turns_before, TURNS)
-    try:
-        up = _started(arm, of_arm, logs, runtime)
+
+    @contextlib.contextmanager
+    def served() -> Iterator[Arm]:
+        engine_id = f"polder-bench-{uuid.uuid4()}"  # its own: no engine opens, or loses, what is another's
         try:
+            up = _started(arm, restart_engine(arm, engine, plan, links, folder, engine_id), logs, runtime)
+            try:
+                yield up
+            finally:
+                up.stop()
+        finally:
+            with contextlib.suppress(OSError):  # vLLM's shutdown kills its engine core before that unlinks it
+                offload_file(engine_id).unlink()
+
+    try:
+        with served() as up:
             with report.stage(f"restart, {arm}: the first {plan.turns_before} turns of each session") as stage:
                 first = asyncio.run(run_loads(up, {"A": before}, stage))
             time.sleep(SETTLE_S)
-        finally:
-            up.stop()
-        up = _started(arm, of_arm, logs, runtime)
-        try:
-            with report.stage(f"restart, {arm}: the other turns, after a restart") as stage:
-                second = asyncio.run(run_on(up, {"A": after}, stage))
-        finally:
-            up.stop()
+        with served() as up, report.stage(f"restart, {arm}: the other turns, after a restart") as stage:
+            second = asyncio.run(run_on(up, {"A": after}, stage))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for left in (
-            set(_SHARED.glob(_VLLMS_REGION)) - shared
-        ):  # vLLM's shutdown kills its engine core before that unlinks it
-            left.unlink(missing_ok=True)
     first.arm, second.arm = f"{arm}-before", f"{arm}-restart"
     return first, second
 
@@ -126,13 +144,19 @@ def restart_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
 
 
 def describe_restart(plan: RestartPlan, links: Links) -> dict[str, Any]:
-    rate = plan.disk_bytes_per_s
+    native = (
+        f"CPU tier of {plan.native_bytes} B = polder-disk's host tier and staging memory together, vLLM's file tier over one "
+        "folder without a limit"
+    )
+    polder = f"host tier of {plan.host_bytes} B and {STAGED_BYTES} B of staging memory, {plan.disks} disks of {plan.disk_bytes} B"
+    if links == "emulated":
+        rate, host = plan.disk_bytes_per_s / 1e6, LINKS_BYTES_PER_S["host"] / 1e6
+        native += f", at {plan.disks * rate:g} MB/s each way; the CPU tier is behind a link of {host:g} MB/s, and files behind it"
+        polder += f", each at {rate:g} MB/s; the host tier is behind a link of {host:g} MB/s, and so is what is loaded from disk"
     return {
         "stock": "engine A's pool alone",
-        "native-fs": f"CPU tier of {plan.host_bytes} B, vLLM's file tier over one folder without a limit"
-        + (f", at {plan.disks * rate / 1e6:g} MB/s each way" if links == "emulated" else ""),
-        "polder-disk": f"host tier of {plan.host_bytes} B, {plan.disks} disks of {plan.disk_bytes} B"
-        + (f", each at {rate / 1e6:g} MB/s" if links == "emulated" else ""),
+        "native-fs": native,
+        "polder-disk": polder,
         "turns_before": plan.turns_before,
         "sessions": plan.sessions,
         "settled_s": SETTLE_S,
@@ -163,20 +187,21 @@ def _first_turns(records: Sequence[RequestRecord]) -> list[RequestRecord]:
     return list(firsts.values())
 
 
-def _native_config(plan: RestartPlan, folder: Path, *, emulated: bool) -> str:
+def _native_config(plan: RestartPlan, links: Links, folder: Path, engine_id: str) -> str:
     extra: dict[str, object] = {
         "spec_name": "NativeTieringSpec",
         "spec_module_path": "polder.bench.native_fs",
-        "cpu_bytes_to_use": plan.host_bytes,
+        "cpu_bytes_to_use": plan.native_bytes,
         "offload_prompt_only": False,
         "secondary_tiers": [{"type": "fs", "root_dir": str(folder.resolve() / "disk0")}],
     }
-    if emulated:
+    if links == "emulated":
         extra["link_bytes_per_s"] = LINKS_BYTES_PER_S["host"]
         extra["disk_bytes_per_s"] = plan.disks * plan.disk_bytes_per_s
     return json.dumps(
         {
             "kv_connector": "OffloadingConnector",
+            "engine_id": engine_id,
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": extra,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polder.errors import ConfigError
 from polder.testing.links import EmulatedLink
 from polder.tiers.slots import Recipe
-from polder.tiers.transfer import Mover, Pieces, TierMemory
+from polder.tiers.transfer import BatchMemory, Carried, HostRows, Mover, News, Part, Pieces, TierMemory
 
-__all__ = ["EmulatedMemory", "Faults", "FaultyMemory", "parse_faults"]
+__all__ = ["EmulatedBatch", "EmulatedMemory", "Faults", "FaultyMemory", "parse_faults"]
 
 _FAULT = re.compile(r"(fail|corrupt|seed)=([0-9.]+)")
 
@@ -61,6 +63,50 @@ class FaultyMemory:
 
     def close(self) -> None:
         self._inner.close()
+
+
+class EmulatedBatch:
+    """A tier of whole parts, whose pages go on to the engine's blocks over an emulated link, as those of the host tier do."""
+
+    def __init__(self, inner: BatchMemory, link: EmulatedLink) -> None:
+        self._inner, self._link = inner, link
+
+    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> Carried:
+        return self._inner.load_part(part, blocks, _LinkedMover(mover, self._link))
+
+    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> Carried:
+        return self._inner.spill_part(part, host, mover)
+
+    def tend(self, copies: int) -> Carried:
+        return self._inner.tend(copies)
+
+    def drop(self) -> Carried:
+        return self._inner.drop()
+
+    def news(self) -> News:
+        return self._inner.news()
+
+    def stop(self) -> None:
+        self._inner.stop()
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _LinkedMover:
+    def __init__(self, inner: Mover, link: EmulatedLink) -> None:
+        self._inner, self._link = inner, link
+
+    def copy(self, dst: Pieces, src: Pieces) -> None:
+        started = time.perf_counter()
+        self._inner.copy(dst, src)
+        self._link.charge(sum(size for _, size in src), started)
+
+    def checksum(self, pieces: Pieces, seed: int) -> int:
+        return self._inner.checksum(pieces, seed)
+
+    def checksum_in_host(self, pieces: Pieces, seed: int) -> int:
+        return self._inner.checksum_in_host(pieces, seed)
 
 
 class EmulatedMemory:

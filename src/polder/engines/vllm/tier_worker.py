@@ -21,7 +21,7 @@ from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks
 from polder.engines.vllm.worker import WorkerMemory
 from polder.memory.pool import ImportedPages
 from polder.swarm.keys import Keys
-from polder.testing.faulty_tier import EmulatedMemory, FaultyMemory, parse_faults
+from polder.testing.faulty_tier import EmulatedBatch, EmulatedMemory, FaultyMemory, parse_faults
 from polder.testing.links import EmulatedLink, parse_links
 from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.disk_memory import DiskMemory
@@ -105,13 +105,14 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         window = window_worker.current()
         # These blocks are of the pass before. Wrong or old bytes would get a checksum of their own.
         if window is not None and (not window.settled() or window.spoiled):
-            self._numbers[dst_spec.job.number] = job_id
-            rows = range(len(src_spec.block_ids))
-            self._unsent.append(Finished(number=dst_spec.job.number, failed=dict.fromkeys(rows, "error")))
-            return True
+            return self._refuse(job_id, dst_spec.job)
         return self._submit(job_id, dst_spec, src_spec)
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        window = window_worker.current()
+        # The pass before may have written such a block for a request that has ended: its save must not land after the load.
+        if window is not None and not window.settled():
+            return self._refuse(job_id, src_spec.job)
         return self._submit(job_id, src_spec, dst_spec)
 
     def get_finished(self) -> list[TransferResult]:
@@ -144,6 +145,13 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
             self.disks.close()
         self._on_close()
 
+    def _refuse(self, job_id: int, job: Job) -> bool:
+        """Not begun: all of it has failed."""
+        self._numbers[job.number] = job_id
+        rows = [row for part in job.parts for row in part.rows.tolist()]
+        self._unsent.append(Finished(number=job.number, failed=dict.fromkeys(rows, "error")))
+        return True
+
     def _submit(self, job_id: int, spec: TierJob, blocks: Any) -> bool:
         self._numbers[spec.job.number] = job_id
         window = window_worker.current()
@@ -171,6 +179,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         groups.append(layers)
     links, faults = parse_links(plan.links), parse_faults(plan.faults)
     host = HostRegion(memory, plan.host_pages[memory.rank]) if "host" in plan.tiers else None
+    emulated = {(name, d): EmulatedLink(rate) for name, rate in links.items() for d in ("load", "store")}
     lanes: dict[tuple[int, Direction], TierMemory] = {}
     directions: tuple[Direction, ...] = ("load", "store")
     for tier, name in enumerate(plan.tiers):
@@ -184,7 +193,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
             else:
                 lane = _peer_memory(memory, plan)
             if name in links:
-                lane = EmulatedMemory(lane, EmulatedLink(links[name]))
+                lane = EmulatedMemory(lane, emulated[name, direction])
             if faults.fail or faults.corrupt:
                 lane = FaultyMemory(lane, faults)
             lanes[tier, direction] = lane
@@ -195,7 +204,8 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         batches: dict[int, BatchMemory] = {}
         if disk is not None:
             last = plan.tiers.index("disk")
-            capacities[last], batches[last] = disk_slots, disk
+            capacities[last] = disk_slots
+            batches[last] = EmulatedBatch(disk, emulated["host", "load"]) if "host" in links else disk
         return TierWorker(
             lanes,
             mover,
