@@ -18,6 +18,7 @@ from rich.console import Console
 from polder.bench.disks import LEAST_GAIN, DisksBench
 from polder.bench.disks_arms import PARTS, Layouts, metrics_of, modelled, together
 from polder.bench.disks_checks import disks_checks
+from polder.bench.disks_live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
 from polder.bench.disks_plan import (
     ARMS,
     CO_ACTIVATED,
@@ -33,6 +34,7 @@ from polder.bench.disks_plan import (
 )
 from polder.bench.disks_sets import DESCRIPTIONS, AccessSet, access_sets, turn_reads
 from polder.bench.disks_wall import LATENCY_S, WallStep, wall_metrics, wall_steps
+from polder.bench.metrics import Metrics
 from polder.bench.result import Arms, BenchResult, ratios_over, read_result
 from polder.sim.traces import Trace
 from polder.swarm import arms as swarm
@@ -152,7 +154,7 @@ def test_what_is_read_is_what_was_planned_and_takes_what_was_modelled(
     units = [len(layout.units(blocks)) for blocks in steps]
     assert [step.planned_bytes for step in found] == [count * layout.unit_bytes for count in units]
     assert [step.read_bytes for step in found] == [step.planned_bytes for step in found]
-    assert not any(step.missed_pages or step.late_s for step in found)
+    assert not any(step.missed_units or step.late_s for step in found)
     assert [step.wall_s for step in found] == pytest.approx([step.modelled_s + LATENCY_S for step in found])
     # Disks slower by a factor, in bytes and requests alike, take longer by that factor.
     fast = disks_of(disks)
@@ -162,7 +164,7 @@ def test_what_is_read_is_what_was_planned_and_takes_what_was_modelled(
 
 
 def test_late_steps_are_counted_and_counted_in() -> None:
-    on_time = WallStep(wall_s=1.01, modelled_s=1.0, late_s=0.0, planned_bytes=5, read_bytes=5, missed_pages=0)
+    on_time = WallStep(wall_s=1.01, modelled_s=1.0, late_s=0.0, planned_bytes=5, read_bytes=5, missed_units=0)
     found = wall_metrics([on_time, replace(on_time, wall_s=2.0, late_s=1.0)])
     assert found["wall_over_modelled"] == pytest.approx(3.01 / 2)
     assert found["wall_over_modelled_on_time"] == pytest.approx(1.01)
@@ -198,7 +200,7 @@ def test_the_file_has_every_arm_set_and_disk_and_holds_together(run: tuple[Bench
                     )
     for arm in TINY.wall_arms:
         for disks in TINY.wall_disks:
-            assert result.arms[arm][wall_engine_of(CO_ACTIVATED, disks)]["missed_pages"] == 0
+            assert result.arms[arm][wall_engine_of(CO_ACTIVATED, disks)]["missed_units"] == 0
     assert not list((folder / "work").iterdir()), "pages are removed"
 
 
@@ -209,7 +211,7 @@ def test_the_shares_of_the_gain_are_all_of_it(run: tuple[BenchResult, Path, str]
             if disks == "1":
                 continue
             engine = engine_of(name, disks)
-            of = arms["stage-schedule"][engine]
+            of = arms["stage-parts"][engine]
             assert math.prod(of[f"{part}_factor"] for part in PARTS) == pytest.approx(of["gain"])
             if of["gain"] >= LEAST_GAIN:
                 assert sum(of[f"{part}_share"] for part in PARTS) == pytest.approx(1.0)
@@ -243,14 +245,20 @@ def test_stages_and_arms_can_be_chosen(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- checks
 
-GOOD = {"io_time_s": 1.0, "bandwidth_bytes_per_s": 9.0, "over_bound": 1.01, "over_whole_page_bound": 1.0}
+GOOD = {
+    "io_time_s": 1.0,
+    "bandwidth_bytes_per_s": 9.0,
+    "over_bound": 1.01,
+    "over_even": 1.0,
+    "over_whole_page_bound": 1.0,
+}
 WALL = {
     "wall_over_modelled": 1.01,
     "late_steps": 0.0,
     "steps": 10.0,
     "planned_bytes": 5.0,
     "read_bytes": 5.0,
-    "missed_pages": 0.0,
+    "missed_units": 0.0,
 }
 
 
@@ -265,6 +273,8 @@ def checked(ours: dict[str, float], wall: dict[str, float]) -> dict[str, bool]:
     for arm in ARMS[:-1]:
         slow = 1.0 if arm in ("hash", "sequential") else 3.0
         theirs = {"io_time_s": slow, "bandwidth_bytes_per_s": 9.0 / slow}
+        if arm == "polder-pages":
+            theirs = GOOD | ours
         found[arm] = {engine_of(name, disks): theirs for name in SETS for disks in DISKS}
         ratios |= ratios_over(found, arm="polder", baseline=arm)
     return {check.name: check.passed for check in disks_checks(found, ratios)}
@@ -273,12 +283,13 @@ def checked(ours: dict[str, float], wall: dict[str, float]) -> dict[str, bool]:
 def test_checks_pass_and_each_can_fail() -> None:
     good = checked({}, {})
     assert all(good.values())
-    assert len(good) == 4 + 6 + 1 + 1 + 2
+    assert len(good) == 4 + 4 + 8 + 1 + 1 + 2
 
     def failed(ours: dict[str, float], wall: dict[str, float]) -> set[str]:
         return {name for name, passed in checked(ours, wall).items() if not passed}
 
     assert failed({"over_bound": 1.03}, {}) == {name for name in good if name.startswith("over_bound")}
+    assert failed({"over_even": 1.03}, {}) == {name for name in good if name.startswith("parts_over_even")}
     assert failed({"io_time_s": 1.01}, {}) == {"one_disk_no_worse_than_the_plain_store"}
     assert "random_no_worse_than_hash_by_2_percent" in failed({"io_time_s": 1.03}, {})
     assert failed({"io_time_s": 1.3}, {}) >= {name for name in good if name.startswith("io_time")}
@@ -286,4 +297,30 @@ def test_checks_pass_and_each_can_fail() -> None:
     assert failed({}, {"wall_over_modelled": 1.06}) == {"wall_within_5_percent_of_modelled"}
     assert failed({}, {"wall_over_modelled": 0.94}) == {"wall_within_5_percent_of_modelled"}
     assert failed({}, {"read_bytes": 4.0}) == {"bytes_read_as_planned"}
-    assert failed({}, {"missed_pages": 1.0}) == {"bytes_read_as_planned"}
+    assert failed({}, {"missed_units": 1.0}) == {"bytes_read_as_planned"}
+
+
+def test_an_entry_store_at_work_is_checked_for_loss_and_for_what_upkeep_wins() -> None:
+    good: Metrics = {"lost": 0.0, "steps": 9.0, "packed": 2.0, "io_time_packed_s": 1.0, "io_time_last_s": 1.0}
+    worse = {"live-no-packing": {"io_time_packed_s": 2.0}, "live-packed-once": {"io_time_last_s": 2.0}}
+
+    def failed(ours: dict[str, float]) -> set[str]:
+        arms: Arms = {
+            arm: {engine_of(name, LIVE_DISKS): good | worse.get(arm, {}) for name in LIVE_SETS} for arm in LIVE_ARMS
+        }
+        for engine in arms["live"]:
+            arms["live"][engine] = good | ours
+        return {check.name for check in disks_checks(arms, {}) if not check.passed}
+
+    assert failed({}) == set()
+    assert failed({"lost": 1.0}) == {"live_no_entry_lost"}
+    assert failed({"packed": 1.0}) == failed({"io_time_last_s": 3.0}) == {"live_packs_again_what_has_aged"}
+    assert failed({"io_time_packed_s": 2.0}) == {f"live_packing_shortens_steps_of_{name}" for name in LIVE_SETS}
+
+
+def test_an_entry_store_at_work_packs_twice_where_reading_changes(tmp_path: Path) -> None:
+    plan = replace(TINY, known_steps=160)
+    found = live_run("live", live_set("drift", plan), plan, folder=tmp_path)
+    assert found["packed"] == 2
+    assert found["lost"] == 0
+    assert found["io_time_last_s"] < found["io_time_first_s"]

@@ -21,6 +21,7 @@ from rich.console import Console
 from polder.bench.checks import Check
 from polder.bench.disks_arms import PARTS, Layouts, metrics_of, modelled, together
 from polder.bench.disks_checks import disks_checks
+from polder.bench.disks_live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
 from polder.bench.disks_plan import CO_ACTIVATED, DISKS, PAGE_BYTES, DisksPlan, disks_of, engine_of, wall_engine_of
 from polder.bench.disks_sets import DESCRIPTIONS, access_sets
 from polder.bench.disks_wall import LATENCY_S, wall_metrics, wall_steps
@@ -66,6 +67,8 @@ class DisksBench:
                 self._model(name)
         if "wall" in self.plan.stages and self.plan.wall_arms:
             self._wall()
+        if "live" in self.plan.stages:
+            self._live()
         result, checks = self._result()
         write_result(result, json_file)
         if html_file is not None:
@@ -124,7 +127,7 @@ class DisksBench:
         seconds = dict.fromkeys(("striped", *PARTS), 0.0)
         for layouts in sets:
             built = layouts.stages(models)
-            of = {"striped": "striped", "packing": "packing", "placement": "placement", "schedule": "replicas"}
+            of = {"schedule": "replicas", **{name: name for name in ("striped", "packing", "placement", "parts")}}
             for part, layout in of.items():
                 seconds[part] += float(modelled(built[layout], layouts.of, models, arm="polder").seconds.sum())
             greedily = modelled(built["replicas"], layouts.of, models, arm="replicas-greedy")
@@ -132,14 +135,14 @@ class DisksBench:
         steps = sum(layouts.of.measured.steps for layouts in sets)
         chain = list(seconds)
         factors = {part: seconds[before] / seconds[part] for before, part in itertools.pairwise(chain)}
-        gain = seconds["striped"] / seconds["schedule"]
+        gain = seconds["striped"] / seconds["parts"]
         shares = (
             {part: math.log(factor) / math.log(gain) for part, factor in factors.items()} if gain >= LEAST_GAIN else {}
         )
         engine = engine_of(name, disks)
         for part, taken in seconds.items():
             self._arms.setdefault(f"stage-{part}", {})[engine] = {"io_time_s": taken / steps}
-        self._arms["stage-schedule"][engine] |= {
+        self._arms["stage-parts"][engine] |= {
             "gain": gain,
             **{f"{part}_factor": factor for part, factor in factors.items()},
             **{f"{part}_share": share for part, share in shares.items()},
@@ -150,7 +153,6 @@ class DisksBench:
         of = access_sets(CO_ACTIVATED, plan)[0]
         layouts = Layouts(of, replica_share=plan.replica_share)
         steps = of.measured.part(0, plan.wall_steps)
-        self._workdir.mkdir(parents=True, exist_ok=True)
         with self._report.stage("layouts, really read from emulated disks") as stage:
             done = 0
             for disks in plan.wall_disks:
@@ -158,11 +160,19 @@ class DisksBench:
                 for arm in plan.wall_arms:
                     self._loads.append(load_average())
                     layout = layouts.build(arm, models)
-                    with TemporaryDirectory(prefix="polder-disks-", dir=self._workdir) as folder:
+                    with TemporaryDirectory(prefix="polder-disks-", dir=_made(self._workdir)) as folder:
                         found = wall_steps(layout, steps, models, folder=Path(folder), clock=self._clock)
                     self._arms[arm][wall_engine_of(CO_ACTIVATED, disks)] = wall_metrics(found)
                     done += 1
                     stage.update(done, len(plan.wall_disks) * len(plan.wall_arms))
+
+    def _live(self) -> None:
+        with self._report.stage("an entry store at work") as stage:
+            for number, (name, arm) in enumerate(itertools.product(LIVE_SETS, LIVE_ARMS)):
+                with TemporaryDirectory(prefix="polder-disks-", dir=_made(self._workdir)) as folder:
+                    found = live_run(arm, live_set(name, self.plan), self.plan, folder=Path(folder))
+                self._arms.setdefault(arm, {})[engine_of(name, LIVE_DISKS)] = found
+                stage.update(number + 1, len(LIVE_SETS) * len(LIVE_ARMS))
 
     # ------------------------------------------------------------------ result
 
@@ -206,8 +216,10 @@ class DisksBench:
             "io_time_with_host_s": f"the same, and no shorter than {plan.host_s_per_request * 1e6:g} us of one host core a request",
             "bandwidth_bytes_per_s": "wanted bytes over I/O time; all layouts want the same, so it is the I/O time's inverse",
             "schedule": "exact; swarm is read by the paper's greedy one",
+            "gaps": "of units below 64 KiB the cheapest of 0 to 15 unwanted ones are read over, for every layout, a step at a time",
             "one_disk": "no replicas",
-            "shares": "striped pages of successive blocks, then packing, placement, replicas read greedily, the exact schedule; "
+            "shares": "striped pages of successive blocks, then packing, placement, replicas read greedily, the exact schedule, "
+            "wanted parts of pages alone; "
             "a share is the logarithm of its factor over that of the gain; where a block is a page, packing is only their order",
             "wall": {
                 "set": CO_ACTIVATED,
@@ -220,8 +232,18 @@ class DisksBench:
                 "latency_s": LATENCY_S,
                 "load_before_each": self._loads,
             },
+            "live": {
+                "sets": LIVE_SETS,
+                "disks": LIVE_DISKS,
+                "what": "bytes are read and compared, times are the modelled disks'",
+            },
             "machine": describe_machine(),
             "versions": describe_versions(),
             "started": self._started_at.isoformat(timespec="seconds"),
             "total_seconds": round(time.monotonic() - self._started),
         }
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

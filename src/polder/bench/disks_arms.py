@@ -14,18 +14,19 @@ import numpy as np
 from polder.bench.disks_sets import AccessSet
 from polder.bench.metrics import Metrics
 from polder.swarm.activations import IntArray, Profile
-from polder.swarm.arms import ARMS, ArmConfig, Layout, cluster_per_disk, cluster_striped
+from polder.swarm.arms import ARMS, ArmConfig, Layout, cluster_per_disk, cluster_striped, packed_stages
 from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
 from polder.swarm.cost import DiskModel, page_speeds
 from polder.swarm.medoids import Clusters, medoid_clusters
 from polder.swarm.modelled import Modelled, run_steps
-from polder.swarm.placement import Placement, anti_affine, with_replicas
+from polder.swarm.placement import Placement
 from polder.swarm.schedule import exact, greedy
 
 __all__ = ["PARTS", "Layouts", "metrics_of", "modelled", "together"]
 
-PARTS: tuple[str, ...] = ("packing", "placement", "replicas", "schedule")
-"""What polder adds to striped pages of successive blocks, one after another. Replicas are read greedily before `schedule`."""
+PARTS: tuple[str, ...] = ("packing", "placement", "replicas", "schedule", "parts")
+"""What polder adds to striped pages of successive blocks, one after another. Replicas are read greedily before `schedule`, whole
+pages before `parts`."""
 
 
 class Layouts:
@@ -37,8 +38,8 @@ class Layouts:
 
     def build(self, arm: str, disks: Sequence[DiskModel]) -> Layout:
         """`arm`: a name of polder.swarm.arms.ARMS."""
-        if arm == "polder":
-            return self.stages(disks)["replicas"]
+        if arm in ("polder", "polder-pages"):
+            return self.stages(disks)["parts" if arm == "polder" else "replicas"]
         if arm in ("cluster-per-disk", "swarm"):
             return self._of_clusters(arm, disks)
         return ARMS[arm](self.config(disks))
@@ -53,20 +54,8 @@ class Layouts:
         )
 
     def stages(self, disks: Sequence[DiskModel]) -> dict[str, Layout]:
-        """As polder.swarm.arms.stages: striped, packing, placement, replicas."""
-        config, packing, of_pages = self.config(disks), self._packing, self._of_pages
-        disk_of = anti_affine(of_pages, config.speeds)
-        copies = with_replicas(disk_of, of_pages.counts(), config.speeds, share=config.replica_share)
-        tables = {"packing": np.arange(packing.pages) % config.disks, "placement": disk_of, "replicas": copies}
-        packed = {
-            name: Layout(
-                unit_of=packing.page_of,
-                unit_bytes=config.page_bytes,
-                placement=Placement.of(table, disks=config.disks, order=self._order),
-            )
-            for name, table in tables.items()
-        }
-        return {"striped": ARMS["fixed-blocks"](config), **packed}
+        """As polder.swarm.arms.stages: striped, packing, placement, replicas, parts."""
+        return packed_stages(self.config(disks), self._packing, self._of_pages, self._order)
 
     def _of_clusters(self, arm: str, disks: Sequence[DiskModel]) -> Layout:
         config, blocks = self.config(disks), self.of.known.size
@@ -113,6 +102,7 @@ def together(runs: Sequence[Modelled]) -> Modelled:
         seconds=np.concatenate([run.seconds for run in runs]),
         bound_s=np.concatenate([run.bound_s for run in runs]),
         whole_page_bound_s=np.concatenate([run.whole_page_bound_s for run in runs]),
+        even_s=np.concatenate([run.even_s for run in runs]),
         useful_bytes=sum(run.useful_bytes for run in runs),
         read_bytes=sum(run.read_bytes for run in runs),
         requests=sum(run.requests for run in runs),
@@ -128,6 +118,7 @@ def metrics_of(run: Modelled, with_host: Modelled) -> Metrics:
         "io_time_with_host_s": float(with_host.seconds.mean()),
         "bandwidth_bytes_per_s": run.useful_bytes_per_s,
         "over_bound": run.over_bound,
+        "over_even": run.over_even,
         "over_whole_page_bound": run.over_whole_page_bound,
         "amplification": run.amplification,
         "requests": run.requests / steps,

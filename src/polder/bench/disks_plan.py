@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from polder.errors import ConfigError
 from polder.swarm.cost import PM9A3, DiskModel
 
 __all__ = [
@@ -20,10 +21,11 @@ ARMS: tuple[str, ...] = (
     "no-cluster",
     "fixed-blocks",
     "swarm",
+    "polder-pages",
     "polder",
 )
 """polder.swarm.arms says what each is. `swarm` is read by the paper's own schedule, the others by the exact one."""
-STAGES: tuple[str, ...] = ("model", "shares", "wall")
+STAGES: tuple[str, ...] = ("model", "shares", "wall", "live")
 SETS: tuple[str, ...] = ("sticky", "sticky-64k", "groups", "pessimistic", "random", "mooncake", "weka")
 REAL_SETS: tuple[str, ...] = ("mooncake", "weka")
 CO_ACTIVATED = "sticky"
@@ -62,17 +64,26 @@ class DisksPlan:
     """Of all emulated disks together, were none of them slow."""
     stages: tuple[str, ...] = STAGES
     arms: tuple[str, ...] = ARMS
-    wall_arms: tuple[str, ...] = ("hash", "fixed-blocks", "polder")
+    wall_arms: tuple[str, ...] = ("hash", "fixed-blocks", "polder-pages", "polder")
 
     def only(self, *, stages: Sequence[str] = (), arms: Sequence[str] = ()) -> DisksPlan:
-        """The same with these stages and arms alone; none named: all of the plan's."""
+        """The same with these stages and arms alone; none named: all of the plan's.
+
+        The wall stage stays only with some of its arms, the live stage, whose arms are its own, only where it is named. Raises
+        ConfigError for a wall stage that is named and cannot stay.
+        """
         plan = replace(self, stages=tuple(s for s in STAGES if s in stages)) if stages else self
         if not arms:
             return plan
+        wall_arms = tuple(arm for arm in plan.wall_arms if arm in arms)
+        if "wall" in stages and not wall_arms:
+            of_stage = ", ".join(plan.wall_arms)
+            raise ConfigError(f"stage wall has nothing to run of {', '.join(arms)}: name some of {of_stage}")
         return replace(
             plan,
+            stages=tuple(s for s in plan.stages if (wall_arms or s != "wall") and (s in stages or s != "live")),
             arms=tuple(arm for arm in ARMS if arm in arms),
-            wall_arms=tuple(arm for arm in plan.wall_arms if arm in arms),
+            wall_arms=wall_arms,
         )
 
     def wall_model(self, disks: str) -> DiskModel:

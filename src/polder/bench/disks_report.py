@@ -13,6 +13,7 @@ from rich.console import Console
 
 from polder.bench.checks import Check
 from polder.bench.disks_arms import PARTS
+from polder.bench.disks_live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS
 from polder.bench.disks_plan import ARMS, CO_ACTIVATED, DISKS, SETS, engine_of, wall_engine_of
 from polder.bench.metrics import Metric
 from polder.bench.result import BenchResult
@@ -36,9 +37,9 @@ def write_disks_html(path: Path, result: BenchResult, checks: Sequence[Check]) -
 def render_disks_html(result: BenchResult, checks: Sequence[Check]) -> str:
     template = Template((files("polder.bench") / "data" / "report.html").read_text())
     machine = result.conditions.get("machine", {})
-    over = result.arms.get("polder", {}).get(engine_of(CO_ACTIVATED, MOST), {}).get("over_bound")
+    over = result.arms.get("polder", {}).get(engine_of(CO_ACTIVATED, MOST), {}).get("over_even")
     tile = (
-        f"<div class='tile'><b>{over:.3f}</b><span>I/O time over the physical bound, 8 disks</span></div>"
+        f"<div class='tile'><b>{over:.3f}</b><span>I/O time over the same requests evenly on 8 disks</span></div>"
         if isinstance(over, float)
         else ""
     )
@@ -64,6 +65,11 @@ def _tables(result: BenchResult) -> Iterator[Table]:
     if shares:
         title = "Striped successive pages over polder: the gain in I/O time, each part's factor, its share of the gain"
         yield Table(title, ["gain", *PARTS], shares)
+    live = list(_live_rows(result))
+    if live:
+        title = f"An entry store at work on {LIVE_DISKS} disks: I/O time of a step in us, shares of wanted entries in %"
+        columns = ["first", "packed", "aged", "last", "in memory", "ahead", "of ahead used", "packings", "pages moved"]
+        yield Table(title, columns, live)
     wall = list(_wall_rows(result))
     if wall:
         title = f"Really read from emulated disks: {CO_ACTIVATED}, wall time of a step over the modelled one"
@@ -104,7 +110,7 @@ def _bytes_table(result: BenchResult) -> Table:
 def _share_rows(result: BenchResult) -> Iterator[list[str]]:
     for name in SETS:
         for disks in DISKS:
-            of = _of(result, "stage-schedule", name, disks)
+            of = _of(result, "stage-parts", name, disks)
             if of:
                 factors = [_text(of[f"{part}_factor"], 2) for part in PARTS]
                 shares = [_text(of.get(f"{part}_share"), 0, 100) for part in PARTS]
@@ -124,6 +130,16 @@ def _wall_rows(result: BenchResult) -> Iterator[list[str]]:
                     f"{_text(of['late_steps'], 0)} of {_text(of['steps'], 0)}",
                     _text(of["read_bytes"], 0, 2**-20),
                 ]
+
+
+def _live_rows(result: BenchResult) -> Iterator[list[str]]:
+    for arm in LIVE_ARMS:
+        for name in LIVE_SETS:
+            of = _of(result, arm, name, LIVE_DISKS)
+            if of:
+                times = [_text(of[f"io_time_{part}_s"], 1, 1e6) for part in ("first", "packed", "aged", "last")]
+                shares = [_text(of[f"{part}_share"], 1, 100) for part in ("resident", "ahead", "ahead_used")]
+                yield [f"{arm} {name}", *times, *shares, _text(of["packed"], 0), _text(of["rewritten_pages"], 0)]
 
 
 def _plot(result: BenchResult) -> str:

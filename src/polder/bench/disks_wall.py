@@ -17,7 +17,7 @@ from polder.bench.metrics import Metrics
 from polder.errors import EnvironmentFault, IntegrityError
 from polder.swarm.activations import IntArray, Profile
 from polder.swarm.arms import Layout
-from polder.swarm.cost import DiskModel, gap_slots, page_speeds, step_seconds
+from polder.swarm.cost import DiskModel, cheapest_runs, page_speeds, step_seconds
 from polder.swarm.disk import DiskConfig
 from polder.swarm.engine import ThreadEngine
 from polder.swarm.io import Arena, OpenFile, PageFile, open_page_file
@@ -50,7 +50,7 @@ class WallStep:
     planned_bytes: int
     read_bytes: int
     """By system calls on the disks' files."""
-    missed_pages: int
+    missed_units: int
     """That the store did not vouch for, or that hold something else."""
 
 
@@ -72,25 +72,30 @@ def wall_steps(
         for disk in disks
     ]
     engine = EmulatedEngine(ThreadEngine(), emulated)
-    store = DiskStore(_config_for(layout, len(disks), folder), engine=engine, open_file=counted.open)
+    pages = layout.pages or layout  # as they are stored
+    parts = pages.unit_bytes // layout.unit_bytes
+    store = DiskStore(_config_for(pages, len(disks), parts, folder), engine=engine, open_file=counted.open)
     try:
-        keys = _write(store, layout)
+        keys = _write(store, pages)
+        page_at = _pages_at(pages, len(disks))
         speeds, masks = page_speeds(disks, layout.unit_bytes), layout.placement.masks()
-        gap = min(gap_slots(disk, layout.unit_bytes) for disk in disks)
         wanted = [layout.units(blocks) for blocks in steps]
-        arena = Arena(max(len(units) for units in wanted), layout.unit_bytes)
+        plans = [plan_reads(layout.placement, units, exact(masks[units], speeds)) for units in wanted]
+        plans = [cheapest_runs(plan, disks, layout.unit_bytes) for plan in plans]
+        arena = Arena(max(int(plan.run_slots.sum()) for plan in plans), layout.unit_bytes)
         words = arena.bytes.view(np.uint64)
         ends = np.array([0, words.shape[1] - 1])
         arena.bytes[:] = 0  # the kernel gives the memory now, not while a read is timed
         found = []
-        for units in wanted:
-            plan = plan_reads(layout.placement, units, exact(masks[units], speeds), gap_slots=gap)
-            before, addresses = counted.read_bytes, arena.addresses[: len(plan.pages)]
+        for plan in plans:
+            on, slots = (np.concatenate(both) for both in zip((plan.disks, plan.slots), plan.gaps(), strict=True))
+            page, part = page_at[on, slots // parts], slots % parts
+            before, addresses = counted.read_bytes, arena.addresses[: len(page)]
             started = clock.now()
-            ok = store.read(store.lookup(keys[plan.pages]), addresses, plan.disks)
+            ok = store.read(store.lookup(keys[page]), addresses, on, part if parts > 1 else None)
             wall_s = clock.now() - started
             # What lies between the ends is covered by the store's checksum.
-            right = ok & (words[: len(ok), ends] == _content(plan.pages, ends)).all(axis=1)
+            right = ok & (words[: len(ok), ends] == _content(page, part[:, None] * words.shape[1] + ends)).all(axis=1)
             found.append(
                 WallStep(
                     wall_s=wall_s,
@@ -98,7 +103,7 @@ def wall_steps(
                     late_s=engine.steps[-1].late_s,
                     planned_bytes=int(plan.run_slots.sum()) * layout.unit_bytes,
                     read_bytes=counted.read_bytes - before,
-                    missed_pages=int((~right).sum()),
+                    missed_units=int((~right).sum()),
                 )
             )
         return found
@@ -121,7 +126,7 @@ def wall_metrics(steps: Sequence[WallStep]) -> Metrics:
         "late_s": float(late.sum()),
         "planned_bytes": float(sum(step.planned_bytes for step in steps)),
         "read_bytes": float(sum(step.read_bytes for step in steps)),
-        "missed_pages": float(sum(step.missed_pages for step in steps)),
+        "missed_units": float(sum(step.missed_units for step in steps)),
     }
     if on_time.any():
         metrics["wall_over_modelled_on_time"] = float(wall[on_time].sum() / modelled[on_time].sum())
@@ -160,7 +165,17 @@ class _CountedFile:
         self._inner.close()
 
 
-def _config_for(layout: Layout, disks: int, folder: Path) -> StoreConfig:
+def _pages_at(layout: Layout, disks: int) -> IntArray:
+    """[disks, slots]: the page in each slot, -1 where there is none."""
+    placement = layout.placement
+    pages, copies = np.nonzero(placement.disk_of >= 0)
+    at = np.full((disks, int(placement.slot_of.max()) + 1), -1, dtype=np.int64)
+    at[placement.disk_of[pages, copies], placement.slot_of[pages, copies]] = pages
+    return at
+
+
+def _config_for(layout: Layout, disks: int, parts: int, folder: Path) -> StoreConfig:
+    """`layout`: of pages, each of so many parts."""
     held = np.bincount(layout.placement.disk_of[layout.placement.disk_of >= 0], minlength=disks).tolist()
     directories = [folder / f"disk{number}" for number in range(disks)]
     for directory in directories:
@@ -172,6 +187,7 @@ def _config_for(layout: Layout, disks: int, folder: Path) -> StoreConfig:
             for directory, pages in zip(directories, held, strict=True)
         ),
         page_bytes=layout.unit_bytes,
+        parts=parts,
         namespace="polder-bench-disks",
         timeout_s=TIMEOUT_S,
     )
@@ -202,5 +218,5 @@ def _write(store: DiskStore, layout: Layout) -> Keys:
 
 
 def _content(pages: IntArray, at: IntArray) -> Words:
-    """[n, len(at)]: the words of each page at these places. No two pages have the same word at the same place."""
+    """The words of each page at these places, [m] of all or [n, m] of each. No two pages have the same word at the same place."""
     return (pages.astype(np.uint64)[:, None] << np.uint64(20)) + at.astype(np.uint64) * _ODD

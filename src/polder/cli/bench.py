@@ -133,14 +133,16 @@ def disks(
         Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, fewer sets and steps.")] = False,
-    stages: Annotated[str, typer.Option(help="Only these: model,shares,wall.")] = "",
+    stages: Annotated[str, typer.Option(help="Only these: model,shares,wall,live.")] = "",
     arms: Annotated[
         str,
-        typer.Option(help="Only these: sequential,hash,raid0,cluster-per-disk,no-cluster,fixed-blocks,swarm,polder."),
+        typer.Option(
+            help="Only these: sequential,hash,raid0,cluster-per-disk,no-cluster,fixed-blocks,swarm,polder-pages,polder."
+        ),
     ] = "",
-    workdir: Annotated[Path, typer.Option(help="The wall stage needs up to 220 MiB here, for a while.")] = Path(
-        "out/bench"
-    ),
+    workdir: Annotated[
+        Path, typer.Option(help="The stages wall and live need up to 220 MiB here, for a while.")
+    ] = Path("out/bench"),
 ) -> None:
     """Pages of KV on several disks: plain stores, the layouts of Swarm, and Polder's. Needs no engine."""
     from polder.bench.disks import DisksBench

@@ -1,6 +1,6 @@
 """Whole layouts to compare: blocks on units of reading, units on disks. `polder` is this package's own, `swarm` the paper's.
 
-A layout has a unit of reading, which is read whole: a page of k blocks, or a single block.
+A layout has a unit of reading, which is read whole: a page of k blocks, or a single block. Units side by side are one request.
 
 | name | unit | where |
 |---|---|---|
@@ -11,7 +11,8 @@ A layout has a unit of reading, which is read whole: a page of k blocks, or a si
 | no-cluster | a block | one on each disk in turn (only what is wanted is read) |
 | cluster-per-disk | a block | each of Swarm's clusters on one disk, the emptiest |
 | swarm | a block | Swarm's clusters striped over the disks, copies where they overlap: equation (7) |
-| polder | page packed by co-activation | anti-affine, with second copies of the hottest |
+| polder-pages | page packed by co-activation | anti-affine, with second copies of the hottest |
+| polder | a block | the same pages, of which only what is wanted is read |
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polder.swarm.activations import FloatArray, IntArray, Profile
-from polder.swarm.clusters import PackConfig, pack, reading_order
+from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
 from polder.swarm.medoids import Clusters, medoid_clusters
 from polder.swarm.placement import Placement, anti_affine, with_replicas
 
@@ -33,6 +34,8 @@ __all__ = [
     "cluster_per_disk",
     "cluster_striped",
     "hashed",
+    "packed_stages",
+    "parts_of",
     "sequential",
     "stages",
     "striped",
@@ -71,6 +74,8 @@ class Layout:
     """[blocks]: the unit of each block."""
     unit_bytes: int
     placement: Placement
+    pages: Layout | None = None
+    """Of units that are parts of pages: how these are stored. Slot s of a disk is part s % k of its page s // k."""
 
     @property
     def stored_bytes(self) -> int:
@@ -171,12 +176,32 @@ def _swarm(config: ArmConfig) -> Layout:
     return _of_blocks(config, *cluster_striped(clusters, config.disks, blocks=config.profile.size))
 
 
+def parts_of(packed: Layout, packing: Packing) -> Layout:
+    """The same pages on the same disks, with a block as the unit of reading."""
+    pages, page_blocks = packed.placement, packing.members.shape[1]
+    column = np.zeros(len(packing.page_of), dtype=np.int64)
+    page, at = np.nonzero(packing.members >= 0)
+    column[packing.members[page, at]] = at
+    disk_of = pages.disk_of[packing.page_of]
+    slot_of = pages.slot_of[packing.page_of] * page_blocks + column[:, None]
+    return Layout(
+        unit_of=np.arange(len(packing.page_of)),
+        unit_bytes=packed.unit_bytes // page_blocks,
+        placement=Placement(disks=pages.disks, disk_of=disk_of, slot_of=np.where(disk_of < 0, -1, slot_of)),
+        pages=packed,
+    )
+
+
 def stages(config: ArmConfig) -> dict[str, Layout]:
     """What makes `polder` out of striped pages of successive blocks, one step after another; the last is `polder` itself."""
     packing = pack(config.profile, PackConfig(page_blocks=config.page_blocks))
     of_pages = config.profile.mapped(packing.page_of, size=packing.pages)
+    return packed_stages(config, packing, of_pages, reading_order(of_pages))
+
+
+def packed_stages(config: ArmConfig, packing: Packing, of_pages: Profile, order: IntArray) -> dict[str, Layout]:
+    """`stages`, of what does not depend on the disks: pages, the profile of these, and their order on a disk."""
     disk_of = anti_affine(of_pages, config.speeds)
-    order = reading_order(of_pages)
     copies = with_replicas(disk_of, of_pages.counts(), config.speeds, share=config.replica_share)
     tables = {"packing": striped(packing.pages, config.disks), "placement": disk_of, "replicas": copies}
     packed = {
@@ -187,7 +212,11 @@ def stages(config: ArmConfig) -> dict[str, Layout]:
         )
         for name, table in tables.items()
     }
-    return {"striped": _of_pages(config, lambda pages: striped(pages, config.disks)), **packed}
+    return {
+        "striped": _of_pages(config, lambda pages: striped(pages, config.disks)),
+        **packed,
+        "parts": parts_of(packed["replicas"], packing),
+    }
 
 
 ARMS: dict[str, Callable[[ArmConfig], Layout]] = {
@@ -200,5 +229,6 @@ ARMS: dict[str, Callable[[ArmConfig], Layout]] = {
     "no-cluster": lambda config: _of_blocks(config, striped(config.profile.size, config.disks)),
     "cluster-per-disk": _cluster_per_disk,
     "swarm": _swarm,
-    "polder": lambda config: stages(config)["replicas"],
+    "polder-pages": lambda config: stages(config)["replicas"],
+    "polder": lambda config: stages(config)["parts"],
 }

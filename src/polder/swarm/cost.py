@@ -20,12 +20,17 @@ __all__ = [
     "PM9A3",
     "DiskModel",
     "bound_seconds",
+    "cheapest_runs",
     "disk_seconds",
-    "gap_slots",
+    "even_seconds",
     "page_speeds",
     "step_seconds",
     "whole_page_bound_seconds",
 ]
+
+
+_GAPS = (0, 1, 2, 4, 8, 15)
+MOST_GAP_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +61,6 @@ def page_speeds(disks: Sequence[DiskModel], page_bytes: int) -> FloatArray:
     return np.array([min(disk.requests_per_s, disk.bytes_per_s / page_bytes) for disk in disks])
 
 
-def gap_slots(disk: DiskModel, page_bytes: int) -> int:
-    """Unwanted slots that are read over in less time than another request takes."""
-    return int(disk.bytes_per_s / (disk.requests_per_s * page_bytes))
-
-
 def disk_seconds(plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int) -> FloatArray:
     """[disks]: how long each is busy."""
     seconds_per_byte = np.array([1 / disk.bytes_per_s for disk in disks])
@@ -75,6 +75,26 @@ def step_seconds(
 ) -> float:
     """Until the last disk is done, or the host with submitting and completing requests: 4 to 11 us each were measured."""
     return max(float(disk_seconds(plan, disks, page_bytes).max()), plan.runs * host_s_per_request)
+
+
+def cheapest_runs(
+    plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int, *, host_s_per_request: float = 0.0
+) -> ReadPlan:
+    """The same reads, with gaps read over where that ends the step sooner than the requests that it spares.
+
+    What a gap costs is certain for no request alone: a short run takes its turn whether or not it is longer, a long one its bytes,
+    and the host's time counts for all disks together. So some widths are tried, below 64 KiB.
+    """
+    gaps = [gap for gap in _GAPS if gap == 0 or (gap + 1) * page_bytes <= MOST_GAP_BYTES]
+    plans = [plan.merged(gap) for gap in gaps]
+    seconds = [step_seconds(tried, disks, page_bytes, host_s_per_request=host_s_per_request) for tried in plans]
+    return plans[int(np.argmin(seconds))]
+
+
+def even_seconds(plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int) -> float:
+    """What the same requests would take if all disks ended at the same moment: the least that balance can reach."""
+    speeds = page_speeds(disks, page_bytes)
+    return float(disk_seconds(plan, disks, page_bytes) @ (speeds / speeds.sum()))
 
 
 def whole_page_bound_seconds(pages: int, disks: Sequence[DiskModel], page_bytes: int) -> float:

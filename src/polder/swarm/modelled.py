@@ -9,7 +9,15 @@ import numpy as np
 
 from polder.swarm.activations import FloatArray, IntArray, Profile
 from polder.swarm.arms import Layout
-from polder.swarm.cost import DiskModel, bound_seconds, gap_slots, page_speeds, step_seconds, whole_page_bound_seconds
+from polder.swarm.cost import (
+    DiskModel,
+    bound_seconds,
+    cheapest_runs,
+    even_seconds,
+    page_speeds,
+    step_seconds,
+    whole_page_bound_seconds,
+)
 from polder.swarm.schedule import exact, plan_reads
 
 __all__ = ["Modelled", "run_steps"]
@@ -20,7 +28,9 @@ class Modelled:
     seconds: FloatArray
     """[steps]."""
     bound_s: FloatArray
-    """[steps]: reading the same bytes with all disks at full bandwidth to the end."""
+    """[steps]: reading the same units with all disks at full bandwidth to the end."""
+    even_s: FloatArray
+    """[steps]: the same requests, all disks done at the same moment."""
     whole_page_bound_s: FloatArray
     """[steps]: the same pages with a copy of each on every disk, none split."""
     useful_bytes: int
@@ -30,6 +40,10 @@ class Modelled:
     @property
     def over_bound(self) -> float:
         return float(self.seconds.sum() / self.bound_s.sum())
+
+    @property
+    def over_even(self) -> float:
+        return float(self.seconds.sum() / self.even_s.sum())
 
     @property
     def over_whole_page_bound(self) -> float:
@@ -56,14 +70,19 @@ def run_steps(
 ) -> Modelled:
     """Each step of the profile (of blocks), alone on the disks. `choose`: masks and speeds to disks, as in schedule.py."""
     speeds = page_speeds(disks, layout.unit_bytes)
-    gap = min(gap_slots(disk, layout.unit_bytes) for disk in disks)
     masks = layout.placement.masks()
-    seconds, bounds, whole = (np.zeros(profile.steps) for _ in range(3))
+    seconds, bounds, even, whole = (np.zeros(profile.steps) for _ in range(4))
     read = requests = 0
     for step, blocks in enumerate(profile):
         units = layout.units(blocks)
-        plan = plan_reads(layout.placement, units, choose(masks[units], speeds), gap_slots=gap)
+        plan = cheapest_runs(
+            plan_reads(layout.placement, units, choose(masks[units], speeds)),
+            disks,
+            layout.unit_bytes,
+            host_s_per_request=host_s_per_request,
+        )
         seconds[step] = step_seconds(plan, disks, layout.unit_bytes, host_s_per_request=host_s_per_request)
+        even[step] = even_seconds(plan, disks, layout.unit_bytes)
         bounds[step] = bound_seconds(len(units) * layout.unit_bytes, disks)
         whole[step] = whole_page_bound_seconds(len(units), disks, layout.unit_bytes)
         read += len(units) * layout.unit_bytes
@@ -71,6 +90,7 @@ def run_steps(
     return Modelled(
         seconds=seconds,
         bound_s=bounds,
+        even_s=even,
         whole_page_bound_s=whole,
         useful_bytes=len(profile.items) * block_bytes,
         read_bytes=read,

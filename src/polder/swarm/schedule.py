@@ -14,7 +14,7 @@ Sets of disks are bit masks: bit d is disk d.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -44,6 +44,13 @@ class ReadPlan:
     lost: IntArray
     """Wanted pages of which no disk in use has a copy."""
 
+    @classmethod
+    def of(cls, pages: IntArray, disks: IntArray, slots: IntArray, *, lost: IntArray, gap_slots: int = 0) -> ReadPlan:
+        """[n] pages in any order, and where each is read."""
+        order = np.lexsort((slots, disks))
+        pages, disks, slots = pages[order], disks[order], slots[order]
+        return cls(pages=pages, disks=disks, slots=slots, run_starts=_cut(disks, slots, gap_slots), lost=lost)
+
     @property
     def runs(self) -> int:
         return len(self.run_starts) - 1
@@ -56,6 +63,19 @@ class ReadPlan:
     def run_slots(self) -> IntArray:
         """[runs]: slots from the first to the last of each run, with any gap that is read over."""
         return self.slots[self.run_starts[1:] - 1] - self.slots[self.run_starts[:-1]] + 1
+
+    def gaps(self) -> tuple[IntArray, IntArray]:
+        """Disks and slots that are read over, [m] each."""
+        inside = np.ones(len(self.slots), dtype=np.bool_)
+        inside[self.run_starts[:-1]] = False
+        after = np.flatnonzero(inside)
+        widths = self.slots[after] - self.slots[after - 1] - 1
+        at = np.arange(int(widths.sum())) - np.repeat(np.cumsum(widths) - widths, widths)
+        return np.repeat(self.disks[after], widths), np.repeat(self.slots[after - 1] + 1, widths) + at
+
+    def merged(self, gap_slots: int) -> ReadPlan:
+        """The same reads with other runs: so many unwanted slots in between are read rather than skipped."""
+        return replace(self, run_starts=_cut(self.disks, self.slots, gap_slots))
 
 
 def to_read(activated: IntArray, resident: BoolArray) -> IntArray:
@@ -119,14 +139,15 @@ def plan_reads(placement: Placement, pages: IntArray, chosen: IntArray, *, gap_s
     found = chosen >= 0
     lost, pages, chosen = pages[~found], pages[found], chosen[found]
     copy = (placement.disk_of[pages] == chosen[:, None]).argmax(axis=1)
-    slots = placement.slot_of[pages, copy]
-    order = np.lexsort((slots, chosen))
-    pages, chosen, slots = pages[order], chosen[order], slots[order]
-    apart = (np.diff(chosen) != 0) | (np.diff(slots) > gap_slots + 1)
-    starts = (
-        np.concatenate(([0], np.flatnonzero(apart) + 1, [len(pages)])) if len(pages) else np.zeros(1, dtype=np.int64)
-    )
-    return ReadPlan(pages=pages, disks=chosen, slots=slots, run_starts=starts, lost=lost)
+    return ReadPlan.of(pages, chosen, placement.slot_of[pages, copy], lost=lost, gap_slots=gap_slots)
+
+
+def _cut(disks: IntArray, slots: IntArray, gap_slots: int) -> IntArray:
+    """Where runs start, and the end."""
+    if not len(slots):
+        return np.zeros(1, dtype=np.int64)
+    apart = (np.diff(disks) != 0) | (np.diff(slots) > gap_slots + 1)
+    return np.concatenate(([0], np.flatnonzero(apart) + 1, [len(slots)]))
 
 
 def _of_sets(values: FloatArray | IntArray) -> FloatArray:

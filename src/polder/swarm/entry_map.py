@@ -1,0 +1,113 @@
+"""Where entries lie: which page and which part of it. Pages are rows of a table; a page that changes is a new row.
+
+An entry is in one live page or in none. A page whose entries have all gone elsewhere is dead: its row is free for another, and the
+caller forgets its key. Keys are never used twice, so that what a disk still has of a dead page is found by nobody.
+
+Not thread-safe: the entry store's lock is held around every call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from polder.errors import IntegrityError
+from polder.swarm.activations import BoolArray, FloatArray, IntArray
+from polder.swarm.clusters import Packing
+from polder.swarm.keys import Keys
+
+__all__ = ["EntryMap"]
+
+
+class EntryMap:
+    """See above. `entries`: how many there can be; pages have `page_entries` parts each."""
+
+    def __init__(self, entries: int, page_entries: int, *, namespace: int) -> None:
+        """`namespace`: the first word of all keys; no two maps on one store may have the same."""
+        self.page_of: IntArray = np.full(entries, -1, dtype=np.int64)
+        """[entries]: the row of its page, -1 for an entry in none."""
+        self.column: IntArray = np.zeros(entries, dtype=np.int64)
+        """[entries]: which part of that page it is."""
+        self.members: IntArray = np.empty((0, page_entries), dtype=np.int64)
+        """[rows, parts]: entries, -1 where there is none (any more)."""
+        self.disk_of: IntArray = np.empty((0, 2), dtype=np.int64)
+        """[rows, 2]: disks of the first and the second copy, -1 for none. A dead row has none."""
+        self.fill: FloatArray = np.empty(0)
+        """[rows]: the part of a page that was wanted when it was read, when pages were last packed; 1 for later pages."""
+        self._serial = np.empty(0, dtype=np.uint64)
+        self._namespace, self._next = np.uint64(namespace), 1
+        self._free: list[int] = []
+
+    @property
+    def live(self) -> BoolArray:
+        """[rows]"""
+        return self.disk_of[:, 0] >= 0
+
+    def keys(self, rows: IntArray) -> Keys:
+        """[n, 2]"""
+        return np.column_stack([np.full(len(rows), self._namespace), self._serial[rows]])
+
+    def packing(self) -> Packing:
+        """All pages, dead ones empty; a copy."""
+        return Packing(members=self.members.copy(), page_of=self.page_of.copy())
+
+    def reserve(self, pages: int) -> IntArray:
+        """Rows for so many new pages, with keys of their own. They are dead until `put`."""
+        while len(self._free) < pages:
+            self._grow(max(pages, len(self._serial)))
+        rows = np.array([self._free.pop() for _ in range(pages)], dtype=np.int64)
+        self._serial[rows] = np.arange(self._next, self._next + pages, dtype=np.uint64)
+        self._next += pages
+        return rows
+
+    def cancel(self, rows: IntArray) -> None:
+        """Reserved rows that come to nothing are free again."""
+        self._free += rows.tolist()
+
+    def put(self, row: int, members: IntArray, disks: IntArray) -> IntArray:
+        """A reserved row is the page of these entries from now on ([parts], -1 for none), with copies on these [2] disks.
+
+        Returns the rows that died of it: their keys are to be forgotten, and then `cancel` makes them free.
+        """
+        ids = members[members >= 0]
+        before = np.unique(self.page_of[ids])
+        self._take_out(ids)
+        self.members[row], self.disk_of[row], self.fill[row] = members, disks, 1.0
+        self.page_of[ids], self.column[ids] = row, np.flatnonzero(members >= 0)
+        return self._buried(before[before >= 0])
+
+    def lose(self, ids: IntArray) -> IntArray:
+        """These entries are in no page any more. Returns the rows that died of it, as `put` does."""
+        rows = np.unique(self.page_of[ids])
+        self._take_out(ids)
+        return self._buried(rows[rows >= 0])
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless entries and pages name each other, and rows are live, dead or free."""
+        row, column = np.nonzero(self.members >= 0)
+        ids = self.members[row, column]
+        if not (np.array_equal(self.page_of[ids], row) and np.array_equal(self.column[ids], column)):
+            raise IntegrityError("an entry is not where its page says")
+        if len(ids) != int((self.page_of >= 0).sum()):
+            raise IntegrityError(f"{int((self.page_of >= 0).sum())} entries are in pages that have {len(ids)}")
+        holds = (self.members >= 0).any(axis=1)
+        if (holds != self.live).any() or self.live[self._free].any() or len(set(self._free)) != len(self._free):
+            raise IntegrityError("a page without entries is live, or a free one is")
+
+    def _take_out(self, ids: IntArray) -> None:
+        there = ids[self.page_of[ids] >= 0]
+        self.members[self.page_of[there], self.column[there]] = -1
+        self.page_of[ids] = -1
+
+    def _buried(self, rows: IntArray) -> IntArray:
+        dead = rows[(self.members[rows] < 0).all(axis=1)]
+        self.disk_of[dead] = -1
+        return dead
+
+    def _grow(self, more: int) -> None:
+        more = max(more, 64)
+        first = len(self._serial)
+        self._free += range(first + more - 1, first - 1, -1)
+        self._serial = np.concatenate([self._serial, np.zeros(more, dtype=np.uint64)])
+        self.fill = np.concatenate([self.fill, np.ones(more)])
+        self.members = np.concatenate([self.members, np.full((more, self.members.shape[1]), -1, dtype=np.int64)])
+        self.disk_of = np.concatenate([self.disk_of, np.full((more, 2), -1, dtype=np.int64)])

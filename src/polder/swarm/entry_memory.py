@@ -1,0 +1,92 @@
+"""Entries in DRAM: a slot each, in one arena of fixed size. Who stays is the caller's choice.
+
+Not thread-safe: the entry store's lock is held around every call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from polder.errors import BudgetError, IntegrityError
+from polder.swarm.activations import BoolArray, IntArray
+from polder.swarm.io import Arena
+from polder.units import format_bytes
+
+__all__ = ["EntryMemory"]
+
+
+class EntryMemory:
+    """See above."""
+
+    def __init__(self, entries: int, *, size_bytes: int, entry_bytes: int) -> None:
+        """Raises ConfigError unless entries are multiples of 4096 bytes, and one fits."""
+        self._arena = Arena(size_bytes // entry_bytes, entry_bytes)
+        self.slot_of: IntArray = np.full(entries, -1, dtype=np.int64)
+        """[entries]: -1 for one that is not here."""
+        self._free = np.arange(len(self._arena.addresses))[::-1].copy()
+        self._free_count = len(self._free)
+        self._held: IntArray = self._free[:0]
+
+    @property
+    def bytes(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """[slots, entry_bytes]"""
+        return self._arena.bytes
+
+    @property
+    def slots(self) -> int:
+        return len(self._free)
+
+    @property
+    def free(self) -> int:
+        """Slots."""
+        return self._free_count
+
+    @property
+    def present(self) -> BoolArray:
+        """[entries]"""
+        present: BoolArray = self.slot_of >= 0
+        return present
+
+    def addresses(self, ids: IntArray) -> IntArray:
+        """[n] of entries that are here."""
+        return self._arena.addresses[self.slot_of[ids]]
+
+    def take(self, ids: IntArray) -> None:
+        """Gives slots to entries that have none; what is in them is anything. Raises BudgetError when there are too few."""
+        if len(ids) > self._free_count:
+            size = self._arena.page_bytes
+            raise BudgetError(
+                f"{format_bytes(len(ids) * size)} of entries are wanted at once, {format_bytes(self._free_count * size)} are "
+                f"free beside what stays: raise memory_bytes, lower hot_bytes, or read them in parts"
+            )
+        self._free_count -= len(ids)
+        self.slot_of[ids] = self._free[self._free_count : self._free_count + len(ids)]
+
+    def release(self, ids: IntArray) -> None:
+        """Of those that are here."""
+        slots = self.slot_of[ids]
+        self._give_back(slots[slots >= 0])
+        self.slot_of[ids] = -1
+
+    def hold_back(self, ids: IntArray) -> None:
+        """As `release`, of entries that a disk may still write to: nobody gets their slots before `settle`."""
+        self._held = np.concatenate([self._held, self.slot_of[ids]])
+        self.slot_of[ids] = -1
+
+    def settle(self, unsettled: IntArray) -> None:
+        """Gives back what was held, but for slots at these addresses."""
+        if len(self._held):
+            still = np.isin(self._arena.addresses[self._held], unsettled)
+            self._give_back(self._held[~still])
+            self._held = self._held[still]
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every slot is free, held, or has one entry."""
+        held = np.concatenate([self.slot_of[self.slot_of >= 0], self._held])
+        every = np.sort(np.concatenate([held, self._free[: self._free_count]]))
+        if not np.array_equal(every, np.arange(self.slots)):
+            raise IntegrityError(f"{len(held)} entries and {self._free_count} free slots of {self.slots}")
+
+    def _give_back(self, slots: IntArray) -> None:
+        self._free[self._free_count : self._free_count + len(slots)] = slots
+        self._free_count += len(slots)

@@ -1,0 +1,199 @@
+"""Pages of entries on the disks of a store: written whole, read in parts, found by the map.
+
+A page that is written is found by nobody before the map says so, and a page that died is forgotten by the disks only after. So
+whoever reads by what the map said a moment ago finds the bytes, or nothing and looks again.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from polder.errors import ConfigError
+from polder.swarm.activations import BoolArray, FloatArray, IntArray
+from polder.swarm.cost import DiskModel, cheapest_runs, page_speeds
+from polder.swarm.entry_map import EntryMap
+from polder.swarm.schedule import ReadPlan, exact
+from polder.swarm.store import DiskStore, Places
+
+__all__ = ["EntryConfig", "EntryFigures", "EntryPages"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryConfig:
+    """Raises ConfigError for what cannot be meant."""
+
+    disks: tuple[DiskModel, ...]
+    """How fast each disk of the store is: published, or measured."""
+    memory_bytes: int
+    """Of DRAM: what is hot, what a step reads, what is read ahead."""
+    hot_bytes: int
+    """Of it, at most, for entries that stay from step to step."""
+    ahead_bytes: int = 0
+    """Of it, at most, for entries that are read ahead."""
+    replica_share: float = 0.10
+    """Of pages, with a second copy; none on a single disk."""
+    learn_steps: int = 200
+    """Pages are packed by so many steps: the first, and those after it was noticed that reading has changed. 64 are too few."""
+    ring_steps: int = 512
+    """Remembered; the first packing learns from as many."""
+    voting_steps: int = 64
+    """Remembered to read ahead."""
+    drift: float = 1.25
+    """What has aged is packed again when a step reads so many times the pages an entry that it did after the last packing."""
+    halflife_steps: float = 1.0
+    """Of the hot set's counts: see BenefitSet."""
+    host_s_per_request: float = 0.0
+    """What a request costs this process. Where requests take longer than the disks, gaps are read over."""
+
+    def __post_init__(self) -> None:
+        if min(self.hot_bytes, self.ahead_bytes) < 0 or self.hot_bytes + self.ahead_bytes >= self.memory_bytes:
+            raise ConfigError(
+                f"entries: hot_bytes {self.hot_bytes} and ahead_bytes {self.ahead_bytes} leave nothing of memory_bytes "
+                f"{self.memory_bytes} for what a step reads"
+            )
+        if not 1 <= self.learn_steps <= self.ring_steps:
+            raise ConfigError(
+                f"entries: learn_steps {self.learn_steps}; write a number up to ring_steps, {self.ring_steps}"
+            )
+
+
+@dataclass(kw_only=True)
+class EntryFigures:
+    """Counted since the start."""
+
+    steps: int = 0
+    wanted: int = 0
+    resident: int = 0
+    """Of these, in memory since the step before or longer."""
+    ahead: int = 0
+    """Of these, read ahead."""
+    lost: int = 0
+    """Of these, not to be had."""
+    read_ahead: int = 0
+    """Entries; less `ahead` they were read in vain."""
+    requests: int = 0
+    """To all disks."""
+    packed: int = 0
+    """How often pages were packed, all or those that had aged."""
+    rewritten_pages: int = 0
+
+
+class EntryPages:
+    """See above. Thread-safe."""
+
+    def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int, number: int) -> None:
+        """As EntryStore. Raises ConfigError when the store has other disks."""
+        if len(config.disks) != len(store.config.disks):
+            raise ConfigError(f"entries: models of {len(config.disks)} disks for a store on {len(store.config.disks)}")
+        self.store, self.config = store, config
+        self.page_entries, self.entry_bytes = store.config.parts, store.config.part_bytes
+        self.map = EntryMap(entries, self.page_entries, namespace=number)
+        self.figures = EntryFigures()
+        self.lock = threading.Lock()
+        """Of map and figures, and of what else the entry store has; never held while a disk is waited for."""
+        self._speeds = page_speeds(config.disks, self.entry_bytes)
+
+    def deal(self, pages: int) -> IntArray:
+        """[pages, 2] disks for pages of which nothing is known yet: one copy each, where there is least for its speed."""
+        with self.lock:
+            held = np.bincount(self.map.disk_of[self.map.live, 0], minlength=len(self._speeds)).astype(np.float64)
+        disks = np.full((pages, 2), -1, dtype=np.int64)
+        for page in range(pages):
+            disks[page, 0] = np.where(self.store.writable, (held + 1) / self._speeds, np.inf).argmin()
+            held[disks[page, 0]] += 1
+        return disks
+
+    def put(self, members: IntArray, sources: IntArray, addresses: IntArray, disks: IntArray, fill: FloatArray) -> int:
+        """Writes [n, parts] entries, -1 for none, that lie at [n] addresses, to [n, 2] disks; they are found there from now on.
+
+        `sources`: the page that each was in when its bytes were taken. One that has gone elsewhere since stays where it is. Where
+        the disk of the first copy does not take a page the others are tried; if none does, all stays as it was. Returns pages.
+        """
+        with self.lock:
+            rows = self.map.reserve(len(members))
+            keys = self.map.keys(rows)
+        done = self.store.write(keys, addresses, disks[:, 0])
+        count = len(self._speeds)
+        for other in range(1, count):
+            again = np.flatnonzero(~done)
+            if len(again):
+                done[again] = self.store.write(keys[again], addresses[again], (disks[again, 0] + other) % count)
+        twice = np.flatnonzero(done & (disks[:, 1] >= 0))
+        if len(twice):
+            self.store.write(keys[twice], addresses[twice], disks[twice, 1])
+        present = self.store.lookup(keys).present
+        done &= present.any(axis=1)
+        dead = [rows[~done]]
+        with self.lock:
+            for page in np.flatnonzero(done).tolist():
+                valid = np.where(self.map.page_of[members[page]] == sources[page], members[page], -1)
+                if (valid < 0).all():
+                    dead.append(rows[page : page + 1])
+                    continue
+                on = np.flatnonzero(present[page])
+                on = on[np.argsort(on != disks[page, 0], kind="stable")]
+                dead.append(self.map.put(int(rows[page]), valid, np.append(on, -1)[:2]))
+                self.map.fill[rows[page]] = fill[page]
+        self.bury(np.concatenate(dead))
+        return int(done.sum())
+
+    def bury(self, rows: IntArray) -> None:
+        """Rows of the map that died: the disks forget them."""
+        if len(rows):
+            with self.lock:
+                keys = self.map.keys(rows)
+            self.store.forget(keys)
+            with self.lock:
+                self.map.cancel(rows)
+
+    def fetch(self, ids: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
+        """Reads [n] entries to [n] addresses, from the disks that are done soonest. Returns which arrived.
+
+        `spare`: addresses for unwanted entries in between. Entries of which no disk has a copy are lost to the map, too.
+        """
+        ok = np.zeros(len(ids), dtype=np.bool_)
+        left = np.arange(len(ids))
+        while len(left):
+            with self.lock:
+                pages = self.map.page_of[ids[left]]
+                left, pages = left[pages >= 0], pages[pages >= 0]
+                keys, part = self.map.keys(pages), self.map.column[ids[left]]
+            places = self.store.lookup(keys)
+            ok[left] = self._read_parts(places, part, addresses[left], spare)
+            with self.lock:
+                page_now = self.map.page_of[ids[left]]
+                absent = ~self.store.lookup(keys).present.any(axis=1) & ~ok[left] & (page_now == pages)
+                dead = self.map.lose(ids[left[absent]])
+            self.bury(dead)
+            left = left[~ok[left] & (page_now != pages)]  # moved meanwhile: it is read where it is now
+        return ok
+
+    def _read_parts(self, places: Places, part: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
+        count, parts = len(part), self.page_entries
+        on = exact(places.present @ (np.int64(1) << np.arange(len(self._speeds))), self._speeds)
+        rows = np.flatnonzero(on >= 0)
+        page_slot = places.slots[rows, on[rows]]
+        plan = ReadPlan.of(rows, on[rows], page_slot * parts + part[rows], lost=rows[:0])
+        best = cheapest_runs(
+            plan, self.config.disks, self.entry_bytes, host_s_per_request=self.config.host_s_per_request
+        )
+        gap_disks, gap_slots = best.gaps()
+        if len(gap_slots) > len(spare):
+            best, gap_disks, gap_slots = plan, gap_disks[:0], gap_slots[:0]
+        with self.lock:
+            self.figures.requests += best.runs
+        # A gap is narrower than a page, so it belongs to the page before it or to the one after it, which are both wanted.
+        code = on[rows] * (1 << 40) + page_slot
+        order = np.argsort(code, kind="stable")
+        owner = rows[order[np.searchsorted(code[order], gap_disks * (1 << 40) + gap_slots // parts)]]
+        every = np.concatenate([np.arange(count), owner])
+        good = self.store.read(
+            Places(keys=places.keys[every], slots=places.slots[every], generations=places.generations[every]),
+            np.concatenate([addresses, spare[: len(owner)]]),
+            np.concatenate([on, gap_disks]),
+            np.concatenate([part, gap_slots % parts]),
+        )
+        return good[:count]

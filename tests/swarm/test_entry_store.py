@@ -1,0 +1,404 @@
+"""Entries in parts of pages: what is read is what was written, wherever upkeep has put it meanwhile and whatever disks do."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from polder.errors import BudgetError, ConfigError, IntegrityError
+from polder.swarm.cost import PM9A3, DiskModel
+from polder.swarm.disk import DiskConfig
+from polder.swarm.engine import ThreadEngine
+from polder.swarm.entry_map import EntryMap
+from polder.swarm.entry_memory import EntryMemory
+from polder.swarm.entry_pages import EntryConfig
+from polder.swarm.entry_store import EntryStore
+from polder.swarm.entry_upkeep import EntryUpkeep
+from polder.swarm.layout import SLAB
+from polder.swarm.store import DiskStore, StoreConfig
+from polder.testing.disks import DiskModel as EmulatedModel
+from polder.testing.disks import EmulatedDisk, EmulatedEngine, VirtualClock
+
+ENTRY, PARTS = 4096, 16
+Bytes = npt.NDArray[np.uint8]
+
+
+def content(ids: Sequence[int] | npt.NDArray[np.int64], version: int = 0) -> Bytes:
+    """[n, ENTRY]: no two entries or versions have the same bytes."""
+    words = np.arange(ENTRY // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    names = (np.asarray(ids).astype(np.uint64) << np.uint64(8)) + np.uint64(version)
+    return (names[:, None] * np.uint64(0xC2B2AE3D27D4EB4F) ^ words).view(np.uint8)
+
+
+class Rig:
+    """Entries on emulated disks that take no time."""
+
+    def __init__(
+        self, folder: Path, *, entries: int, disks: int = 3, limit_bytes: int = 8 << 20, number: int = 1, **config: int
+    ) -> None:
+        clock = VirtualClock()
+        self.disks = [EmulatedDisk(EmulatedModel(bandwidth_bytes_per_s=1e9), clock=clock) for _ in range(disks)]
+        self.folders = [folder / str(disk) for disk in range(disks)]
+        for directory in self.folders:
+            directory.mkdir(exist_ok=True)
+        self.store = DiskStore(
+            StoreConfig(
+                disks=tuple(DiskConfig(directory=directory, limit_bytes=limit_bytes) for directory in self.folders),
+                page_bytes=PARTS * ENTRY,
+                parts=PARTS,
+                namespace="entries",
+            ),
+            engine=EmulatedEngine(ThreadEngine(2), self.disks),
+        )
+        chosen = {"memory_bytes": 96 * ENTRY, "hot_bytes": 16 * ENTRY} | config
+        self.entries = EntryStore(
+            self.store, EntryConfig(disks=(PM9A3,) * disks, **chosen), entries=entries, number=number
+        )
+        self.upkeep = EntryUpkeep(self.entries, pages_at_once=4)
+
+    def check(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Reads them; what comes is right. Which came."""
+        found = self.entries.read(ids)
+        assert np.array_equal(self.entries.memory.bytes[found.rows[found.ok]], content(ids[found.ok]))
+        return found.ok
+
+    def close(self) -> None:
+        self.entries.close()
+        self.store.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path, entries=400)
+    yield made
+    made.close()
+
+
+# ---------------------------------------------------------------------- random sequences
+
+
+class Model(RuleBasedStateMachine):
+    """Writes, reads, reads ahead, upkeep, corrupted slabs, disks that die: never another byte, and nothing lost without a fault."""
+
+    ids = st.sets(st.integers(0, 159), min_size=1, max_size=40).map(lambda ids: np.array(sorted(ids)))
+
+    @initialize()
+    def start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        config = {"learn_steps": 3, "ring_steps": 8, "ahead_bytes": 8 * ENTRY}
+        self.rig = Rig(Path(self.folder.name), entries=160, **config)
+        self.there: set[int] = set()
+        self.faults = False
+
+    @rule(ids=ids)
+    def write(self, ids: npt.NDArray[np.int64]) -> None:
+        fresh = np.array([i for i in ids.tolist() if i not in self.there], dtype=np.int64)
+        ok = self.rig.entries.write(fresh, content(fresh))
+        assert ok.all() or self.faults
+        self.there |= set(fresh[ok].tolist())
+
+    @rule()
+    def flush(self) -> None:
+        self.rig.entries.flush()
+
+    @rule(ids=ids)
+    def read(self, ids: npt.NDArray[np.int64]) -> None:
+        ok = self.rig.check(ids)
+        expected = np.isin(ids, list(self.there))
+        assert not (ok & ~expected).any()
+        assert self.faults or np.array_equal(ok, expected)
+        self._forget_lost(ids[expected & ~ok])
+
+    def _forget_lost(self, ids: npt.NDArray[np.int64]) -> None:
+        """Those that the map gave up can be written again."""
+        gone = ids[self.rig.entries.map.page_of[ids] < 0]
+        self.there -= set(gone.tolist())
+
+    @rule(ids=ids)
+    def ahead(self, ids: npt.NDArray[np.int64]) -> None:
+        self.rig.entries.read_ahead(ids)
+
+    @rule()
+    def tend(self) -> None:
+        self.rig.upkeep.tend()
+        self._sync()
+
+    @rule(disk=st.integers(0, 2), at=st.integers(0, (2 << 20) - 1))
+    def corrupt(self, disk: int, at: int) -> None:
+        with open(self.rig.folders[disk] / SLAB, "r+b") as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+        self.faults = True
+
+    @rule(disk=st.integers(0, 1))
+    def die(self, disk: int) -> None:
+        self.rig.disks[disk].die()
+        self.faults = True
+
+    def _sync(self) -> None:
+        """Upkeep may find that something is lost, too."""
+        if self.faults:
+            self.rig.entries.read_ahead(np.empty(0, dtype=np.int64))  # waits for what is under way
+            lost = [i for i in self.there if self.rig.entries.map.page_of[i] < 0 and not self.rig.entries._unwritten[i]]
+            self.there -= {i for i in lost if not self.rig.entries.memory.present[i]}
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.entries.check_integrity()
+            self.rig.store.check_integrity()
+
+    def teardown(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.close()
+            self.folder.cleanup()
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+# ---------------------------------------------------------------------- packing, aging
+
+
+def fill(rig: Rig, entries: int) -> None:
+    for at in range(0, entries, 64):
+        ids = np.arange(at, min(entries, at + 64))
+        assert rig.entries.write(ids, content(ids)).all()
+    rig.entries.flush()
+
+
+def test_what_is_read_together_comes_to_lie_together_and_again_after_reading_has_changed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    groups = rng.permutation(1024).reshape(64, 16)
+    sizes = {"memory_bytes": 512 * ENTRY, "hot_bytes": 0, "learn_steps": 100, "ring_steps": 200}
+    rig = Rig(tmp_path, entries=1024, limit_bytes=16 << 20, **sizes)
+    fill(rig, 1024)
+    requests = []
+    for step in range(460):
+        if step == 200:
+            groups[:40] = rng.permutation(groups[:40].reshape(-1)).reshape(40, 16)
+        ids = np.sort(groups[rng.choice(64, 6, replace=False)].reshape(-1))
+        before = rig.entries.figures.requests
+        assert rig.check(ids).all()
+        requests.append((rig.entries.figures.requests - before) / len(ids))
+        if step % 4 == 0:
+            rig.upkeep.tend()
+    rig.entries.check_integrity()
+    figures = rig.entries.figures
+    mean = {at: float(np.mean(requests[at : at + 40])) for at in (60, 160, 200, 420)}
+    rig.close()
+    assert figures.packed >= 2
+    assert figures.lost == 0
+    assert mean[160] < 0.2 * mean[60], "packed once"
+    assert mean[200] > 3 * mean[160], "groups changed"
+    assert mean[420] < 0.5 * mean[200], "packed again"
+
+
+def test_pages_that_have_not_aged_stay_where_they_are(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, entries=512, memory_bytes=256 * ENTRY, learn_steps=64, hot_bytes=0)
+    fill(rig, 512)
+    rng = np.random.default_rng(3)
+    groups = rng.permutation(512).reshape(32, 16)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            rig.check(np.sort(groups[rng.choice(32, 4, replace=False)].reshape(-1)))
+
+    steps(64)
+    while rig.upkeep.tend():
+        pass
+    pages = rig.entries.map.page_of.copy()
+    steps(80)
+    assert not rig.upkeep.tend(), "nothing has aged"
+    assert rig.entries.drift is not None
+    changed, groups[:8] = np.arange(8), rng.permutation(groups[:8].reshape(-1)).reshape(8, 16)
+    steps(60)
+    assert rig.entries.drift.drifted
+    assert not rig.upkeep.tend(), "too little is known of it yet"
+    steps(64)
+    while rig.upkeep.tend():
+        pass
+    stayed = groups[8:].reshape(-1)
+    assert (rig.entries.map.page_of[stayed] == pages[stayed]).mean() > 0.8
+    assert (rig.entries.map.page_of[groups[changed].reshape(-1)] != pages[groups[changed].reshape(-1)]).mean() > 0.8
+    rig.close()
+
+
+def test_upkeep_in_another_thread_loses_nothing(tmp_path: Path) -> None:
+    sizes = {
+        "memory_bytes": 256 * ENTRY,
+        "hot_bytes": 32 * ENTRY,
+        "learn_steps": 10,
+        "ring_steps": 32,
+    }
+    rig = Rig(tmp_path, entries=1024, limit_bytes=16 << 20, **sizes)
+    fill(rig, 1024)
+    over = threading.Event()
+    failed: list[BaseException] = []
+
+    def tend() -> None:
+        try:
+            while not over.is_set():
+                rig.upkeep.tend()
+                if rig.entries.figures.packed and rig.upkeep._round is None:
+                    rig.entries.figures.packed = 0  # as if nothing had been packed: round after round
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=tend)
+    thread.start()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        start = int(rng.integers(0, 900))
+        assert rig.check(np.unique(np.concatenate([np.arange(start, start + 60), rng.integers(0, 1024, 40)]))).all()
+    over.set()
+    thread.join()
+    assert not failed
+    assert rig.entries.figures.rewritten_pages > 64
+    rig.entries.check_integrity()
+    rig.close()
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_what_followed_is_read_ahead_within_its_budget(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, entries=400, ahead_bytes=24 * ENTRY, hot_bytes=0)
+    fill(rig, 400)
+    cycle = [np.arange(at, at + 20) for at in (0, 100, 200, 300)]
+    for step in range(12):
+        before = rig.entries.figures.read_ahead
+        rig.entries.read_ahead(cycle[(step - 1) % 4])
+        assert rig.check(cycle[step % 4]).all()
+        assert rig.entries.figures.read_ahead - before <= 24
+    figures = rig.entries.figures
+    assert figures.ahead == 20 * 8, "from the second round on"
+    assert figures.ahead <= figures.read_ahead
+    rig.close()
+
+
+def test_a_step_that_memory_cannot_hold_is_refused_with_what_to_do(rig: Rig) -> None:
+    fill(rig, 400)
+    with pytest.raises(BudgetError, match="raise memory_bytes"):
+        rig.entries.read(np.arange(200))
+    assert rig.check(np.arange(50)).all()
+
+
+def test_what_stays_is_found_without_a_request_and_memory_is_bounded(rig: Rig) -> None:
+    fill(rig, 400)
+    assert rig.check(np.arange(16)).all()
+    before = rig.entries.figures.requests
+    for _ in range(3):
+        assert rig.check(np.arange(16)).all()
+    assert rig.entries.figures.requests == before
+    assert rig.entries.figures.resident == 48
+    assert int(rig.entries.memory.present.sum()) <= rig.entries.memory.slots
+
+
+def test_an_entry_of_a_dead_disk_is_lost_and_can_be_written_again(rig: Rig) -> None:
+    fill(rig, 400)
+    rig.disks[1].die()
+    ids = np.arange(48)
+    for _ in range(12):  # until the disk is out
+        ok = rig.check(ids)
+        if (rig.entries.map.page_of[ids[~ok]] < 0).all() and not ok.all():
+            break
+    lost = ids[~ok]
+    assert len(lost)
+    assert rig.entries.figures.lost >= len(lost)
+    assert rig.entries.write(lost, content(lost)).all()
+    rig.entries.flush()
+    assert rig.check(ids).all()
+
+
+def test_what_is_stored_is_not_written_again(rig: Rig) -> None:
+    rig.entries.write(np.arange(20), content(range(20)))
+    for ids in ([3], [18]):  # in a page, and waiting for one
+        with pytest.raises(ConfigError, match="written again"):
+            rig.entries.write(np.array(ids), content(ids))
+
+
+def test_two_contexts_on_one_store_do_not_meet(tmp_path: Path) -> None:
+    one = Rig(tmp_path, entries=64)
+    other = EntryStore(one.store, one.entries.config, entries=64, number=2)
+    fill(one, 64)
+    other.write(np.arange(32), content(range(32), version=1))
+    assert one.check(np.arange(64)).all()
+    found = other.read(np.arange(32))
+    assert np.array_equal(other.memory.bytes[found.rows], content(range(32), version=1))
+    other.close()
+    one.close()
+
+
+def test_sizes_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave nothing"):
+        EntryConfig(disks=(PM9A3,), memory_bytes=8192, hot_bytes=4096, ahead_bytes=4096)
+    with pytest.raises(ConfigError, match="ring_steps"):
+        EntryConfig(disks=(PM9A3,), memory_bytes=8192, hot_bytes=0, learn_steps=600)
+    rig = Rig(tmp_path, entries=8)
+    with pytest.raises(ConfigError, match="2 disks"):
+        EntryStore(rig.store, EntryConfig(disks=(PM9A3,) * 2, memory_bytes=8192, hot_bytes=0), entries=8, number=1)
+    rig.close()
+
+
+def test_requests_are_spared_where_the_host_is_what_takes_the_time(tmp_path: Path) -> None:
+    sparse = np.arange(0, 400, 3)[:40]
+    counts = []
+    for name, host in (("disk", 0.0), ("host", 1e-3)):
+        (tmp_path / name).mkdir()
+        rig = Rig(tmp_path / name, entries=400, disks=1)
+        fill(rig, 400)
+        slow = DiskModel(bytes_per_s=6.9e9, requests_per_s=1.1e6)
+        config = EntryConfig(disks=(slow,), memory_bytes=96 * ENTRY, hot_bytes=0, host_s_per_request=host)
+        other = EntryStore(rig.store, config, entries=400, number=9)
+        for at in range(0, 400, 80):
+            other.write(np.arange(at, at + 80), content(range(at, at + 80)))
+        found = other.read(sparse)
+        assert np.array_equal(other.memory.bytes[found.rows], content(sparse))
+        counts.append(other.figures.requests)
+        other.close()
+        rig.close()
+    assert counts[1] < counts[0] / 4
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def test_books_that_do_not_add_up_are_found() -> None:
+    table = EntryMap(8, 4, namespace=1)
+    (row,) = table.reserve(1)
+    table.put(int(row), np.array([0, 1, 2, -1]), np.array([0, -1]))
+    table.check_integrity()
+    table.page_of[5] = row
+    with pytest.raises(IntegrityError):
+        table.check_integrity()
+    memory = EntryMemory(8, size_bytes=4 * ENTRY, entry_bytes=ENTRY)
+    memory.take(np.array([1]))
+    memory.check_integrity()
+    memory.slot_of[2] = memory.slot_of[1]
+    with pytest.raises(IntegrityError):
+        memory.check_integrity()
+
+
+def test_a_slot_that_a_disk_may_still_write_to_is_given_to_nobody() -> None:
+    memory = EntryMemory(8, size_bytes=2 * ENTRY, entry_bytes=ENTRY)
+    memory.take(np.array([0, 1]))
+    address = memory.addresses(np.array([0]))
+    memory.hold_back(np.array([0]))
+    memory.settle(address)
+    assert memory.free == 0
+    memory.settle(address[:0])
+    assert memory.free == 1
+    memory.check_integrity()
