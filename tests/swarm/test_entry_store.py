@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from polder.errors import BudgetError, ConfigError, IntegrityError
+from polder.swarm import entry_map
 from polder.swarm.cost import PM9A3, DiskModel
 from polder.swarm.disk import DiskConfig
 from polder.swarm.engine import ThreadEngine
@@ -43,7 +44,7 @@ class Rig:
     """Entries on emulated disks that take no time."""
 
     def __init__(
-        self, folder: Path, *, entries: int, disks: int = 3, limit_bytes: int = 8 << 20, number: int = 1, **config: int
+        self, folder: Path, *, entries: int, disks: int = 3, limit_bytes: int = 8 << 20, **config: int
     ) -> None:
         clock = VirtualClock()
         self.disks = [EmulatedDisk(EmulatedModel(bandwidth_bytes_per_s=1e9), clock=clock) for _ in range(disks)]
@@ -60,9 +61,7 @@ class Rig:
             engine=EmulatedEngine(ThreadEngine(2), self.disks),
         )
         chosen = {"memory_bytes": 96 * ENTRY, "hot_bytes": 16 * ENTRY} | config
-        self.entries = EntryStore(
-            self.store, EntryConfig(disks=(PM9A3,) * disks, **chosen), entries=entries, number=number
-        )
+        self.entries = EntryStore(self.store, EntryConfig(disks=(PM9A3,) * disks, **chosen), entries=entries)
         self.upkeep = EntryUpkeep(self.entries, pages_at_once=4)
 
     def check(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -323,16 +322,121 @@ def test_an_entry_of_a_dead_disk_is_lost_and_can_be_written_again(rig: Rig) -> N
     assert rig.check(ids).all()
 
 
-def test_what_is_stored_is_not_written_again(rig: Rig) -> None:
+def test_what_is_stored_stays_as_it_is_and_nothing_is_written_twice_at_a_time(rig: Rig) -> None:
     rig.entries.write(np.arange(20), content(range(20)))
-    for ids in ([3], [18]):  # in a page, and waiting for one
-        with pytest.raises(ConfigError, match="written again"):
-            rig.entries.write(np.array(ids), content(ids))
+    again = np.array([3, 18, 40])  # in a page, waiting for one, new
+    assert rig.entries.write(again, np.concatenate([content([3, 18], version=1), content([40])])).all()
+    assert rig.check(np.array([3, 18, 40])).all()
+    with pytest.raises(ConfigError, match="twice"):
+        rig.entries.write(np.array([50, 50]), content([50, 50]))
+    rig.entries.check_integrity()
+
+
+def test_a_later_process_on_the_same_disks_finds_nothing_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Rig(tmp_path, entries=64)
+    one.entries.write(np.arange(64), content(range(64), version=1))
+    one.store.close()  # as if it had been killed
+    monkeypatch.setattr(entry_map, "_PROCESS", np.uint64(1))
+    other = Rig(tmp_path, entries=64)
+    assert sum(disk.used for disk in other.store.statistics()) == 0, "what it left takes no room"
+    fill(other, 64)
+    beside = EntryStore(other.store, other.entries.config, entries=8)
+    assert other.check(np.arange(64)).all(), "what another one of this process has stays"
+    beside.close()
+    other.entries.close()
+    assert sum(disk.used for disk in other.store.statistics()) == 0
+    other.store.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_after_a_read_that_was_broken_off_nothing_is_taken_for_read(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    fill(rig, 400)
+    real = rig.entries.pages.fetch
+
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rig.entries.pages, "fetch", broken)
+    with pytest.raises(error):
+        rig.entries.read(np.arange(16))
+    monkeypatch.setattr(rig.entries.pages, "fetch", real)
+    assert rig.check(np.arange(16)).all()
+    rig.entries.check_integrity()
+
+
+def test_a_full_disk_refuses_entries_and_evicts_none(tmp_path: Path) -> None:
+    sizes = {"memory_bytes": 256 * ENTRY, "hot_bytes": 0, "learn_steps": 4}
+    rig = Rig(tmp_path, entries=4000, disks=2, limit_bytes=6 << 20, **sizes)
+    room = int(rig.store.free.sum()) * PARTS
+    stored = rig.entries.write(np.arange(4000), content(range(4000)))
+    rig.entries.flush()
+    assert room - PARTS <= stored.sum() <= room + PARTS
+    there = np.flatnonzero(stored)
+    for _ in range(6):
+        assert rig.check(there[:100]).all()
+    assert not rig.upkeep.tend(), "there is no room to pack"
+    assert rig.entries.figures.without_room
+    for at in range(0, len(there), 200):
+        assert rig.check(there[at : at + 200]).all()
+    rig.close()
+
+
+def test_steps_longer_than_the_rings_are_read_and_packed_all_the_same(tmp_path: Path) -> None:
+    sizes = {"memory_bytes": 400 * ENTRY, "hot_bytes": 0, "learn_steps": 20, "ring_entries": 1000, "ahead_bytes": ENTRY}
+    rig = Rig(tmp_path, entries=512, limit_bytes=16 << 20, **sizes)
+    fill(rig, 512)
+    rng = np.random.default_rng(0)
+    for _ in range(24):
+        wanted = np.sort(rng.choice(512, 120, replace=False))
+        rig.entries.read_ahead(wanted)
+        assert rig.check(wanted).all()
+    while rig.upkeep.tend():
+        pass
+    assert rig.entries.figures.packed == 1
+    assert rig.check(np.arange(300)).all()
+    rig.close()
+
+
+def test_the_only_copy_of_a_page_is_kept_however_cold_it_is(tmp_path: Path) -> None:
+    sizes = {"memory_bytes": 256 * ENTRY, "hot_bytes": 0, "learn_steps": 40}
+    rig = Rig(tmp_path, entries=512, limit_bytes=16 << 20, **sizes)
+    fill(rig, 512)
+    rng = np.random.default_rng(1)
+    groups = rng.permutation(512).reshape(32, 16)
+    weights = np.where(np.arange(32) < 4, 8.0, 1.0)
+    for _ in range(120):
+        rig.check(np.sort(groups[rng.choice(32, 6, replace=False, p=weights / weights.sum())].reshape(-1)))
+        rig.upkeep.tend()
+    twice = np.flatnonzero(rig.entries.map.disk_of[:, 1] >= 0)
+    assert len(twice)
+    rig.store.forget(rig.entries.map.keys(twice), rig.entries.map.disk_of[twice, 0])  # the first copies go
+    rig.upkeep._cool(twice)
+    assert rig.store.lookup(rig.entries.map.keys(twice)).present.any(axis=1).all()
+    rig.close()
+
+
+def test_what_is_read_ahead_keeps_its_budget_and_makes_way_for_a_step(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, entries=400, memory_bytes=64 * ENTRY, ahead_bytes=16 * ENTRY, hot_bytes=0)
+    fill(rig, 400)
+    for _ in range(2):
+        for at in (0, 100):
+            rig.entries.read_ahead(np.arange(at + 50, at + 60))
+            assert rig.check(np.arange(at, at + 16)).all()
+    for at in (0, 100, 0, 100):
+        rig.entries.read_ahead(np.arange(at + 50, at + 60))
+        rig.entries.wait()
+        assert rig.entries._kept_ahead.sum() <= 16
+    assert rig.check(np.arange(200, 264)).all(), "as long as memory"
+    rig.close()
 
 
 def test_two_contexts_on_one_store_do_not_meet(tmp_path: Path) -> None:
     one = Rig(tmp_path, entries=64)
-    other = EntryStore(one.store, one.entries.config, entries=64, number=2)
+    other = EntryStore(one.store, one.entries.config, entries=64)
     fill(one, 64)
     other.write(np.arange(32), content(range(32), version=1))
     assert one.check(np.arange(64)).all()
@@ -349,7 +453,7 @@ def test_sizes_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
         EntryConfig(disks=(PM9A3,), memory_bytes=8192, hot_bytes=0, learn_steps=600)
     rig = Rig(tmp_path, entries=8)
     with pytest.raises(ConfigError, match="2 disks"):
-        EntryStore(rig.store, EntryConfig(disks=(PM9A3,) * 2, memory_bytes=8192, hot_bytes=0), entries=8, number=1)
+        EntryStore(rig.store, EntryConfig(disks=(PM9A3,) * 2, memory_bytes=8192, hot_bytes=0), entries=8)
     rig.close()
 
 
@@ -362,7 +466,7 @@ def test_requests_are_spared_where_the_host_is_what_takes_the_time(tmp_path: Pat
         fill(rig, 400)
         slow = DiskModel(bytes_per_s=6.9e9, requests_per_s=1.1e6)
         config = EntryConfig(disks=(slow,), memory_bytes=96 * ENTRY, hot_bytes=0, host_s_per_request=host)
-        other = EntryStore(rig.store, config, entries=400, number=9)
+        other = EntryStore(rig.store, config, entries=400)
         for at in range(0, 400, 80):
             other.write(np.arange(at, at + 80), content(range(at, at + 80)))
         found = other.read(sparse)
@@ -373,11 +477,38 @@ def test_requests_are_spared_where_the_host_is_what_takes_the_time(tmp_path: Pat
     assert counts[1] < counts[0] / 4
 
 
+def test_more_is_not_read_over_than_there_is_memory_for(tmp_path: Path) -> None:
+    sizes = {"memory_bytes": 300 * ENTRY, "hot_bytes": 0}
+    rig = Rig(tmp_path, entries=400, disks=1, **sizes)
+    fill(rig, 400)
+    config = rig.entries.config
+    requests = []
+    for gap_entries in (0, 60, 400):
+        narrow = EntryConfig(
+            disks=config.disks,
+            memory_bytes=300 * ENTRY,
+            hot_bytes=0,
+            host_s_per_request=1e-3,
+            gap_bytes=gap_entries * ENTRY,
+        )
+        other = EntryStore(rig.store, narrow, entries=400)
+        for at in range(0, 400, 80):
+            other.write(np.arange(at, at + 80), content(range(at, at + 80)))
+        wanted = np.concatenate([np.arange(0, 120, 2), np.arange(120, 400, 4)])
+        found = other.read(wanted)
+        assert np.array_equal(other.memory.bytes[found.rows], content(wanted))
+        requests.append(other.figures.requests)
+        other.close()
+    assert requests[0] == 130
+    assert requests[2] < requests[1] < requests[0], "the widest gaps that fit"
+    rig.close()
+
+
 # ---------------------------------------------------------------------- parts
 
 
 def test_books_that_do_not_add_up_are_found() -> None:
-    table = EntryMap(8, 4, namespace=1)
+    table = EntryMap(8, 4)
     (row,) = table.reserve(1)
     table.put(int(row), np.array([0, 1, 2, -1]), np.array([0, -1]))
     table.check_integrity()

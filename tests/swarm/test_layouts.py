@@ -85,12 +85,10 @@ def test_in_the_pessimistic_corner_packing_wins_less_and_the_bound_is_kept() -> 
     assert striped.seconds.sum() >= 2.2 * ours.seconds.sum()
 
 
-def test_over_the_papers_baselines_wanted_parts_of_packed_pages_gain_on_average_what_the_paper_did(
-    sticky: tuple[Profile, Profile],
-) -> None:
+def test_over_the_papers_baselines_wanted_parts_of_packed_pages_gain_on_average_what_the_paper_did() -> None:
     """Fixed blocks read six bytes for one that is wanted, a cluster on each disk waits for its fullest; single reads only lack
     neighbours that are read with them, so they are left behind by less."""
-    seen, later = sticky
+    seen, later = read_from_disks(replace(STICKY, blocks=8192))
     config = config_for(seen, EIGHT, page_blocks=PAGE_BLOCKS, block_bytes=BLOCK_BYTES)
     names = ("polder", "fixed-blocks", "cluster-per-disk", "no-cluster", "swarm", "polder-pages")
     run = {name: run_steps(ARMS[name](config), later, EIGHT, block_bytes=BLOCK_BYTES) for name in names}

@@ -68,7 +68,18 @@ def _tables(result: BenchResult) -> Iterator[Table]:
     live = list(_live_rows(result))
     if live:
         title = f"An entry store at work on {LIVE_DISKS} disks: I/O time of a step in us, shares of wanted entries in %"
-        columns = ["first", "packed", "aged", "last", "in memory", "ahead", "of ahead used", "packings", "pages moved"]
+        columns = [
+            "first",
+            "packed",
+            "aged",
+            "last",
+            "all batches",
+            "in memory",
+            "ahead",
+            "of ahead used",
+            "packings",
+            "pages moved",
+        ]
         yield Table(title, columns, live)
     wall = list(_wall_rows(result))
     if wall:
@@ -138,6 +149,7 @@ def _live_rows(result: BenchResult) -> Iterator[list[str]]:
             of = _of(result, arm, name, LIVE_DISKS)
             if of:
                 times = [_text(of[f"io_time_{part}_s"], 1, 1e6) for part in ("first", "packed", "aged", "last")]
+                times.append(_text(of["disk_time_s"], 1, 1e6))
                 shares = [_text(of[f"{part}_share"], 1, 100) for part in ("resident", "ahead", "ahead_used")]
                 yield [f"{arm} {name}", *times, *shares, _text(of["packed"], 0), _text(of["rewritten_pages"], 0)]
 

@@ -78,15 +78,23 @@ def step_seconds(
 
 
 def cheapest_runs(
-    plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int, *, host_s_per_request: float = 0.0
+    plan: ReadPlan,
+    disks: Sequence[DiskModel],
+    page_bytes: int,
+    *,
+    host_s_per_request: float = 0.0,
+    most_gap_slots: int | None = None,
 ) -> ReadPlan:
     """The same reads, with gaps read over where that ends the step sooner than the requests that it spares.
 
     What a gap costs is certain for no request alone: a short run takes its turn whether or not it is longer, a long one its bytes,
-    and the host's time counts for all disks together. So some widths are tried, below 64 KiB.
+    and the host's time counts for all disks together. So some widths are tried, below 64 KiB. `most_gap_slots`: of all gaps
+    together, for which there is memory.
     """
     gaps = [gap for gap in _GAPS if gap == 0 or (gap + 1) * page_bytes <= MOST_GAP_BYTES]
     plans = [plan.merged(gap) for gap in gaps]
+    if most_gap_slots is not None:
+        plans = [tried for tried in plans if int(tried.run_slots.sum()) - len(tried.slots) <= most_gap_slots]
     seconds = [step_seconds(tried, disks, page_bytes, host_s_per_request=host_s_per_request) for tried in plans]
     return plans[int(np.argmin(seconds))]
 

@@ -1,12 +1,16 @@
 """Where entries lie: which page and which part of it. Pages are rows of a table; a page that changes is a new row.
 
 An entry is in one live page or in none. A page whose entries have all gone elsewhere is dead: its row is free for another, and the
-caller forgets its key. Keys are never used twice, so that what a disk still has of a dead page is found by nobody.
+caller forgets its key. Keys are never used twice, by no other map or process either, so that nobody finds what a disk still has of a
+dead page, or of a process that was killed.
 
 Not thread-safe: the entry store's lock is held around every call.
 """
 
 from __future__ import annotations
+
+import itertools
+import secrets
 
 import numpy as np
 
@@ -15,14 +19,23 @@ from polder.swarm.activations import BoolArray, FloatArray, IntArray
 from polder.swarm.clusters import Packing
 from polder.swarm.keys import Keys
 
-__all__ = ["EntryMap"]
+__all__ = ["EntryMap", "left_over"]
+
+_PROCESS = np.uint64(secrets.randbits(64))
+_MAPS = itertools.count()
+_SERIALS = 1 << 44
+"""Of each map: of its pages, over all its life."""
+
+
+def left_over(keys: Keys) -> Keys:
+    """[n, 2] -> [m, 2] of former processes."""
+    return keys[keys[:, 0] != _PROCESS]
 
 
 class EntryMap:
     """See above. `entries`: how many there can be; pages have `page_entries` parts each."""
 
-    def __init__(self, entries: int, page_entries: int, *, namespace: int) -> None:
-        """`namespace`: the first word of all keys; no two maps on one store may have the same."""
+    def __init__(self, entries: int, page_entries: int) -> None:
         self.page_of: IntArray = np.full(entries, -1, dtype=np.int64)
         """[entries]: the row of its page, -1 for an entry in none."""
         self.column: IntArray = np.zeros(entries, dtype=np.int64)
@@ -34,7 +47,7 @@ class EntryMap:
         self.fill: FloatArray = np.empty(0)
         """[rows]: the part of a page that was wanted when it was read, when pages were last packed; 1 for later pages."""
         self._serial = np.empty(0, dtype=np.uint64)
-        self._namespace, self._next = np.uint64(namespace), 1
+        self._next = next(_MAPS) * _SERIALS
         self._free: list[int] = []
 
     @property
@@ -44,7 +57,7 @@ class EntryMap:
 
     def keys(self, rows: IntArray) -> Keys:
         """[n, 2]"""
-        return np.column_stack([np.full(len(rows), self._namespace), self._serial[rows]])
+        return np.column_stack([np.full(len(rows), _PROCESS), self._serial[rows]])
 
     def packing(self) -> Packing:
         """All pages, dead ones empty; a copy."""

@@ -26,6 +26,7 @@ class EntryMemory:
         self._free = np.arange(len(self._arena.addresses))[::-1].copy()
         self._free_count = len(self._free)
         self._held: IntArray = self._free[:0]
+        self._abandoned: IntArray = self._free[:0]
 
     @property
     def bytes(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -73,6 +74,12 @@ class EntryMemory:
         self._held = np.concatenate([self._held, self.slot_of[ids]])
         self.slot_of[ids] = -1
 
+    def abandon(self, ids: IntArray) -> None:
+        """As `release`, but nobody gets their slots any more: a read was broken off, and nothing says when it is over."""
+        slots = self.slot_of[ids]
+        self._abandoned = np.concatenate([self._abandoned, slots[slots >= 0]])
+        self.slot_of[ids] = -1
+
     def settle(self, unsettled: IntArray) -> None:
         """Gives back what was held, but for slots at these addresses."""
         if len(self._held):
@@ -81,8 +88,8 @@ class EntryMemory:
             self._held = self._held[still]
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless every slot is free, held, or has one entry."""
-        held = np.concatenate([self.slot_of[self.slot_of >= 0], self._held])
+        """Raises IntegrityError unless every slot is free, held, abandoned, or has one entry."""
+        held = np.concatenate([self.slot_of[self.slot_of >= 0], self._held, self._abandoned])
         every = np.sort(np.concatenate([held, self._free[: self._free_count]]))
         if not np.array_equal(every, np.arange(self.slots)):
             raise IntegrityError(f"{len(held)} entries and {self._free_count} free slots of {self.slots}")

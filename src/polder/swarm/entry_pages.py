@@ -14,8 +14,8 @@ import numpy as np
 from polder.errors import ConfigError
 from polder.swarm.activations import BoolArray, FloatArray, IntArray
 from polder.swarm.cost import DiskModel, cheapest_runs, page_speeds
-from polder.swarm.entry_map import EntryMap
-from polder.swarm.schedule import ReadPlan, exact
+from polder.swarm.entry_map import EntryMap, left_over
+from polder.swarm.schedule import MAX_DISKS, ReadPlan, exact
 from polder.swarm.store import DiskStore, Places
 
 __all__ = ["EntryConfig", "EntryFigures", "EntryPages"]
@@ -39,6 +39,8 @@ class EntryConfig:
     """Pages are packed by so many steps: the first, and those after it was noticed that reading has changed. 64 are too few."""
     ring_steps: int = 512
     """Remembered; the first packing learns from as many."""
+    ring_entries: int = 1 << 22
+    """Of all these steps together, 4 bytes each. Where steps are so long that they fill it, fewer are remembered."""
     voting_steps: int = 64
     """Remembered to read ahead."""
     drift: float = 1.25
@@ -47,6 +49,8 @@ class EntryConfig:
     """Of the hot set's counts: see BenefitSet."""
     host_s_per_request: float = 0.0
     """What a request costs this process. Where requests take longer than the disks, gaps are read over."""
+    gap_bytes: int = 8 << 20
+    """For what is read over, beside memory_bytes; more is not read over at a time."""
 
     def __post_init__(self) -> None:
         if min(self.hot_bytes, self.ahead_bytes) < 0 or self.hot_bytes + self.ahead_bytes >= self.memory_bytes:
@@ -79,22 +83,29 @@ class EntryFigures:
     packed: int = 0
     """How often pages were packed, all or those that had aged."""
     rewritten_pages: int = 0
+    without_room: int = 0
+    """Pages that were not written, for nothing may be evicted for them."""
 
 
 class EntryPages:
     """See above. Thread-safe."""
 
-    def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int, number: int) -> None:
-        """As EntryStore. Raises ConfigError when the store has other disks."""
+    def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int) -> None:
+        """As EntryStore. Pages that a former process left on the disks go: nobody can find them. Raises ConfigError when the store
+        has other disks, or more than can be scheduled."""
         if len(config.disks) != len(store.config.disks):
             raise ConfigError(f"entries: models of {len(config.disks)} disks for a store on {len(store.config.disks)}")
+        if len(config.disks) > MAX_DISKS:
+            raise ConfigError(f"entries: {len(config.disks)} disks; at most {MAX_DISKS} can be scheduled")
         self.store, self.config = store, config
         self.page_entries, self.entry_bytes = store.config.parts, store.config.part_bytes
-        self.map = EntryMap(entries, self.page_entries, namespace=number)
+        self.map = EntryMap(entries, self.page_entries)
         self.figures = EntryFigures()
         self.lock = threading.Lock()
         """Of map and figures, and of what else the entry store has; never held while a disk is waited for."""
         self._speeds = page_speeds(config.disks, self.entry_bytes)
+        for disk in range(len(config.disks)):
+            store.forget(left_over(store.by_recency(disk)))
 
     def deal(self, pages: int) -> IntArray:
         """[pages, 2] disks for pages of which nothing is known yet: one copy each, where there is least for its speed."""
@@ -110,20 +121,20 @@ class EntryPages:
         """Writes [n, parts] entries, -1 for none, that lie at [n] addresses, to [n, 2] disks; they are found there from now on.
 
         `sources`: the page that each was in when its bytes were taken. One that has gone elsewhere since stays where it is. Where
-        the disk of the first copy does not take a page the others are tried; if none does, all stays as it was. Returns pages.
+        the disk of the first copy does not take a page the others are tried; if none does, all stays as it was. No page has to make
+        room: it may be the only copy of its entries. Returns how many were written.
         """
         with self.lock:
             rows = self.map.reserve(len(members))
             keys = self.map.keys(rows)
-        done = self.store.write(keys, addresses, disks[:, 0])
         count = len(self._speeds)
-        for other in range(1, count):
-            again = np.flatnonzero(~done)
-            if len(again):
-                done[again] = self.store.write(keys[again], addresses[again], (disks[again, 0] + other) % count)
-        twice = np.flatnonzero(done & (disks[:, 1] >= 0))
-        if len(twice):
-            self.store.write(keys[twice], addresses[twice], disks[twice, 1])
+        done: BoolArray = np.zeros(len(members), dtype=np.bool_)
+        for other in range(count):
+            to = np.where(done, -1, (disks[:, 0] + other) % count)
+            if done.all():
+                break
+            done |= self.store.write(keys, addresses, self._with_room(to))
+        self.store.write(keys, addresses, self._with_room(np.where(done, disks[:, 1], -1)))
         present = self.store.lookup(keys).present
         done &= present.any(axis=1)
         dead = [rows[~done]]
@@ -137,8 +148,16 @@ class EntryPages:
                 on = on[np.argsort(on != disks[page, 0], kind="stable")]
                 dead.append(self.map.put(int(rows[page]), valid, np.append(on, -1)[:2]))
                 self.map.fill[rows[page]] = fill[page]
+            self.figures.without_room += int((~done).sum())
         self.bury(np.concatenate(dead))
         return int(done.sum())
+
+    def _with_room(self, disks: IntArray) -> IntArray:
+        """[n] disks, -1 instead of one that is full."""
+        fits, free = disks.copy(), self.store.free
+        for disk in range(len(free)):
+            fits[np.flatnonzero(disks == disk)[free[disk] :]] = -1
+        return fits
 
     def bury(self, rows: IntArray) -> None:
         """Rows of the map that died: the disks forget them."""
@@ -154,6 +173,7 @@ class EntryPages:
 
         `spare`: addresses for unwanted entries in between. Entries of which no disk has a copy are lost to the map, too.
         """
+        spare = spare[~np.isin(spare, self.store.unsettled())]  # else it might spoil a page that is well
         ok = np.zeros(len(ids), dtype=np.bool_)
         left = np.arange(len(ids))
         while len(left):
@@ -178,11 +198,13 @@ class EntryPages:
         page_slot = places.slots[rows, on[rows]]
         plan = ReadPlan.of(rows, on[rows], page_slot * parts + part[rows], lost=rows[:0])
         best = cheapest_runs(
-            plan, self.config.disks, self.entry_bytes, host_s_per_request=self.config.host_s_per_request
+            plan,
+            self.config.disks,
+            self.entry_bytes,
+            host_s_per_request=self.config.host_s_per_request,
+            most_gap_slots=len(spare),
         )
         gap_disks, gap_slots = best.gaps()
-        if len(gap_slots) > len(spare):
-            best, gap_disks, gap_slots = plan, gap_disks[:0], gap_slots[:0]
         with self.lock:
             self.figures.requests += best.runs
         # A gap is narrower than a page, so it belongs to the page before it or to the one after it, which are both wanted.

@@ -10,7 +10,8 @@ read together lie on different disks, and of a page only what is wanted is read:
     tend         in idle moments (entry_upkeep.py): packs pages by what was read, and what has aged again
 
 Who reads may rely on this: `ok` entries are, byte for byte, those that were written, whatever disks do; memory keeps its size; no
-read waits for `tend`. An entry that no disk can give is lost: its caller computes it again and writes it again.
+read waits for `tend`; nothing is evicted. An entry that does not come is computed again by its caller, who may write it again; if
+it was only late, it is still stored. Entries live as long as their store: `close` makes the disks forget them.
 
 vLLM's attention is dense, so its disk tier does not use this: there a block is a page, and a prefix is read as a whole.
 """
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polder.errors import ConfigError
-from polder.swarm.activations import Activations, BoolArray, IntArray
+from polder.swarm.activations import Activations, BoolArray, IntArray, Profile
 from polder.swarm.adaptation import Drift
 from polder.swarm.entry_memory import EntryMemory
 from polder.swarm.entry_pages import EntryConfig, EntryPages
@@ -38,8 +39,8 @@ __all__ = ["EntryRead", "EntryStore"]
 _LATENCY_S = 80e-6
 _PAGES_AT_ONCE = 16
 """Written."""
-_GAPS_AT_ONCE = 256
-"""Unwanted entries that one read may read over."""
+_VOTING_ENTRIES = 1 << 21
+"""Of all remembered steps together, to read ahead."""
 _BASELINE_STEPS = 64
 """After packing, until it is known what a step costs then."""
 
@@ -57,19 +58,18 @@ class EntryRead:
 class EntryStore:
     """See above. `write`, `read` and `read_ahead` are one thread's; an EntryUpkeep may be another's."""
 
-    def __init__(
-        self, store: DiskStore, config: EntryConfig, *, entries: int, number: int, hot: HotSet | None = None
-    ) -> None:
-        """Of at most so many entries, each a part of one of the store's pages. No two on one store have the same `number`.
+    def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int, hot: HotSet | None = None) -> None:
+        """Of at most so many entries, each a part of one of the store's pages. Several may have the same store, which has nothing
+        but entries: what a former process left there goes.
 
-        `hot`: in place of the benefit score. Raises ConfigError when the store has other disks.
+        `hot`: in place of the benefit score. Raises ConfigError when the store has other disks, or more than can be scheduled.
         """
         self.store, self.config = store, config
-        self.pages = EntryPages(store, config, entries=entries, number=number)
+        self.pages = EntryPages(store, config, entries=entries)
         self.page_entries, self.entry_bytes = self.pages.page_entries, self.pages.entry_bytes
         self.map, self.figures, self.lock = self.pages.map, self.pages.figures, self.pages.lock
         self.memory = EntryMemory(entries, size_bytes=config.memory_bytes, entry_bytes=self.entry_bytes)
-        self.ring = Activations(entries, max_steps=config.ring_steps)
+        self.ring = Activations(entries, max_steps=config.ring_steps, max_items=config.ring_entries)
         self.drift: Drift | None = None
         """None until it is known what a step costs after packing."""
         self._hot = hot or BenefitSet(
@@ -82,35 +82,39 @@ class EntryStore:
         self._unwritten: BoolArray = np.zeros(entries, dtype=np.bool_)
         self._kept_ahead: BoolArray = np.zeros(entries, dtype=np.bool_)
         self._scratch = Arena(_PAGES_AT_ONCE, store.config.page_bytes)
-        self._gaps = Arena(_GAPS_AT_ONCE, self.entry_bytes)
+        self._gaps = Arena(max(1, config.gap_bytes // self.entry_bytes), self.entry_bytes)
         self._cost: list[tuple[int, int]] | None = None  # (pages, entries) of the first steps after packing
         self._told: IntArray | None = None
-        self._before, self._after = (Activations(entries, max_steps=config.voting_steps) for _ in range(2))
+        self._before, self._after = (
+            Activations(entries, max_steps=config.voting_steps, max_items=_VOTING_ENTRIES) for _ in range(2)
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="polder-ahead")
         self._ahead: Future[None] | None = None
 
     # ------------------------------------------------------------------ write
 
     def write(self, ids: IntArray, data: npt.NDArray[np.uint8]) -> BoolArray:
-        """[n] entries that are not stored, or lost; [n, entry_bytes]. What does not fill a page waits in memory for more.
+        """[n] entries, none twice; [n, entry_bytes]. What does not fill a page waits in memory for more. What is stored already
+        stays as it is: it stands for the same bytes for ever.
 
-        Returns [n]: which are stored. Raises ConfigError for one that is stored already, BudgetError when memory is too small.
+        Returns [n]: which are stored; others had no room on the disks. Raises ConfigError for an entry that comes twice,
+        BudgetError when memory is too small.
         """
+        if len(np.unique(ids)) < len(ids):
+            raise ConfigError("entries: one is written twice at a time")
         self._join()
         with self.lock:
-            if self._unwritten[ids].any() or (self.map.page_of[ids] >= 0).any():
-                raise ConfigError("entries: one that is stored is written again; it stands for the same bytes for ever")
+            fresh = np.flatnonzero(~self._unwritten[ids] & (self.map.page_of[ids] < 0))
             self._let_go(ids[:0])
-        at = 0
-        while at < len(ids):
+        while len(fresh):
             with self.lock:
                 width = max(1, min(self.memory.free, _PAGES_AT_ONCE * self.page_entries - int(self._unwritten.sum())))
-                some = ids[at : at + width]
+                some = ids[fresh[:width]]
                 self.memory.release(some)
                 self.memory.take(some)
-                self.memory.bytes[self.memory.slot_of[some]] = data[at : at + width]
+                self.memory.bytes[self.memory.slot_of[some]] = data[fresh[:width]]
                 self._unwritten[some] = True
-            at += width
+            fresh = fresh[width:]
             waiting = np.flatnonzero(self._unwritten)
             self._store(waiting[: len(waiting) // self.page_entries * self.page_entries])
         with self.lock:
@@ -146,6 +150,9 @@ class EntryStore:
         with self.lock:
             self._let_go(wanted)
             here = self.memory.present[wanted]
+            if int((~here).sum()) > self.memory.free:  # what was read ahead in vain makes way
+                self._kept_ahead &= np.isin(np.arange(len(self._kept_ahead)), wanted)
+                self._let_go(wanted)
             stays = self._hot.resident[wanted] | self._unwritten[wanted] | ~self._kept_ahead[wanted]
             missing = wanted[~here]
             self.memory.take(missing)
@@ -156,10 +163,9 @@ class EntryStore:
         figures.wanted += len(wanted)
         figures.resident += int((here & stays).sum())
         figures.ahead += int((here & ~stays).sum())
-        lost = missing[~self.pages.fetch(missing, self.memory.addresses(missing), self._gaps.addresses)]
+        lost = missing[~self._fetch(missing)]
         figures.lost += len(lost)
         with self.lock:
-            self._drop(lost)
             rows = self.memory.slot_of[wanted]
         return EntryRead(rows=rows, ok=rows >= 0)
 
@@ -178,19 +184,18 @@ class EntryStore:
     def _read_ahead(self, present: IntArray) -> None:
         with self.lock:
             before, after = self._before.profile(), self._after.profile()
+            before, after = _last_of_both(before, after)
             here = self.memory.present  # what of it is read next stays anyway
+            budget = self.config.ahead_bytes - int(self._kept_ahead.sum()) * self.entry_bytes
         likely = Predictor(before=before, after=after).ahead(
-            present, budget_bytes=self.config.ahead_bytes, item_bytes=self.entry_bytes, resident=here
+            present, budget_bytes=budget, item_bytes=self.entry_bytes, resident=here
         )
         with self.lock:
             missing = likely[self.map.page_of[likely] >= 0][: self.memory.free]
             self.memory.take(missing)
             self._kept_ahead[missing] = True
-        ok = self.pages.fetch(missing, self.memory.addresses(missing), self._gaps.addresses)
+        ok = self._fetch(missing)
         self.figures.read_ahead += int(ok.sum())
-        with self.lock:
-            self._kept_ahead[missing[~ok]] = False
-            self._drop(missing[~ok])
 
     # ------------------------------------------------------------------
 
@@ -207,9 +212,11 @@ class EntryStore:
         self.map.check_integrity()
 
     def close(self) -> None:
-        """What waits in memory is lost unless it was flushed. The store stays open."""
+        """The disks forget all entries. No upkeep may be under way; the store stays open."""
         self._join()
         self._thread.shutdown()
+        rows = np.flatnonzero(self.map.live)
+        self.store.forget(self.map.keys(rows))
 
     def _join(self) -> None:
         ahead, self._ahead = self._ahead, None
@@ -223,19 +230,31 @@ class EntryStore:
         self.memory.settle(self.store.unsettled())
         self.memory.release(np.flatnonzero(self.memory.present & ~stays))
 
-    def _drop(self, ids: IntArray) -> None:
-        """Entries whose bytes did not come."""
-        self._hot.resident[ids] = False
-        if len(ids):
-            self.memory.hold_back(ids)
+    def _fetch(self, ids: IntArray) -> BoolArray:
+        """Reads entries into slots that they have; one that does not come has none any more."""
+        try:
+            ok = self.pages.fetch(ids, self.memory.addresses(ids), self._gaps.addresses)
+        except BaseException:  # else the next step would take for read what was not
+            with self.lock:
+                self._gone(ids)
+                self.memory.abandon(ids)
+            raise
+        with self.lock:
+            self._gone(ids[~ok])
+            self.memory.hold_back(ids[~ok])
             self.memory.settle(self.store.unsettled())
+        return ok
+
+    def _gone(self, ids: IntArray) -> None:
+        self._hot.resident[ids] = False
+        self._kept_ahead[ids] = False
 
     def _note(self, wanted: IntArray) -> None:
         self.ring.record(wanted)
-        if self._told is not None:
+        if self._told is not None and max(len(self._told), len(wanted)) <= _VOTING_ENTRIES:
             self._before.record(self._told)
             self._after.record(wanted)
-            self._told = None
+        self._told = None
         pages = self.map.page_of[wanted]
         pages = pages[pages >= 0]
         touched = len(np.unique(pages))
@@ -246,3 +265,9 @@ class EntryStore:
             if len(self._cost) == _BASELINE_STEPS:
                 cost = np.array(self._cost).sum(axis=0)
                 self.drift = Drift(after_clustering=float(cost[0] / cost[1]), threshold=self.config.drift)
+
+
+def _last_of_both(before: Profile, after: Profile) -> tuple[Profile, Profile]:
+    """The steps that both rings still have: the longer steps are, the fewer one holds."""
+    steps = min(before.steps, after.steps)
+    return before.part(before.steps - steps, before.steps), after.part(after.steps - steps, after.steps)

@@ -5,7 +5,7 @@ more as are needed to learn from: packed by the first steps of a new topic pages
 
 A round is planned on copies, which takes a second for 30,000 entries, and carried out some pages at a time: their entries are read
 where they are, written to new pages, and only then found there. Whatever stops a round, every entry is where the map says. While
-pages move the disks hold some twice: leave room for as many as a round moves.
+pages move the disks hold some twice: the first round needs as much room again as the entries take, and without it there is none.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ class EntryUpkeep:
         self._round: _Round | None = None
         self._at = 0
         self._aged_at: int | None = None
+        self._wait_until = 0
 
     def tend(self) -> bool:
         """Plans a round if one is due, and carries a part of it out. Whether there is more to do now."""
         if self._round is None:
-            self._round, self._at = self._plan(), 0
+            self._round, self._at = self._roomy(self._plan()), 0
             if self._round is not None:
                 self._cool(self._round.cooled)
         if self._round is None or self._hangs():
@@ -69,7 +70,7 @@ class EntryUpkeep:
         of = self._of
         with of.lock:
             first = of.figures.packed == 0
-            if not (of.ring.steps >= of.config.learn_steps if first else self._aged(of)):
+            if not (of.figures.steps >= max(self._wait_until, of.config.learn_steps) if first else self._aged(of)):
                 return None
             self._aged_at = None
             profile, packing = of.ring.profile(), of.map.packing()
@@ -82,7 +83,7 @@ class EntryUpkeep:
             none[:, 0] = anti_affine(profile.mapped(packed.page_of, size=packed.pages), speeds)
             return self._ordered(profile, packed, none, np.arange(packed.pages), speeds, none[:, 0])
         live = np.flatnonzero(disk_of[:, 0] >= 0)
-        profile = profile.part(profile.steps - of.config.learn_steps, profile.steps)
+        profile = profile.part(max(0, profile.steps - of.config.learn_steps), profile.steps)
         packing = Packing.of(packing.members[live], blocks=len(packing.page_of))
         again = repack(profile, packing, disk_of[live, 0], speeds, fill_before=fill[live], config=config)
         kept = disk_of[live]
@@ -120,12 +121,27 @@ class EntryUpkeep:
             cooled=rows[has & ~hot],
         )
 
+    def _roomy(self, planned: _Round | None) -> _Round | None:
+        """None where the disks have no room for the round; it is planned again later."""
+        of = self._of
+        if planned is None or len(planned.members) <= int(of.store.free.sum()):
+            return planned
+        with of.lock:
+            of.figures.without_room += len(planned.members)
+            self._wait_until = of.figures.steps + of.config.learn_steps
+        return None
+
     def _cool(self, rows: IntArray) -> None:
+        """Second copies go where there is another one: a disk may have died since."""
         of = self._of
         with of.lock:
             keys, second = of.map.keys(rows), of.map.disk_of[rows, 1].copy()
-            of.map.disk_of[rows, 1] = -1
-        of.store.forget(keys, second)
+        elsewhere = of.store.lookup(keys).present
+        elsewhere[np.arange(len(rows)), second] = False
+        kept = elsewhere.any(axis=1)
+        with of.lock:
+            of.map.disk_of[rows[kept], 1] = -1
+        of.store.forget(keys, np.where(kept, second, -1))
 
     def _hangs(self) -> bool:
         """Whether a request may still write to the memory that pages move through."""
