@@ -1,8 +1,8 @@
 """Where entries lie: which page and which part of it. Pages are rows of a table; a page that changes is a new row.
 
 An entry is in one live page or in none. A page whose entries have all gone elsewhere is dead: its row is free for another, and the
-caller forgets its key. Keys are never used twice, by no other map or process either, so that nobody finds what a disk still has of a
-dead page, or of a process that was killed.
+caller forgets its key. Keys are never used twice, by no other map or process either, so that nobody finds what a disk still has of
+a dead page, or of a process that was killed.
 
 Not thread-safe: the entry store's lock is held around every call.
 """
@@ -29,7 +29,8 @@ _SERIALS = 1 << 44
 
 def left_over(keys: Keys) -> Keys:
     """[n, 2] -> [m, 2] of former processes."""
-    return keys[keys[:, 0] != _PROCESS]
+    found: Keys = keys[keys[:, 0] != _PROCESS]
+    return found
 
 
 class EntryMap:
