@@ -180,15 +180,19 @@ class EntryPages:
             with self.lock:
                 pages = self.map.page_of[ids[left]]
                 left, pages = left[pages >= 0], pages[pages >= 0]
-                keys, part = self.map.keys(pages), self.map.column[ids[left]]
-            places = self.store.lookup(keys)
-            ok[left] = self._read_parts(places, part, addresses[left], spare)
+                page, row = np.unique(pages, return_inverse=True)  # many entries are of one page
+                keys, part = self.map.keys(page), self.map.column[ids[left]]
+            ok[left] = self._read_parts(self.store.lookup(keys).rows(row), part, addresses[left], spare)
+            failed = ~ok[left]
+            if not failed.any():
+                break
+            somewhere: BoolArray = self.store.lookup(keys).present.any(axis=1)
+            absent = failed & ~somewhere[row]
             with self.lock:
                 page_now = self.map.page_of[ids[left]]
-                absent = ~self.store.lookup(keys).present.any(axis=1) & ~ok[left] & (page_now == pages)
-                dead = self.map.lose(ids[left[absent]])
+                dead = self.map.lose(ids[left[absent & (page_now == pages)]])
             self.bury(dead)
-            left = left[~ok[left] & (page_now != pages)]  # moved meanwhile: it is read where it is now
+            left = left[failed & (page_now != pages)]  # moved meanwhile: it is read where it is now
         return ok
 
     def _read_parts(self, places: Places, part: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
@@ -213,7 +217,7 @@ class EntryPages:
         owner = rows[order[np.searchsorted(code[order], gap_disks * (1 << 40) + gap_slots // parts)]]
         every = np.concatenate([np.arange(count), owner])
         good = self.store.read(
-            Places(keys=places.keys[every], slots=places.slots[every], generations=places.generations[every]),
+            places.rows(every),
             np.concatenate([addresses, spare[: len(owner)]]),
             np.concatenate([on, gap_disks]),
             np.concatenate([part, gap_slots % parts]),

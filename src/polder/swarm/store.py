@@ -65,6 +65,10 @@ class Places:
         there: BoolArray = self.slots >= 0
         return there
 
+    def rows(self, rows: IntArray) -> Places:
+        """[m] of the n, in this order; one may come several times."""
+        return Places(keys=self.keys[rows], slots=self.slots[rows], generations=self.generations[rows])
+
 
 class DiskStore:
     """Thread-safe."""
