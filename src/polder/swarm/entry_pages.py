@@ -186,8 +186,7 @@ class EntryPages:
             failed = ~ok[left]
             if not failed.any():
                 break
-            somewhere: BoolArray = self.store.lookup(keys).present.any(axis=1)
-            absent = failed & ~somewhere[row]
+            absent = failed & (self.store.lookup(keys).rows(row).slots < 0).all(axis=1)
             with self.lock:
                 page_now = self.map.page_of[ids[left]]
                 dead = self.map.lose(ids[left[absent & (page_now == pages)]])
