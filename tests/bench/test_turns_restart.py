@@ -23,7 +23,7 @@ from polder.bench.turns_restart import (
     restart_engine,
     run_restart,
 )
-from polder.engines.vllm.tier_disk import STAGED_BYTES, STAGED_PAGES
+from polder.engines.vllm.tier_disk import staged_pages
 from polder.errors import EnvironmentFault
 from tests.bench.fake_server import FakeEngine, serving
 from tests.bench.test_turns_bench import sessions
@@ -47,16 +47,15 @@ def test_the_native_arm_has_the_bytes_of_the_host_tier_and_its_staging_memory(tm
     polder = restart_engine("polder-disk", ENGINE, PLAN, "emulated", tmp_path, "id")
     native = connector(restart_engine("native-fs", ENGINE, PLAN, "emulated", tmp_path, "id"))
     assert polder.tiers is not None
-    assert native["kv_connector_extra_config"]["cpu_bytes_to_use"] == polder.tiers.host_bytes + STAGED_BYTES
-    least, most = STAGED_PAGES
+    assert native["kv_connector_extra_config"]["cpu_bytes_to_use"] == polder.tiers.host_bytes + PLAN.staged_bytes
     page_bytes = BLOCK_TOKENS * MODEL_A.kv_bytes_per_token
-    assert least <= STAGED_BYTES / page_bytes <= most, "the engine's pages fit it as it is"
+    assert PLAN.staged_bytes == staged_pages(page_bytes, PLAN.host_bytes) * page_bytes == 8 << 20
 
 
 def test_what_the_arms_do_not_have_alike_is_said() -> None:
     said = describe_restart(PLAN, "emulated")
-    assert "host tier of 67108864 B and 100663296 B of staging memory" in said["polder-disk"]
-    assert "CPU tier of 167772160 B" in said["native-fs"]
+    assert "host tier of 67108864 B and 8388608 B of staging memory" in said["polder-disk"]
+    assert "CPU tier of 75497472 B" in said["native-fs"]
     assert not any("MB/s" in str(text) for text in describe_restart(PLAN, "none").values())
 
 

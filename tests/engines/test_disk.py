@@ -95,6 +95,7 @@ def test_a_directory_of_another_model_is_refused_with_a_message(disks: list[Path
         page_bytes=512 << 10,
         namespace="another",
         ranks=1,
+        staged_pages=24,
         io="threads",
         links="",
         faults="",

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from polder.engines.vllm import plugin, tier_worker
-from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found
+from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
 from polder.engines.vllm.tier_worker import PolderWorker
 from polder.swarm.io import Arena
 from polder.tiers.disk_memory import DiskMemory
@@ -33,7 +33,16 @@ def plan_of(folder: Path, ranks: int) -> DiskPlan:
     for name in "ab":
         (folder / name).mkdir(exist_ok=True)
         disks.append((str(folder / name), LIMIT))
-    return DiskPlan(disks=tuple(disks), page_bytes=PAGE, namespace="n", ranks=ranks, io="threads", links="", faults="")
+    return DiskPlan(
+        disks=tuple(disks),
+        page_bytes=PAGE,
+        namespace="n",
+        ranks=ranks,
+        staged_pages=24,
+        io="threads",
+        links="",
+        faults="",
+    )
 
 
 def worker(plan: DiskPlan, rank: int, wanted: list[int]) -> PolderWorker:
@@ -159,7 +168,7 @@ def test_new_weights_stop_the_disks_and_leave_their_pages(
 
 
 def test_without_disks_there_is_no_plan_and_a_page_holds_a_block(tmp_path: Path) -> None:
-    settings: Any = SimpleNamespace(disks=(), disk_io="threads", links="", faults="")
+    settings: Any = SimpleNamespace(disks=(), host_bytes=1 << 30, disk_io="threads", links="", faults="")
     assert disk_plan(settings, shard_bytes=1000, namespace=1, ranks=1) is None
     settings.disks = (("/mnt/a", 1 << 30),)
     for shard, page in ((1000, PAGE), (PAGE, PAGE), (PAGE + 1, PAGE + 4096)):
@@ -169,3 +178,11 @@ def test_without_disks_there_is_no_plan_and_a_page_holds_a_block(tmp_path: Path)
     other = disk_plan(settings, shard_bytes=1000, namespace=2, ranks=1)
     assert other is not None
     assert replace(other, namespace=plan.namespace) != other
+
+
+def test_staging_memory_is_a_part_of_the_host_tier_and_enough_for_a_job() -> None:
+    page = 256 << 10
+    assert staged_pages(page, 64 << 20) == 32
+    assert staged_pages(page, 64 << 30) * page == 96 << 20
+    assert staged_pages(page, 1 << 20) == staged_pages(32 << 20, 64 << 30) == 24
+    assert staged_pages(64 << 10, 64 << 30) == 768

@@ -20,16 +20,17 @@ from typing import Any
 
 from polder.bench.arms import Arm, PolderArm, StockArm
 from polder.bench.driver import RequestRecord
-from polder.bench.engine_plan import EnginePlan, TierPlan
+from polder.bench.engine_plan import BLOCK_TOKENS, EnginePlan, TierPlan
 from polder.bench.machine import two_cores
 from polder.bench.metrics import Metrics, RunRecords, engine_metrics
+from polder.bench.models import MODEL_A
 from polder.bench.progress import Reporter
 from polder.bench.result import without_nan
 from polder.bench.runs import Run, run_loads, run_on
 from polder.bench.scrape import summed
 from polder.bench.turns_plan import LINKS_BYTES_PER_S, Links
 from polder.bench.workload import agents, parted
-from polder.engines.vllm.tier_disk import STAGED_BYTES
+from polder.engines.vllm.tier_disk import staged_pages
 
 __all__ = [
     *("RESTART_SUFFIXES", "RestartPlan", "describe_restart", "offload_file", "restart_engine", "restart_metrics"),
@@ -58,9 +59,15 @@ class RestartPlan:
     """Of each: together less than the emulated host link."""
 
     @property
+    def staged_bytes(self) -> int:
+        """Polder's memory for pages on their way from and to disk."""
+        page_bytes = BLOCK_TOKENS * MODEL_A.kv_bytes_per_token
+        return staged_pages(page_bytes, self.host_bytes) * page_bytes
+
+    @property
     def native_bytes(self) -> int:
-        """CPU tier of the native arm: Polder's host tier, and its memory for pages on their way from and to disk."""
-        return self.host_bytes + STAGED_BYTES
+        """CPU tier of the native arm: Polder's host tier and that memory."""
+        return self.host_bytes + self.staged_bytes
 
 
 def restart_engine(
@@ -148,7 +155,10 @@ def describe_restart(plan: RestartPlan, links: Links) -> dict[str, Any]:
         f"CPU tier of {plan.native_bytes} B = polder-disk's host tier and staging memory together, vLLM's file tier over one "
         "folder without a limit"
     )
-    polder = f"host tier of {plan.host_bytes} B and {STAGED_BYTES} B of staging memory, {plan.disks} disks of {plan.disk_bytes} B"
+    polder = (
+        f"host tier of {plan.host_bytes} B and {plan.staged_bytes} B of staging memory, "
+        f"{plan.disks} disks of {plan.disk_bytes} B"
+    )
     if links == "emulated":
         rate, host = plan.disk_bytes_per_s / 1e6, LINKS_BYTES_PER_S["host"] / 1e6
         native += f", at {plan.disks * rate:g} MB/s each way; the CPU tier is behind a link of {host:g} MB/s, and files behind it"

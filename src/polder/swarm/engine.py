@@ -39,8 +39,9 @@ IntArray = npt.NDArray[np.int64]
 RUN_PIECES, RUN_BYTES = 16, 1 << 20
 """At most so many pieces or bytes, whichever is more, that lie side by side on the disk are moved by one system call. That is 256
 pieces at most, for none has less than 4096 bytes; the kernel takes 1024."""
-_LEAST_RUN_BYTES = 64 << 10
-"""No run is cut into shorter ones than that for workers that are idle: one more request takes longer than so many bytes do."""
+LEAST_RUN_BYTES = 256 << 10
+"""No run is cut into shorter ones than that for workers that are idle: four such requests at a time keep a disk as busy as sixteen
+of 64 KiB, and a batch of 64 pages takes a third less of the host."""
 _JOIN_S = 2.0
 
 
@@ -283,7 +284,7 @@ class Aside:
 def side_by_side(offsets: Sequence[int], piece_bytes: int, workers: int) -> list[tuple[int, int]]:
     """Cuts sorted offsets, in bytes, into runs (first, end) of pieces side by side, so that every worker has something to do."""
     count = len(offsets)
-    longest = min(max(RUN_PIECES, RUN_BYTES // piece_bytes), max(-(-count // workers), _LEAST_RUN_BYTES // piece_bytes))
+    longest = min(max(RUN_PIECES, RUN_BYTES // piece_bytes), max(-(-count // workers), LEAST_RUN_BYTES // piece_bytes))
     runs, first = [], 0
     for row in range(1, count):
         if offsets[row] - offsets[row - 1] != piece_bytes or row - first == longest:

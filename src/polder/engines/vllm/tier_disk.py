@@ -30,14 +30,14 @@ from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import common_inventory, disk_capacity, inventory
 from polder.tiers.disk_slots import DiskSlots
 
-__all__ = ["DiskPlan", "OpenDisks", "adopt", "agree_on_slots", "disk_plan", "found"]
+__all__ = ["DiskPlan", "OpenDisks", "adopt", "agree_on_slots", "disk_plan", "found", "staged_pages"]
 
 logger = logging.getLogger("polder.engine")
 
 LEAST_PAGE_BYTES = 64 << 10
-STAGED_BYTES = 96 << 20
-STAGED_PAGES = (24, 768)
-"""Memory of each rank for pages on their way, beside the host tier: at least, at most."""
+LEAST_STAGED_PAGES, MOST_STAGED_PAGES, MOST_STAGED_BYTES = 24, 768, 96 << 20
+STAGED_SHARE = 8
+"""Of the host tier: an eighth of it is not noticed beside it, and a small one is not outweighed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class DiskPlan:
     page_bytes: int
     namespace: str
     ranks: int
+    staged_pages: int
     io: str
     links: str
     faults: str
@@ -58,15 +59,23 @@ def disk_plan(settings: EngineSettings, *, shard_bytes: int, namespace: int, ran
     """None for an engine without the tier."""
     if not settings.disks:
         return None
+    page_bytes = max(LEAST_PAGE_BYTES, -(-shard_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
     return DiskPlan(
         disks=settings.disks,
-        page_bytes=max(LEAST_PAGE_BYTES, -(-shard_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES),
+        page_bytes=page_bytes,
+        staged_pages=staged_pages(page_bytes, settings.host_bytes // ranks),
         namespace=f"{namespace:016x}, {shard_bytes} bytes a block",
         ranks=ranks,
         io=settings.disk_io,
         links=settings.links,
         faults=settings.faults,
     )
+
+
+def staged_pages(page_bytes: int, host_bytes: int) -> int:
+    """How many pages of memory a rank with such a host tier has beside it, for pages on their way."""
+    wanted = min(MOST_STAGED_BYTES, host_bytes // STAGED_SHARE) // page_bytes
+    return min(MOST_STAGED_PAGES, max(LEAST_STAGED_PAGES, wanted))
 
 
 class OpenDisks:
@@ -82,8 +91,7 @@ class OpenDisks:
         self.store = DiskStore(config, engine=_io_engine(plan))
         self.capacity = disk_capacity(self.store)
         self.inventory = inventory(self.store, self.capacity)
-        least, most = STAGED_PAGES
-        self._arena = Arena(min(most, max(least, STAGED_BYTES // plan.page_bytes)), plan.page_bytes)
+        self._arena = Arena(plan.staged_pages, plan.page_bytes)
 
     def memory(self, capacity: int, kept: Keys, host_address: int, host_slot_bytes: int) -> DiskMemory:
         return DiskMemory(
