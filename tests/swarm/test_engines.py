@@ -15,7 +15,7 @@ import xxhash
 from polder.errors import EnvironmentFault
 from polder.swarm import aio
 from polder.swarm.aio import AioEngine
-from polder.swarm.engine import RUN_BYTES, RUN_PIECES, ThreadEngine, side_by_side
+from polder.swarm.engine import LEAST_RUN_BYTES, RUN_BYTES, RUN_PIECES, ThreadEngine, side_by_side
 from polder.swarm.io import Arena, DirectFile, IoEngine, Transfer, open_page_file
 from tests.swarm.pages import PAGE, Shelf
 
@@ -137,9 +137,9 @@ def test_a_file_that_is_closed_is_an_error_of_every_page(engine: IoEngine, tmp_p
 
 
 def test_runs_leave_something_for_every_worker() -> None:
-    offsets = [page * PAGE for page in (0, 1, 2, 3, 9, 10, 20)]
-    assert side_by_side(offsets, PAGE, 1) == [(0, 4), (4, 6), (6, 7)]
-    assert side_by_side(offsets, PAGE, 4) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    offsets = [page * LEAST_RUN_BYTES for page in (0, 1, 2, 3, 9, 10, 20)]
+    assert side_by_side(offsets, LEAST_RUN_BYTES, 1) == [(0, 4), (4, 6), (6, 7)]
+    assert side_by_side(offsets, LEAST_RUN_BYTES, 4) == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert side_by_side([], PAGE, 4) == []
     long = side_by_side([page * PAGE for page in range(100)], PAGE, 1)
     assert max(end - first for first, end in long) == RUN_PIECES
@@ -151,7 +151,7 @@ def test_a_run_of_small_pieces_is_as_long_as_one_of_pages(piece_bytes: int) -> N
     longest = max(end - first for first, end in side_by_side(offsets, piece_bytes, 1))
     assert longest == max(RUN_PIECES, RUN_BYTES // piece_bytes) <= os.sysconf("SC_IOV_MAX")
     few = side_by_side(offsets[:40], piece_bytes, 1000)
-    assert {end - first for first, end in few[:-1]} == {max(1, (64 << 10) // piece_bytes)}, (
+    assert {end - first for first, end in few[:-1]} == {max(1, LEAST_RUN_BYTES // piece_bytes)}, (
         "idle workers cut no shorter"
     )
 
