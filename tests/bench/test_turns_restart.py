@@ -49,13 +49,13 @@ def test_the_native_arm_has_the_bytes_of_the_host_tier_and_its_staging_memory(tm
     assert polder.tiers is not None
     assert native["kv_connector_extra_config"]["cpu_bytes_to_use"] == polder.tiers.host_bytes + PLAN.staged_bytes
     page_bytes = BLOCK_TOKENS * MODEL_A.kv_bytes_per_token
-    assert PLAN.staged_bytes == staged_pages(page_bytes, PLAN.host_bytes) * page_bytes == 8 << 20
+    assert PLAN.staged_bytes == staged_pages(page_bytes) * page_bytes == 96 << 20
 
 
 def test_what_the_arms_do_not_have_alike_is_said() -> None:
     said = describe_restart(PLAN, "emulated")
-    assert "host tier of 67108864 B and 8388608 B of staging memory" in said["polder-disk"]
-    assert "CPU tier of 75497472 B" in said["native-fs"]
+    assert "host tier of 67108864 B and 100663296 B of staging memory" in said["polder-disk"]
+    assert "CPU tier of 167772160 B" in said["native-fs"]
     assert not any("MB/s" in str(text) for text in describe_restart(PLAN, "none").values())
 
 

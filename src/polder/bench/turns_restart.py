@@ -62,7 +62,7 @@ class RestartPlan:
     def staged_bytes(self) -> int:
         """Polder's memory for pages on their way from and to disk."""
         page_bytes = BLOCK_TOKENS * MODEL_A.kv_bytes_per_token
-        return staged_pages(page_bytes, self.host_bytes) * page_bytes
+        return staged_pages(page_bytes) * page_bytes
 
     @property
     def native_bytes(self) -> int:
