@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from polder.swarm.io import Arena, IoEngine, OpenFile, open_page_file
 from polder.swarm.keys import Keys, key_array
 from polder.swarm.layout import usage_bytes
 from polder.swarm.store import DiskStore, StoreConfig
+from polder.testing.disks import DiskModel, EmulatedDisk, emulated_files
 
+FAST = DiskModel(bandwidth_bytes_per_s=1e12, latency_s=0.0)
 PAGE = 64 << 10
 PARTS = 16
 """Of a page, where it has any."""
@@ -103,3 +108,42 @@ class Shelf:
 
 def shelf_of_parts(*directories: Path, engine: IoEngine | None = None, limit_bytes: int = 16 << 20) -> Shelf:
     return Shelf(directories, limit_bytes, engine=engine, parts=PARTS)
+
+
+def two_disks(tmp_path: Path, timeout_s: float = 20.0) -> tuple[Shelf, EmulatedDisk]:
+    """60 pages on a, which is emulated, 60 on b; 20 on both."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    emulated = EmulatedDisk(FAST)
+    opener = emulated_files({tmp_path / "a": emulated})
+    made = Shelf([tmp_path / "a", tmp_path / "b"], open_file=opener, timeout_s=timeout_s)
+    assert made.write(range(60), disks=[0] * 60).all()
+    assert made.write(range(40, 100), disks=[1] * 60).all()
+    return made, emulated
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from tests.swarm.pages import Shelf, names
+shelf = Shelf([Path(p) for p in sys.argv[3:]], 8 << 20, parts=int(sys.argv[2]))
+chance = np.random.default_rng(int(sys.argv[1]))
+print("up", flush=True)
+while True:
+    numbers = chance.integers(0, 300, 16).tolist()
+    shelf.write(numbers)
+    shelf.store.forget(names(numbers[:2]))
+"""
+
+
+def write_until_killed(directories: Sequence[Path], *, seed: int, parts: int, after_s: float) -> None:
+    """Another process writes and forgets pages below 300, until it gets kill -9. None is left behind, whatever fails."""
+    argv = [sys.executable, "-c", _WRITER, str(seed), str(parts), *map(str, directories)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "up\n"
+            time.sleep(after_s)
+        finally:
+            writer.kill()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,62 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from polder.errors import BudgetError, ConfigError, IntegrityError
 from polder.swarm import entry_map
 from polder.swarm.cost import PM9A3, DiskModel
-from polder.swarm.disk import DiskConfig
-from polder.swarm.engine import ThreadEngine
 from polder.swarm.entry_map import EntryMap
 from polder.swarm.entry_memory import EntryMemory
 from polder.swarm.entry_pages import EntryConfig
 from polder.swarm.entry_store import EntryStore
-from polder.swarm.entry_upkeep import EntryUpkeep
 from polder.swarm.layout import SLAB
-from polder.swarm.store import DiskStore, StoreConfig
-from polder.testing.disks import DiskModel as EmulatedModel
-from polder.testing.disks import EmulatedDisk, EmulatedEngine, VirtualClock
-
-ENTRY, PARTS = 4096, 16
-Bytes = npt.NDArray[np.uint8]
-
-
-def content(ids: Sequence[int] | npt.NDArray[np.int64], version: int = 0) -> Bytes:
-    """[n, ENTRY]: no two entries or versions have the same bytes."""
-    words = np.arange(ENTRY // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    names = (np.asarray(ids).astype(np.uint64) << np.uint64(8)) + np.uint64(version)
-    return (names[:, None] * np.uint64(0xC2B2AE3D27D4EB4F) ^ words).view(np.uint8)
-
-
-class Rig:
-    """Entries on emulated disks that take no time."""
-
-    def __init__(
-        self, folder: Path, *, entries: int, disks: int = 3, limit_bytes: int = 8 << 20, **config: int
-    ) -> None:
-        clock = VirtualClock()
-        self.disks = [EmulatedDisk(EmulatedModel(bandwidth_bytes_per_s=1e9), clock=clock) for _ in range(disks)]
-        self.folders = [folder / str(disk) for disk in range(disks)]
-        for directory in self.folders:
-            directory.mkdir(exist_ok=True)
-        self.store = DiskStore(
-            StoreConfig(
-                disks=tuple(DiskConfig(directory=directory, limit_bytes=limit_bytes) for directory in self.folders),
-                page_bytes=PARTS * ENTRY,
-                parts=PARTS,
-                namespace="entries",
-            ),
-            engine=EmulatedEngine(ThreadEngine(2), self.disks),
-        )
-        chosen = {"memory_bytes": 96 * ENTRY, "hot_bytes": 16 * ENTRY} | config
-        self.entries = EntryStore(self.store, EntryConfig(disks=(PM9A3,) * disks, **chosen), entries=entries)
-        self.upkeep = EntryUpkeep(self.entries, pages_at_once=4)
-
-    def check(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Reads them; what comes is right. Which came."""
-        found = self.entries.read(ids)
-        assert np.array_equal(self.entries.memory.bytes[found.rows[found.ok]], content(ids[found.ok]))
-        return found.ok
-
-    def close(self) -> None:
-        self.entries.close()
-        self.store.close()
+from tests.swarm.entries import ENTRY, PARTS, Rig, content, fill
 
 
 @pytest.fixture
@@ -166,108 +115,6 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
-
-
-# ---------------------------------------------------------------------- packing, aging
-
-
-def fill(rig: Rig, entries: int) -> None:
-    for at in range(0, entries, 64):
-        ids = np.arange(at, min(entries, at + 64))
-        assert rig.entries.write(ids, content(ids)).all()
-    rig.entries.flush()
-
-
-def test_what_is_read_together_comes_to_lie_together_and_again_after_reading_has_changed(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    groups = rng.permutation(1024).reshape(64, 16)
-    sizes = {"memory_bytes": 512 * ENTRY, "hot_bytes": 0, "learn_steps": 100, "ring_steps": 200}
-    rig = Rig(tmp_path, entries=1024, limit_bytes=16 << 20, **sizes)
-    fill(rig, 1024)
-    requests = []
-    for step in range(460):
-        if step == 200:
-            groups[:40] = rng.permutation(groups[:40].reshape(-1)).reshape(40, 16)
-        ids = np.sort(groups[rng.choice(64, 6, replace=False)].reshape(-1))
-        before = rig.entries.figures.requests
-        assert rig.check(ids).all()
-        requests.append((rig.entries.figures.requests - before) / len(ids))
-        if step % 4 == 0:
-            rig.upkeep.tend()
-    rig.entries.check_integrity()
-    figures = rig.entries.figures
-    mean = {at: float(np.mean(requests[at : at + 40])) for at in (60, 160, 200, 420)}
-    rig.close()
-    assert figures.packed >= 2
-    assert figures.lost == 0
-    assert mean[160] < 0.2 * mean[60], "packed once"
-    assert mean[200] > 3 * mean[160], "groups changed"
-    assert mean[420] < 0.5 * mean[200], "packed again"
-
-
-def test_pages_that_have_not_aged_stay_where_they_are(tmp_path: Path) -> None:
-    rig = Rig(tmp_path, entries=512, memory_bytes=256 * ENTRY, learn_steps=64, hot_bytes=0)
-    fill(rig, 512)
-    rng = np.random.default_rng(3)
-    groups = rng.permutation(512).reshape(32, 16)
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            rig.check(np.sort(groups[rng.choice(32, 4, replace=False)].reshape(-1)))
-
-    steps(64)
-    while rig.upkeep.tend():
-        pass
-    pages = rig.entries.map.page_of.copy()
-    steps(80)
-    assert not rig.upkeep.tend(), "nothing has aged"
-    assert rig.entries.drift is not None
-    changed, groups[:8] = np.arange(8), rng.permutation(groups[:8].reshape(-1)).reshape(8, 16)
-    steps(60)
-    assert rig.entries.drift.drifted
-    assert not rig.upkeep.tend(), "too little is known of it yet"
-    steps(64)
-    while rig.upkeep.tend():
-        pass
-    stayed = groups[8:].reshape(-1)
-    assert (rig.entries.map.page_of[stayed] == pages[stayed]).mean() > 0.8
-    assert (rig.entries.map.page_of[groups[changed].reshape(-1)] != pages[groups[changed].reshape(-1)]).mean() > 0.8
-    rig.close()
-
-
-def test_upkeep_in_another_thread_loses_nothing(tmp_path: Path) -> None:
-    sizes = {
-        "memory_bytes": 256 * ENTRY,
-        "hot_bytes": 32 * ENTRY,
-        "learn_steps": 10,
-        "ring_steps": 32,
-    }
-    rig = Rig(tmp_path, entries=1024, limit_bytes=16 << 20, **sizes)
-    fill(rig, 1024)
-    over = threading.Event()
-    failed: list[BaseException] = []
-
-    def tend() -> None:
-        try:
-            while not over.is_set():
-                rig.upkeep.tend()
-                if rig.entries.figures.packed and rig.upkeep._round is None:
-                    rig.entries.figures.packed = 0  # as if nothing had been packed: round after round
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=tend)
-    thread.start()
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        start = int(rng.integers(0, 900))
-        assert rig.check(np.unique(np.concatenate([np.arange(start, start + 60), rng.integers(0, 1024, 40)]))).all()
-    over.set()
-    thread.join()
-    assert not failed
-    assert rig.entries.figures.rewritten_pages > 64
-    rig.entries.check_integrity()
-    rig.close()
 
 
 # ---------------------------------------------------------------------- memory
@@ -382,40 +229,6 @@ def test_a_full_disk_refuses_entries_and_evicts_none(tmp_path: Path) -> None:
     assert rig.entries.figures.without_room
     for at in range(0, len(there), 200):
         assert rig.check(there[at : at + 200]).all()
-    rig.close()
-
-
-def test_steps_longer_than_the_rings_are_read_and_packed_all_the_same(tmp_path: Path) -> None:
-    sizes = {"memory_bytes": 400 * ENTRY, "hot_bytes": 0, "learn_steps": 20, "ring_entries": 1000, "ahead_bytes": ENTRY}
-    rig = Rig(tmp_path, entries=512, limit_bytes=16 << 20, **sizes)
-    fill(rig, 512)
-    rng = np.random.default_rng(0)
-    for _ in range(24):
-        wanted = np.sort(rng.choice(512, 120, replace=False))
-        rig.entries.read_ahead(wanted)
-        assert rig.check(wanted).all()
-    while rig.upkeep.tend():
-        pass
-    assert rig.entries.figures.packed == 1
-    assert rig.check(np.arange(300)).all()
-    rig.close()
-
-
-def test_the_only_copy_of_a_page_is_kept_however_cold_it_is(tmp_path: Path) -> None:
-    sizes = {"memory_bytes": 256 * ENTRY, "hot_bytes": 0, "learn_steps": 40}
-    rig = Rig(tmp_path, entries=512, limit_bytes=16 << 20, **sizes)
-    fill(rig, 512)
-    rng = np.random.default_rng(1)
-    groups = rng.permutation(512).reshape(32, 16)
-    weights = np.where(np.arange(32) < 4, 8.0, 1.0)
-    for _ in range(120):
-        rig.check(np.sort(groups[rng.choice(32, 6, replace=False, p=weights / weights.sum())].reshape(-1)))
-        rig.upkeep.tend()
-    twice = np.flatnonzero(rig.entries.map.disk_of[:, 1] >= 0)
-    assert len(twice)
-    rig.store.forget(rig.entries.map.keys(twice), rig.entries.map.disk_of[twice, 0])  # the first copies go
-    rig.upkeep._cool(twice)
-    assert rig.store.lookup(rig.entries.map.keys(twice)).present.any(axis=1).all()
     rig.close()
 
 

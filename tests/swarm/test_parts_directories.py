@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,36 +13,14 @@ from polder.errors import ConfigError
 from polder.swarm.fsck import check_directory, locked, repair_directory
 from polder.swarm.index import create_index, empty_records
 from polder.swarm.layout import index_pages, plan_layout, read_meta, usage_bytes
-from tests.swarm.pages import PAGE, PARTS, Shelf, names, shelf_of_parts
-
-WRITER = """
-import sys
-from pathlib import Path
-import numpy as np
-from tests.swarm.pages import Shelf, names
-shelf = Shelf([Path(p) for p in sys.argv[2:]], 8 << 20, parts=16)
-chance = np.random.default_rng(int(sys.argv[1]))
-print("up", flush=True)
-while True:
-    numbers = chance.integers(0, 300, 16).tolist()
-    shelf.write(numbers)
-    shelf.store.forget(names(numbers[:2]))
-"""
+from tests.swarm.pages import PAGE, PARTS, Shelf, names, shelf_of_parts, write_until_killed
 
 
 def test_kills_in_the_middle_of_writing_leave_parts_that_can_be_read_and_none_that_is_wrong(tmp_path: Path) -> None:
     directories = [tmp_path / "a", tmp_path / "b"]
     chance, found = np.random.default_rng(3), 0
     for turn in range(4):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(turn), *map(str, directories)], stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "up\n"
-        time.sleep(chance.uniform(0.1, 0.25))
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+        write_until_killed(directories, seed=turn, parts=PARTS, after_s=chance.uniform(0.1, 0.25))
         shelf = shelf_of_parts(*directories, limit_bytes=8 << 20)
         present = shelf.store.lookup(names(range(300))).present.any(axis=1)
         for at in range(0, 300, 150):
