@@ -7,7 +7,7 @@ take of the disks is counted apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +40,6 @@ LIVE_SETS: dict[str, str] = {
 LIVE_DISKS = "4"
 HOT_SHARE, AHEAD_SHARE, MEMORY_SHARE = 0.10, 0.05, 0.30
 """Of all entries, in DRAM."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Steps:
-    """What each step took."""
-
-    io_s: FloatArray
-    requests: FloatArray
-    wanted: FloatArray
-    resident: FloatArray
-    ahead: FloatArray
 
 
 def live_set(name: str, plan: DisksPlan) -> Profile:
@@ -92,23 +81,23 @@ def live_run(arm: str, profile: Profile, plan: DisksPlan, *, folder: Path) -> Me
     try:
         _write(entries, profile.size)
         written = len(engine.steps)
-        found = _steps(entries, upkeep, profile, engine, rounds=1 if arm == "live-packed-once" else len(profile.starts))
-        figures = entries.figures
-        eighth, wanted = len(found.io_s) // 8, float(found.wanted.sum())
+        rounds = 1 if arm == "live-packed-once" else profile.steps
+        io_s, requests = _steps(entries, upkeep, profile, engine, rounds=rounds)
+        figures, eighth = entries.figures, len(io_s) // 8
         return {
-            "io_time_first_s": float(found.io_s[: 2 * eighth].mean()),
-            "io_time_packed_s": float(found.io_s[3 * eighth : 4 * eighth].mean()),
-            "io_time_aged_s": float(found.io_s[4 * eighth : 5 * eighth].mean()),
-            "io_time_last_s": float(found.io_s[-2 * eighth :].mean()),
-            "disk_time_s": sum(batch.modelled_s for batch in engine.steps[written:]) / len(found.io_s),
-            "requests_an_entry": float(found.requests.sum() / max(1.0, wanted)),
-            "resident_share": float(found.resident.sum() / wanted),
-            "ahead_share": float(found.ahead.sum() / wanted),
+            "io_time_first_s": float(io_s[: 2 * eighth].mean()),
+            "io_time_packed_s": float(io_s[3 * eighth : 4 * eighth].mean()),
+            "io_time_aged_s": float(io_s[4 * eighth : 5 * eighth].mean()),
+            "io_time_last_s": float(io_s[-2 * eighth :].mean()),
+            "disk_time_s": sum(batch.modelled_s for batch in engine.steps[written:]) / figures.steps,
+            "requests_an_entry": float(requests.sum()) / figures.wanted,
+            "resident_share": figures.resident / figures.wanted,
+            "ahead_share": figures.ahead / figures.wanted,
             "ahead_used_share": figures.ahead / figures.read_ahead if figures.read_ahead else 0.0,
             "packed": float(figures.packed),
             "rewritten_pages": float(figures.rewritten_pages),
             "lost": float(figures.lost),
-            "steps": float(len(found.io_s)),
+            "steps": float(figures.steps),
         }
     finally:
         entries.close()
@@ -117,28 +106,21 @@ def live_run(arm: str, profile: Profile, plan: DisksPlan, *, folder: Path) -> Me
 
 def _steps(
     entries: EntryStore, upkeep: EntryUpkeep | None, profile: Profile, engine: EmulatedEngine, *, rounds: int
-) -> _Steps:
-    rows: list[tuple[float, ...]] = []
+) -> tuple[FloatArray, FloatArray]:
+    """[steps] what each took of the disks, and its requests; without what was read ahead of it."""
+    rows: list[tuple[float, int]] = []
     for wanted in profile:
         entries.wait()
-        before, batches = replace(entries.figures), len(engine.steps)
+        figures, batches, before = entries.figures, len(engine.steps), entries.figures.requests
         read = entries.read(wanted)
-        figures = entries.figures
-        rows.append(
-            (
-                sum(step.modelled_s for step in engine.steps[batches:]),
-                figures.requests - before.requests,
-                figures.wanted - before.wanted,
-                figures.resident - before.resident,
-                figures.ahead - before.ahead,
-            )
-        )
+        rows.append((sum(step.modelled_s for step in engine.steps[batches:]), figures.requests - before))
         if not (read.ok.all() and np.array_equal(entries.memory.bytes[read.rows], _content(wanted))):
             raise IntegrityError("an entry that was read is not what was written")
         entries.read_ahead(wanted)
         if upkeep is not None and figures.packed < rounds:
             upkeep.tend()
-    return _Steps(**dict(zip(("io_s", "requests", "wanted", "resident", "ahead"), np.array(rows).T, strict=True)))
+    io_s, requests = np.array(rows).T
+    return io_s, requests
 
 
 def _emulated(model: DiskModel, clock: VirtualClock) -> EmulatedDisk:

@@ -130,9 +130,9 @@ class EntryPages:
         count = len(self._speeds)
         done: BoolArray = np.zeros(len(members), dtype=np.bool_)
         for other in range(count):
-            to = np.where(done, -1, (disks[:, 0] + other) % count)
             if done.all():
                 break
+            to = np.where(done, -1, (disks[:, 0] + other) % count)
             done |= self.store.write(keys, addresses, self._with_room(to))
         self.store.write(keys, addresses, self._with_room(np.where(done, disks[:, 1], -1)))
         present = self.store.lookup(keys).present

@@ -102,7 +102,7 @@ class EntryStore:
         """
         if len(np.unique(ids)) < len(ids):
             raise ConfigError("entries: one is written twice at a time")
-        self._join()
+        self.wait()
         with self.lock:
             fresh = np.flatnonzero(~self._unwritten[ids] & (self.map.page_of[ids] < 0))
             self._let_go(ids[:0])
@@ -122,7 +122,7 @@ class EntryStore:
 
     def flush(self) -> None:
         """What waits is written to a page that it does not fill."""
-        self._join()
+        self.wait()
         self._store(np.flatnonzero(self._unwritten))
 
     def _store(self, ids: IntArray) -> None:
@@ -145,7 +145,7 @@ class EntryStore:
 
     def read(self, wanted: IntArray) -> EntryRead:
         """[n] entries, none twice. Raises BudgetError when memory cannot hold so many beside what stays."""
-        self._join()
+        self.wait()
         figures = self.figures
         with self.lock:
             self._let_go(wanted)
@@ -172,14 +172,16 @@ class EntryStore:
     def read_ahead(self, present: IntArray) -> None:
         """Begins to read what followed steps that read something like this; returns at once. Entries of a layer below will do,
         or those of the step before: what is told here and what is read next are remembered together."""
-        self._join()
+        self.wait()
         self._told = present
         if self.config.ahead_bytes >= self.entry_bytes and self._before.steps:
             self._ahead = self._thread.submit(self._read_ahead, present)
 
     def wait(self) -> None:
-        """Until what is read ahead has come; `read` does it too."""
-        self._join()
+        """Until what is read ahead has come; all others here do it first. Raises what broke that off."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.result()
 
     def _read_ahead(self, present: IntArray) -> None:
         with self.lock:
@@ -207,21 +209,16 @@ class EntryStore:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError. Nothing may be under way."""
-        self._join()
+        self.wait()
         self.memory.check_integrity()
         self.map.check_integrity()
 
     def close(self) -> None:
         """The disks forget all entries. No upkeep may be under way; the store stays open."""
-        self._join()
+        self.wait()
         self._thread.shutdown()
         rows = np.flatnonzero(self.map.live)
         self.store.forget(self.map.keys(rows))
-
-    def _join(self) -> None:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            ahead.result()
 
     def _let_go(self, wanted: IntArray) -> None:
         """What neither stays nor is wanted now."""

@@ -133,8 +133,8 @@ class TierSet:
             return Cut(blocks=len(tiers), load_s=0.0, recompute_s=0.0)
         cut = best_cut(
             tiers,
-            block_bytes=self._tiers[0].slot_bytes
-            // self._ranks,  # ranks load at the same time, and each measures its own part
+            # Ranks load at the same time, and each measures its own part.
+            block_bytes=self._tiers[0].slot_bytes // self._ranks,
             block_tokens=self._block_tokens,
             seconds_per_byte=costs,
             queued_bytes=queued,
