@@ -36,8 +36,8 @@ logger = logging.getLogger("polder.engine")
 
 LEAST_PAGE_BYTES = 64 << 10
 LEAST_STAGED_PAGES, MOST_STAGED_PAGES, STAGED_BYTES = 24, 768, 96 << 20
-"""Memory of each rank for pages on their way, beside the host tier. With a twelfth of it steps were 18 % longer: every batch costs
-the host 2 ms, however short it is (docs/log.md)."""
+"""Memory of each rank for pages on their way, beside the host tier: every batch costs the host 2 ms, however short it is
+(docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,7 @@ def _namespace(vllm_config: Any, kv_cache_config: Any, ranks: int, device: str) 
         config=config_digest(
             model.hf_config.to_dict(),
             architecture=model.architecture,
+            computed_in=str(model.dtype),  # a KV cache of 8 bits does not tell
             quantization=model.quantization,
             context=model.max_model_len if "longrope" in repr(model.hf_config.to_dict()) else None,
         ),
