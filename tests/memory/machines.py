@@ -155,7 +155,8 @@ def make_backend(kind: str) -> Backend:
         return CpuBackend(page_bytes=CPU_PAGE)
     from polder.memory.cuda import CudaBackend
 
-    backend = CudaBackend(0)
-    if kind == "fake-cuda":
-        backend.device = "cpu:0"  # the fake's addresses are host addresses, and this torch may know no GPU
+    if kind == "cuda":
+        return CudaBackend(0)
+    backend = CudaBackend(0, compute_stream=lambda _: 0)
+    backend.device = "cpu:0"  # the fake's addresses are host addresses, and this torch may know no GPU
     return backend

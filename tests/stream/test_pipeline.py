@@ -32,7 +32,7 @@ class Bench:
         self.backend = FaultyBackend(backend or CpuBackend(page_bytes=4096))
         self.copies = CopyEngine(self.backend)
         store = self.store if writes_back else None
-        self.stream = LayerStream(self.copies, self.load, buffers, store=store, fence=self.backend.fence)
+        self.stream = LayerStream(self.copies, self.load, buffers, store=store)
 
     def load(self, layer: int) -> Pieces:
         return Pieces.of([(self.buffer[self.where[layer]].ctypes.data, self.home[layer].ctypes.data, SIZE)])
@@ -134,15 +134,15 @@ def test_a_result_is_home_before_its_buffer_is_overwritten() -> None:
         assert bench.stream.statistics().stored_bytes == 25 * SIZE
 
 
-def test_the_device_is_asked_before_a_buffer_is_overwritten() -> None:
+def test_compute_is_marked_before_a_buffer_is_overwritten() -> None:
     with Bench([0, 1, 0]).open() as bench:
         bench.run()
-        fences = bench.backend.calls["fence"]
+        marks = bench.backend.calls["mark"]
         bench.stream.before(1)
         bench.stream.after(1)
-        assert bench.backend.calls["fence"] == fences, "a layer without traffic asks for nothing"
+        assert bench.backend.calls["mark"] == marks, "a layer without traffic asks for nothing"
         bench.run()
-        assert bench.backend.calls["fence"] == fences + 2
+        assert bench.backend.calls["mark"] == marks + 2
 
 
 @pytest.mark.parametrize("nth", range(1, 9))

@@ -5,8 +5,13 @@ tests on a laptop passes on a GPU:
 
 * Addresses and physical memory are separate. Addresses are reserved once and stay; pages come and go under them.
 * A page that is mapped is accessible at once for this process. Its bytes are whatever its last owner left: zero them.
-* Nothing here knows what the device is doing. Before pages are unmapped, the work that uses them must be over: `fence()`, or
-  an event of the caller's own. Ranges that are not being changed may be in use all the while.
+* Nothing here knows what the device is doing. Before pages are unmapped, the work that uses them must be over: `fence()` for what
+  was computed, a wait for each copy. Ranges that are not being changed may be in use all the while.
+* **Order on the device.** Launched is not done. Work on a GPU runs in streams, which do not wait for each other. What a thread
+  computes runs in one of them, its compute stream (torch's current stream in that thread); each copy queue is another. Three
+  calls put them in order, and none of them stops the caller: `mark` names the moment at which all that this thread has launched
+  is over; a copy that is submitted `after` a mark starts then; `CopyJob.hold` lets the compute stream wait for a copy. On the
+  CPU what was launched is done, so `mark` returns None, and `hold` waits.
 * Every method may be called from any thread. Calls on disjoint addresses and handles may run at the same time; two calls
   on the same ones at the same time are the caller's bug.
 * Errors are polder.errors: OutOfPages (no memory now), IntegrityError (a rule above was broken, nothing changed) and
@@ -15,12 +20,28 @@ tests on a laptop passes on a GPU:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from polder.memory.page import Handle
 
-__all__ = ["Backend", "CopyJob", "CopyQueue"]
+__all__ = ["Backend", "CopyJob", "CopyQueue", "Mark", "Stall"]
+
+Stall = Callable[[], float | None]
+"""How many seconds the compute stream stood still for a copy; None as long as that is not known."""
+
+
+class Mark(Protocol):
+    """The moment at which all that a thread had launched on its compute stream is over. Made by `Backend.mark`.
+
+    Any thread may use it, any number of times. An error of the device is raised as EnvironmentFault.
+    """
+
+    def done(self) -> bool:
+        """True once the moment is past. Never blocks."""
+
+    def wait(self) -> None:
+        """Blocks the calling thread until then, without using a core."""
 
 
 class CopyJob(Protocol):
@@ -35,12 +56,24 @@ class CopyJob(Protocol):
         Raises the copy's error, the same one at every call. Several threads may wait at the same time.
         """
 
+    def hold(self) -> Stall | None:
+        """What the calling thread launches from now on starts when the bytes are at their destination.
+
+        On a GPU returns at once; the result tells later how long the compute stream waited. On the CPU it waits, as `wait` does,
+        and returns None. Raises the error of the submission; a copy that fails later spoils the device's context, so that all
+        work after it fails too. Raises EnvironmentFault while the compute stream is being captured into a graph, which would
+        not repeat the copy.
+        """
+
 
 class CopyQueue(Protocol):
     """A FIFO of copies on one device: a job starts when the job before it has ended. Made by `Backend.copy_queue`."""
 
-    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> CopyJob:
-        """Enqueues copies of `length[i]` bytes from address `src[i]` to `dst[i]`. Never raises: errors belong to the job."""
+    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int], after: Mark | None = None) -> CopyJob:
+        """Enqueues copies of `length[i]` bytes from address `src[i]` to `dst[i]`, for all i.
+
+        The job starts when the mark `after` is reached, and so do all jobs behind it. Never raises: errors belong to the job.
+        """
 
     def close(self) -> None:
         """Waits for all jobs, then stops the thread or destroys the stream."""
@@ -122,8 +155,18 @@ class Backend(Protocol):
         However often pages of one segment are adopted, the CPU backend keeps one descriptor of it.
         """
 
+    def mark(self) -> Mark | None:
+        """The moment at which all that the calling thread has launched on its compute stream is over. None: it is over already.
+
+        Work that other streams do counts where the compute stream was made to wait for it. Copies of copy queues do not count.
+        Raises EnvironmentFault while the stream is being captured into a graph, and when the device has failed.
+        """
+
     def fence(self) -> None:
-        """Returns when all device work submitted before, by any thread, is over. Nothing to do on the CPU."""
+        """Returns when that moment is past: `mark` and `Mark.wait` in one. Nothing to do on the CPU.
+
+        It does not wait for copy queues. Whoever unmaps pages waits for the copies that use them as well.
+        """
 
     def pin(self, address: int, size_bytes: int) -> None:
         """Makes ordinary memory of this process, whole pages of the system that nobody writes to any more, readable by the device's

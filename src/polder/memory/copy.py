@@ -2,8 +2,9 @@
 
 **Order.** A copy engine is one queue. Submissions are carried out one after another in the order of their tickets, so when a
 ticket is done all earlier ones are, and a later submission may read what an earlier one writes. Within one submission there is
-no order: no piece may write what another piece of it reads or writes. On CUDA the queue is a stream of its own: it waits for
-no other stream, so the source must be complete (Backend.fence, or an event of the caller's) before it is submitted.
+no order: no piece may write what another piece of it reads or writes. On CUDA the queue is a stream of its own and waits for no
+other stream by itself. A submission `after` a mark (Backend.mark) starts when what was launched before the mark is over; `hold`
+lets what is launched afterwards wait for a submission. Neither stops the caller.
 
 **Threads.** All methods may be called from any thread. Tickets rise in the order in which submissions took effect. Any number
 of threads may wait for the same ticket or for different ones, and a ticket may be waited for again and again. Ticket 0 is that
@@ -34,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polder.errors import EnvironmentFault, IntegrityError
-from polder.memory.backend import Backend, CopyJob
+from polder.memory.backend import Backend, CopyJob, Mark, Stall
 from polder.memory.page import Indices, as_indices
 
 __all__ = ["Addresses", "CopyEngine", "CopyStatistics"]
@@ -75,6 +76,7 @@ class CopyEngine:
 
     def __init__(self, backend: Backend, *, inline_bytes: int = 0) -> None:
         """`inline_bytes`: see Backend.copy_queue. On the CPU a thread starts with the first submission: fork before that."""
+        self._backend = backend
         self._queue = backend.copy_queue(inline_bytes)
         self._lock = threading.Lock()
         self._closed = False
@@ -84,9 +86,14 @@ class CopyEngine:
         self._bytes = self._pieces = self._runs = self._failed = self._stalls = 0
         self._busy_seconds = self._stall_seconds = 0.0
 
-    def submit(self, dst: Addresses, src: Addresses, length: int | Indices) -> int:
+    def mark(self) -> Mark | None:
+        """Backend.mark: what to submit `after` when the calling thread has launched work on the bytes or their destination."""
+        return self._backend.mark()
+
+    def submit(self, dst: Addresses, src: Addresses, length: int | Indices, after: Mark | None = None) -> int:
         """Copies `length` bytes (one number, or one a piece) from address `src[i]` to `dst[i]`, for all i. Returns a ticket.
 
+        Starts when the mark `after` is reached, and all later submissions start behind it.
         Raises IntegrityError when the arrays differ in length or the engine is closed.
         """
         dst, src = np.asarray(dst, dtype=np.uint64).reshape(-1), np.asarray(src, dtype=np.uint64).reshape(-1)
@@ -101,7 +108,7 @@ class CopyEngine:
                 raise IntegrityError("the copy engine is closed")
             self._reap_done()
             self._last += 1
-            job = self._queue.put(merged_dst, merged_src, merged_lengths)
+            job = self._queue.put(merged_dst, merged_src, merged_lengths, after)
             self._pending[self._last] = (job, int(lengths.sum()))
             self._pieces += len(lengths)
             self._runs += len(merged_lengths)
@@ -140,6 +147,27 @@ class CopyEngine:
                 self._stalls += 1
                 self._stall_seconds += time.perf_counter() - started
         self._raise_failure(ticket)
+
+    def hold(self, ticket: int) -> Stall | None:
+        """What the calling thread launches from now on starts when this submission and all before it are over: CopyJob.hold.
+
+        Raises what `wait` would raise as far as it is known. None: they are over already, or the caller has waited for them.
+        """
+        self._check(ticket)
+        with self._lock:
+            self._reap_done()
+            job, _ = self._pending.get(ticket, (None, 0))
+        stall = None
+        if job is not None:
+            try:
+                stall = job.hold()
+            except Exception:
+                self.wait(ticket)
+                raise
+            with self._lock:
+                self._reap_done()
+        self._raise_failure(ticket)
+        return stall
 
     def done(self, ticket: int) -> bool:
         """True when `wait` would not block; it may still raise. Never blocks."""

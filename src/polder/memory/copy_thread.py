@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from polder.memory import _libc
+from polder.memory.backend import Mark
 from polder.memory.cores import leave_bound_core
 
 __all__ = ["ThreadJob", "ThreadQueue"]
@@ -16,8 +17,11 @@ __all__ = ["ThreadJob", "ThreadQueue"]
 class ThreadJob:
     """See polder.memory.backend.CopyJob."""
 
-    def __init__(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> None:
+    def __init__(
+        self, dst: Sequence[int], src: Sequence[int], length: Sequence[int], after: Mark | None = None
+    ) -> None:
         self._pieces = list(zip(dst, src, length, strict=True))
+        self._after = after
         self._over = threading.Event()
         self._seconds = 0.0
         self._error: Exception | None = None
@@ -25,6 +29,9 @@ class ThreadJob:
     def run(self) -> None:
         started = time.perf_counter()
         try:
+            if self._after is not None:
+                self._after.wait()
+                started = time.perf_counter()
             for dst, src, length in self._pieces:
                 _libc.copy_bytes(dst, src, length)
         except Exception as error:
@@ -41,6 +48,9 @@ class ThreadJob:
             raise self._error
         return self._seconds
 
+    def hold(self) -> None:
+        self.wait()
+
 
 class ThreadQueue:
     """See polder.memory.backend.CopyQueue. The thread starts with the first job, so that a process may fork before.
@@ -56,9 +66,13 @@ class ThreadQueue:
         self._last: ThreadJob | None = None
         """Handed to the thread."""
 
-    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> ThreadJob:
-        job = ThreadJob(dst, src, length)
-        if sum(length) < self._inline_bytes and (self._last is None or self._last.done()):  # so all before it are over
+    def put(
+        self, dst: Sequence[int], src: Sequence[int], length: Sequence[int], after: Mark | None = None
+    ) -> ThreadJob:
+        job = ThreadJob(dst, src, length, after)
+        # The last job handed to the thread is over, so all before this one are.
+        free = (self._last is None or self._last.done()) and (after is None or after.done())
+        if free and sum(length) < self._inline_bytes:
             job.run()
             return job
         if self._thread is None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from polder.errors import ConfigError, IntegrityError
 from polder.memory import _libc
+from polder.memory.backend import Mark
 from polder.memory.copy_thread import ThreadQueue
 from polder.memory.page import PAGE_BYTES, Handle, contiguous
 from polder.memory.segments import Segments
@@ -107,8 +108,12 @@ class CpuBackend:
     def zero(self, address: int, size_bytes: int) -> None:
         _libc.zero_bytes(address, size_bytes)
 
+    def mark(self) -> Mark | None:
+        """The CPU's work is over when the call that did it returns."""
+        return None
+
     def fence(self) -> None:
-        """Nothing to wait for: the CPU's work is over when the call that did it returns."""
+        """As `mark`: nothing to wait for."""
 
     def pin(self, address: int, size_bytes: int) -> None:
         """All memory is the device's."""

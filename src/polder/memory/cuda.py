@@ -11,11 +11,11 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from polder.errors import ConfigError, EnvironmentFault, IntegrityError, OutOfPages, ProtocolError
-from polder.memory.cuda_stream import StreamQueue
+from polder.memory.cuda_stream import StreamMark, StreamQueue
 from polder.memory.page import PAGE_BYTES, Handle
 
 __all__ = ["CudaBackend", "CudaError", "Driver"]
@@ -32,8 +32,19 @@ class CudaError(EnvironmentFault):
         self.name = name
 
 
+def torch_stream(index: int) -> int:
+    """The compute stream of the calling thread: torch's current one, as the driver's number for it."""
+    import torch
+
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
 class Driver:
-    """The driver's functions on one device's primary context (the one that torch uses), with errors as exceptions."""
+    """The driver's functions on one device's primary context (the one that torch uses), with errors as exceptions.
+
+    The context is retained when something first needs it. Making, exporting and importing memory do not, so a process that does
+    nothing else (the broker) takes none of the device's memory for itself.
+    """
 
     def __init__(self, index: int) -> None:
         """Raises EnvironmentFault when there is no driver, no bindings or no such device."""
@@ -49,7 +60,9 @@ class Driver:
         except Exception as error:  # the bindings' own: the library is missing, or too old for a symbol
             raise EnvironmentFault(f"no NVIDIA driver found: {error}") from error
         self.index = index
-        self.context = self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index))
+        self._device = self.call("cuDeviceGet", index)
+        self._lock = threading.Lock()
+        self._context: Any = None
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Calls `name`, returns its result (None, a value, or a tuple). Raises OutOfPages or CudaError."""
@@ -63,14 +76,21 @@ class Driver:
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Makes the context current in this thread for a while. The one before comes back, since it may be torch's."""
-        self.call("cuCtxPushCurrent", self.context)
+        with self._lock:
+            if self._context is None:
+                self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
+        self.call("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
             self.call("cuCtxPopCurrent")
 
     def close(self) -> None:
-        self.call("cuDevicePrimaryCtxRelease", self.call("cuDeviceGet", self.index))
+        """Releases the context, if it was ever needed. May be repeated."""
+        with self._lock:
+            if self._context is not None:
+                self._context = None
+                self.call("cuDevicePrimaryCtxRelease", self._device)
 
 
 class CudaBackend:
@@ -82,9 +102,20 @@ class CudaBackend:
 
     sparse = False
 
-    def __init__(self, index: int, owner: int | None = None, *, page_bytes: int = PAGE_BYTES) -> None:
-        """Raises EnvironmentFault without a usable driver, ConfigError when the driver cannot map such small pages."""
+    def __init__(
+        self,
+        index: int,
+        owner: int | None = None,
+        *,
+        page_bytes: int = PAGE_BYTES,
+        compute_stream: Callable[[int], int] = torch_stream,
+    ) -> None:
+        """`compute_stream(index)`: the stream in which the calling thread's work on the device runs.
+
+        Raises EnvironmentFault without a usable driver, ConfigError when the driver cannot map such small pages.
+        """
         self.driver = Driver(index)
+        self._compute_stream = compute_stream
         api = self.driver.api
         self.device, self.page_bytes = f"cuda:{index}", page_bytes
         self._fd_type = api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
@@ -104,8 +135,7 @@ class CudaBackend:
             raise ConfigError(f"page size {page_bytes}: {self.device} maps multiples of {granularity} bytes")
         self._lock = threading.Lock()
         self._held: Counter[int] = Counter()  # driver handle -> references of this process
-        with self.driver.current():
-            self._stream = self.driver.call("cuStreamCreate", api.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._stream: Any = None  # for `zero`
 
     # ------------------------------------------------------------------ addresses
 
@@ -136,12 +166,18 @@ class CudaBackend:
 
     def zero(self, address: int, size_bytes: int) -> None:
         with self.driver.current():
+            with self._lock:
+                if self._stream is None:
+                    flags = self.driver.api.CUstream_flags.CU_STREAM_NON_BLOCKING
+                    self._stream = self.driver.call("cuStreamCreate", flags)
             self.driver.call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
             self.driver.call("cuStreamSynchronize", self._stream)
 
+    def mark(self) -> StreamMark:
+        return StreamMark(self.driver, self._compute_stream(self.driver.index))
+
     def fence(self) -> None:
-        with self.driver.current():
-            self.driver.call("cuCtxSynchronize")
+        self.mark().wait()
 
     def pin(self, address: int, size_bytes: int) -> None:
         with self.driver.current():
@@ -222,7 +258,7 @@ class CudaBackend:
         return self._hold(keys)
 
     def copy_queue(self, inline_bytes: int = 0) -> StreamQueue:
-        return StreamQueue(self.driver)
+        return StreamQueue(self.driver, self._compute_stream)
 
     def close(self) -> None:
         with self._lock:
@@ -233,7 +269,7 @@ class CudaBackend:
             with self.driver.current():
                 self.driver.call("cuStreamDestroy", self._stream)
             self._stream = None
-            self.driver.close()
+        self.driver.close()
 
     def _check_held(self, handles: Sequence[Handle]) -> None:
         """The driver's behaviour on an invalid handle is undefined, so it never gets to see one."""

@@ -3,7 +3,7 @@
 A model computes its layers 0, 1, ... n - 1, again and again. Some of them share a buffer, which has the bytes of one of them at a
 time. Around each layer its owner calls `before` and `after`:
 
-    before(l)   data ready      returns when l's bytes are in its buffer
+    before(l)   data ready      what is launched next finds l's bytes in its buffer
     (compute)
     after(l)    result stored   what l has changed is on its way home, if there is a home
                 buffer free     the next layer of the same buffer is on its way in
@@ -11,16 +11,20 @@ time. Around each layer its owner calls `before` and `after`:
 The next layer of a buffer is the next higher one that shares it, and after the highest the lowest: so a fetch crosses the border
 between two passes, as in Oneiros and SwiftCache. A layer with a buffer of its own is fetched once and costs a look-up from then on.
 
-**Overwriting.** A buffer may be overwritten from the moment at which `after` of its layer is called, or `before` of another layer
-of the same buffer, until `before` of that other layer returns. The queue is a FIFO, so a result is read out before the fetch
-that overwrites it. On devices that compute behind the caller's back, `fence` is called before such a fetch is submitted.
+**Overwriting.** A buffer may be overwritten by what comes after the call of `after` of its layer, or of `before` of another layer
+of the same buffer, until `before` of that other layer returns. The queue is a FIFO, so a result is read out before the fetch that
+overwrites it.
+
+**Devices that compute behind the caller's back.** There "comes after" is the order of the device's work, not of these calls: each
+store and fetch waits for a mark on the compute stream, and the compute stream waits for the fetch (polder.memory.backend, order
+on the device). The caller waits for nothing, and copies run beside the compute of other layers.
 
 **Order of calls.** Any. A pass that is given up half way leaves a buffer with a later layer's bytes; `before` notices, fetches
 its own layer and waits for it. `before` never returns over bytes of another layer.
 
 **Errors.** A fetch that failed is raised (EnvironmentFault) by the `before` that would have returned over its bytes, or by one that
-comes earlier; the next `before` of that layer fetches anew. A result that could not be stored is raised by the next `before`
-that waits, or by `drain`.
+comes earlier; the next `before` of that layer fetches anew. A result that could not be stored is raised by a later `before`
+that has something to wait for, or by `drain`.
 
 **Threads.** All methods but `statistics` belong to one thread, the one that launches the layers. Pages under buffers may be
 unmapped after `drain`.
@@ -36,6 +40,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from polder.memory.backend import Mark, Stall
 from polder.memory.copy import Addresses, CopyEngine
 from polder.memory.page import Indices
 
@@ -66,6 +71,7 @@ class StreamStatistics:
     stalls: int
     """Layers that had to wait for their bytes."""
     stall_seconds: float
+    """Time that computing stood still for them. A GPU tells it when it is over, so the last layers may be missing."""
     recent_pass_stall_seconds: float
     """Longest time that one of the last RECENT_PASSES passes stood still."""
     busy_seconds: float
@@ -79,8 +85,15 @@ class StreamStatistics:
 
 RECENT_PASSES = 16
 
+_SHORTEST_STALL_S = 1e-5
+"""Two events of a GPU are a few microseconds apart even when nothing waits between them."""
 _READY = 0
 _ABSENT = -1  # any other value is the ticket of the fetch under way
+
+
+@dataclass(kw_only=True)
+class _Pass:
+    stall_seconds: float = 0.0
 
 
 class LayerStream:
@@ -93,19 +106,19 @@ class LayerStream:
         buffers: Sequence[int],
         *,
         store: Callable[[int], Pieces] | None = None,
-        fence: Callable[[], None],
     ) -> None:
         """Layers with the same number in `buffers` share a buffer. No layer's bytes are there yet.
 
         `copies`: used by nobody else, or the statistics count others' copies. `load(layer)`: how its bytes come in; asked
-        whenever they are fetched. `store(layer)`: how its result goes home. `fence()`: returns when the device has computed
-        all that was launched before (Backend.fence, or something narrower).
+        whenever they are fetched. `store(layer)`: how its result goes home.
         """
-        self._copies, self._load, self._store, self._fence = copies, load, store, fence
+        self._copies, self._load, self._store = copies, load, store
         self._passes = self._loads = self._loaded_bytes = self._stored_bytes = self._stalls = 0
-        self._stall_seconds = self._stalled_before = 0.0
-        self._pass_stalls: deque[float] = deque(maxlen=RECENT_PASSES)
-        self._stored = 0  # ticket of the last result
+        self._stall_seconds = 0.0
+        self._pass = _Pass()
+        self._recent: deque[_Pass] = deque(maxlen=RECENT_PASSES)
+        self._unknown: deque[tuple[_Pass, Stall]] = deque()  # stalls that the device has not told yet, in order
+        self._last = 0  # ticket of the last copy
         self.assign(buffers)
 
     def assign(self, buffers: Sequence[int], present: Iterable[int] = ()) -> None:
@@ -126,51 +139,54 @@ class LayerStream:
             self._occupant[self._buffers[layer]] = layer
 
     def before(self, layer: int) -> None:
-        """Returns when the layer's bytes are there. Raises EnvironmentFault when they cannot be fetched."""
+        """What is launched from now on finds the layer's bytes. Raises EnvironmentFault when they cannot be fetched."""
         ticket = self._state[layer]
         if ticket == _READY:
             return
         if ticket == _ABSENT:
-            self._fence()
-            ticket = self._submit(layer)
+            ticket = self._submit(layer, self._copies.mark())
         started = None if self._copies.done(ticket) else time.perf_counter()
+        stall = None
         try:
-            self._copies.wait(ticket)
+            stall = self._copies.hold(ticket)
         except BaseException:
             self._state[layer] = _ABSENT
+            if self._last == ticket:
+                self._last = 0  # its error is raised
             raise
         finally:
-            if started is not None:
-                self._stalls += 1
-                self._stall_seconds += time.perf_counter() - started
+            if stall is not None:
+                self._unknown.append((self._pass, stall))
+            elif started is not None:
+                self._count_stall(self._pass, time.perf_counter() - started)
         self._state[layer] = _READY
 
     def after(self, layer: int) -> None:
         """The layer is computed (or launched): stores its result and fetches the next layer of its buffer."""
         following = self._following[layer]
         wanted = following >= 0 and self._state[following] == _ABSENT
-        if wanted or self._store is not None:
-            self._fence()
+        mark = self._copies.mark() if wanted or self._store is not None else None
         if self._store is not None:
             pieces = self._store(layer)
-            self._stored = self._copies.submit(*pieces)
+            self._last = self._copies.submit(*pieces, after=mark)
             self._stored_bytes += int(pieces.size_bytes.sum())
         if wanted:
-            self._submit(following)
+            self._submit(following, mark)
         if layer == len(self._state) - 1:
             self._passes += 1
-            self._pass_stalls.append(self._stall_seconds - self._stalled_before)
-            self._stalled_before = self._stall_seconds
+            self._recent.append(self._pass)
+            self._pass = _Pass()
+            self._learn_stalls()
 
     def fetch(self, layers: Iterable[int]) -> None:
         """Begins to fetch those of these layers that are not there, in this order. Their buffers must be free."""
-        self._fence()
+        mark = self._copies.mark()
         for layer in layers:
             if self._state[layer] == _ABSENT:
-                self._submit(layer)
+                self._submit(layer, mark)
 
     def present(self) -> list[int]:
-        """The layers whose bytes are known to be there."""
+        """The layers that `before` or `drain` found there."""
         return [layer for layer, state in enumerate(self._state) if state == _READY]
 
     def drain(self) -> None:
@@ -187,7 +203,8 @@ class LayerStream:
                 except Exception as error:
                     self._state[layer] = _ABSENT
                     failure = failure or error
-        self._copies.wait(self._stored)
+        last, self._last = self._last, 0
+        self._copies.wait(last)  # the results, and fetches that only the device has waited for
         if failure is not None:
             raise failure
 
@@ -199,17 +216,32 @@ class LayerStream:
             stored_bytes=self._stored_bytes,
             stalls=self._stalls,
             stall_seconds=self._stall_seconds,
-            recent_pass_stall_seconds=max(self._pass_stalls, default=0.0),
+            recent_pass_stall_seconds=max((each.stall_seconds for each in list(self._recent)), default=0.0),
             busy_seconds=self._copies.statistics().busy_seconds,
         )
 
-    def _submit(self, layer: int) -> int:
+    def _count_stall(self, where: _Pass, seconds: float) -> None:
+        self._stalls += 1
+        self._stall_seconds += seconds
+        where.stall_seconds += seconds
+
+    def _learn_stalls(self) -> None:
+        while self._unknown:
+            where, stall = self._unknown[0]
+            seconds = stall()
+            if seconds is None:
+                return
+            self._unknown.popleft()
+            if seconds > _SHORTEST_STALL_S:
+                self._count_stall(where, seconds)
+
+    def _submit(self, layer: int, after: Mark | None) -> int:
         pieces = self._load(layer)
         buffer = self._buffers[layer]
         before = self._occupant.get(buffer)
         if before is not None:
             self._state[before] = _ABSENT
-        ticket = self._copies.submit(*pieces)
+        ticket = self._last = self._copies.submit(*pieces, after=after)
         self._occupant[buffer], self._state[layer] = layer, ticket
         self._loads += 1
         self._loaded_bytes += int(pieces.size_bytes.sum())

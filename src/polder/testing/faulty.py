@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from polder.errors import EnvironmentFault, OutOfPages
-from polder.memory.backend import Backend, CopyJob, CopyQueue
+from polder.memory.backend import Backend, CopyJob, CopyQueue, Mark
 from polder.memory.page import Handle
 
 __all__ = ["FaultyBackend", "seeded_faults"]
@@ -99,6 +99,10 @@ class FaultyBackend:
         self._count("adopt_many")
         return self._inner.adopt_many(fds, fd_index, offsets)
 
+    def mark(self) -> Mark | None:
+        self._count("mark")
+        return self._inner.mark()
+
     def fence(self) -> None:
         self._count("fence")
         self._inner.fence()
@@ -139,12 +143,12 @@ class _FaultyQueue:
     def __init__(self, inner: CopyQueue, failure: Callable[[str], Exception | None]) -> None:
         self._inner, self._failure = inner, failure
 
-    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> CopyJob:
+    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int], after: Mark | None = None) -> CopyJob:
         failure = self._failure("copy")
         if failure is None:
-            return self._inner.put(dst, src, length)
+            return self._inner.put(dst, src, length, after)
         # An empty job keeps the place in the queue: the failed copy is over when those before it are.
-        return _FailedJob(self._inner.put([], [], []), failure)
+        return _FailedJob(self._inner.put([], [], [], after), failure)
 
     def close(self) -> None:
         self._inner.close()
@@ -160,3 +164,6 @@ class _FailedJob:
     def wait(self) -> float:
         self._place.wait()
         raise self._error
+
+    def hold(self) -> None:
+        self.wait()

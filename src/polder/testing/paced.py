@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from polder.memory.backend import Backend, CopyJob, CopyQueue
+from polder.memory.backend import Backend, CopyJob, CopyQueue, Mark
 from polder.testing.faulty import FaultyBackend
 
 __all__ = ["PacedBackend"]
@@ -31,10 +31,10 @@ class _PacedQueue:
         self._inner, self._bytes_per_s = inner, bytes_per_s
         self._free_at = 0.0
 
-    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int]) -> CopyJob:
+    def put(self, dst: Sequence[int], src: Sequence[int], length: Sequence[int], after: Mark | None = None) -> CopyJob:
         seconds = sum(length) / self._bytes_per_s
         self._free_at = max(self._free_at, time.perf_counter()) + seconds
-        return _PacedJob(self._inner.put(dst, src, length), self._free_at, seconds)
+        return _PacedJob(self._inner.put(dst, src, length, after), self._free_at, seconds)
 
     def close(self) -> None:
         self._inner.close()
@@ -52,6 +52,10 @@ class _PacedJob:
         seconds = self._inner.wait()
         _sleep_until(self._over_at)
         return max(seconds, self._seconds)
+
+    def hold(self) -> None:
+        """The link is emulated by the host, so the host waits."""
+        self.wait()
 
 
 def _sleep_until(moment: float) -> None:

@@ -125,7 +125,7 @@ class WeightStore:
             for layer, (start, used) in enumerate(zip(starts, self.layout.used_bytes, strict=True))
         ]
         self._copies = CopyEngine(backend)
-        self._stream = LayerStream(self._copies, self._load, range(self._layers), fence=self._fence)
+        self._stream = LayerStream(self._copies, self._load, range(self._layers))
         self._rotation: Rotation | None = None
         self._held: list[Segment] = []
         self._under: dict[int, Segment] = {}  # layer -> the segment that it is mapped onto

@@ -4,7 +4,7 @@ A windowed block has an address in every layer, as any block has, but the pages 
 on the pages of slot l mod w. Its home, with all layers, is a store in memory that is not scarce. For a pass the blocks are named
 that the step's requests read and those that it writes, and then, around each layer,
 
-    before(l)    the blocks to read are there; the new tokens' keys and values may be written
+    before(l)    what is launched next finds the blocks to read, and may write the new tokens' keys and values
     (key and value are written, attention)
     after(l)     the written blocks are on their way home; layer l + w is on its way into the slot
 
@@ -18,7 +18,7 @@ Source: SwiftCache section 3.3, with w slots in place of one, which lets a load 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,8 +70,8 @@ class BlockHomes:
 class WindowStream:
     """One rank's passes; the essay above is its manual. All methods belong to the thread that launches the layers."""
 
-    def __init__(self, copies: CopyEngine, homes: BlockHomes, *, window_layers: int, fence: Callable[[], None]) -> None:
-        """`copies`: used by nobody else. `fence`: returns when the device has computed what was launched (Backend.fence)."""
+    def __init__(self, copies: CopyEngine, homes: BlockHomes, *, window_layers: int) -> None:
+        """`copies`: used by nobody else."""
         self._copies, self._homes = copies, homes
         layers = len(homes.local)
         self._buffers = [layer % window_layers for layer in range(layers)]
@@ -80,7 +80,7 @@ class WindowStream:
         self._loads: list[Pieces | None] = [None] * layers
         self._saves: list[Pieces | None] = [None] * layers
         self._passed = -1
-        self._stream = LayerStream(copies, self._load, self._buffers, store=self._save, fence=fence)
+        self._stream = LayerStream(copies, self._load, self._buffers, store=self._save)
 
     def begin(self, read: Sequence[int] | Indices, written: Sequence[int] | Indices) -> bool:
         """A pass begins that reads and writes these blocks. Returns whether any is windowed: if not, nothing else is to be called.
@@ -103,7 +103,10 @@ class WindowStream:
         return True
 
     def before(self, layer: int) -> None:
-        """Returns when the layer's blocks are there and its slot may be written. Raises EnvironmentFault when a copy failed."""
+        """What is launched from now on finds the layer's blocks and may write its slot.
+
+        Raises EnvironmentFault when a copy failed.
+        """
         try:
             self._stream.before(layer)
         except EnvironmentFault:

@@ -108,7 +108,7 @@ def _windowed_steps(window: WorkerWindow, step: Callable[[int], float]) -> tuple
     most = min(window.mapped_blocks - 1, window.homes.blocks)
     copies = CopyEngine(window.backend, inline_bytes=window_worker.INLINE_BYTES)
     homes = replace(window.homes, first=1)
-    stream = WindowStream(copies, homes, window_layers=window.window_layers, fence=window.fence)
+    stream = WindowStream(copies, homes, window_layers=window.window_layers)
     found: list[tuple[int, float]] = []
     try:
         for blocks in sorted({1, max(1, most // 2), most}):
@@ -132,7 +132,7 @@ def _copying(window: WorkerWindow) -> tuple[float, float]:
     most = min(window.mapped_blocks - 1, homes.blocks, max(2, COPIED_BYTES // (layers * block_bytes)))
     copies = CopyEngine(window.backend, inline_bytes=window_worker.INLINE_BYTES)
     try:
-        stream = WindowStream(copies, replace(homes, first=1), window_layers=window.window_layers, fence=window.fence)
+        stream = WindowStream(copies, replace(homes, first=1), window_layers=window.window_layers)
 
         def one_pass(blocks: int) -> float:
             read = np.arange(1, 1 + blocks)

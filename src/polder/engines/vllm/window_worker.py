@@ -67,7 +67,7 @@ class WorkerWindow:
             memory.backend.fence,
         )
         self.copies = CopyEngine(self.backend, inline_bytes=INLINE_BYTES)
-        self.stream = WindowStream(self.copies, self.homes, window_layers=plan.window_layers, fence=self.fence)
+        self.stream = WindowStream(self.copies, self.homes, window_layers=plan.window_layers)
         self._carried: dict[int, tuple[int, ...]] = {}  # carrier -> its windowed units
         self._busy = False
         self.opened = False
