@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from polder.errors import EnvironmentFault
+from polder.memory.backend import Mark
 from polder.testing.faulty_tier import EmulatedMemory, Faults, FaultyMemory
 from polder.testing.links import EmulatedLink
 from polder.tiers import transfer
@@ -37,6 +39,16 @@ class Machine:
         return [(self.kv[layer, block].ctypes.data, BYTES) for layer in range(LAYERS)]
 
     def run(self, direction: Direction, slots: list[int], blocks: list[int], seeds: list[int]) -> dict[int, str]:
+        return self.end(self.begin(direction, slots, blocks, seeds))
+
+    def begin(
+        self,
+        direction: Direction,
+        slots: list[int],
+        blocks: list[int],
+        seeds: list[int],
+        after: Mark | None = None,
+    ) -> int:
         self._number += 1
         rows = np.arange(len(slots))
         numbers = np.array(slots, dtype=np.int64)
@@ -45,13 +57,37 @@ class Machine:
         part = Part(
             tier=0, rows=rows, blocks=rows, slots=numbers, seeds=np.array(seeds, dtype=np.uint64), recipe=recipe
         )
-        self.worker.submit(
-            Job(number=self._number, direction=direction, parts=(part,)), [self.pieces(b) for b in blocks]
-        )
-        self.worker.wait([self._number])
+        job = Job(number=self._number, direction=direction, parts=(part,))
+        self.worker.submit(job, [self.pieces(b) for b in blocks], after)
+        return self._number
+
+    def end(self, number: int) -> dict[int, str]:
+        self.worker.wait([number])
         (finished,) = self.worker.poll()
-        assert finished.number == self._number
+        assert finished.number == number
         return dict(finished.failed)
+
+
+class LateCompute:
+    """Compute that was launched and is not done: a mark of it."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._over, self._asked, self._error = threading.Event(), threading.Event(), error
+
+    def until_asked(self) -> None:
+        assert self._asked.wait(30.0), "nobody waits for this compute"
+
+    def finish(self) -> None:
+        self._over.set()
+
+    def done(self) -> bool:
+        return self._over.is_set()
+
+    def wait(self) -> None:
+        self._asked.set()
+        assert self._over.wait(60.0)
+        if self._error is not None:
+            raise self._error
 
 
 @pytest.fixture
@@ -68,6 +104,48 @@ def test_loads_bring_back_what_was_stored(machine: Machine) -> None:
     assert machine.run("load", [4, 3, 9], [15, 0, 5], [12, 10, 11]) == {}
     for block in (0, 5, 15):
         assert np.array_equal(machine.kv[:, block], before[:, block])
+
+
+def test_what_compute_writes_late_is_what_is_stored(machine: Machine) -> None:
+    """The store is submitted while the step that fills the block is under way."""
+    compute = LateCompute()
+    number = machine.begin("store", [3], [0], [10], after=compute)
+    compute.until_asked()
+    machine.kv[:, 0] = 77
+    compute.finish()
+    assert machine.end(number) == {}
+    machine.kv[:, 0] = 0
+    assert machine.run("load", [3], [0], [10]) == {}
+    assert (machine.kv[:, 0] == 77).all()
+
+
+def test_a_load_overwrites_what_compute_still_writes(machine: Machine) -> None:
+    """The block's former owner has ended, and its last step is under way."""
+    before = machine.kv[:, 0].copy()
+    assert machine.run("store", [3], [0], [10]) == {}
+    compute = LateCompute()
+    number = machine.begin("load", [3], [5], [10], after=compute)
+    compute.until_asked()
+    machine.kv[:, 5] = 77
+    compute.finish()
+    assert machine.end(number) == {}
+    assert np.array_equal(machine.kv[:, 5], before)
+
+
+def test_a_device_that_failed_makes_misses(machine: Machine) -> None:
+    compute = LateCompute(EnvironmentFault("illegal address"))
+    compute.finish()
+    assert machine.end(machine.begin("store", [3, 4], [0, 1], [10, 11], after=compute)) == {0: "error", 1: "error"}
+
+
+def test_a_load_waits_for_its_own_compute_only(machine: Machine) -> None:
+    """A store that waits for a step holds no load up."""
+    machine.run("store", [3], [0], [10])
+    compute = LateCompute()
+    store = machine.begin("store", [4], [1], [11], after=compute)
+    assert machine.run("load", [3], [5], [10]) == {}
+    compute.finish()
+    assert machine.end(store) == {}
 
 
 def test_a_changed_byte_a_foreign_block_and_an_empty_slot_are_corrupt(machine: Machine) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ __all__ = ["CpuMover", "CudaMover", "HostMemory", "Lent", "PeerMemory", "pair", 
 _LOWEST = 1 << 12
 _MEMORY = np.frombuffer(memoryview((ctypes.c_ubyte * ((1 << 47) - 2 * _LOWEST)).from_address(_LOWEST)), dtype=np.uint8)
 """All addresses of a process as one array, of which only parts that are mapped may be touched."""
+
+
+_FACTOR = 0x9E3779B97F4A7C15
+"""Of CudaMover's sum, from piece to piece."""
 
 
 def pair(dst: Pieces, src: Pieces) -> tuple[list[int], list[int], list[int]]:
@@ -88,11 +94,16 @@ class CpuMover:
 
 class CudaMover:
     """The copy engine's stream, and a sum that the device computes itself: fetching the bytes to hash them would cost more than
-    recomputing them. The sum is not xxh3, but every bit counts and so does its place: words times odd numbers, modulo 2^64."""
+    recomputing them. The sum is not xxh3, but every bit counts and so does its place: words times odd numbers, modulo 2^64.
+
+    The sum is computed in a stream of its own for each thread. The thread's default would be the legacy stream, in which the sum
+    would wait for the engine's steps where the engine computes there, and be ordered with nothing where it does not.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._copies = CopyEngine(backend)
+        self._streams = threading.local()
 
     def copy(self, dst: Pieces, src: Pieces) -> None:
         to, start, sizes = pair(dst, src)
@@ -102,20 +113,37 @@ class CudaMover:
     def checksum(self, pieces: Pieces, seed: int) -> int:
         import torch
 
-        total = seed
-        for address, size in pieces:
-            words = tensor_over(address, size, self._backend.device, None).view(torch.int64)
-            weights = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=words.device)
-            total = (total * 0x9E3779B97F4A7C15 + int((words * weights).sum())) & (2**64 - 1)
-        return total
+        with self._stream():
+            total = torch.tensor(_signed(seed), dtype=torch.int64, device=self._backend.device)
+            for address, size in pieces:
+                words = tensor_over(address, size, self._backend.device, None).view(torch.int64)
+                weights = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=words.device)
+                total = total * _signed(_FACTOR) + (words * weights).sum()
+            return int(total) & (2**64 - 1)
+
+    def _stream(self) -> contextlib.AbstractContextManager[object]:
+        """What torch launches within runs in this thread's own stream."""
+        import torch
+
+        if not self._backend.device.startswith("cuda"):
+            return contextlib.nullcontext()
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self._backend.device)
+        own: contextlib.AbstractContextManager[object] = torch.cuda.stream(self._streams.own)
+        return own
 
     def checksum_in_host(self, pieces: Pieces, seed: int) -> int:
         total = seed
         for address, size in pieces:
             words = _MEMORY[address - _LOWEST : address - _LOWEST + size].view(np.uint64)
             weights = np.arange(1, 2 * len(words), 2, dtype=np.uint64)
-            total = (total * 0x9E3779B97F4A7C15 + int((words * weights).sum(dtype=np.uint64))) & (2**64 - 1)
+            total = (total * _FACTOR + int((words * weights).sum(dtype=np.uint64))) & (2**64 - 1)
         return total
+
+
+def _signed(word: int) -> int:
+    """The number that a signed 64-bit integer has where an unsigned one has `word`."""
+    return word - (word >> 63 << 64)
 
 
 class HostMemory:

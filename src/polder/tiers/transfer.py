@@ -5,6 +5,10 @@ lanes, one a direction, each with a thread and a queue: so a load never waits be
 Jobs of one lane are carried out in their order. Nothing raises across: every row of a job either succeeds or is reported as
 failed, with the reason.
 
+A job comes with a mark on the engine's compute (polder.memory.backend): what was launched before may still write the blocks that
+are to be stored, and may still use those that are to be loaded for their former owner. The lane's thread waits for the mark before
+it touches a block, takes a lock, or starts the clock. It does not let the copies' stream wait: other lanes use that too.
+
     store   lock the lots (peer)  ->  copy the engine's block into the slot  ->  note the checksum of the engine's bytes
     load    copy the slot into the engine's block  ->  compare epochs (peer)  ->  compare the checksum of the bytes that arrived
 
@@ -29,6 +33,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from polder.memory.backend import Mark
 from polder.memory.cores import leave_bound_core
 from polder.tiers.pages import Pages
 from polder.tiers.slots import IntArray, Recipe
@@ -180,8 +185,8 @@ class BatchMemory(Protocol):
 class _Work:
     """A job under way: what is left of it, and what its parts reported."""
 
-    def __init__(self, job: Job, blocks: Sequence[Pieces]) -> None:
-        self.job, self.blocks = job, blocks
+    def __init__(self, job: Job, blocks: Sequence[Pieces], after: Mark | None) -> None:
+        self.job, self.blocks, self.after = job, blocks, after
         self.left = len(job.parts)
         self.finished = Finished(number=job.number)
 
@@ -214,10 +219,10 @@ class TierWorker:
         self._open: set[int] = set()
         self._done: list[Finished] = []
 
-    def submit(self, job: Job, blocks: Sequence[Pieces]) -> None:
+    def submit(self, job: Job, blocks: Sequence[Pieces], after: Mark | None = None) -> None:
         """Begins a job; `blocks[i]` is where the engine keeps its i-th block. Sources and destinations must stay until it is
-        done."""
-        work = _Work(job, blocks)
+        done. `after`: no block is touched before this mark is reached."""
+        work = _Work(job, blocks, after)
         with self._changed:
             if not job.parts:
                 self._done.append(work.finished)
@@ -278,11 +283,14 @@ class TierWorker:
         leave_bound_core()
         while (item := lane.get()) is not None:
             work, part = item
+            ordered = _wait_for(work.after)
             started = time.perf_counter()
             failed: dict[int, Reason] = {}
             size = 0
             news: News | None = None
-            if part.tier in self._batches:
+            if not ordered:
+                failed = dict.fromkeys(part.rows.tolist(), "error")
+            elif part.tier in self._batches:
                 carried, news = self._batch(work, part)
                 size, failed = carried.size_bytes, {int(part.rows[at]): why for at, why in carried.failed.items()}
             else:
@@ -362,3 +370,14 @@ class TierWorker:
         except Exception:  # whatever it is, it is a miss: the engine goes on
             return "error", 0
         return None, size
+
+
+def _wait_for(mark: Mark | None) -> bool:
+    """Returns when the mark is reached; False when the device has failed."""
+    try:
+        if mark is not None:
+            mark.wait()
+    except Exception:
+        logger.exception("the device failed before blocks could be copied; they are misses")
+        return False
+    return True

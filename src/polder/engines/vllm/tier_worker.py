@@ -7,6 +7,7 @@ addresses. A job that fails is reported as done, since OffloadingConnector asser
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from polder.engines.vllm import window_worker
 from polder.engines.vllm.host_region import HostRegion, adopt_pages
 from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks
 from polder.engines.vllm.worker import WorkerMemory
+from polder.errors import PolderError
+from polder.memory.backend import Mark
 from polder.memory.pool import ImportedPages
 from polder.swarm.keys import Keys
 from polder.testing.faulty_tier import EmulatedBatch, EmulatedMemory, FaultyMemory, parse_faults
@@ -30,6 +33,8 @@ from polder.tiers.places import CpuMover, CudaMover, HostMemory, Lent, PeerMemor
 from polder.tiers.transfer import BatchMemory, Direction, Finished, Job, Pieces, TierMemory, TierWorker
 
 __all__ = ["PolderWorker", "TierJob", "TierPlan", "current", "on_new_weights", "open_worker"]
+
+logger = logging.getLogger("polder.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +73,15 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         groups: Sequence[Sequence[tuple[int, int, int]]],
         on_close: Callable[[], None],
         *,
+        mark: Callable[[], Mark | None] = lambda: None,
         disks: OpenDisks | None = None,
         host: tuple[int, int] = (0, 0),
     ) -> None:
         """`open_tiers(slots of the disk, its memory)`: with a disk called by `start`, else at once. `groups`: for each KV cache
         group (address of block 0, bytes from block to block, bytes of a block) of every layer. `host`: address and slot bytes of
-        its tier."""
+        its tier. `mark`: Backend.mark; a job waits for what was launched before it was submitted."""
         self._groups, self._on_close, self._open, self._host = groups, on_close, open_tiers, host
+        self._mark = mark
         self.disks = disks
         self._disk: DiskMemory | None = None
         self.tiers: TierWorker
@@ -153,6 +160,11 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         return True
 
     def _submit(self, job_id: int, spec: TierJob, blocks: Any) -> bool:
+        try:
+            mark = self._mark()
+        except PolderError as error:
+            logger.warning("blocks are not copied: %s", error)
+            return self._refuse(job_id, spec.job)
         self._numbers[spec.job.number] = job_id
         window = window_worker.current()
         pieces: list[Pieces] = []
@@ -164,7 +176,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
                 else:
                     pieces.append([(window.home_of(base, block), length) for base, _, length in group])
             at += size
-        self.tiers.submit(spec.job, pieces)
+        self.tiers.submit(spec.job, pieces, after=mark)
         return True
 
 
@@ -220,6 +232,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         open_tiers,
         groups,
         host.close if host is not None else lambda: None,
+        mark=memory.backend.mark,
         disks=OpenDisks(plan.disk, memory.rank) if plan.disk is not None else None,
         host=(host.address, plan.shard_bytes) if host is not None else (0, 0),
     )
