@@ -119,7 +119,7 @@ def test_a_lender_that_takes_back_all_the_time_costs_misses_and_no_token(
     assert figures(a)["tier_peer_corrupt_blocks_total"] == 0
 
 
-def test_a_killed_lender_is_a_miss_and_its_successor_lends_again(
+def test_a_killed_lender_is_a_miss_a_stopped_broker_holds_nobody_up_and_the_successor_lends_again(
     broker: Broker, engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
 ) -> None:
     a = engines["a"]
@@ -132,9 +132,27 @@ def test_a_killed_lender_is_a_miss_and_its_successor_lends_again(
     engines["b"] = start_b(broker)
     wait_for(lambda: lends(engines["b"]), "the new b to lend", timeout_s=30.0)
     time.sleep(1.1)
-    before = figures(a)["tier_peer_stored_bytes_total"]
-    assert ask(a, rounds=2) == expected[0] * 2
-    assert figures(a)["tier_peer_stored_bytes_total"] > before
+
+    # a's workers have not opened the new lender yet: without the broker each block to be stored there fails.
+    before = figures(a)
+    assert broker.process is not None
+    broker.process.send_signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        answers = ask(a, rounds=2)
+        took = time.monotonic() - started
+    finally:
+        broker.process.send_signal(signal.SIGCONT)
+    assert answers == expected[0] * 2
+    assert took < 30.0, "requests waited for a broker that is stopped"
+    stopped = figures(a)
+    assert stopped["tier_peer_failed_blocks_total"] > before["tier_peer_failed_blocks_total"], "the test shows nothing"
+
+    def stores_again() -> bool:
+        assert ask(a) == expected[0]
+        return figures(a)["tier_peer_stored_bytes_total"] > stopped["tier_peer_stored_bytes_total"]
+
+    wait_for(stores_again, "a to store at its lender again", timeout_s=60.0)
 
 
 def test_a_killed_borrower_leaves_nothing_behind_at_its_lender(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,6 +210,25 @@ def test_health_is_ok_only_when_every_child_is(fleet: Fleet) -> None:
     got = fleet.client.get("/health")
     assert got.status_code == 503
     assert got.json()["children"][1]["restarts"] == 2
+
+
+def test_a_broker_that_does_not_answer_is_degraded_and_not_down(short_dir: Path) -> None:
+    """A listening socket that nobody accepts from is what a stopped broker looks like."""
+    with fake_broker(short_dir / "s", canned_status()), running_fleet(short_dir / "s") as fleet:
+        fleet.children = [
+            *CHILDREN,
+            ChildStatus(name="broker", state="ready", pid=2, restarts=0, retry_in_s=0.0, last_exit=""),
+        ]
+        assert fleet.client.get("/health").json()["status"] == "ok"
+    with socket.socket(socket.AF_UNIX) as stopped, running_fleet(short_dir / "t") as fleet:
+        stopped.bind(str(short_dir / "t"))
+        stopped.listen()
+        got = fleet.client.get("/health")
+        assert got.status_code == 200
+        assert (got.json()["status"], got.json()["broker_answers"]) == ("degraded", False)
+        fleet.children = [ChildStatus(name="a", state="starting", pid=1, restarts=1, retry_in_s=0.0, last_exit="")]
+        got = fleet.client.get("/health")
+        assert (got.status_code, got.json()["status"]) == (503, "down")
 
 
 def test_metrics_are_the_brokers_and_every_engines(short_dir: Path) -> None:

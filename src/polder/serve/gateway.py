@@ -4,9 +4,12 @@
 |--------------------|----------------------------------------------------------------------------------------------|
 | POST /v1/*         | the engine's, byte for byte (proxy.py)                                                       |
 | GET /v1/models     | the models of all engines that are up                                                        |
-| GET /health        | 200 when every child is ready, else 503; JSON says which is not                              |
+| GET /health        | 200 while every model serves, else 503; JSON: `status` is "ok", "degraded" or "down"         |
 | GET /metrics       | Prometheus: Polder's own, then every vLLM's with `engine` added (metrics.py)                 |
 | GET /polder/status | JSON: the broker's status (null when it does not answer) and the children                    |
+
+"degraded": every model serves, but the broker does not answer. Requests are answered as before; no memory moves between models,
+and a model whose weights are away cannot get them back. A load balancer should go on sending requests, hence 200.
 """
 
 from __future__ import annotations
@@ -31,12 +34,13 @@ from polder.broker.wire import Status
 from polder.errors import PolderError
 from polder.serve.metrics import merge, render
 from polder.serve.proxy import Proxy, error_response
-from polder.serve.supervisor import ChildStatus
+from polder.serve.supervisor import BROKER, ChildStatus
 
 __all__ = ["make_app"]
 
 # Shorter than the 5 s after which vLLM's server closes an idle connection: a request never meets one that is being closed.
 KEEPALIVE_S = 4.0
+BROKER_S = 1.0  # for the broker's answer to a health check
 ASIDE_S = 5.0  # for what the gateway itself asks of an engine: models, metrics
 
 
@@ -99,9 +103,16 @@ class _Gateway:
         return JSONResponse({"object": "list", "data": data})
 
     async def health(self, _: Request) -> Response:
-        children = [asdict(child) for child in self._children()]
-        healthy = all(child["state"] == "ready" for child in children)
-        return JSONResponse({"healthy": healthy, "children": children}, status_code=200 if healthy else 503)
+        broker = self._socket is None or await self._broker_status(BROKER_S) is not None
+        children = self._children()
+        serving = all(child.state == "ready" for child in children if child.name != BROKER)
+        body = {
+            "status": "down" if not serving else "ok" if broker else "degraded",
+            "healthy": serving,
+            "broker_answers": broker,
+            "children": [asdict(child) for child in children],
+        }
+        return JSONResponse(body, status_code=200 if serving else 503)
 
     async def status(self, _: Request) -> Response:
         body = {"broker": await self._broker_status(), "children": self._children()}
@@ -112,11 +123,11 @@ class _Gateway:
         text = merge([("", render(status, self._children())), *texts.items()])
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _broker_status(self) -> Status | None:
+    async def _broker_status(self, timeout_s: float = 2.0) -> Status | None:
         if self._socket is None:
             return None
         try:
-            return await asyncio.to_thread(client.status, self._socket, timeout_s=2.0)
+            return await asyncio.to_thread(client.status, self._socket, timeout_s=timeout_s)
         except PolderError:
             return None
 

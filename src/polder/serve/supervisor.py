@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from polder.errors import EnvironmentFault
 from polder.serve.process import ManagedProcess, ProcessSpec
 
-__all__ = ["Backoff", "ChildStatus", "Event", "Supervisor"]
+__all__ = ["BROKER", "Backoff", "ChildStatus", "Event", "Supervisor"]
+
+
+BROKER = "broker"
+"""The name of the child that is no model."""
 
 
 @dataclass(frozen=True, kw_only=True)

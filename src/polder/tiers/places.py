@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from polder.errors import EnvironmentFault
 from polder.memory import _libc
 from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
@@ -220,6 +221,10 @@ class _Mirror:
         self.lent.table.close()
 
 
+_REFUSED_FOR_S = 1.0
+"""A lender that could not be opened is not asked for again so long: its blocks are misses at once, not each after a question."""
+
+
 class PeerMemory:
     """The lenders' memory. Every lane's thread needs one of its own: locks belong to an open file."""
 
@@ -227,6 +232,7 @@ class PeerMemory:
         """`open_lender`: finds a lender by name; raises PolderError when there is none (any more)."""
         self._number, self._rank, self._backend, self._open = number, rank, backend, open_lender
         self._mirrors: dict[str, _Mirror] = {}
+        self._refused_until: dict[str, float] = {}  # lender -> time.monotonic()
 
     def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
         mirror = self._mirror(recipe.lender)
@@ -270,7 +276,13 @@ class PeerMemory:
             self._mirrors.pop(lender).close()
             mirror = None
         if mirror is None:
-            mirror = self._mirrors[lender] = _Mirror(self._open(lender), self._backend)
+            if time.monotonic() < self._refused_until.get(lender, 0.0):
+                raise EnvironmentFault(f"{lender} could not be opened just now")
+            try:
+                mirror = self._mirrors[lender] = _Mirror(self._open(lender), self._backend)
+            except Exception:
+                self._refused_until[lender] = time.monotonic() + _REFUSED_FOR_S
+                raise
         return mirror
 
 

@@ -45,6 +45,8 @@ __all__ = [
 
 logger = logging.getLogger("polder.tiers")
 
+_PATIENCE_S = 1.0
+"""Who waits for jobs waits so long until what is not begun of them fails instead. The engine makes no step meanwhile."""
 _CLOSE_S = 15.0
 """A part under way waits for a disk that hangs a few times as long as its store does. Who ends the engine does not wait longer."""
 
@@ -188,6 +190,10 @@ class _Work:
     def __init__(self, job: Job, blocks: Sequence[Pieces], after: Mark | None) -> None:
         self.job, self.blocks, self.after = job, blocks, after
         self.left = len(job.parts)
+        self.queued = set(range(len(job.parts)))
+        """Parts that no lane has begun."""
+        self.cut_short = False
+        """Rows that are not begun fail."""
         self.finished = Finished(number=job.number)
 
 
@@ -213,10 +219,10 @@ class TierWorker:
         self._sizes_of = np.zeros(
             capacities[host] if host is not None else 0, dtype=np.int16
         )  # [host slots], a row of it
-        self._lanes: dict[tuple[int, Direction], queue.SimpleQueue[tuple[_Work, Part] | None]] = {}
+        self._lanes: dict[tuple[int, Direction], queue.SimpleQueue[tuple[_Work, int] | None]] = {}
         self._threads: dict[int, list[threading.Thread]] = {}  # by tier
         self._changed = threading.Condition()
-        self._open: set[int] = set()
+        self._open: dict[int, _Work] = {}
         self._done: list[Finished] = []
 
     def submit(self, job: Job, blocks: Sequence[Pieces], after: Mark | None = None) -> None:
@@ -227,10 +233,10 @@ class TierWorker:
             if not job.parts:
                 self._done.append(work.finished)
                 return
-            self._open.add(job.number)
-        for part in job.parts:
+            self._open[job.number] = work
+        for at, part in enumerate(job.parts):
             lane = job.direction if job.direction in ("load", "store") else "spill"
-            self._lane(part.tier, lane).put((work, part))
+            self._lane(part.tier, lane).put((work, at))
 
     def poll(self) -> list[Finished]:
         """Jobs that ended since the last call."""
@@ -239,12 +245,18 @@ class TierWorker:
         return done
 
     def wait(self, numbers: Iterable[int]) -> None:
-        """Returns when these jobs have ended; unknown ones have."""
+        """Returns when these jobs have ended; unknown ones have. After `_PATIENCE_S` they are cut short: what is not begun of them
+        fails, so that only the rows that are being copied just then are waited for."""
         wanted = set(numbers)
         with self._changed:
-            self._changed.wait_for(lambda: self._open.isdisjoint(wanted))
+            if self._changed.wait_for(lambda: self._open.keys().isdisjoint(wanted), _PATIENCE_S):
+                return
+            for number in wanted & self._open.keys():
+                self._cut_short(self._open[number])
+            self._changed.wait_for(lambda: self._open.keys().isdisjoint(wanted))
 
     def wait_all(self) -> None:
+        """Returns when every job has ended by itself."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open)
 
@@ -269,7 +281,7 @@ class TierWorker:
 
     # ------------------------------------------------------------------ inside
 
-    def _lane(self, tier: int, direction: Direction) -> queue.SimpleQueue[tuple[_Work, Part] | None]:
+    def _lane(self, tier: int, direction: Direction) -> queue.SimpleQueue[tuple[_Work, int] | None]:
         lane = self._lanes.get((tier, direction))
         if lane is None:
             lane = self._lanes[tier, direction] = queue.SimpleQueue()
@@ -279,11 +291,16 @@ class TierWorker:
             thread.start()
         return lane
 
-    def _run(self, lane: queue.SimpleQueue[tuple[_Work, Part] | None]) -> None:
+    def _run(self, lane: queue.SimpleQueue[tuple[_Work, int] | None]) -> None:
         leave_bound_core()
         while (item := lane.get()) is not None:
-            work, part = item
+            work, number = item
+            part = work.job.parts[number]
             ordered = _wait_for(work.after)
+            with self._changed:
+                if number not in work.queued:
+                    continue  # cut short
+                work.queued.discard(number)
             started = time.perf_counter()
             failed: dict[int, Reason] = {}
             size = 0
@@ -295,7 +312,7 @@ class TierWorker:
                 size, failed = carried.size_bytes, {int(part.rows[at]): why for at, why in carried.failed.items()}
             else:
                 for at, row in enumerate(part.rows.tolist()):
-                    reason, moved = self._row(work, part, at)
+                    reason, moved = ("error", 0) if work.cut_short else self._row(work, part, at)
                     size += moved
                     if reason is not None:
                         failed[row] = reason
@@ -303,17 +320,28 @@ class TierWorker:
             seconds = time.perf_counter() - started
             with self._changed:
                 finished = work.finished
-                finished.failed |= failed
                 if news is not None:
                     finished.lost[part.tier], finished.room[part.tier] = news.lost, news.room
                     finished.figures |= news.figures
                 before = finished.moved.get(part.tier, (0, 0.0))
                 finished.moved[part.tier] = before[0] + size, before[1] + seconds
-                work.left -= 1
-                if not work.left:
-                    self._open.discard(finished.number)
-                    self._done.append(finished)
-                    self._changed.notify_all()
+                self._end_part(work, failed)
+
+    def _cut_short(self, work: _Work) -> None:
+        """Parts and rows that no lane has begun fail. The caller holds `_changed`."""
+        work.cut_short = True
+        for number in sorted(work.queued):
+            self._end_part(work, dict.fromkeys(work.job.parts[number].rows.tolist(), "error"))
+        work.queued.clear()
+
+    def _end_part(self, work: _Work, failed: Mapping[int, Reason]) -> None:
+        """The caller holds `_changed`."""
+        work.finished.failed |= failed
+        work.left -= 1
+        if not work.left:
+            del self._open[work.job.number]
+            self._done.append(work.finished)
+            self._changed.notify_all()
 
     def _batch(self, work: _Work, part: Part) -> tuple[Carried, News | None]:
         memory, direction = self._batches[part.tier], work.job.direction

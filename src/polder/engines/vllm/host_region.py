@@ -48,12 +48,23 @@ def _pin(address: int, size_bytes: int) -> Callable[[], None]:
     return lambda: runtime.cudaHostUnregister(address)
 
 
-def adopt_pages(memory: WorkerMemory, imported: ImportedPages, device: str, pages: list[int], lender: str) -> None:
-    """Brings handles of pages into this process. On CUDA every page is a descriptor, and a message carries a limited number."""
+def adopt_pages(
+    memory: WorkerMemory,
+    imported: ImportedPages,
+    device: str,
+    pages: list[int],
+    lender: str,
+    *,
+    timeout_s: float = 5.0,
+) -> None:
+    """Brings handles of pages into this process. On CUDA every page is a descriptor, and a message carries a limited number.
+
+    Raises BrokerUnavailable when a message has no answer within `timeout_s`.
+    """
     for start in range(0, len(pages), MAX_FDS):
         part = pages[start : start + MAX_FDS]
         request = Fetch(engine=memory.plan.engine, rank=memory.rank, device=device, pages=part, lender=lender)
-        handles, fds = fetch_handles(memory.plan.broker, request)
+        handles, fds = fetch_handles(memory.plan.broker, request, timeout_s=timeout_s)
         try:
             imported.adopt(memory.plan.generation, part, fds, handles.fd_index, handles.offsets)
         finally:

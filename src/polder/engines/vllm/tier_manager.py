@@ -35,12 +35,13 @@ from polder.broker.wire import FetchTable, Neighbours
 from polder.engines.vllm import worker
 from polder.engines.vllm.settings import TIERS
 from polder.engines.vllm.tier_disk import agree_on_slots
+from polder.engines.vllm.tier_lenders import Lenders
 from polder.engines.vllm.tier_worker import TierJob, TierPlan, open_worker
-from polder.errors import ConfigError, PolderError
+from polder.errors import ConfigError
 from polder.tiers.borrowing import PeerSlots
 from polder.tiers.density import HitDensity
 from polder.tiers.index import PENDING
-from polder.tiers.lending import open_table
+from polder.tiers.lending import LendingTable, open_table
 from polder.tiers.slots import HostSlots, Slots
 from polder.tiers.spill import FIGURES, SpillConfig
 from polder.tiers.statistics import TierStatistics
@@ -116,11 +117,11 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
             spilling=SpillConfig(written_bytes_per_day=agreement.disk_writes_bytes),
         )
         self._more_to_spill = False
-        self._lender_pids: dict[str, int] = {}
+        self._lenders: Lenders | None = None
+        if self.peers is not None:
+            self._lenders = Lenders(self.peers, agreement.engine, self._fetch_table)
         self._sent: dict[str, float] = {}
         self._sent_at = float("-inf")
-        self._neighbours: Neighbours | None = None
-        self._retried_at = float("-inf")
 
     # ------------------------------------------------------------------ vLLM asks
 
@@ -192,45 +193,25 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         return stats
 
     def shutdown(self) -> None:
+        if self._lenders is not None:
+            self._lenders.close()
         self.tiers.close()
 
     # ------------------------------------------------------------------ the neighbours
 
     def on_neighbours(self, message: Neighbours) -> None:
         """Engines came or went: borrows from those that lend, and forgets those that do no more."""
-        if self.peers is None:
-            return
-        self._neighbours = message
-        here = dict(zip(message.lenders, message.pids, strict=True))
-        here.pop(self._agreement.engine, None)
-        for name in [known for known, pid in self._lender_pids.items() if here.get(known) != pid]:
-            del self._lender_pids[name]
-            self.peers.detach(name)
-        self.peers.share_with(max(1, len(message.cores) - 1))
-        for name, pid in here.items():
-            if name not in self._lender_pids:
-                self._attach(name, pid)
+        if self._lenders is not None:
+            self._lenders.on_neighbours(message)
 
     def retry_lenders(self, now: float) -> None:
-        """Once a second: lenders that had no table yet when they were announced."""
-        if self._neighbours is not None and now - self._retried_at > 1.0:
-            self._retried_at = now
-            if any(n not in self._lender_pids and n != self._agreement.engine for n in self._neighbours.lenders):
-                self.on_neighbours(self._neighbours)
+        """Between two steps: lenders whose tables have come, or are still to be asked for."""
+        if self._lenders is not None:
+            self._lenders.look(now)
 
-    def _attach(self, name: str, pid: int) -> None:
-        assert self.peers is not None
-        try:
-            request = FetchTable(engine=self._agreement.engine, lender=name)
-            table = open_table(fetch_table(self._agreement.broker, request, timeout_s=1.0))
-        except PolderError as error:
-            logger.info(
-                "%s does not lend yet: %s", name, error
-            )  # it is asked again when anybody comes or goes, and every second
-            return
-        self._lender_pids[name] = pid
-        self.peers.attach(name, table)
-        logger.info("borrowing from %s: %d lots", name, table.geometry.lots)
+    def _fetch_table(self, lender: str) -> LendingTable:
+        request = FetchTable(engine=self._agreement.engine, lender=lender)
+        return open_table(fetch_table(self._agreement.broker, request))
 
 
 class PolderOffloadingSpec(OffloadingSpec):  # type: ignore[misc]

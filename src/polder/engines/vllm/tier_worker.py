@@ -14,13 +14,13 @@ from typing import Any
 
 from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, OffloadingWorker, TransferResult
 
-from polder.broker.client import fetch_table
-from polder.broker.wire import FetchTable
+from polder.broker.client import fetch_table, status
+from polder.broker.wire import FetchTable, Status
 from polder.engines.vllm import window_worker
 from polder.engines.vllm.host_region import HostRegion, adopt_pages
 from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks
 from polder.engines.vllm.worker import WorkerMemory
-from polder.errors import PolderError
+from polder.errors import EnvironmentFault, PolderError
 from polder.memory.backend import Mark
 from polder.memory.pool import ImportedPages
 from polder.swarm.keys import Keys
@@ -30,6 +30,7 @@ from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.lending import open_table
 from polder.tiers.places import CpuMover, CudaMover, HostMemory, Lent, PeerMemory, wait_for_end
+from polder.tiers.reach import ASK_TIMEOUT_S, BrokerReach
 from polder.tiers.transfer import BatchMemory, Direction, Finished, Job, Pieces, TierMemory, TierWorker
 
 __all__ = ["PolderWorker", "TierJob", "TierPlan", "current", "on_new_weights", "open_worker"]
@@ -192,6 +193,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
     links, faults = parse_links(plan.links), parse_faults(plan.faults)
     host = HostRegion(memory, plan.host_pages[memory.rank]) if "host" in plan.tiers else None
     emulated = {(name, d): EmulatedLink(rate) for name, rate in links.items() for d in ("load", "store")}
+    reach = BrokerReach(lambda: status(memory.plan.broker))
     lanes: dict[tuple[int, Direction], TierMemory] = {}
     directions: tuple[Direction, ...] = ("load", "store")
     for tier, name in enumerate(plan.tiers):
@@ -203,7 +205,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
                 assert host is not None
                 lane = HostMemory(host.address, plan.shard_bytes)
             else:
-                lane = _peer_memory(memory, plan)
+                lane = _peer_memory(memory, plan, reach)
             if name in links:
                 lane = EmulatedMemory(lane, emulated[name, direction])
             if faults.fail or faults.corrupt:
@@ -227,11 +229,16 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
             host=plan.tiers.index("host") if disk is not None else None,
         )
 
+    def close() -> None:
+        reach.close()
+        if host is not None:
+            host.close()
+
     global _worker
     _worker = PolderWorker(
         open_tiers,
         groups,
-        host.close if host is not None else lambda: None,
+        close,
         mark=memory.backend.mark,
         disks=OpenDisks(plan.disk, memory.rank) if plan.disk is not None else None,
         host=(host.address, plan.shard_bytes) if host is not None else (0, 0),
@@ -254,25 +261,29 @@ def on_new_weights() -> None:
         _worker.stop_disks()
 
 
-def _peer_memory(memory: WorkerMemory, plan: TierPlan) -> PeerMemory:
+def _peer_memory(memory: WorkerMemory, plan: TierPlan, reach: BrokerReach) -> PeerMemory:
     cuda = memory.device.startswith("cuda")
+    broker = memory.plan.broker
 
     def open_lender(name: str) -> Lent:
-        fd = fetch_table(memory.plan.broker, FetchTable(engine=memory.plan.engine, lender=name))
+        request = FetchTable(engine=memory.plan.engine, lender=name)
+        table_devices = _devices(reach.ask(lambda: status(broker, timeout_s=ASK_TIMEOUT_S)), name)
+        fd = reach.ask(lambda: fetch_table(broker, request, timeout_s=ASK_TIMEOUT_S))
         table = open_table(fd, on_dead_writer=wait_for_end if cuda else None)
 
         def fetch(imported: ImportedPages, rank: int, pages: Sequence[int]) -> None:
-            adopt_pages(memory, imported, table_devices[rank], list(pages), lender=name)
+            device = table_devices[rank]
+            reach.ask(lambda: adopt_pages(memory, imported, device, list(pages), lender=name, timeout_s=ASK_TIMEOUT_S))
 
-        table_devices = _devices(memory, name)
         cut = ChunkGeometry.of(table.geometry, plan.shard_bytes)
         return Lent(table=table, cut=cut, generation=memory.plan.generation, fetch=fetch)
 
     return PeerMemory(number=plan.number, rank=memory.rank, backend=memory.backend, open_lender=open_lender)
 
 
-def _devices(memory: WorkerMemory, lender: str) -> list[str]:
-    """The device of each rank of the lender."""
-    from polder.broker.client import status
-
-    return next(engine.devices for engine in status(memory.plan.broker).engines if engine.engine == lender)
+def _devices(known: Status, lender: str) -> list[str]:
+    """The device of each rank of the lender. Raises EnvironmentFault when it is gone."""
+    for engine in known.engines:
+        if engine.engine == lender:
+            return engine.devices
+    raise EnvironmentFault(f"{lender} is gone")
