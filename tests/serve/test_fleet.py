@@ -90,6 +90,32 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
 
 
+@pytest.mark.parametrize(
+    ("shell", "file", "loaded"),
+    [
+        (None, None, None),  # vLLM loads all
+        ("", None, "polder"),
+        ("other", None, "other,polder"),
+        ("polder,other", None, "polder,other"),
+        ("polder", "other", "other,polder"),
+    ],
+)
+def test_the_plugin_is_loaded_whatever_vllm_plugins_says(
+    monkeypatch: pytest.MonkeyPatch, shell: str | None, file: str | None, loaded: str | None
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if shell is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", shell)
+    model = Model(name="a", path="x", env={} if file is None else {"VLLM_PLUGINS": file})
+    assert model.environment(Path("/s")).get("VLLM_PLUGINS") == loaded
+
+
+def test_an_encoder_has_no_least_kv_memory(tmp_path: Path) -> None:
+    path = folder_of(tmp_path, CONFIG | {"model_type": "xlm-roberta", "max_position_embeddings": 512})
+    least = least_kv_bytes(path, max_model_len=None, args=[], device="cpu:0", page_bytes=2 * MIB)
+    assert least is None
+
+
 def test_a_reserve_is_a_part_or_a_size(tmp_path: Path, model: Path) -> None:
     text = GOOD.format(model=model).replace("[[", 'reserve_low = "16MiB"\nreserve_high = 0.1\n[[')
     policy = load_fleet(write(tmp_path, text)).policy

@@ -22,6 +22,11 @@ from tests.serve.fakes import canned_status, fake_broker, is_running, wait_for
 ENGINE = """
 import http.server, os, sys, time
 name, port = sys.argv[1], int(sys.argv[2])
+if "polder" in os.environ["VLLM_PLUGINS"]:
+    from pathlib import Path
+    from polder.broker.client import request
+    from polder.broker.wire import Stock
+    request(Path(os.environ["POLDER_BROKER"]), Stock(engine=name, reason="a test"))
 if os.fork() == 0:  # an engine core, as vLLM has one
     time.sleep(100)
 
@@ -42,6 +47,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 SERVE = """
+import functools
+import os
 import sys
 import polder.serve.run as run
 from polder.cli.main import main
@@ -50,10 +57,12 @@ from polder.serve.process import ProcessSpec
 script = sys.argv[1]
 
 def engine(path, *, name, port, args, env, cpus, log_path):
-    argv = (sys.executable, "-S", script, name, str(port))
+    env = env | ({"VLLM_PLUGINS": "other"} if os.environ.get("TEST_WITHOUT_POLDER") else {})
+    argv = (sys.executable, script, name, str(port))
     return ProcessSpec(name=name, argv=argv, env=env, log_path=log_path, health_url=f"http://127.0.0.1:{port}/health")
 
 run.vllm_serve = engine
+run.Presence = functools.partial(run.Presence, patience_s=0.2)
 sys.argv = ["polder", "serve", *sys.argv[2:]]
 main()
 """
@@ -79,7 +88,7 @@ class Serve:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "XDG_RUNTIME_DIR": str(self.runtime)},
+            env={**os.environ, "XDG_RUNTIME_DIR": str(self.runtime), "VLLM_PLUGINS": "some_other"},
         )
         return self
 
@@ -178,10 +187,19 @@ def test_a_killed_serve_takes_everything_along(serve: Serve) -> None:
 def test_a_killed_broker_comes_back_on_its_socket(serve: Serve) -> None:
     serve.start("--socket", str(serve.runtime / "here"))
     wait_for(serve.ready, "the fleet", 30)
+    wait_for(lambda: serve.get("/health").json()["status"] == "ok", "the broker")
     before = client.status(serve.runtime / "here").generation
     guard = serve.children()["broker"]["pid"]
     os.kill(int(subprocess.check_output(["pgrep", "-P", str(guard)])), signal.SIGKILL)
-    wait_for(lambda: serve.children()["broker"]["restarts"] == 1 and serve.ready(), "the broker")
+    states = set()
+
+    def is_back() -> bool:
+        answer = serve.get("/health")
+        states.add((answer.status_code, answer.json()["status"]))
+        return bool(serve.children()["broker"]["restarts"] == 1 and answer.json()["status"] == "ok")
+
+    wait_for(is_back, "the broker", 30)
+    assert states == {(200, "degraded"), (200, "ok")}, "the models serve all the time"
     assert client.status(serve.runtime / "here").generation != before
     serve.end(signal.SIGINT)
     assert serve.process is not None
@@ -201,6 +219,19 @@ def test_an_engine_that_cannot_start_ends_the_fleet_with_its_words(tmp_path: Pat
     assert [json.loads(line)["event"] for line in out.splitlines()].count("ended") >= 2
     assert "--frobnicate" in (tmp_path / "logs" / "a.log").read_text()
     assert list(short_dir.iterdir()) == []
+
+
+def test_an_engine_that_the_broker_does_not_hear_of_is_never_ready(
+    tmp_path: Path, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have memory of its own beside the budget, and a fleet that calls itself ready would hide it."""
+    monkeypatch.setenv("TEST_WITHOUT_POLDER", "1")
+    serve = Serve(tmp_path, short_dir).start()
+    assert serve.process is not None
+    out, errors = serve.process.communicate(timeout=60)
+    assert serve.process.returncode == 3
+    assert "the broker does not know it: it serves without Polder" in errors
+    assert [line for line in map(json.loads, out.splitlines()) if line["event"] == "ready"][1:] == [], "only the broker"
 
 
 # ---------------------------------------------------------------- refused before anything is started

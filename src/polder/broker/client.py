@@ -21,6 +21,7 @@ from polder.broker.wire import (
     Sleep,
     Status,
     StatusRequest,
+    Stock,
     Stream,
     Table,
 )
@@ -28,7 +29,7 @@ from polder.errors import BrokerUnavailable, ProtocolError, UsageError
 
 __all__ = ["Question", "check_socket_path", "fetch_copy", "fetch_handles", "fetch_table", "request", "status"]
 
-Question = StatusRequest | Resize | Sleep | Rouse | Stream | CopyFilled
+Question = StatusRequest | Resize | Sleep | Rouse | Stream | CopyFilled | Stock
 """What is answered by Status or Done."""
 
 

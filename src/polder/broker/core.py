@@ -43,6 +43,7 @@ from polder.broker.wire import (
     Sleep,
     Status,
     StatusRequest,
+    Stock,
     Stream,
     ToBroker,
     Wake,
@@ -77,6 +78,7 @@ class BrokerCore:
         self.reclaimed_pages = 0
         self._giveback_ms: deque[float] = deque(maxlen=512)
         self._announced: Neighbours | None = None
+        self._stock: dict[int, Stock] = {}  # by process id
 
     # ------------------------------------------------------------------ what happens
 
@@ -85,6 +87,9 @@ class BrokerCore:
         match message:
             case Hello():
                 self._hello(connection, pid, message, now)
+            case Stock():
+                self._stock[pid] = message
+                self.outbox.append((connection, Done()))
             case StatusRequest():
                 self.outbox.append((connection, self.status(now)))
             case Resize():
@@ -116,6 +121,7 @@ class BrokerCore:
 
     def process_ended(self, pid: int, now: float) -> None:
         """A process that said Hello or Fetch has ended. Its engine's pages are free when the last of its processes has."""
+        self._stock.pop(pid, None)
         for engine in list(self.engines.values()):
             if pid not in engine.processes:
                 continue
@@ -403,4 +409,5 @@ class BrokerCore:
             reclaimed_pages=self.reclaimed_pages,
             giveback_ms=list(self._giveback_ms),
             decisions=list(self.weights.decisions),
+            stock={said.engine: said.reason for said in self._stock.values()},
         )

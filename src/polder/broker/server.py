@@ -40,6 +40,7 @@ from polder.broker.wire import (
     Hello,
     Message,
     Refused,
+    Stock,
     Table,
     ToBroker,
 )
@@ -202,7 +203,7 @@ class BrokerServer:
                 self._drop(peer)
 
     def _handle(self, peer: _Peer, message: ToBroker) -> None:
-        if isinstance(message, Hello | Fetch | FetchCopy) and peer.pid not in self._processes:
+        if isinstance(message, Hello | Fetch | FetchCopy | Stock) and peer.pid not in self._processes:
             self._watch(peer)
         self.core.handle(peer.number, peer.pid, message, time.monotonic())
         if isinstance(message, Fetch) and self.core.fetchable(message):

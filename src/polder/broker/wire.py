@@ -22,6 +22,8 @@ does not decode to a struct of the expected direction, closes the connection it 
                  ◄── CopyFile + fd ──────               or Refused
                  ── CopyFilled ─────────►               others may have it
                  ◄── Done ───────────────
+                 ── Stock ──────────────►               it serves as stock vLLM, in place of Hello
+                 ◄── Done ───────────────
     both         ── FetchTable ─────────► broker        the table of a lender's lots (tiers/lending.py)
                  ◄── Table + fd ─────────
     anybody      ── StatusRequest ──────► broker
@@ -71,6 +73,7 @@ __all__ = [
     "Sleep",
     "Status",
     "StatusRequest",
+    "Stock",
     "Stream",
     "Table",
     "TakeSegments",
@@ -215,6 +218,13 @@ class CopyFilled(Message, frozen=True, kw_only=True, tag="copied"):
     """The file that the sender got to fill is full and sealed."""
 
     key: str
+
+
+class Stock(Message, frozen=True, kw_only=True, tag="stock"):
+    """This engine serves as stock vLLM: it takes no memory from the broker, and gives none. Answered by Done."""
+
+    engine: str
+    reason: str
 
 
 class StatusRequest(Message, frozen=True, kw_only=True, tag="status?"):
@@ -411,6 +421,8 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     """Those of all engines, see EngineStatus.giveback_ms; newest last."""
     decisions: list[Decision] = []
     """The last 64, newest last."""
+    stock: dict[str, str] = {}
+    """Engines that serve as stock vLLM, with the reason."""
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):
@@ -436,6 +448,7 @@ ToBroker = (
     | FetchTable
     | FetchCopy
     | CopyFilled
+    | Stock
     | StatusRequest
     | Resize
     | Sleep

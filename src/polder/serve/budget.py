@@ -79,6 +79,8 @@ def _read_config(path: Path) -> Mapping[str, Any] | None:
         return None
     if "kv_cache" in json.dumps(config.get("quantization_config")):  # a checkpoint that chooses the KV cache's type
         return None
+    if "bert" in str(config.get("model_type")):  # encoders have no KV cache
+        return None
     if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
         return None
     return config

@@ -20,12 +20,13 @@ from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
 from polder.serve.disks import Disks, disk_parts
 from polder.serve.schema import EXAMPLE, FleetFile, MemoryTable, ModelTable, read_file
+from polder.serve.supervisor import BROKER
 from polder.units import format_bytes, parse_bytes, parse_goal, parse_seconds, seconds_text
 
 __all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
-_RESERVED = ("broker", "gateway")  # names that events, logs and metrics use already
+_RESERVED = (BROKER, "gateway")  # names that events, logs and metrics use already
 _OURS = ("--served-model-name", "--host", "--port", "--uds", "--max-model-len", "--model", "--kv-transfer-config")
 _DEVICE = re.compile(r"(cpu|cuda):[0-9]+")
 
@@ -81,7 +82,12 @@ class Model:
             "POLDER_WINDOW_LAYERS": "" if self.window_layers is None else str(self.window_layers),
             "POLDER_TBT_GOAL": "" if self.tbt_goal_s is None else seconds_text(self.tbt_goal_s),
         }
-        return {"POLDER_BROKER": str(socket), "POLDER_ENGINE": self.name, **none, **given, **self.env}
+        given |= {"POLDER_BROKER": str(socket), "POLDER_ENGINE": self.name, **none, **self.env}
+        plugins = given.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
+        if plugins is not None:  # vLLM loads those that are named and no others
+            names = [name for name in plugins.split(",") if name]
+            given["VLLM_PLUGINS"] = ",".join(names if "polder" in names else [*names, "polder"])
+        return given
 
     def arguments(self) -> tuple[str, ...]:
         length = () if self.max_model_len is None else ("--max-model-len", str(self.max_model_len))

@@ -41,7 +41,7 @@ class ProcessSpec:
     health_url: str | None = None
     """Answers 200 when the process is ready; None: ready as soon as it runs, or as `is_ready` says."""
     is_ready: Callable[[], bool] | None = None
-    """Asked instead, for a process without HTTP."""
+    """Asked, too, once the health URL answers. Raises EnvironmentFault when it will never be ready."""
 
 
 class ManagedProcess:
@@ -102,17 +102,23 @@ class ManagedProcess:
             raise EnvironmentFault(f"cannot start {self.spec.name}: {error}") from error
 
     def ready(self) -> bool:
-        """Whether it answers its health URL now. Blocks for 2 s at most."""
+        """Whether it answers its health URL now, and `is_ready` says yes. Blocks for 2 s at most, and as long as that."""
+        if not self._healthy() or not self.alive():
+            return False
+        return self.spec.is_ready is None or self.spec.is_ready()
+
+    def _healthy(self) -> bool:
         if self.spec.health_url is None:
-            return self.alive() and (self.spec.is_ready is None or self.spec.is_ready())
+            return True
         try:
             with _direct.open(self.spec.health_url, timeout=2) as answer:
-                return bool(answer.status == 200) and self.alive()
+                return bool(answer.status == 200)
         except (urllib.error.URLError, OSError, ValueError):
             return False
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Returns when it is ready. Raises EnvironmentFault with the end of its log when it dies first or takes too long."""
+        """Returns when it is ready. Raises EnvironmentFault with the end of its log when it dies first or takes too long, and what
+        `is_ready` raises."""
         deadline = time.monotonic() + timeout_s
         while not self.ready():
             if not self.alive():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -21,9 +22,10 @@ from polder.serve.budget import option
 from polder.serve.disks import make_folders
 from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
+from polder.serve.presence import Presence
 from polder.serve.process import ProcessSpec, free_port, vllm_serve
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
-from polder.serve.supervisor import Backoff, Event, Supervisor
+from polder.serve.supervisor import BROKER, Backoff, Event, Supervisor
 from polder.units import seconds_text
 
 __all__ = ["broker_spec", "run"]
@@ -102,7 +104,7 @@ def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
         "--deadline": seconds_text(policy.deadline_s),
     }
     return ProcessSpec(
-        name="broker",
+        name=BROKER,
         argv=(
             *(sys.executable, "-m", "polder.cli.main", "broker", *devices),
             *(word for option in options.items() for word in option),
@@ -117,7 +119,7 @@ def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: 
     sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
     # Without it each CPU engine plans for most of the machine's memory, and the second one refuses to start.
     size = (own_size, str(fleet.budget_bytes)) if fleet.device.startswith("cpu") and not sized else ()
-    return vllm_serve(
+    spec = vllm_serve(
         model.path,
         name=model.name,
         port=port,
@@ -126,6 +128,7 @@ def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: 
         cpus=model.cpus,
         log_path=logs / f"{model.name.replace('/', '%2F')}.log",
     )
+    return replace(spec, is_ready=Presence(model.name, socket_path))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -31,6 +31,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from polder.broker.client import request
+from polder.broker.wire import Stock
 from polder.engines.vllm.compat import check_seams, check_version, installed_version
 from polder.engines.vllm.settings import EngineSettings, read_settings
 from polder.errors import ConfigError
@@ -178,6 +180,9 @@ def _patch_start(engine_core: Any) -> None:
         settings = _settings(vllm_config) if starting else None
         if settings is None:
             return stock_configs(vllm_config, kv_cache_specs, available_memory)
+        if not any(kv_cache_specs):
+            _serve_as_stock(settings)
+            return stock_configs(vllm_config, kv_cache_specs, available_memory)
         core = starting[-1]
         if not hasattr(core, "input_queue"):
             raise ConfigError(
@@ -203,6 +208,24 @@ def _patch_start(engine_core: Any) -> None:
     engine_core.get_kv_cache_configs = get_kv_cache_configs
     core_class._initialize_kv_caches = initialize_kv_caches
     core_class._initialize_effective_attention_block_size = scheduler_is_ready
+
+
+def _serve_as_stock(settings: EngineSettings) -> None:
+    """For a model without a KV cache, such as BERT: it needs nothing from the broker, but who waits for it there must know.
+
+    Raises ConfigError when more than its KV cache was to be elastic, and BrokerUnavailable.
+    """
+    wanted = {
+        "POLDER_TIERS": settings.tiers,
+        "POLDER_WINDOW": settings.window_bytes,
+        "POLDER_WEIGHTS=elastic": settings.weights == "elastic",
+    }
+    for name, value in wanted.items():
+        if value:
+            raise ConfigError(f"this model has no KV cache, so {name} does nothing for it: remove it")
+    logger.warning("%s: this model has no KV cache: it is served as by stock vLLM", settings.engine)
+    if settings.broker is not None:
+        request(settings.broker, Stock(engine=settings.engine, reason="this model has no KV cache"))
 
 
 def _patch_loop(engine_core: Any) -> None:
