@@ -253,4 +253,4 @@ def test_doctor_says_what_to_do() -> None:
 
 
 def test_version() -> None:
-    assert json.loads(polder("version", "--json").stdout)["works_with"] == ["0.32.0"]
+    assert json.loads(polder("version", "--json").stdout)["works_with"] == ["0.32.0", "0.33.0"]

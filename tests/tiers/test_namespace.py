@@ -19,6 +19,7 @@ BASE = Namespace(
     block_tokens=16,
     isa="x86_64-avx2",
     shard="0/1",
+    software="vllm 0.32.0",
 )
 
 

@@ -64,7 +64,10 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
         self._copier.store(job_id, src_spec.block_ids, dst_spec.block_ids)
         return True
 
-    def submit_load(self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec) -> bool:
+    def submit_load(
+        self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
+    ) -> bool:
+        """`expedited`: vLLM 0.33 sets it with sync_load_budget_bytes, which the bench does not; such loads are not hurried."""
         assert isinstance(src_spec, BlockIDsLoadStoreSpec)
         self._copier.load(job_id, src_spec.block_ids, dst_spec.block_ids)
         return True

@@ -43,6 +43,8 @@ class Namespace:
     """CPU attention packs KV for the instruction set it uses; "cuda" on GPUs."""
     shard: str
     """"rank/world" of the tensor-parallel shard."""
+    software: str
+    """What computed the bytes, e.g. "vllm 0.32.0": another release may lay out as many bytes otherwise, or round otherwise."""
 
     def digest(self) -> int:
         """64 bits that differ between namespaces."""

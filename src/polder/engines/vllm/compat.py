@@ -2,24 +2,42 @@
 
 Polder reads and replaces private parts of vLLM. A release that is not in the table is refused: silently wrong KV is worse than no
 elasticity. `check_seams` looks at every private name before anything is patched, so a locally modified vLLM is refused too.
+
+A new release: `scripts/compare-vllm` says which of these names changed in it. What differs goes into CHANGES with the reason why
+Polder may go on using it; then the release may be added to TESTED, with what ran.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from polder.errors import UnsupportedVersion
 
-__all__ = ["TESTED", "check_seams", "check_version", "installed_version"]
+__all__ = [
+    "CHANGES",
+    "SEAMS",
+    "TESTED",
+    "Change",
+    "Seam",
+    "check_seams",
+    "check_version",
+    "installed_version",
+    "seams_of",
+]
 
 TESTED: dict[str, str] = {
     "0.32.0": "V1 model runner on CPU, end to end; V2 runner and CUDA by reading only",
+    "0.33.0": "Python of 0.33.0 over the CPU libraries of 0.32.0 (scripts/vllm-mixed), V1 model runner; CUDA by reading only",
 }
+"""Release -> what ran on it. From the oldest to the newest."""
 
-# (module, dotted name, parameters that must be there in this order)
-SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+Seam = tuple[str, str, tuple[str, ...]]
+"""Module, dotted name in it, parameters that must be there in this order."""
+
+SEAMS: tuple[Seam, ...] = (
     ("vllm.v1.engine.core", "EngineCore._initialize_effective_attention_block_size", ("self",)),
     ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")),
     ("vllm.v1.engine.core", "EngineCoreProc._handle_client_request", ("self", "request_type", "request")),
@@ -78,6 +96,8 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.gpu_worker", "Worker.reload_weights", ("self", "args", "kwargs")),
     ("vllm.v1.worker.gpu_worker", "Worker.start_weight_update", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.update_weights", ("self", "update_info")),
+    ("vllm.v1.worker.gpu_worker", "Worker.reset_weights", ("self",)),
+    ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", ("self", "load_dummy_weights")),
     ("vllm.v1.worker.gpu_model_runner", "create_offloader", ("offload_config",)),
     ("vllm.v1.worker.gpu.model_runner", "create_offloader", ("offload_config",)),
     ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
@@ -133,6 +153,50 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A seam that a release changed."""
+
+    since: str
+    """The first release that has it so."""
+    name: str
+    """As in SEAMS."""
+    parameters: tuple[str, ...]
+    reason: str
+    """What Polder does about it."""
+
+
+CHANGES: tuple[Change, ...] = (
+    Change(
+        since="0.33.0",
+        name="get_kv_cache_configs",
+        parameters=("vllm_config", "kv_cache_specs", "available_memory", "global_kv_cache_groups"),
+        reason="the groups do not depend on the memory: plugin.py passes them on",
+    ),
+    Change(
+        since="0.33.0",
+        name="OffloadingWorker.submit_load",
+        parameters=("self", "job_id", "src_spec", "dst_spec", "expedited"),
+        reason="set only with sync_load_budget_bytes, which tiers.py refuses",
+    ),
+    Change(
+        since="0.33.0",
+        name="Scheduler._get_local_prefix_cache_hit",
+        parameters=("self", "request", "max_cache_hit_length"),
+        reason="given only with an auxiliary output connector, and prefetch.py leaves such engines alone",
+    ),
+)
+"""Differences from SEAMS, from the oldest release to the newest; a later one of the same name wins."""
+
+
+def seams_of(version: str) -> tuple[Seam, ...]:
+    """The seams as a tested release has them. A release that is not in TESTED is taken for the newest that is."""
+    releases = list(TESTED)
+    known = releases[: releases.index(version) + 1] if version in TESTED else releases
+    changed = {change.name: change.parameters for change in CHANGES if change.since in known}
+    return tuple((module, name, changed.get(name, parameters)) for module, name, parameters in SEAMS)
+
+
 def installed_version() -> str:
     """The installed vLLM's version without its local part: "0.32.0+cpu" -> "0.32.0"."""
     import vllm
@@ -151,7 +215,8 @@ def check_version(version: str) -> None:
 
 def check_seams() -> None:
     """Raises UnsupportedVersion when a part of vLLM that Polder touches is missing or takes other parameters."""
-    for module, dotted, parameters in SEAMS:
+    version = installed_version()
+    for module, dotted, parameters in seams_of(version):
         found: Any = import_module(module)
         for name in dotted.split("."):
             found = getattr(found, name, None)
@@ -159,5 +224,5 @@ def check_seams() -> None:
         if signature != parameters:
             raise UnsupportedVersion(
                 f"{module}.{dotted} is {signature or 'missing'} where {parameters} is expected: this vLLM differs from the "
-                f"release {', '.join(TESTED)} that Polder was tested with"
+                f"release {version} that Polder was tested with"
             )

@@ -176,19 +176,24 @@ def _patch_start(engine_core: Any) -> None:
     )
     starting: list[Any] = []
 
-    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+    def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *groups: Any) -> Any:
+        """`groups`: since vLLM 0.33 those of all ranks together; they are the same for any amount of memory."""
         settings = _settings(vllm_config) if starting else None
         if settings is None:
-            return stock_configs(vllm_config, kv_cache_specs, available_memory)
+            return stock_configs(vllm_config, kv_cache_specs, available_memory, *groups)
         if not any(kv_cache_specs):
             _serve_as_stock(settings)
-            return stock_configs(vllm_config, kv_cache_specs, available_memory)
+            return stock_configs(vllm_config, kv_cache_specs, available_memory, *groups)
         core = starting[-1]
         if not hasattr(core, "input_queue"):
             raise ConfigError(
                 "elastic KV needs the engine core in its own process: unset VLLM_ENABLE_V1_MULTIPROCESSING=0"
             )
-        configs, core.polder_agreement = negotiate(core, settings, stock_configs, vllm_config, kv_cache_specs)
+
+        def configs_for(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+            return stock_configs(vllm_config, kv_cache_specs, available_memory, *groups)
+
+        configs, core.polder_agreement = negotiate(core, settings, configs_for, vllm_config, kv_cache_specs)
         return configs
 
     def initialize_kv_caches(self: Any, vllm_config: Any) -> Any:

@@ -38,6 +38,8 @@ class Prefetch:
             or scheduler.num_lookahead_tokens
             or scheduler.lora_config
             or scheduler.ec_connector is not None
+            or scheduler.aux_output_connector is not None
+            or getattr(scheduler, "defer_async_loads", False)  # since vLLM 0.33
         )
         if plain:  # without what vLLM's own path treats apart
             self._watch()

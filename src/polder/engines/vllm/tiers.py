@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from polder.broker.client import status
 from polder.broker.core import HOST
 from polder.broker.wire import Hello, Welcome
+from polder.engines.vllm.compat import installed_version
 from polder.engines.vllm.geometry import KvGeometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError
@@ -42,7 +43,9 @@ def agree_on_tiers(
     from polder.engines.vllm.tier_manager import TierAgreement, agree
     from polder.engines.vllm.tier_worker import TierPlan
 
-    vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+    transfer = vllm_config.kv_transfer_config
+    transfer.kv_load_failure_policy = "recompute"
+    _check_extra_config(transfer.kv_connector_extra_config)
     ranks = len(hello.devices)
     shard_bytes = geometry.size_bytes // geometry.num_blocks
     sizes = {group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups}
@@ -84,6 +87,14 @@ def agree_on_tiers(
     return plan
 
 
+def _check_extra_config(extra: Mapping[str, Any]) -> None:
+    if extra.get("sync_load_budget_bytes"):
+        # Since vLLM 0.33: loads within a step, which has no way to report that one has failed.
+        raise ConfigError(
+            "PolderConnector loads between steps only: remove sync_load_budget_bytes from kv_connector_extra_config"
+        )
+
+
 def _namespace(vllm_config: Any, kv_cache_config: Any, ranks: int, device: str) -> Namespace:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     groups = [
@@ -105,6 +116,7 @@ def _namespace(vllm_config: Any, kv_cache_config: Any, ranks: int, device: str) 
         block_tokens=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
         isa=cpu_isa() if device.startswith("cpu") else device.partition(":")[0],
         shard=f"*/{ranks}",
+        software=f"vllm {installed_version()}",
     )
 
 
