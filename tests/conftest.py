@@ -8,8 +8,12 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.memory.machines import FakeCuda
 
 
 def pytest_configure() -> None:
@@ -35,3 +39,18 @@ def no_fd_leak() -> Iterator[None]:
     yield
     after = len(os.listdir("/proc/self/fd"))
     assert after <= before, f"{after - before} file descriptors leaked"
+
+
+@pytest.fixture(scope="session")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
+    """The fake driver, loaded. It stays loaded: a process has one libcuda.so.1, so not where a real one may be in use."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a real NVIDIA driver is here")
+    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    from tests.memory.machines import FAKE_MB, LIBRARY, FakeCuda, build_fakecuda
+
+    path = build_fakecuda(tmp_path_factory.mktemp("fakecuda"))
+    os.environ[LIBRARY], os.environ["FAKECUDA_MB"] = str(path), str(FAKE_MB)
+    return FakeCuda(str(path))

@@ -10,20 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.memory.machines import FAKE_MB, LIBRARY, FakeCuda, Machine, build_fakecuda
-
-
-@pytest.fixture(scope="session")
-def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
-    """The fake driver, loaded. It stays loaded: a process has one libcuda.so.1, so not where a real one may be in use."""
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("a real NVIDIA driver is here")
-    pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-    path = build_fakecuda(tmp_path_factory.mktemp("fakecuda"))
-    os.environ[LIBRARY], os.environ["FAKECUDA_MB"] = str(path), str(FAKE_MB)
-    return FakeCuda(str(path))
+from tests.memory.machines import FakeCuda, Machine
 
 
 @pytest.fixture
@@ -35,6 +22,7 @@ def cpu() -> Iterator[Machine]:
 def fake(fake_cuda: FakeCuda) -> Iterator[Machine]:
     fake_cuda.reset()
     yield from _machine("fake-cuda", fake_cuda)
+    assert fake_cuda.violation() == ""
     fake_cuda.reset()
     assert fake_cuda.used(0) == 0, "physical memory was left behind"
 

@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,15 @@ from polder.memory.page import Handle
 from polder.memory.span import Span
 from polder.memory.tensor import tensor_over
 
-SOURCE = Path(__file__).parents[1] / "fixtures" / "fakecuda" / "fakecuda.c"
+SOURCES = Path(__file__).parents[1] / "fixtures" / "fakecuda"
 REPOSITORY = Path(__file__).parents[2]
 CPU_PAGE = 16 << 10
 FAKE_MB = 64
 LIBRARY = "FAKECUDA_LIBRARY"
 """Environment variable that tells children where the built driver is."""
+
+
+_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class FakeCuda:
@@ -40,12 +44,58 @@ class FakeCuda:
         self.library.fakecuda_calls.restype = ctypes.c_long
         self.library.fakecuda_fail.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_int)
         self.library.fakecuda_used.restype = ctypes.c_size_t
+        self.library.fakecuda_violations.restype = ctypes.c_long
+        self.library.fakecuda_violation.restype = ctypes.c_char_p
+        self.library.fakecuda_seed.argtypes = (ctypes.c_ulong, ctypes.c_long)
+        address = ctypes.c_uint64
+        self.library.fakecuda_launch.argtypes = (
+            *(ctypes.c_void_p, address, address),
+            *(ctypes.c_size_t, ctypes.c_int, ctypes.c_long),
+        )
+        self.library.fakecuda_call.argtypes = (
+            *(ctypes.c_void_p, _CALL, ctypes.c_void_p, ctypes.c_long, ctypes.c_size_t),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+        )
+        self._gates: list[Any] = []  # the driver knows their addresses only
 
     def calls(self, name: str) -> int:
         return int(self.library.fakecuda_calls(name.encode()))
 
     def fail(self, name: str, nth: int, error: int = 999) -> None:
         self.library.fakecuda_fail(name.encode(), nth, error)
+
+    def violation(self) -> str:
+        """The first order that was missing since the last reset; "" if none was."""
+        if not self.library.fakecuda_violations():
+            return ""
+        text: bytes = self.library.fakecuda_violation()
+        return text.decode()
+
+    def delays(self, seed: int, longest_us: int) -> None:
+        """Of all work in streams from now on."""
+        self.library.fakecuda_seed(seed, longest_us)
+
+    def launch(self, stream: int, dst: int, src: int, size: int, *, value: int = 0, delay_us: int = 0) -> None:
+        """Compute: dst[i] = src[i] + value, bytes; with src 0, dst[i] = value. Raises when the driver refuses."""
+        status = self.library.fakecuda_launch(stream, dst, src, size, value, delay_us)
+        assert status == 0, f"launch refused: {status}"
+
+    @contextlib.contextmanager
+    def gate(self, stream: int) -> Iterator[threading.Event]:
+        """Work in a stream that lasts until the event is set, or the block ends."""
+        opened = threading.Event()
+
+        def work(_: object) -> None:
+            opened.wait(60.0)
+
+        function = _CALL(work)
+        self._gates.append(function)
+        status = self.library.fakecuda_call(stream, function, None, 0, 0, None, None, None)
+        assert status == 0, f"launch refused: {status}"
+        try:
+            yield opened
+        finally:
+            opened.set()
 
     def reset(self) -> None:
         self.library.fakecuda_reset()
@@ -66,7 +116,7 @@ def build_fakecuda(directory: Path) -> Path:
     flags = (
         "-std=gnu11 -O1 -g -Wall -Wextra -Werror -fPIC -shared -fvisibility=hidden -Wl,-soname,libcuda.so.1 -pthread"
     )
-    command = [compiler, *flags.split(), f"-I{include}", "-o", str(target), str(SOURCE)]
+    command = [compiler, *flags.split(), f"-I{include}", "-o", str(target), *map(str, sorted(SOURCES.glob("*.c")))]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return target

@@ -171,7 +171,8 @@ class CudaBackend:
                     flags = self.driver.api.CUstream_flags.CU_STREAM_NON_BLOCKING
                     self._stream = self.driver.call("cuStreamCreate", flags)
             self.driver.call("cuMemsetD8Async", address, 0, size_bytes, self._stream)
-            self.driver.call("cuStreamSynchronize", self._stream)
+            done = StreamMark(self.driver, self._stream)
+        done.wait()
 
     def mark(self) -> StreamMark:
         return StreamMark(self.driver, self._compute_stream(self.driver.index))

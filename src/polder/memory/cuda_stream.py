@@ -133,6 +133,8 @@ class StreamJob:
 class StreamQueue:
     """See polder.memory.backend.CopyQueue. The copies run on the GPU's copy engines, beside its kernels."""
 
+    job = StreamJob
+
     def __init__(self, driver: Driver, compute_stream: Callable[[int], int]) -> None:
         self._driver, self._compute_stream = driver, compute_stream
         api = driver.api
@@ -158,7 +160,7 @@ class StreamQueue:
                 end = _Event(self._driver, self._stream, _BLOCKING_SYNC)
         except Exception as refused:
             error = error or refused
-        return StreamJob(self._driver, self._compute_stream, begin, end, error)
+        return self.job(self._driver, self._compute_stream, begin, end, error)
 
     def close(self) -> None:
         if self._stream is None:

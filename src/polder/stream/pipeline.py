@@ -133,6 +133,7 @@ class LayerStream:
                 for layer, following in zip(sharing, sharing[1:] + sharing[:1], strict=True):
                     self._following[layer] = following
         self._state = [_ABSENT] * len(self._buffers)
+        self._saves: dict[int, int] = {}  # layer -> ticket of its last result, until something waits for it
         self._occupant: dict[int, int] = {}  # buffer -> the layer whose bytes it has or is getting
         for layer in present:
             self._state[layer] = _READY
@@ -142,7 +143,10 @@ class LayerStream:
         """What is launched from now on finds the layer's bytes. Raises EnvironmentFault when they cannot be fetched."""
         ticket = self._state[layer]
         if ticket == _READY:
-            return
+            # Its bytes never left. But they may still be on their way home, and computing may change them.
+            ticket = self._saves.pop(layer, 0)
+            if not ticket:
+                return
         if ticket == _ABSENT:
             ticket = self._submit(layer, self._copies.mark())
         started = None if self._copies.done(ticket) else time.perf_counter()
@@ -159,6 +163,7 @@ class LayerStream:
                 self._unknown.append((self._pass, stall))
             elif started is not None:
                 self._count_stall(self._pass, time.perf_counter() - started)
+        self._saves.pop(layer, None)  # before the fetch
         self._state[layer] = _READY
 
     def after(self, layer: int) -> None:
@@ -168,7 +173,7 @@ class LayerStream:
         mark = self._copies.mark() if wanted or self._store is not None else None
         if self._store is not None:
             pieces = self._store(layer)
-            self._last = self._copies.submit(*pieces, after=mark)
+            self._last = self._saves[layer] = self._copies.submit(*pieces, after=mark)
             self._stored_bytes += int(pieces.size_bytes.sum())
         if wanted:
             self._submit(following, mark)
