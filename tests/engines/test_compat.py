@@ -42,6 +42,14 @@ def test_the_installed_vllm_has_every_seam() -> None:
     compat.check_seams()
 
 
+def test_the_seams_look_the_same_after_polder_has_patched_them() -> None:
+    pytest.importorskip("vllm")
+    from polder.engines.vllm import plugin
+
+    plugin.register()
+    compat.check_seams()
+
+
 @pytest.mark.parametrize(
     ("module", "name", "function"),
     [

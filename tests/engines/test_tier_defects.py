@@ -1,8 +1,9 @@
 """What vLLM 0.32 does wrong, and that our connector does not: each test shows the stock behaviour first, so it fails when it is
-mended."""
+mended. 0.33 has mended the last."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import Offlo
 from vllm.v1.kv_offload.base import TransferResult
 
 from polder.engines.vllm import plugin
+from polder.engines.vllm.compat import installed_version
 from polder.engines.vllm.tier_connector import PolderConnector, TierScheduler, TierWorkerMetadata, complete_config
 from polder.engines.vllm.tier_worker import PolderWorker
 from polder.tiers.transfer import Finished
@@ -70,7 +72,9 @@ def test_a_request_whose_load_failed_is_not_offered_the_same_load_again() -> Non
     connector.connector_scheduler = TierScheduler.__new__(TierScheduler)
     connector.connector_scheduler._req_status = {"request": state}
     connector.connector_scheduler._stale_job_threshold = 0
-    connector.connector_scheduler.manager = SimpleNamespace(tiers=SimpleNamespace(refresh=lambda: None))
+    tiers = SimpleNamespace(refresh=lambda: None)
+    connector.connector_scheduler.manager = SimpleNamespace(tiers=tiers, lock=nullcontext())
+    connector.connector_scheduler._step_region = None
     output = SimpleNamespace(kv_connector_worker_meta=None, failed_recving={"request"})
     connector.connector_scheduler.update_connector_output(output)
     assert state.max_load_tokens is None, "stock"
@@ -102,19 +106,26 @@ def test_a_request_preempted_between_steps_that_loads_again_ends_a_stock_engine_
         scheduler._update_req_states = lambda _: None
         scheduler._build_store_jobs = scheduler._build_partial_tail_store_jobs = lambda _: {}
         tiers = SimpleNamespace(refresh=lambda: None)
-        scheduler.manager = SimpleNamespace(on_schedule_end=lambda _: None, plan_spills=list, tiers=tiers)
-        scheduler._jobs = {1: SimpleNamespace(is_store=False), 2: SimpleNamespace(is_store=True)}
+        scheduler.manager = SimpleNamespace(
+            on_schedule_end=lambda _: None, plan_spills=list, tiers=tiers, lock=nullcontext()
+        )
+        scheduler._jobs = {
+            1: SimpleNamespace(is_store=False, is_sync_load=False),
+            2: SimpleNamespace(is_store=True, is_sync_load=False),
+        }
+        scheduler._reset_fence = {}  # as the lock above, since 0.33
         scheduler._req_status = {"a": SimpleNamespace(transfer_jobs={1, 2})}
         scheduler._block_id_to_pending_jobs = {}
         scheduler._current_batch_allocated_block_ids = set()
         scheduler._current_batch_jobs_to_flush = set()
-        scheduler._current_batch_load_jobs = {}
+        scheduler._current_batch_load_jobs = {1: "load"}
         return scheduler
 
     def output() -> Any:
         return SimpleNamespace(preempted_req_ids={"a", "b"}, scheduled_new_reqs=[], finished_req_ids=set())
 
-    with pytest.raises(AssertionError):
+    mended = installed_version() != "0.32.0"
+    with nullcontext() if mended else pytest.raises(AssertionError):
         half(OffloadingConnectorScheduler).build_connector_meta(output())
     told = output()
     meta = half(TierScheduler).build_connector_meta(told)

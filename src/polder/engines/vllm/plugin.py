@@ -119,6 +119,7 @@ def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:
 
         return open_offloader(vllm_config, settings)
 
+    @functools.wraps(load_model)
     def load_model_and_move(self: Any, *args: Any, **kwargs: Any) -> None:
         load_model(self, *args, **kwargs)
         v1_runner.get_offloader().post_init()
@@ -176,6 +177,7 @@ def _patch_start(engine_core: Any) -> None:
     )
     starting: list[Any] = []
 
+    @functools.wraps(stock_configs)  # so that the seam looks the same when it is checked again
     def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *groups: Any) -> Any:
         """`groups`: since vLLM 0.33 those of all ranks together; they are the same for any amount of memory."""
         settings = _settings(vllm_config) if starting else None
