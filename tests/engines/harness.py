@@ -6,14 +6,16 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -22,6 +24,16 @@ from polder.broker import wire
 from polder.broker.client import request, status
 from polder.engines.vllm import plugin
 from polder.errors import BrokerUnavailable
+
+RIG = Path(__file__).parents[1] / "rig"
+"""Holds vLLM's GPU defaults for a CPU, a platform that vLLM finds by its folder on the path: see its README.md."""
+sys.path.insert(0, str(RIG))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(RIG), os.environ.get("PYTHONPATH"))))
+
+import gpulike  # noqa: E402
+from gpulike.forking import forked_engines  # noqa: E402
+
+from tests.engines.segments import segments_of  # noqa: E402
 
 MODELS = Path(os.environ.get("POLDER_TEST_MODELS", Path(__file__).parents[2] / "out" / "test-models"))
 _numbers = itertools.count()
@@ -124,17 +136,34 @@ class Engine:
     name: str
     llm: Any = field(repr=False)  # its repr asks the workers, and a failed test would wait for those of a dead engine
     _started: set[int] = field(default_factory=set)
-    _shared: set[Path] = field(default_factory=set)
+    _segments: set[Path] = field(default_factory=set)
+    _sockets: Path | None = None
 
     @classmethod
     def start(
-        cls, name: str, recipe: ModelRecipe = A32, settings: dict[str, str] | None = None, **options: Any
+        cls,
+        name: str,
+        recipe: ModelRecipe = A32,
+        settings: dict[str, str] | None = None,
+        like: str = "",
+        processes: Literal["forked", "spawned"] = "forked",
+        **options: Any,
     ) -> Engine:
-        from vllm import LLM
+        """Starts an engine and waits until it serves.
 
+        `settings` are Polder's variables; without any the engine is stock vLLM. `like` names GPU defaults that it gets, such as
+        "v2,async,uni,warmup,graphs" (tests/rig). Its processes are forked from one that has imported vLLM, or spawned as vLLM does
+        it on a CPU, which takes 10 s of CPU time more for each. `options` go to `vllm.LLM`.
+        """
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        assert type(current_platform).__module__ == "gpulike.platform", "vLLM was imported before this module"
         model = ensure_model(recipe, MODELS)
+        rig = gpulike.environment(like)
+        starting = forked_engines(rig) if processes == "forked" else contextlib.nullcontext()
         before = {p.pid for p in psutil.Process().children(recursive=True)}
-        shared_before = set(Path("/dev/shm").iterdir())
+        sockets = Path(tempfile.mkdtemp(prefix="pe-", dir="/tmp"))  # vLLM's: a killed engine leaves them behind
         arguments: dict[str, Any] = {
             "model": str(model),
             "dtype": "float32",
@@ -148,12 +177,13 @@ class Engine:
         if settings and settings.get("POLDER_TIERS"):
             arguments["kv_transfer_config"] = CONNECTOR
         # Without settings the plugin is not even loaded: the reference is vLLM as it comes.
-        with environment(ENVIRONMENT | (settings or {"VLLM_PLUGINS": ""})):
+        own = settings or {"VLLM_PLUGINS": "gpulike" if like else ""}
+        with environment(ENVIRONMENT | rig | {"VLLM_RPC_BASE_PATH": str(sockets)} | own), starting:
             if settings:
                 plugin.register()  # vLLM loads plugins once a process, and here a stock engine may have come first
             llm = LLM(**arguments)
-        children = psutil.Process().children(recursive=True)
-        return cls(name, llm, {p.pid for p in children} - before, set(Path("/dev/shm").iterdir()) - shared_before)
+        started = {p.pid for p in psutil.Process().children(recursive=True)} - before
+        return cls(name, llm, started, segments_of(started), sockets)
 
     def utility(self, method: str, *args: Any) -> Any:
         return self.llm.llm_engine.engine_core.call_utility(method, *args)
@@ -205,6 +235,8 @@ class Engine:
         )
 
     def stop(self) -> None:
+        """Ends its processes, whether they serve or were killed. None of their segments and sockets is left behind."""
+        self._segments |= segments_of(self._started)
         self.llm.llm_engine.engine_core.shutdown()
         # Python's own resource tracker lives as long as this process, and came with the engine.
         ending = [p for p in self.processes() if "resource_tracker" not in command_of(p)]
@@ -212,8 +244,10 @@ class Engine:
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)
-        for path in self._shared:  # vLLM's message queues: a killed engine core leaves them behind
+        for path in self._segments:  # vLLM's message queues: a killed engine core leaves them behind
             path.unlink(missing_ok=True)
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets)
 
 
 def command_of(process: psutil.Process) -> str:
@@ -224,9 +258,9 @@ def command_of(process: psutil.Process) -> str:
         return ""
 
 
-def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
+def prompts(count: int, length: int, seed: int = 0, vocabulary: int = 32_000) -> list[list[int]]:
     draw = random.Random(seed)
-    return [[draw.randrange(10, 32_000) for _ in range(length + 13 * i)] for i in range(count)]
+    return [[draw.randrange(10, vocabulary) for _ in range(length + 13 * i)] for i in range(count)]
 
 
 def tokens_of(outputs: list[Output]) -> list[list[int]]:

@@ -1,0 +1,48 @@
+"""What every GPU user of vLLM gets: V2 runner, async scheduling, worker in the core's process, warm-up, CUDA graphs (tests/rig)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gpulike
+import pytest
+
+from polder.bench.models import ModelRecipe
+from tests.engines.harness import Engine, prompts, tokens_of
+
+VOCABULARY = 2000
+TINY = ModelRecipe(
+    name="tiny-rig", family="llama", layers=2, hidden=128, intermediate=256, heads=4, vocab=VOCABULARY, seed=3
+).in_float32()
+"""Small, for interpreted kernels take about 55 ms a step, whatever the model."""
+ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 24] * 6
+
+
+@pytest.fixture(scope="module")
+def expected() -> Iterator[list[list[int]]]:
+    engine = Engine.start("stock", TINY, num_gpu_blocks_override=160)
+    yield tokens_of(engine.generate(ASKED, LENGTHS))
+    engine.stop()
+
+
+@pytest.mark.parametrize("like", ["v1", "graphs", "v2,graph"])
+def test_words_that_mean_nothing_are_refused(like: str) -> None:
+    with pytest.raises(ValueError, match="gpulike"):
+        gpulike.environment(like)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_stock_with_all_defaults_gives_the_tokens_of_the_cpu(expected: list[list[int]]) -> None:
+    engine = Engine.start("gpulike", TINY, like="v2,async,uni,warmup,graphs", num_gpu_blocks_override=160)
+    try:
+        config = engine.llm.llm_engine.vllm_config
+        assert config.use_v2_model_runner
+        assert config.scheduler_config.async_scheduling
+        assert config.parallel_config.distributed_executor_backend == "uni"
+        assert tokens_of(engine.generate(ASKED, LENGTHS)) == expected
+        figures = engine.llm.collective_rpc("graph_figures")[0]
+        assert figures["captured"] == 5
+        assert figures["replayed"] > 15
+    finally:
+        engine.stop()

@@ -1,0 +1,86 @@
+"""The harness of these tests: engines end with all that is theirs, and take nothing of others with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.engines import harness
+from tests.engines.harness import Engine, prompts
+from tests.engines.segments import segments_of
+
+SEGMENT = """
+import sys, mmap, os
+descriptor = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)
+os.ftruncate(descriptor, 4096)
+if sys.argv[2] == "mapped":
+    memory = mmap.mmap(descriptor, 4096)
+    os.close(descriptor)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+class Stranger:
+    """A process that holds a segment."""
+
+    def __init__(self, name: str, how: str) -> None:
+        self.segment = Path("/dev/shm", f"pt-{os.getpid()}-{name}")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SEGMENT, str(self.segment), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"ready\n"
+
+    def end(self) -> None:
+        self.process.communicate()
+        self.segment.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def strangers() -> Iterator[list[Stranger]]:
+    started: list[Stranger] = []
+    yield started
+    for each in started:
+        each.end()
+
+
+@pytest.mark.parametrize("how", ["open", "mapped"])
+def test_segments_are_found_by_who_holds_them(how: str, strangers: list[Stranger]) -> None:
+    strangers += [Stranger("ours", how), Stranger("theirs", how)]
+    ours, theirs = strangers
+    assert segments_of([ours.process.pid]) == {ours.segment}
+    assert segments_of([ours.process.pid, theirs.process.pid]) == {ours.segment, theirs.segment}
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_a_killed_engine_leaves_nothing_and_a_segment_of_others_stays(
+    monkeypatch: pytest.MonkeyPatch, strangers: list[Stranger]
+) -> None:
+    register, before = harness.plugin.register, set(Path("/dev/shm").iterdir())
+
+    def register_and_meanwhile() -> None:
+        register()
+        strangers.append(Stranger("meanwhile", "mapped"))
+
+    monkeypatch.setattr(harness.plugin, "register", register_and_meanwhile)
+    engine = Engine.start("killed", settings={"POLDER_KV_BUDGET": "80MiB", "POLDER_PAGE": f"{harness.PAGE}B"})
+    processes = engine.processes()
+    sockets = engine._sockets
+    assert sockets is not None
+    assert engine._segments, "vLLM's message queues: without any the test shows nothing"
+    assert list(sockets.iterdir())
+    engine.generate(prompts(1, 40), tokens=2)
+    os.kill(engine.core_pid(), signal.SIGKILL)
+    engine.stop()
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+    assert not sockets.exists()
+    assert set(Path("/dev/shm").iterdir()) - before == {strangers[0].segment}

@@ -1,0 +1,45 @@
+"""vLLM's CPU platform, with the GPU defaults that it switches off switched on again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms.cpu import CpuPlatform
+
+from gpulike import wanted
+
+CAPTURE_SIZES = (1, 2, 4, 8, 16)
+
+
+class GpuLikePlatform(CpuPlatform):
+    """CpuPlatform for an engine that asks for nothing."""
+
+    def get_global_graph_pool(self) -> Any:
+        return (0, 0)
+
+    @classmethod
+    def graph_pool_handle(cls) -> Any:
+        return (0, 0)
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        names = wanted()
+        decided = vllm_config.scheduler_config.async_scheduling  # vLLM's decision: false if something rules it out
+        super().check_and_update_config(vllm_config)
+        if not names:
+            return
+        parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+        vllm_config.scheduler_config.async_scheduling = "async" in names and decided is not False
+        if "uni" in names and parallel.world_size == 1:
+            parallel.distributed_executor_backend = "uni"
+        parallel.worker_cls = "gpulike.worker.GpuLikeWorker"
+        if "graphs" in names:
+            from vllm.config.compilation import CUDAGraphMode
+
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+            compilation.cudagraph_capture_sizes = list(CAPTURE_SIZES)
+            compilation.max_cudagraph_capture_size = CAPTURE_SIZES[-1]
+        import vllm.config.vllm  # not at the top: it needs the platform
+
+        # Only workers run Triton kernels. This process may have been started without any.
+        vllm.config.vllm.HAS_TRITON = "v2" in names
