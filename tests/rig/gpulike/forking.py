@@ -1,8 +1,9 @@
 """Engine processes that are forked from a process which has already imported vLLM: that import takes 10 s of CPU time each.
 
-There is one such process for each kind of Triton (interpreted or absent), made by Python's `multiprocessing.forkserver`. It has one
-thread and no sockets, has computed nothing and has loaded none of vLLM's plugins but the platform. A child gets the environment of the
-process that starts it, as a spawned one does. The core of an engine forks its workers before it starts threads.
+There is one such process for each kind of Triton (interpreted or absent), made by Python's
+`multiprocessing.forkserver`. It has one thread and no sockets, has computed nothing and has loaded none of vLLM's
+plugins but the platform. A child gets the environment of the process that starts it, as a spawned one does. The core of
+an engine forks its workers before it starts threads.
 """
 
 from __future__ import annotations
@@ -52,14 +53,13 @@ def _server(interpreted: bool) -> forkserver.ForkServer:
 
 def _preloaded() -> str:
     """Libraries that vLLM's CPU platform has its processes load first: tcmalloc, and PyTorch's own OpenMP."""
-    roots = {name: Path(str(importlib.util.find_spec(name).origin)).parent for name in ("vllm", "torch")}  # type: ignore[union-attr]
+    vllm, torch = (Path(str(importlib.util.find_spec(name).origin)).parent for name in ("vllm", "torch"))  # type: ignore[union-attr]
     patterns = (
-        f"{roots['vllm']}/libs/libtcmalloc*.so*",
-        f"{roots['torch'].parent}/torch.libs/libgomp*.so*",
-        f"{roots['torch']}/lib/libgomp*.so*",
+        vllm / "libs" / "libtcmalloc*.so*",
+        torch.parent / "torch.libs" / "libgomp*.so*",
+        torch / "lib" / "libgomp*.so*",
     )
-    found = [names[0] for pattern in patterns if (names := glob.glob(pattern))]
-    return ":".join(found)
+    return ":".join(sorted({names[0] for pattern in patterns if (names := glob.glob(str(pattern)))}))
 
 
 class _Popen(popen_forkserver.Popen):

@@ -1,10 +1,11 @@
 """FULL CUDA graphs of decode steps, emulated: capture runs everything and records what a graph would hold, replay runs only that.
 
-vLLM's own manager captures, pads, dispatches and replays; `torch.cuda.CUDAGraph` and `torch.cuda.graph` are the ones below. Calls of
-PyTorch's dispatcher are recorded with the very tensors, so a replay reads and writes the captured addresses. As on a GPU, Python, NumPy,
-ctypes and threads are not recorded. Operations of the namespace `vllm` are written in Python. Those in ATTENTION run again in a
-replay, with the metadata of the step: on a GPU their kernels are in the graph and the metadata lies in buffers of fixed addresses, but
-the CPU backend makes its metadata anew in each step. The others, such as `wait_prefetch` and `start_prefetch`, run in the capture only.
+vLLM's own manager captures, pads, dispatches and replays; `torch.cuda.CUDAGraph` and `torch.cuda.graph` are the ones
+below. Calls of PyTorch's dispatcher are recorded with the very tensors, so a replay reads and writes the captured
+addresses. As on a GPU, Python, NumPy, ctypes and threads are not recorded. Operations of the namespace `vllm` are
+written in Python. Those in ATTENTION run again in a replay, with the metadata of the step: on a GPU their kernels are
+in the graph and the metadata lies in buffers of fixed addresses, but the CPU backend makes its metadata anew in each
+step. The others, such as `wait_prefetch` and `start_prefetch`, run in the capture only.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ class InterpretedDriver(DriverBase):
 def mend_interpreter() -> None:
     """Makes masks booleans before the interpreter loads and stores with them.
 
-    A mask that is shifted out of packed bits keeps the integer type of the bits. Compiled kernels accept that, the interpreter does not.
+    A mask that is shifted out of packed bits keeps the integer type of the bits. Compiled kernels accept that, the
+    interpreter does not.
     """
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
