@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from gpulike import wanted
@@ -23,6 +25,12 @@ class GpuLikeWorker(CPUWorker):
                 False  # its kernel calls a method of a loop counter, which is a plain int in the interpreter
             )
         super().init_device()
+        self._device_thread = None
+        if "late" in wanted():
+            from gpulike import late
+
+            self._device_thread = late.Device(int(os.environ.get("GPULIKE_SEED", "0")))
+            late.install(self._device_thread)
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -42,6 +50,33 @@ class GpuLikeWorker(CPUWorker):
             # The option leaves out nothing but the lock of a workspace that the CPU does not have.
             self.model_runner.capture_model(profile_only=True)
         return times
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        if self._device_thread is not None:
+            self._device_thread.begin_step()
+            if scheduler_output.new_block_ids_to_zero:
+                self._device_thread.begin_layer()
+        return self._later(super().execute_model(scheduler_output))
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return self._later(super().sample_tokens(grammar_output))
+
+    def _later(self, output: Any) -> Any:
+        """An output of a step that the device thread may not have carried out."""
+        if self._device_thread is None or output is None:
+            return output
+        from gpulike.late import LateOutput
+
+        if isinstance(output, AsyncModelRunnerOutput):
+            return LateOutput(output, self._device_thread)
+        self._device_thread.wait()
+        return output
+
+    def late_figures(self) -> dict[str, int]:
+        """For `collective_rpc`: layers that the device thread has carried out, and violations that it found."""
+        assert self._device_thread is not None, 'add "late" to `like`'
+        self._device_thread.wait()
+        return {"layers": self._device_thread.launched, "violations": self._device_thread.violations}
 
     def graph_figures(self) -> dict[str, Any]:
         """For `collective_rpc`: graphs captured and replayed, operations in them, and names of operations that no graph holds."""
