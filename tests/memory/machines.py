@@ -106,17 +106,21 @@ class FakeCuda:
 
 def build_fakecuda(directory: Path) -> Path:
     """Compiles the fake driver. Skips the test when this machine has no compiler or no cuda.h of CUDA 13."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the fake CUDA driver with")
     include = _cuda_include()
     if include is None:
         pytest.skip("no cuda.h of CUDA 13 (looked in CUDA_HOME, /usr/local/cuda*, the triton package)")
-    target = directory / "libcuda.so.1"
+    return build_library(directory / "libcuda.so.1", SOURCES, f"-I{include}")
+
+
+def build_library(target: Path, sources: Path, *more: str) -> Path:
+    """Compiles all C files of a folder. Skips the test without a compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler to build a fake library with")
     flags = (
-        "-std=gnu11 -O1 -g -Wall -Wextra -Werror -fPIC -shared -fvisibility=hidden -Wl,-soname,libcuda.so.1 -pthread"
+        f"-std=gnu11 -O1 -g -Wall -Wextra -Werror -fPIC -shared -fvisibility=hidden -Wl,-soname,{target.name} -pthread"
     )
-    command = [compiler, *flags.split(), f"-I{include}", "-o", str(target), *map(str, sorted(SOURCES.glob("*.c")))]
+    command = [compiler, *flags.split(), *more, "-o", str(target), *map(str, sorted(sources.glob("*.c")))]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return target

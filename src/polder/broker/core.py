@@ -13,6 +13,7 @@ What must hold whatever the peers do:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from polder.broker import admission, fetching
@@ -79,6 +80,7 @@ class BrokerCore:
         self._giveback_ms: deque[float] = deque(maxlen=512)
         self._announced: Neighbours | None = None
         self._stock: dict[int, Stock] = {}  # by process id
+        self._missing: dict[str, set[int]] = {}  # device -> pages that there is no memory for
 
     # ------------------------------------------------------------------ what happens
 
@@ -145,8 +147,37 @@ class BrokerCore:
             for pid in engine.processes
         ]
 
+    def withhold(self, device: str, pages: Iterable[int]) -> None:
+        """The device has no memory for these pages. Whoever holds some gives them back; nobody gets them until `restore`."""
+        self._missing.setdefault(device, set()).update(pages)
+        self._withhold_missing()
+
+    def restore(self, device: str, pages: Sequence[int]) -> None:
+        """There is memory for these pages again."""
+        self._missing.get(device, set()).difference_update(pages)
+        self.ledger.restore(device, pages)
+
+    def reserve_bytes(self, device: str) -> int:
+        """What the engines on a device will still take from it for themselves, while they compute."""
+        return sum(
+            reserve
+            for engine in self.engines.values()
+            for name, reserve in zip(engine.hello.devices, engine.hello.reserve_bytes, strict=False)
+            if name == device
+        )
+
+    def missing(self, device: str) -> list[int]:
+        """Pages that there is no memory for, rising."""
+        return sorted(self._missing.get(device, ()))
+
+    def _withhold_missing(self) -> None:
+        for device, pages in self._missing.items():
+            if self.ledger.withheld(device) < len(pages):
+                self.ledger.withhold(device, sorted(pages))
+
     def plan(self, now: float) -> None:
         """Compares all demands and sends the grants and recalls that follow."""
+        self._withhold_missing()
         if now < self.recovering_until:
             return
         self.leases.mark_overdue(now)
@@ -175,6 +206,7 @@ class BrokerCore:
     # ------------------------------------------------------------------ messages
 
     def _hello(self, connection: int, pid: int, hello: Hello, now: float) -> None:
+        self._withhold_missing()
         known = self.engines.get(hello.engine)
         refusal = admission.refusal(self.roster, hello, pid, self.config.page_bytes)
         if refusal is not None:

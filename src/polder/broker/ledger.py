@@ -1,5 +1,7 @@
 """The ledger: who owns each page of each device. Law 1, conservation: free + owned = total, after every call.
 
+Pages for which the device has no memory are withheld: they are nobody's, nobody gets them, and the total is without them.
+
 Pages are numbers 0 .. total - 1 on their device; the ledger knows nothing of bytes or handles. One int32 array a device holds
 the owner's index of every page (0 = free), so that giving or taking a thousand pages is two numpy operations. Counts are
 kept beside the array and checked against it by `check_integrity`.
@@ -37,10 +39,15 @@ class LedgerStatistics:
     by_owner: dict[Owner, int]
 
 
+_WITHHELD = -2
+"""In place of an owner's index. -1 stands for an owner who never had a page."""
+
+
 class _Device:
     def __init__(self, total: int) -> None:
         self.owner_of = np.zeros(total, dtype=np.int32)
         self.free = total
+        self.withheld = 0
         self.count: dict[int, int] = {}
 
 
@@ -56,7 +63,20 @@ class Ledger:
         return tuple(self._devices)
 
     def total(self, device: str) -> int:
-        return len(self._device(device).owner_of)
+        """Pages that there is memory for, as far as that is known."""
+        state = self._device(device)
+        return len(state.owner_of) - state.withheld
+
+    def withheld(self, device: str) -> int:
+        return self._device(device).withheld
+
+    def withhold(self, device: str, pages: Sequence[int] | PageArray) -> int:
+        """Takes those of `pages` that are free out of use. Returns how many those are."""
+        return self._change(device, pages, 0, _WITHHELD)
+
+    def restore(self, device: str, pages: Sequence[int] | PageArray) -> int:
+        """Makes those of `pages` that are withheld free. Returns how many those are."""
+        return self._change(device, pages, _WITHHELD, 0)
 
     def free(self, device: str) -> int:
         return self._device(device).free
@@ -124,7 +144,7 @@ class Ledger:
         state = self._device(device)
         names = {index: owner for owner, index in self._index.items()}
         by_owner = {names[index]: n for index, n in state.count.items() if n}
-        return LedgerStatistics(total=len(state.owner_of), free=state.free, by_owner=by_owner)
+        return LedgerStatistics(total=self.total(device), free=state.free, by_owner=by_owner)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless, on every device, the counts match the pages and free + owned = total."""
@@ -132,8 +152,9 @@ class Ledger:
             numbers, counts = np.unique(state.owner_of, return_counts=True)
             seen = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
             free = seen.pop(0, 0)
+            withheld = seen.pop(_WITHHELD, 0)
             booked = {index: n for index, n in state.count.items() if n}
-            if free != state.free or seen != booked or free + sum(booked.values()) != len(state.owner_of):
+            if (free, withheld, seen) != (state.free, state.withheld, booked):
                 raise IntegrityError(
                     f"{name}: total {len(state.owner_of)}, free {state.free} (counted {free}), owned {booked} (counted {seen})"
                 )
@@ -146,10 +167,18 @@ class Ledger:
 
     def _checked(self, device: str, pages: Sequence[int] | PageArray) -> PageArray:
         index = np.asarray(pages, dtype=np.int64)
-        total = self.total(device)
+        total = len(self._device(device).owner_of)
         if index.ndim != 1 or np.any((index < 0) | (index >= total)) or len(np.unique(index)) != len(index):
             raise ProtocolError(f"{device}: not a set of pages of 0..{total - 1}: {index.ravel()[:8].tolist()}")
         return index
+
+    def _change(self, device: str, pages: Sequence[int] | PageArray, before: int, after: int) -> int:
+        state, index = self._device(device), self._checked(device, pages)
+        index = index[state.owner_of[index] == before]
+        state.owner_of[index] = after
+        state.free += len(index) * (1 if after == 0 else -1)
+        state.withheld += len(index) * (1 if after == _WITHHELD else -1)
+        return len(index)
 
     def _assign(self, state: _Device, pages: PageArray, owner: Owner) -> None:
         number = self._index.setdefault(owner, len(self._index) + 1)

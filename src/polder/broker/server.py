@@ -4,6 +4,9 @@ Who may speak: processes of our own user (SO_PEERCRED), through a socket of mode
 connection and nothing else. Every process that says Hello or Fetch is watched by a pidfd taken from its connection, so a
 recycled process id is never mistaken for it; its end wakes the selector at once.
 
+A device that is out of memory, or a file table that is full, costs the Fetch that met it and nothing else: it is refused, and the
+engine gives its grant back. Pages that could not be made are withheld, and tried again now and then.
+
 A stale socket file (nobody listens, yet the file is there) means that the former broker was killed: its engines may still hold
 memory, so this one grants nothing until `recovery_s` has passed or they have all reported.
 """
@@ -11,6 +14,7 @@ memory, so this one grants nothing until `recovery_s` has passed or they have al
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -21,6 +25,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,8 +49,10 @@ from polder.broker.wire import (
     Table,
     ToBroker,
 )
-from polder.errors import AddressInUse, ConfigError, ProtocolError
+from polder.errors import AddressInUse, ConfigError, OutOfPages, PolderError, ProtocolError
+from polder.memory.backend import Backend
 from polder.memory.devices import open_backend
+from polder.memory.limits import raise_open_files
 from polder.memory.pool import PagePool
 from polder.tiers.lending import LendingTable
 from polder.units import format_bytes
@@ -56,6 +63,8 @@ logger = logging.getLogger("polder.broker")
 
 TICK_S = 0.05
 ORPHAN_GRACE_S = 0.5
+MISSING_EVERY_S = 5.0
+MISSING_AT_ONCE = 16  # pages that a tick may make, 0.2 ms each on an A100
 MAX_BACKLOG = 16 << 20  # bytes queued for a peer that does not read
 SO_PEERPIDFD = 77  # <linux/socket.h>, since Linux 6.5; not in Python's socket module
 
@@ -99,8 +108,26 @@ class BrokerServer:
     def __init__(self, config: BrokerConfig) -> None:
         """Takes the socket and the memory. Raises AddressInUse, ConfigError, OutOfPages."""
         check_socket_path(config.socket)
+        raise_open_files()
         self._config = config
         self._listener, crashed_before = _listen(config.socket)
+        try:
+            self._open(config, crashed_before)
+        except BaseException:
+            self._listener.close()
+            with contextlib.suppress(OSError):
+                config.socket.unlink()
+            raise
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._peers: dict[int, _Peer] = {}
+        self._processes: dict[int, _Process] = {}
+        self._tables: dict[str, tuple[int, int]] = {}  # lender -> (process of its core, fd of its table)
+        self._host_files = HostFiles()
+        self._missing_next: dict[str, float] = {}  # device -> when to try again what there was no memory for
+        self._next = 1
+
+    def _open(self, config: BrokerConfig, crashed_before: bool) -> None:
         now = time.monotonic()
         self.core = BrokerCore(
             config=config,
@@ -110,15 +137,22 @@ class BrokerServer:
         )
         self._backends = {device: open_backend(device, config.page_bytes) for device in config.devices}
         self._pools = {d: PagePool(self._backends[d], total) for d, total in config.total_pages().items()}
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
-        self._peers: dict[int, _Peer] = {}
-        self._processes: dict[int, _Process] = {}
-        self._tables: dict[str, tuple[int, int]] = {}  # lender -> (process of its core, fd of its table)
-        self._host_files = HostFiles()
-        self._next = 1
+        for device, backend in self._backends.items():
+            self._check_free(device, backend, crashed_before)
         for device, total in config.total_pages().items():
             logger.info("%s: %d pages, %s", device, total, format_bytes(total * config.page_bytes))
+
+    def _check_free(self, device: str, backend: Backend, crashed_before: bool) -> None:
+        """Raises ConfigError when the budget is more than the device has free. After a crash, engines still hold a part of it."""
+        free, budget = backend.free_bytes(), self._config.devices[device]
+        if free is None or crashed_before:
+            return
+        if budget > free:
+            raise ConfigError(
+                f"{device}: the budget of {format_bytes(budget)} is more than the {format_bytes(free)} that are free: lower "
+                f"--device {device}=..., or kv_budget; the engines' own weights, contexts and graphs need room beside it"
+            )
+        logger.info("%s: %s beside the budget, for the engines themselves", device, format_bytes(free - budget))
 
     def run(self, stop: threading.Event) -> None:
         next_tick = time.monotonic()
@@ -164,6 +198,7 @@ class BrokerServer:
                 logger.warning("worker %d outlived its engine core: killing it", pid)
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+        self._try_missing(now)
         self.core.plan(now)
 
     def _accept(self) -> None:
@@ -251,7 +286,18 @@ class BrokerServer:
             os.close(fd)
 
     def _send_handles(self, peer: _Peer, message: Fetch) -> None:
-        fds, fd_index, offsets = self._pools[message.device].export(message.pages)
+        pool = self._pools[message.device]
+        try:
+            self._check_room(message)
+            fds, fd_index, offsets = pool.export(message.pages)
+        except OutOfPages as error:
+            self._withhold(message.device, pool.unmade())
+            self._queue(peer, Refused(reason=f"{message.device} is out of memory: {error}"), [])
+            return
+        except PolderError as error:
+            logger.warning("%d pages of %s cannot be handed out: %s", len(message.pages), message.device, error)
+            self._queue(peer, Refused(reason=f"{message.device}: {error}"), [])
+            return
         if len(fds) > MAX_FDS:
             for fd in fds:
                 os.close(fd)
@@ -265,6 +311,46 @@ class BrokerServer:
             offsets=list(offsets),
         )
         self._queue(peer, answer, list(fds))
+        self._write(peer)  # at once: a descriptor for each page is open here until it is sent
+
+    def _check_room(self, message: Fetch) -> None:
+        """Raises OutOfPages when pages that must be made would take what engines still need for their steps."""
+        device, pool = message.device, self._pools[message.device]
+        new = len(set(message.pages).intersection(pool.unmade()))
+        free = self._backends[device].free_bytes() if new else None
+        if free is not None and new * self._config.page_bytes > free - self.core.reserve_bytes(device):
+            reserve = format_bytes(self.core.reserve_bytes(device))
+            raise OutOfPages(f"{format_bytes(free)} are free, of which engines need {reserve} in their steps")
+
+    def _withhold(self, device: str, pages: Sequence[int]) -> None:
+        self.core.withhold(device, pages)
+        self._missing_next[device] = time.monotonic() + MISSING_EVERY_S
+        page_bytes = self._config.page_bytes
+        logger.warning(
+            "%s has no memory for %s of its budget of %s; others use it. Lower --device %s=..., or end what else runs there",
+            device,
+            format_bytes(len(pages) * page_bytes),
+            format_bytes(self._pools[device].total_pages * page_bytes),
+            device,
+        )
+
+    def _try_missing(self, now: float) -> None:
+        """Makes pages that there was no memory for, a few at a time, since each takes as long as a small copy."""
+        for device, due in list(self._missing_next.items()):
+            if now < due:
+                continue
+            missing = self.core.missing(device)
+            free = self._backends[device].free_bytes()
+            room = (
+                MISSING_AT_ONCE if free is None else (free - self.core.reserve_bytes(device)) // self._config.page_bytes
+            )
+            made = self._pools[device].make(missing[: max(0, min(MISSING_AT_ONCE, room))])
+            self.core.restore(device, made)
+            if len(made) == len(missing):
+                del self._missing_next[device]
+                logger.info("%s: there is memory for the whole budget again", device)
+            elif len(made) < MISSING_AT_ONCE:
+                self._missing_next[device] = now + MISSING_EVERY_S
 
     def _watch(self, peer: _Peer) -> None:
         """Takes a pidfd of the peer from its connection (no race with a recycled id), or by its id on older kernels."""
@@ -324,8 +410,10 @@ class BrokerServer:
         except BlockingIOError:
             self._selector.modify(peer.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
             return
-        except OSError:
-            self._drop(peer)
+        except OSError as error:
+            # ETOOMANYREFS: so many descriptors are on their way that the kernel takes no more until some are received.
+            if error.errno != errno.ETOOMANYREFS:
+                self._drop(peer)
             return
         self._selector.modify(peer.socket, selectors.EVENT_READ, peer)
 

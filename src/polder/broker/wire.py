@@ -130,6 +130,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """Pages of one segment, a layer's weights, on each rank."""
     held_segments: Segments = []
     """On reconnection: the segments that it holds."""
+    reserve_bytes: list[int] = []
+    """What each rank will still take from its device while it computes: activations, graphs. Empty: not known."""
 
 
 class Demand(Message, frozen=True, kw_only=True, tag="demand"):

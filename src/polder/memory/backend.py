@@ -185,5 +185,8 @@ class Backend(Protocol):
     def resident_bytes(self) -> int:
         """Physical memory behind the handles held here, in bytes. Pages shared with other processes are counted by each."""
 
+    def free_bytes(self) -> int | None:
+        """Memory of the device that nobody uses, for all processes. None when it is not known, as on the CPU."""
+
     def close(self) -> None:
         """Forgets all handles and closes their descriptors. Reservations and mappings stay: tensors may live over them."""

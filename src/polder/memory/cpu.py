@@ -138,6 +138,10 @@ class CpuBackend:
     def resident_bytes(self) -> int:
         return self._segments.resident_bytes()
 
+    def free_bytes(self) -> int | None:
+        """Memory of a machine is not taken page by page: what is free now says little."""
+        return None
+
     # ------------------------------------------------------------------ other processes
 
     def export(self, handle: Handle) -> tuple[int, int]:

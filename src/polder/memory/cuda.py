@@ -16,6 +16,7 @@ from typing import Any
 
 from polder.errors import ConfigError, EnvironmentFault, IntegrityError, OutOfPages, ProtocolError
 from polder.memory.cuda_stream import StreamMark, StreamQueue
+from polder.memory.nvml import free_bytes
 from polder.memory.page import PAGE_BYTES, Handle
 
 __all__ = ["CudaBackend", "CudaError", "Driver"]
@@ -222,6 +223,9 @@ class CudaBackend:
     def resident_bytes(self) -> int:
         with self._lock:
             return len(self._held) * self.page_bytes
+
+    def free_bytes(self) -> int | None:
+        return free_bytes(bytes(self.driver.call("cuDeviceGetUuid", self._properties.location.id).bytes))
 
     # ------------------------------------------------------------------ other processes
 

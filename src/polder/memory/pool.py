@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polder.errors import IntegrityError, ProtocolError
+from polder.errors import IntegrityError, OutOfPages, ProtocolError
 from polder.memory.backend import Backend
 from polder.memory.page import Handle, Indices, as_indices
 
@@ -59,6 +59,21 @@ class PagePool:
             for page, handle in zip(missing, self._backend.create(len(missing)), strict=True):
                 self._handles[page] = handle
         return self._held(numbers)
+
+    def unmade(self) -> list[int]:
+        """Pages that have no memory yet: none on sparse backends."""
+        return [page for page, handle in enumerate(self._handles) if handle is None]
+
+    def make(self, pages: Sequence[int] | Indices) -> list[int]:
+        """Makes those of `pages`, from the first on, that there is memory for. Returns them."""
+        made: list[int] = []
+        for page in self._check(pages):
+            try:
+                self.handles([page])
+            except OutOfPages:
+                break
+            made.append(page)
+        return made
 
     def export(self, pages: Sequence[int] | Indices) -> tuple[list[int], list[int], list[int]]:
         """(fds, fd_index, offsets) as Backend.export_many gives them; the caller closes the fds. Makes missing pages."""

@@ -123,6 +123,10 @@ class FaultyBackend:
         self._count("resident_bytes")
         return self._inner.resident_bytes()
 
+    def free_bytes(self) -> int | None:
+        self._count("free_bytes")
+        return self._inner.free_bytes()
+
     def close(self) -> None:
         self._count("close")
         self._inner.close()

@@ -295,7 +295,9 @@ def wait_for_end(pid: int, timeout_s: float = 2.0) -> None:
         except ProcessLookupError:
             return
         try:
-            if select.select([pidfd], [], [], 0.05)[0]:
+            poll = select.poll()  # select() knows no descriptor above 1023
+            poll.register(pidfd, select.POLLIN)
+            if poll.poll(50):
                 return
         finally:
             os.close(pidfd)

@@ -111,6 +111,7 @@ def negotiate(
     ):  # "auto": vLLM does not know that windowed units take room
         model.max_model_len = min(model.max_model_len, window.longest_tokens(regular_units))
     hello, block_tokens = _hello(vllm_config, settings, configs[0], geometry, devices, regular_units, window)
+    hello = replace(hello, reserve_bytes=core.model_executor.collective_rpc(worker.reserve_bytes))
     weights = _weights(core, settings)
     if weights is not None:
         hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages)

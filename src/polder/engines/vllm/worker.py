@@ -26,6 +26,7 @@ from polder.errors import PolderError
 from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.memory.devices import open_backend
+from polder.memory.limits import raise_open_files
 from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
 
@@ -47,6 +48,7 @@ __all__ = [
     "memory",
     "places_of",
     "prepare",
+    "reserve_bytes",
     "rewrite_block_tables",
     "unmap_units",
 ]
@@ -173,9 +175,18 @@ def device_name(worker: Any) -> str:
     return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
 
 
+def reserve_bytes(worker: Any) -> int:
+    """What vLLM has measured that this rank will still take from its device: activations of the largest step, and graphs.
+
+    0 where it has not measured, as on the CPU or with --kv-cache-memory-bytes.
+    """
+    return max(0, int(getattr(worker, "peak_activation_memory", 0)))
+
+
 def prepare(worker: Any, plan: WorkerPlan) -> None:
     """Notes the plan; the next `allocate_kv_cache` in this process follows it."""
     global _plan, _rank, _device
+    raise_open_files()
     _plan, _rank, _device = plan, worker.rank, device_name(worker)
 
 
