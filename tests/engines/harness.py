@@ -146,7 +146,7 @@ class Engine:
         recipe: ModelRecipe = A32,
         settings: dict[str, str] | None = None,
         like: str = "",
-        processes: Literal["forked", "spawned"] = "forked",
+        processes: Literal["forked", "spawned"] = "spawned",
         **options: Any,
     ) -> Engine:
         """Starts an engine and waits until it serves.
