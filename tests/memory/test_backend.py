@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from polder.errors import ConfigError, EnvironmentFault, IntegrityError, OutOfPages, PolderError, ProtocolError
-from polder.memory import _libc
+from polder.memory import _libc, cuda
 from polder.memory.cpu import CpuBackend
+from polder.memory.cuda import CudaError
 from polder.memory.page import Handle, as_indices, contiguous, runs
 from tests.memory.machines import Machine
 
@@ -313,21 +314,39 @@ def test_driver_errors_carry_the_drivers_name(fake: Machine) -> None:
     assert isinstance(caught.value, EnvironmentFault)
 
 
-def test_host_memory_is_pinned_once_and_without_read_only_where_the_device_knows_none(fake: Machine) -> None:
+def test_writable_host_memory_is_pinned_once_and_may_be_made_read_only_afterwards(fake: Machine) -> None:
+    """The fake knows no read-only registration, as some devices do not."""
     assert fake.fake is not None
-    memory = mmap.mmap(-1, 8192)
-    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
-    for knows_read_only in (True, False):
-        if not knows_read_only:
-            fake.fake.fail("cuMemHostRegister_v2", 1, 801)
+    memory = mmap.mmap(-1, 16384)
+    array = np.frombuffer(memory, np.uint8)
+    address = int(array.ctypes.data)
+    fake.backend.pin(address, 8192)
+    with pytest.raises(CudaError, match="REGISTERED"):
         fake.backend.pin(address, 8192)
-        with pytest.raises(EnvironmentFault):
-            fake.backend.pin(address, 8192)
+    _libc.make_read_only(address, 8192)
+    fake.backend.unpin(address)
+    with pytest.raises(IntegrityError):
         fake.backend.unpin(address)
-    with pytest.raises(EnvironmentFault):
-        fake.backend.pin(address + 1, 4096)
-    with pytest.raises(EnvironmentFault):
-        fake.backend.unpin(address)
+    with pytest.raises(CudaError, match="INVALID_VALUE"):
+        fake.backend.pin(address, 8192)
+    with pytest.raises(CudaError, match="INVALID_VALUE"):
+        fake.backend.pin(address + 8192 + 1, 4096)
+    fake.backend.pin(address + 8192, 4096)
+    fake.backend.unpin(address + 8192)
+
+
+def test_much_host_memory_is_pinned_in_pieces_or_not_at_all(fake: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fake.fake is not None
+    monkeypatch.setattr(cuda, "_PINNED_AT_ONCE", 4096)
+    memory = mmap.mmap(-1, 3 * 4096)
+    address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+    fake.fake.fail("cuMemHostRegister_v2", 3)
+    with pytest.raises(CudaError):
+        fake.backend.pin(address, 3 * 4096)
+    fake.backend.pin(address, 3 * 4096)
+    fake.backend.unpin(address)
+    fake.backend.pin(address, 3 * 4096)
+    fake.backend.unpin(address)
 
 
 def test_pages_of_a_peer_are_charged_to_the_peer(fake: Machine) -> None:

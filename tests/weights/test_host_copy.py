@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ import pytest
 
 from polder.errors import EnvironmentFault, OutOfPages, ProtocolError, UsageError
 from polder.memory.cpu import CpuBackend
+from polder.memory.cuda import CudaBackend
 from polder.weights.host_copy import HostCopy, read_out
 from polder.weights.layout import Block
+from tests.memory.machines import FakeCuda
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
 
@@ -39,18 +42,16 @@ def test_another_process_reads_the_same_bytes_and_cannot_change_them(made: HostC
     made.bytes(2)[:] = np.arange(8192, dtype=np.uint64).astype(np.uint8)
     script = f"""
 from polder.weights.host_copy import HostCopy
+import ctypes
 copy = HostCopy.open({made.fd}, 3, 8192)
-print(copy.digest(), copy.bytes(0).flags.writeable)
-import mmap
-try:
-    mmap.mmap({made.fd}, 8192)
-except PermissionError:
-    print("sealed")
+print(copy.digest(), copy.bytes(0).flags.writeable, flush=True)
+copy.protect()
+print(copy.digest(), flush=True)
+ctypes.memset(copy.address(0), 1, 1)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, pass_fds=[made.fd]
-    )
-    assert result.stdout.split() == [made.digest(), "False", "sealed"]
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, pass_fds=[made.fd])
+    assert result.stdout.split() == [made.digest(), "False", made.digest()]
+    assert result.returncode == -signal.SIGSEGV
 
 
 def test_nobody_can_change_its_size(made: HostCopy) -> None:
@@ -117,3 +118,17 @@ def test_a_shared_copy_is_compared_byte_by_byte(made: HostCopy) -> None:
         read_out(backend, blocks[:2], 8192, shared)
     own.close()
     shared.close()
+
+
+def test_a_shared_copy_can_be_pinned_and_is_read_only_afterwards(made: HostCopy, fake_cuda: FakeCuda) -> None:
+    """The fake driver pins what is writable only, as some systems do."""
+    fake_cuda.reset()
+    backend, other = CudaBackend(0), HostCopy.open(made.fd, 3, 8192)
+    for copy in (made, other):
+        backend.pin(copy.address(0), copy.size_bytes)
+        copy.protect()
+        with pytest.raises(ValueError, match="read-only"):
+            copy.bytes(0)[:] = 1
+        backend.unpin(copy.address(0))
+    other.close()
+    backend.close()

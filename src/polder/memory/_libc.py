@@ -8,10 +8,19 @@ import os
 
 from polder.errors import EnvironmentFault, OutOfPages
 
-__all__ = ["copy_bytes", "map_file", "map_nothing", "punch_hole", "reserve", "unreserve", "zero_bytes"]
+__all__ = [
+    "copy_bytes",
+    "make_read_only",
+    "map_file",
+    "map_nothing",
+    "punch_hole",
+    "reserve",
+    "unreserve",
+    "zero_bytes",
+]
 
 # <linux/mman.h>, <linux/falloc.h>; the same numbers on x86-64 and arm64.
-_PROT_NONE, _PROT_RW = 0, 3
+_PROT_NONE, _PROT_READ, _PROT_RW = 0, 1, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MADV_HUGEPAGE, _MADV_POPULATE_READ = 14, 22
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
@@ -22,6 +31,7 @@ _c = ctypes.CDLL(None, use_errno=True)
 _c.mmap.restype = ctypes.c_void_p
 _c.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
 _c.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_c.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _c.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _c.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _c.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
@@ -58,6 +68,12 @@ def map_file(address: int, size_bytes: int, fd: int, offset: int) -> None:
 def map_nothing(address: int, size_bytes: int) -> None:
     """Back to addresses without memory."""
     _mmap(address, size_bytes, _PROT_NONE, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED, -1, 0)
+
+
+def make_read_only(address: int, size_bytes: int) -> None:
+    """Mapped memory, whole pages of the system."""
+    if _c.mprotect(address, size_bytes, _PROT_READ) != 0:
+        raise _error(f"mprotect of {size_bytes} bytes")
 
 
 def punch_hole(fd: int, offset: int, size_bytes: int) -> None:

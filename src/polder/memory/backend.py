@@ -169,8 +169,10 @@ class Backend(Protocol):
         """
 
     def pin(self, address: int, size_bytes: int) -> None:
-        """Makes ordinary memory of this process, whole pages of the system that nobody writes to any more, readable by the device's
-        copy engine at the link's full speed. Nothing to do on the CPU. Raises EnvironmentFault when the driver refuses."""
+        """Makes ordinary memory of this process, whole pages of the system, accessible to the device's copy engine at the link's
+        full speed. The memory must be writable now; it may be made read-only afterwards. Nothing to do on the CPU. Raises
+        EnvironmentFault when the driver refuses: then copies work, through buffers of the driver, and keep their caller waiting.
+        """
 
     def unpin(self, address: int) -> None:
         """Ends that, before the memory is unmapped. `address`: as it was pinned."""

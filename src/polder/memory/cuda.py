@@ -22,7 +22,9 @@ from polder.memory.page import PAGE_BYTES, Handle
 __all__ = ["CudaBackend", "CudaError", "Driver"]
 
 _OUT_OF_MEMORY = 2
-_PORTABLE, _READ_ONLY = 0x01, 0x08  # CU_MEMHOSTREGISTER_*
+_PORTABLE = 0x01  # CU_MEMHOSTREGISTER_PORTABLE
+_PINNED_AT_ONCE = 4 << 30
+"""Bytes of one registration: a driver was seen to refuse 512 GiB at once."""
 
 
 class CudaError(EnvironmentFault):
@@ -137,6 +139,7 @@ class CudaBackend:
         self._lock = threading.Lock()
         self._held: Counter[int] = Counter()  # driver handle -> references of this process
         self._stream: Any = None  # for `zero`
+        self._pinned: dict[int, list[int]] = {}  # address -> starts of its registrations
 
     # ------------------------------------------------------------------ addresses
 
@@ -183,14 +186,26 @@ class CudaBackend:
 
     def pin(self, address: int, size_bytes: int) -> None:
         with self.driver.current():
+            done: list[int] = []
             try:
-                self.driver.call("cuMemHostRegister", address, size_bytes, _PORTABLE | _READ_ONLY)
-            except CudaError:  # a device that knows no read-only registration, which only a read-only mapping needs
-                self.driver.call("cuMemHostRegister", address, size_bytes, _PORTABLE)
+                for start in range(address, address + size_bytes, _PINNED_AT_ONCE):
+                    size = min(_PINNED_AT_ONCE, address + size_bytes - start)
+                    self.driver.call("cuMemHostRegister", start, size, _PORTABLE)
+                    done.append(start)
+            except BaseException:
+                self._unregister(done)
+                raise
+        self._pinned[address] = done
 
     def unpin(self, address: int) -> None:
+        if address not in self._pinned:
+            raise IntegrityError(f"no memory is pinned at {address:#x}")
         with self.driver.current():
-            self.driver.call("cuMemHostUnregister", address)
+            self._unregister(self._pinned.pop(address))
+
+    def _unregister(self, starts: Sequence[int]) -> None:
+        for start in starts:
+            self.driver.call("cuMemHostUnregister", start)
 
     # ------------------------------------------------------------------ physical memory
 

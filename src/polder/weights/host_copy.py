@@ -1,7 +1,9 @@
 """The host copy of all layers' segments: one memory file, written once, read by every copy to the device.
 
 Engines of the same weights can share it: the one that made it hands its descriptor on, the others open it for reading. Nobody can
-shrink it under the others, who would die by SIGBUS, and nobody but its maker can write to it.
+shrink it under the others, who would die by SIGBUS. Each process makes its own mapping read-only by `protect`, and only after the
+memory is registered with a GPU's driver: the driver pins what it may write to, and registering read-only memory is an error, or
+unsupported, on many systems. For the same reason the file is not sealed against writing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from polder.errors import EnvironmentFault, OutOfPages, ProtocolError, UsageError
+from polder.memory import _libc
 from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.stream.pipeline import Pieces
@@ -26,16 +29,14 @@ from polder.weights.layout import Block
 
 __all__ = ["HostCopy", "read_out"]
 
-_SEAL_FUTURE_WRITE = 0x10  # <linux/fcntl.h>, Linux 5.1; Python has no name for it before 3.13
-
 
 class HostCopy:
     """`layers` segments of `layer_bytes` bytes (a multiple of the system's page). Made by `make` or `open`."""
 
-    def __init__(self, fd: int, layers: int, layer_bytes: int, access: int) -> None:
+    def __init__(self, fd: int, layers: int, layer_bytes: int) -> None:
         self._fd: int | None = fd
         self.layers, self.layer_bytes = layers, layer_bytes
-        mapping = mmap.mmap(fd, layers * layer_bytes, mmap.MAP_SHARED, access)
+        mapping = mmap.mmap(fd, layers * layer_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self._rows: npt.NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8).reshape(layers, layer_bytes)
 
     @classmethod
@@ -48,9 +49,8 @@ class HostCopy:
         fd = os.memfd_create("polder-weights", flags) if file is None else os.dup(file)
         try:
             os.ftruncate(fd, layers * layer_bytes)
-            copy = cls(fd, layers, layer_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
-            # After mapping: the mapping that there is stays writable, there will be no other.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _SEAL_FUTURE_WRITE)
+            copy = cls(fd, layers, layer_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         except OSError as error:
             os.close(fd)
             what = f"cannot make a host copy of {layers} layers of {layer_bytes} bytes: {error}"
@@ -75,10 +75,12 @@ class HostCopy:
             raise ProtocolError("a host copy came that can be shrunk by others")
         own = os.dup(fd)
         try:
-            return cls(own, layers, layer_bytes, mmap.PROT_READ)
+            copy = cls(own, layers, layer_bytes)
         except BaseException:
             os.close(own)
             raise
+        copy._rows.flags.writeable = False
+        return copy
 
     @property
     def fd(self) -> int:
@@ -96,9 +98,15 @@ class HostCopy:
         return int(self._rows.ctypes.data) + range(self.layers)[layer] * self.layer_bytes
 
     def bytes(self, layer: int) -> npt.NDArray[np.uint8]:
-        """The layer's segment, shape [layer_bytes], as a view: writable in the copy's maker."""
+        """The layer's segment, shape [layer_bytes], as a view: writable in the copy's maker until `protect`."""
         view: npt.NDArray[np.uint8] = self._rows[layer]
         return view
+
+    def protect(self) -> None:
+        """From now on a write through this mapping ends the process (SIGSEGV)."""
+        if self._rows.size:
+            _libc.make_read_only(self.address(0), self.size_bytes)
+            self._rows.flags.writeable = False
 
     def digest(self) -> str:
         """xxh3 (128 bits, hexadecimal) of all contents."""

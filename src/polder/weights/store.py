@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ from polder.memory.copy import CopyEngine
 from polder.memory.page import Handle, Indices
 from polder.memory.span import Span
 from polder.stream.pipeline import LayerStream, Pieces, StreamStatistics
+from polder.units import format_bytes
 from polder.weights.host_copy import HostCopy, read_out
 from polder.weights.layout import lay_out
 from polder.weights.rotation import Rotation
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Segment", "WeightStatistics", "WeightStore"]
+
+logger = logging.getLogger("polder.weights")
 
 Segment = tuple[Handle, ...]
 """`layer_pages` pages. Comes back equal to how it was given, so it can be a key of the caller's books."""
@@ -109,11 +113,17 @@ class WeightStore:
         self.host = read_out(backend, self.layout.blocks, self._pages * page_bytes, shared, file)
         self._span = Span(backend, self._layers * self._pages)
         self._unpin: Callable[[], None] = lambda: None
-        with contextlib.suppress(
-            EnvironmentFault
-        ):  # the driver refuses: copies go through its own buffers, half as fast
+        try:
             backend.pin(self.host.address(0), self.host.size_bytes)
             self._unpin = functools.partial(backend.unpin, self.host.address(0))
+        except EnvironmentFault as error:
+            logger.warning(
+                "the host copy of %s cannot be pinned (%s): copies of layers take about twice as long and keep the engine "
+                "waiting; raise the limit of locked memory (ulimit -l), if that is what it is",
+                format_bytes(self.host.size_bytes),
+                error,
+            )
+        self.host.protect()
         first, flat = self._span.address(0), self._span.tensor()
         starts = [self._span.address(layer * self._pages) for layer in range(self._layers)]
         self.tensors = tuple(

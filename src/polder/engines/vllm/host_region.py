@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 
@@ -9,11 +11,15 @@ from polder.broker.client import fetch_handles
 from polder.broker.core import HOST
 from polder.broker.wire import MAX_FDS, Fetch
 from polder.engines.vllm.worker import WorkerMemory
+from polder.errors import EnvironmentFault
 from polder.memory.devices import open_backend
 from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
+from polder.units import format_bytes
 
 __all__ = ["HostRegion", "adopt_pages"]
+
+logger = logging.getLogger("polder.engine")
 
 
 class HostRegion:
@@ -27,25 +33,24 @@ class HostRegion:
         self._span = Span(self._backend, len(pages))
         self._span.map(range(len(pages)), self._imported.handles(memory.plan.generation, list(pages)))
         self.address = self._span.address(0)
-        self._unpin = (
-            _pin(self.address, len(pages) * memory.plan.page_bytes) if memory.device.startswith("cuda") else None
-        )
+        self._unpin: Callable[[], None] = lambda: None
+        size = len(pages) * memory.plan.page_bytes
+        try:
+            memory.backend.pin(self.address, size)
+            self._unpin = functools.partial(memory.backend.unpin, self.address)
+        except EnvironmentFault as error:
+            logger.warning(
+                "%s of host memory cannot be pinned (%s): copies take about twice as long, and keep their thread waiting; "
+                "raise the limit of locked memory (ulimit -l), if that is what it is",
+                format_bytes(size),
+                error,
+            )
 
     def close(self) -> None:
-        if self._unpin is not None:
-            self._unpin()
+        self._unpin()
         self._span.close()
         self._imported.close()
         self._backend.close()
-
-
-def _pin(address: int, size_bytes: int) -> Callable[[], None]:
-    """Page-locks host memory for the GPU (cudaHostRegister); raises what torch raises."""
-    import torch
-
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(address, size_bytes, 0))
-    return lambda: runtime.cudaHostUnregister(address)
 
 
 def adopt_pages(
