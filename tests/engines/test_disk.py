@@ -77,7 +77,7 @@ def test_a_restarted_engine_hits_from_its_first_request_and_spoilt_pages_cost_no
         assert found["tier_failed_loads_total"] == 0
         slab = disks[0] / "slab"
         slab.write_bytes(bytes(slab.stat().st_size))  # in use, and every page of this disk is wrong now
-        engine.llm.llm_engine.reset_prefix_cache()
+        assert engine.utility("polder_forget_local")
         assert tokens_of([engine.generate([prompt])[0] for prompt in ASKED]) == expected
         found = figures(engine)
         assert found["tier_failed_loads_total"] > 0

@@ -142,7 +142,7 @@ def test_compiled_on_two_ranks_with_a_tier_a_goal_and_lost_copies_the_tokens_are
             engine.generate([LONG], 24)
         asked = [OTHER, [*OTHER, *range(50, 90)]]
         assert [tokens_of(engine.generate([one], 24))[0] for one in asked] == [expected([one], 24)[0] for one in asked]
-        engine.llm.llm_engine.reset_prefix_cache()
+        assert engine.utility("polder_forget_local")
         assert tokens_of(engine.generate([asked[1]], 24)) == expected([asked[1]], 24)
         found = figures(engine)
         assert found["tier_host_hit_tokens_total"] >= len(OTHER) - 2 * BLOCK_TOKENS, (

@@ -14,7 +14,7 @@ from polder.engines.vllm.settings import read_settings
 from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
 from polder.serve.fleet import EXAMPLE, Model, load_fleet
-from polder.serve.run import broker_spec
+from polder.serve.run import _model_spec, broker_spec
 from polder.units import parse_goal, parse_seconds, seconds_text
 
 MIB = 1 << 20
@@ -88,6 +88,23 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
     assert environment["POLDER_DISK_IO"] == "threads"
     assert environment["POLDER_KV_BUDGET"] == "", "what the shell had set is undone"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "given"),
+    [
+        ("cuda:0", "", None),
+        ("cuda:1", "", "1"),
+        ("cuda:1", 'args = ["--device-ids", "1,3"]', "1,3"),
+        ("cuda:1", 'env = { CUDA_VISIBLE_DEVICES = "1" }', None),
+        ("cpu:0", "", None),
+    ],
+)
+def test_engines_run_on_the_fleets_device(tmp_path: Path, device: str, more: str, given: str | None) -> None:
+    text = f'[memory]\nkv_budget = "320MiB"\ndevice = "{device}"\n[[model]]\nname = "a"\npath = "some/hub"\n{more}\n'
+    fleet = load_fleet(write(tmp_path, text))
+    spec = _model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path)
+    assert option(spec.argv, "--device-ids") == given
 
 
 @pytest.mark.parametrize(

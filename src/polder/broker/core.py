@@ -81,6 +81,7 @@ class BrokerCore:
         self._announced: Neighbours | None = None
         self._stock: dict[int, Stock] = {}  # by process id
         self._missing: dict[str, set[int]] = {}  # device -> pages that there is no memory for
+        self.uuids: dict[str, str] = {}  # device -> see memory.devices.device_uuid
 
     # ------------------------------------------------------------------ what happens
 
@@ -432,7 +433,10 @@ class BrokerCore:
         return Status(
             generation=self.generation,
             uptime_s=now - self.started_at,
-            devices=[device_status(self.roster, device, self.config.page_bytes) for device in self.ledger.devices],
+            devices=[
+                device_status(self.roster, device, self.config.page_bytes, self.uuids.get(device, ""))
+                for device in self.ledger.devices
+            ],
             engines=[engine_status(self.roster, engine) for engine in self.engines.values()],
             grants=leases.grants,
             recalls=leases.recalls,

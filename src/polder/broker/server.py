@@ -51,7 +51,7 @@ from polder.broker.wire import (
 )
 from polder.errors import AddressInUse, ConfigError, OutOfPages, PolderError, ProtocolError
 from polder.memory.backend import Backend
-from polder.memory.devices import open_backend
+from polder.memory.devices import device_uuid, open_backend
 from polder.memory.limits import raise_open_files
 from polder.memory.pool import PagePool
 from polder.tiers.lending import LendingTable
@@ -136,6 +136,7 @@ class BrokerServer:
             recovering_until=now + config.recovery_s if crashed_before else float("-inf"),
         )
         self._backends = {device: open_backend(device, config.page_bytes) for device in config.devices}
+        self.core.uuids = {device: device_uuid(device) for device in config.devices}
         self._pools = {d: PagePool(self._backends[d], total) for d, total in config.total_pages().items()}
         for device, backend in self._backends.items():
             self._check_free(device, backend, crashed_before)

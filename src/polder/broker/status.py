@@ -9,10 +9,11 @@ from polder.broker.wire import DeviceStatus, EngineStatus
 __all__ = ["device_status", "engine_status"]
 
 
-def device_status(roster: Roster, device: str, page_bytes: int) -> DeviceStatus:
+def device_status(roster: Roster, device: str, page_bytes: int, uuid: str) -> DeviceStatus:
     statistics = roster.ledger.statistics(device)
     return DeviceStatus(
         device=device,
+        uuid=uuid,
         page_bytes=page_bytes,
         total_pages=statistics.total,
         free_pages=statistics.free,

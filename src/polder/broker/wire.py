@@ -394,6 +394,8 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     free_pages: int
     pages_by_owner: dict[str, int]
     """ "engine/use" -> pages, use one of kv, weights, staging, lent; "free" is not listed."""
+    uuid: str = ""
+    """Of a GPU: its number means another device to a process with another CUDA_VISIBLE_DEVICES."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from polder.memory.backend import Backend
 from polder.memory.cpu import CpuBackend
 
-__all__ = ["open_backend"]
+__all__ = ["device_uuid", "open_backend"]
 
 
 def open_backend(device: str, page_bytes: int) -> Backend:
@@ -16,3 +16,20 @@ def open_backend(device: str, page_bytes: int) -> Backend:
     from polder.memory.cuda import CudaBackend  # only hosts with a driver have the bindings
 
     return CudaBackend(int(index), page_bytes=page_bytes)
+
+
+def device_uuid(device: str) -> str:
+    """What names a GPU in every process, whatever CUDA_VISIBLE_DEVICES says there: 32 hexadecimal digits. Empty for other devices,
+    and where the driver does not tell."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return ""
+    try:
+        from cuda.bindings import driver
+
+        driver.cuInit(0)
+        _, number = driver.cuDeviceGet(int(index))
+        status, uuid = driver.cuDeviceGetUuid(number)
+        return bytes(uuid.bytes).hex() if int(status) == 0 else ""
+    except Exception:  # the bindings' own: no library, or one without this call
+        return ""

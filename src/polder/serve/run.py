@@ -119,11 +119,15 @@ def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: 
     sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
     # Without it each CPU engine plans for most of the machine's memory, and the second one refuses to start.
     size = (own_size, str(fleet.budget_bytes)) if fleet.device.startswith("cpu") and not sized else ()
+    number = fleet.device.removeprefix("cuda:")
+    chosen = option(model.args, "--device-ids") is not None or "CUDA_VISIBLE_DEVICES" in model.env
+    # Not by hiding the other GPUs: "cuda:1" must mean the same device in the broker and in its engines.
+    gpu = ("--device-ids", number) if fleet.device.startswith("cuda") and int(number) and not chosen else ()
     spec = vllm_serve(
         model.path,
         name=model.name,
         port=port,
-        args=(*model.arguments(), *size),
+        args=(*model.arguments(), *size, *gpu),
         env=model.environment(socket_path),
         cpus=model.cpus,
         log_path=logs / f"{model.name.replace('/', '%2F')}.log",

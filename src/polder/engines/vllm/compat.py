@@ -43,6 +43,14 @@ SEAMS: tuple[Seam, ...] = (
     ("vllm.v1.engine.core", "EngineCoreProc._handle_client_request", ("self", "request_type", "request")),
     ("vllm.v1.engine.core", "EngineCoreProc._process_engine_step", ("self",)),
     ("vllm.v1.engine.core", "EngineCore.shutdown", ("self",)),
+    ("vllm.v1.engine.core", "EngineCore.add_lora", ("self", "lora_request")),
+    (
+        "vllm.v1.engine.core",
+        "EngineCore.reset_prefix_cache",
+        ("self", "reset_running_requests", "reset_connector"),
+    ),
+    ("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.reset_connector_cache", ("self",)),
     ("vllm.v1.engine.core", "get_kv_cache_configs", ("vllm_config", "kv_cache_specs", "available_memory")),
     (
         "vllm.v1.worker.gpu_model_runner",
@@ -93,6 +101,11 @@ SEAMS: tuple[Seam, ...] = (
     ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", ("self", "request")),
     ("vllm.v1.core.sched.scheduler", "Scheduler.set_pause_state", ("self", "pause_state")),
     ("vllm.v1.core.sched.scheduler", "Scheduler.has_requests", ("self",)),
+    (
+        "vllm.v1.worker.gpu_worker",
+        "request_memory",
+        ("init_snapshot", "cache_config", "external_weight_memory"),
+    ),
     ("vllm.v1.worker.gpu_worker", "Worker.reload_weights", ("self", "args", "kwargs")),
     ("vllm.v1.worker.gpu_worker", "Worker.start_weight_update", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.update_weights", ("self", "update_info")),

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from polder.broker.config import BrokerConfig
 from polder.broker.core import HOST
 from polder.broker.server import BrokerServer
 from polder.broker.transport import Channel
-from polder.broker.wire import Hello, Refused, Welcome
+from polder.broker.wire import DeviceStatus, Hello, Refused, Welcome
 from polder.engines.vllm import worker
 from polder.engines.vllm.geometry import KvGeometry, unit_blocks
 from polder.engines.vllm.lender import lot_geometry
@@ -35,7 +35,7 @@ from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolE
 from polder.tiers.lending import table_bytes
 from polder.units import format_bytes
 
-__all__ = ["Agreement", "LocalBroker", "check_supported", "negotiate"]
+__all__ = ["Agreement", "LocalBroker", "check_devices", "check_supported", "negotiate"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -89,6 +89,7 @@ def negotiate(
     """vLLM's KV cache configs for the ceiling, and the agreement. Raises BudgetError, ConfigError, BrokerUnavailable."""
     check_supported(vllm_config, settings)
     devices = [str(name) for name in core.model_executor.collective_rpc(worker.device_name)]
+    uuids = [str(uuid) for uuid in core.model_executor.collective_rpc(worker.device_uuid)]
     socket = settings.broker
     if socket is None:
         assert settings.kv_budget_bytes is not None
@@ -97,7 +98,7 @@ def negotiate(
             budget[HOST] = settings.host_bytes + settings.window_bytes
         core.polder_local_broker = LocalBroker(budget, settings.page_bytes)
         socket = core.polder_local_broker.socket
-    page_bytes, most_bytes = _ask_sizes(socket, devices)
+    page_bytes, most_bytes = _ask_sizes(socket, devices, uuids)
     ceiling_bytes = min(settings.kv_ceiling_bytes or most_bytes, most_bytes)
     store_bytes = settings.window_bytes // len(devices)
     configs, blocks_of_unit, regular_units = _configs_of_units(
@@ -211,8 +212,8 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
         raise ConfigError("elastic KV replaces --enable-sleep-mode for the KV cache: remove that option")
 
 
-def _ask_sizes(socket: Path, devices: list[str]) -> tuple[int, int]:
-    """The broker's page size, and the bytes that one rank could get at most."""
+def _ask_sizes(socket: Path, devices: list[str], uuids: list[str]) -> tuple[int, int]:
+    """The broker's page size, and the bytes that one rank could get at most. `devices`, `uuids`: of each rank."""
     deadline = time.monotonic() + BROKER_PATIENCE_S
     while True:
         try:
@@ -222,14 +223,25 @@ def _ask_sizes(socket: Path, devices: list[str]) -> tuple[int, int]:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
-    for device in devices:
+    check_devices(devices, uuids, known)
+    pages = min(known[device].total_pages // devices.count(device) for device in devices)
+    page_bytes = known[devices[0]].page_bytes
+    return page_bytes, pages * page_bytes
+
+
+def check_devices(devices: Sequence[str], uuids: Sequence[str], known: Mapping[str, DeviceStatus]) -> None:
+    """Raises ConfigError unless the broker has each rank's device, by its name and by its UUID where both sides know that."""
+    for device, uuid in zip(devices, uuids, strict=True):
         if device not in known:
             raise ConfigError(
                 f"this engine runs on {device}, and the broker has {', '.join(known)}: add --device {device}=SIZE"
             )
-    pages = min(known[device].total_pages // devices.count(device) for device in devices)
-    page_bytes = known[devices[0]].page_bytes
-    return page_bytes, pages * page_bytes
+        theirs = known[device].uuid
+        if uuid and theirs and uuid != theirs:
+            raise ConfigError(
+                f"{device} is GPU {uuid} for this engine and GPU {theirs} for the broker: start both with the same "
+                f"CUDA_VISIBLE_DEVICES, and choose the engine's GPU by --device-ids"
+            )
 
 
 def _configs_of_units(

@@ -14,9 +14,13 @@ what vLLM does if the engine is stock.
 | EngineCoreProc._handle_client_request   | core    | WAKEUP between two steps: grants and recalls are handled there |
 | EngineCoreProc._process_engine_step     | core    | demand after each step                                         |
 | EngineCore.shutdown                     | core    | close the broker's line                                        |
+| EngineCore.reset_prefix_cache           | core    | tiers forget what the engine's own cache is told to forget     |
+| EngineCore.add_lora,                    | core    | an adapter loaded again from changed files has other hashes    |
+|  _gen_lora_extra_hash_keys              |         |  (adapters.py; with tiers only)                                |
 | allocate_kv_cache (V1 and V2 runner)    | worker  | the KV buffer is a span with pages under it                    |
 | create_offloader (V1 and V2 runner)     | worker  | elastic weights: decoder layers over pages that come and go    |
 | CPUModelRunner.load_model               | worker  | calls the offloader's post_init, as the GPU runners do         |
+| gpu_worker.request_memory               | worker  | the second engine on a device gets what is free, not an error  |
 | Worker.reload_weights and the two ways  | worker  | elastic weights: refused, the host copy would keep the old     |
 |  to update them                         |         | ones, and they would come back in mid-answer; a disk tier      |
 |                                         |         | takes nothing more, for its namespace names the old ones       |
@@ -25,6 +29,7 @@ what vLLM does if the engine is stock.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import time
@@ -97,8 +102,10 @@ def _patch() -> None:
 
     _patch_start(engine_core)
     _patch_loop(engine_core)
+    _patch_forgetting(engine_core.EngineCore)
     _patch_offloader(v1_runner, v2_model_runner, cpu_runner)
     _patch_updates(gpu_worker.Worker)
+    _patch_memory(gpu_worker)
     _register_connector()
     # Both modules import the function by name, so both names are replaced.
     v1_runner.allocate_kv_cache = worker.allocate_kv_cache
@@ -127,6 +134,24 @@ def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:
     v1_runner.create_offloader = create_offloader
     v2_runner.create_offloader = create_offloader
     cpu_runner.CPUModelRunner.load_model = load_model_and_move
+
+
+def _patch_memory(gpu_worker: Any) -> None:
+    from vllm.config import get_current_vllm_config_or_none
+
+    stock = gpu_worker.request_memory
+
+    def request_memory(init_snapshot: Any, cache_config: Any, external_weight_memory: int = 0) -> int:
+        """Bytes of the device that this engine may use. vLLM refuses to start unless its part of the whole device is free; beside
+        engines that share the device it gets what is free, for its KV cache is the broker's."""
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None or _settings(vllm_config) is None:
+            return int(stock(init_snapshot, cache_config, external_weight_memory))
+        alone = copy.copy(init_snapshot)
+        alone.free_memory = init_snapshot.total_memory
+        return min(int(stock(alone, cache_config, external_weight_memory)), int(init_snapshot.free_memory))
+
+    gpu_worker.request_memory = request_memory
 
 
 def _patch_updates(worker_class: Any) -> None:
@@ -166,6 +191,9 @@ def _register_connector() -> None:
 
 
 def _patch_start(engine_core: Any) -> None:
+    import vllm.v1.core.kv_cache_utils as kv_cache_utils
+
+    from polder.engines.vllm.adapters import AdapterEpochs
     from polder.engines.vllm.elastic import ElasticCore
     from polder.engines.vllm.negotiate import negotiate
 
@@ -211,10 +239,42 @@ def _patch_start(engine_core: Any) -> None:
         if agreement is not None:
             wakeup = engine_core.EngineCoreRequestType.WAKEUP
             self.polder = ElasticCore(self, agreement, wake=lambda: self.input_queue.put_nowait((wakeup, None)))
+            if self.polder.tiers is not None:
+                self.polder_adapters = AdapterEpochs()
+                stock_keys = kv_cache_utils._gen_lora_extra_hash_keys
+                kv_cache_utils._gen_lora_extra_hash_keys = self.polder_adapters.hash_keys(stock_keys)
 
     engine_core.get_kv_cache_configs = get_kv_cache_configs
     core_class._initialize_kv_caches = initialize_kv_caches
     core_class._initialize_effective_attention_block_size = scheduler_is_ready
+
+
+def _patch_forgetting(core_class: Any) -> None:
+    reset, add_lora = core_class.reset_prefix_cache, core_class.add_lora
+
+    def reset_prefix_cache(self: Any, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """What a user makes the engine forget the tiers forget, too: weights may have been replaced in a way that nobody told."""
+        done = bool(reset(self, reset_running_requests, reset_connector))
+        elastic = getattr(self, "polder", None)
+        if done and not reset_connector and elastic is not None and elastic.tiers is not None:
+            done = bool(self.scheduler.reset_connector_cache())
+            elastic.tiers.seal_disks()
+        return done
+
+    def add_adapter(self: Any, lora_request: Any) -> bool:
+        done = bool(add_lora(self, lora_request))
+        adapters = getattr(self, "polder_adapters", None)
+        if done and adapters is not None:
+            adapters.loaded(lora_request)
+        return done
+
+    def polder_forget_local(self: Any) -> bool:
+        """A utility for tests and benches: forgets the engine's own prefix cache and leaves the tiers as they are."""
+        return bool(reset(self, False, False))
+
+    core_class.reset_prefix_cache = reset_prefix_cache
+    core_class.add_lora = add_adapter
+    core_class.polder_forget_local = polder_forget_local
 
 
 def _serve_as_stock(settings: EngineSettings) -> None:

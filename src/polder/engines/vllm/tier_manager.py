@@ -175,6 +175,12 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         if self.tiers.spills is not None:
             self.tiers.spills.resume()  # new weights stop the disks in the workers (plugin.py), so the namespace still holds
 
+    def seal_disks(self) -> None:
+        """After `reset_cache`, when it is not known whether the weights are still those that the disks' namespace names: nothing
+        is written to them any more in this run."""
+        if self.tiers.spills is not None:
+            self.tiers.spills.drop_all()
+
     def get_stats(self) -> OffloadingConnectorStats | None:
         """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as a
         look-up."""

@@ -33,7 +33,7 @@ from polder.tiers.places import CpuMover, CudaMover, HostMemory, Lent, PeerMemor
 from polder.tiers.reach import ASK_TIMEOUT_S, BrokerReach
 from polder.tiers.transfer import BatchMemory, Direction, Finished, Job, Pieces, TierMemory, TierWorker
 
-__all__ = ["PolderWorker", "TierJob", "TierPlan", "current", "on_new_weights", "open_worker"]
+__all__ = ["PolderWorker", "TierJob", "TierPlan", "caches_prefixes", "current", "on_new_weights", "open_worker"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -254,6 +254,11 @@ def current() -> PolderWorker:
     """This process's."""
     assert _worker is not None
     return _worker
+
+
+def caches_prefixes(worker: Any) -> bool:
+    """Whether vLLM has left prefix caching on in this worker."""
+    return bool(worker.vllm_config.cache_config.enable_prefix_caching)
 
 
 def on_new_weights() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ def agree_on_tiers(
         return None
     from polder.engines.vllm.tier_disk import disk_plan
     from polder.engines.vllm.tier_manager import TierAgreement, agree
-    from polder.engines.vllm.tier_worker import TierPlan
+    from polder.engines.vllm.tier_worker import TierPlan, caches_prefixes
 
+    _check_caching([vllm_config.cache_config.enable_prefix_caching, *rpc(caches_prefixes)])
     transfer = vllm_config.kv_transfer_config
     transfer.kv_load_failure_policy = "recompute"
     _check_extra_config(transfer.kv_connector_extra_config)
@@ -92,6 +93,19 @@ def _check_extra_config(extra: Mapping[str, Any]) -> None:
         # Since vLLM 0.33: loads within a step, which has no way to report that one has failed.
         raise ConfigError(
             "PolderConnector loads between steps only: remove sync_load_budget_bytes from kv_connector_extra_config"
+        )
+
+
+def _check_caching(caching: Sequence[bool]) -> None:
+    """`caching`: what vLLM decided in the core and in each worker. All decisions are made by now: the platform's before the model
+    is loaded, that of a layer's backend in the worker that loads it, that of a layer without causal attention in the core.
+
+    Raises ConfigError where prefixes are not cached: a tier would give hits that vLLM's own cache must not give.
+    """
+    if not all(caching):
+        raise ConfigError(
+            "this engine does not cache prefixes: --no-enable-prefix-caching was given, or vLLM switched it off, for this model "
+            "would compute something else with it (its log says why). Then a tier must not return KV either: remove POLDER_TIERS"
         )
 
 

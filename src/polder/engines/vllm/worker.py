@@ -43,6 +43,7 @@ __all__ = [
     "backend",
     "describe",
     "device_name",
+    "device_uuid",
     "geometry_of",
     "map_units",
     "memory",
@@ -181,6 +182,15 @@ def reserve_bytes(worker: Any) -> int:
     0 where it has not measured, as on the CPU or with --kv-cache-memory-bytes.
     """
     return max(0, int(getattr(worker, "peak_activation_memory", 0)))
+
+
+def device_uuid(worker: Any) -> str:
+    """As polder.memory.devices.device_uuid, for the device of this rank; asked of torch, which has it at hand."""
+    if worker.device.type != "cuda":
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_properties(worker.device).uuid).removeprefix("GPU-").replace("-", "")
 
 
 def prepare(worker: Any, plan: WorkerPlan) -> None:

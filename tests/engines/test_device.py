@@ -1,0 +1,59 @@
+"""Engines that share a GPU: the second one starts beside the first, and each is on the device that the broker means."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.utils.mem_utils import MemorySnapshot
+from vllm.v1.worker.utils import request_memory
+
+from polder.broker.wire import DeviceStatus
+from polder.engines.vllm import worker
+from polder.engines.vllm.negotiate import check_devices
+from polder.engines.vllm.plugin import _patch_memory
+from polder.errors import ConfigError
+
+GIB = 1 << 30
+ONE, OTHER = "0" * 32, "1" * 32
+
+
+def snapshot(free_gib: int) -> MemorySnapshot:
+    return MemorySnapshot(total_memory=100 * GIB, free_memory=free_gib * GIB, device="cpu", auto_measure=False)
+
+
+def config_of(additional: dict[str, Any]) -> VllmConfig:
+    config = VllmConfig(additional_config=additional)
+    config.model_config = SimpleNamespace(served_model_name="m", model="m")
+    return config
+
+
+def test_a_second_engine_gets_what_is_free_and_a_stock_one_is_refused() -> None:
+    module, cache = SimpleNamespace(request_memory=request_memory), SimpleNamespace(gpu_memory_utilization=0.92)
+    _patch_memory(module)
+    with set_current_vllm_config(config_of({})), pytest.raises(ValueError, match="less than desired GPU memory"):
+        module.request_memory(snapshot(40), cache)
+    with set_current_vllm_config(config_of({"polder": {"kv_budget": "8GiB"}})):
+        assert module.request_memory(snapshot(40), cache) == 40 * GIB
+        assert module.request_memory(snapshot(99), cache) == 92 * GIB
+        assert module.request_memory(snapshot(40), cache, 60 * GIB) == 32 * GIB
+
+
+def test_a_device_is_compared_by_its_uuid() -> None:
+    def device(name: str, uuid: str) -> DeviceStatus:
+        return DeviceStatus(device=name, page_bytes=1, total_pages=1, free_pages=1, pages_by_owner={}, uuid=uuid)
+
+    known = {"cuda:0": device("cuda:0", ONE), "cpu:0": device("cpu:0", "")}
+    check_devices(["cuda:0"], [ONE], known)
+    check_devices(["cuda:0"], [""], known)
+    check_devices(["cpu:0"], [""], known)
+    with pytest.raises(ConfigError, match=f"GPU {OTHER} for this engine and GPU {ONE} for the broker"):
+        check_devices(["cuda:0"], [OTHER], known)
+    with pytest.raises(ConfigError, match="the broker has cuda:0, cpu:0: add --device cuda:1=SIZE"):
+        check_devices(["cuda:1"], [OTHER], known)
+
+
+def test_an_engine_on_the_cpu_has_no_uuid() -> None:
+    assert worker.device_uuid(SimpleNamespace(device=SimpleNamespace(type="cpu"))) == ""
