@@ -75,6 +75,20 @@ def test_a_child_that_never_becomes_ready_is_given_up(tmp_path: Path) -> None:
     assert "no such model" in events[-1].detail
 
 
+def test_a_child_in_which_polder_refuses_a_setting_is_given_up_at_once_with_its_words(tmp_path: Path) -> None:
+    events: list[Event] = []
+    words = "this model has no KV cache, so POLDER_TIERS does nothing for it: remove it"
+    code = f"print('(EngineCore pid=7) polder.errors.ConfigError: {words}'); print('more', *range(9000)); raise SystemExit(1)"
+    url = f"http://127.0.0.1:{free_port()}/health"
+    (tmp_path / "log").write_text("polder.errors.ConfigError: of a former fleet\n")
+    supervisor = Supervisor([child(code, log_path=tmp_path / "log", health_url=url)], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[0].state == "failed", "the supervisor to give up")
+    supervisor.stop()
+    assert kinds(events) == ["started", "failed"]
+    assert events[-1].detail == words
+
+
 def test_a_stop_leaves_no_process_of_any_tree(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:

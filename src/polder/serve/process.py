@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ __all__ = ["ManagedProcess", "ProcessSpec", "free_port", "vllm_serve"]
 ORPHANED_GRACE_S = 10.0  # after our own death: between SIGTERM and SIGKILL to the child
 SWEEP_S = 10.0  # the guard's time to kill a tree
 TAIL_BYTES = 64 << 10
+_LOG_BYTES = 4 << 20
+_REFUSAL = re.compile(r"polder\.errors\.(?:ConfigError|UnsupportedVersion): (.*)")
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is never reached through a proxy
 
 
@@ -50,6 +53,7 @@ class ManagedProcess:
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec = spec
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_from = 0  # bytes of the log before this start
         self._lock = threading.Lock()
 
     @property
@@ -88,6 +92,7 @@ class ManagedProcess:
         try:
             with contextlib.ExitStack() as stack:
                 log = stack.enter_context(self.spec.log_path.open("ab")) if self.spec.log_path else None
+                self._log_from = log.tell() if log is not None else 0
                 self._process = subprocess.Popen(
                     command,
                     env={**os.environ, **self.spec.env},
@@ -151,6 +156,17 @@ class ManagedProcess:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             text = file.read().decode(errors="replace")
         return f". The end of {path}:\n" + "\n".join(text.splitlines()[-lines:])
+
+    def refusal(self) -> str:
+        """Why Polder in the child did not start, from its log: a setting that is wrong will be wrong the next time, too. Empty if
+        there is nothing of the kind."""
+        path = self.spec.log_path
+        if path is None or not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(self._log_from)
+            found = _REFUSAL.search(file.read(_LOG_BYTES).decode(errors="replace"))
+        return found[1].strip() if found else ""
 
     def _signal(self, number: signal.Signals) -> None:
         if self.alive():

@@ -6,7 +6,7 @@ One thread a child, so that waiting for one (a model takes 20 s to minutes to lo
         └─────────ends, or is too slow───┘ └─ never ready in `attempts` starts ──► failed
 
 A child that was ready once is restarted for ever. One that never was has a wrong option or does not fit the machine: it is
-given up.
+given up; at once, with Polder's words, when Polder in it has refused a setting.
 """
 
 from __future__ import annotations
@@ -153,9 +153,10 @@ class _Child:
             if self._stopping.is_set():
                 break
             self._last_exit = fault.partition("\n")[0]
-            if not was_ready and self._starts >= self._backoff.attempts:
+            refusal = "" if was_ready else self.process.refusal()
+            if refusal or (not was_ready and self._starts >= self._backoff.attempts):
                 self._state = "failed"
-                self._say("failed", f"given up after {self._starts} starts: {fault}")
+                self._say("failed", refusal or f"given up after {self._starts} starts: {fault}")
                 return
             if time.monotonic() - ready_at >= self._backoff.healthy_s:
                 wait_s = 0.0
