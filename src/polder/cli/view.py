@@ -45,7 +45,9 @@ def render(snapshot: Snapshot) -> RenderableType:
         colours = {e.engine: COLOURS[i % len(COLOURS)] for i, e in enumerate(status.engines)}
         parts += [_device(device, colours) for device in status.devices]
         parts += [Text(), _memory(status, colours), Text(), _requests(status.engines, colours), Text()]
-        parts += [*_weights(status, colours), *_tiers(status.engines, colours), _broker(status)]
+        parts += [*_weights(status, colours), *_tiers(status.engines, colours)]
+        parts += [Text(f"{name} serves as stock vLLM: {reason}") for name, reason in status.stock.items()]
+        parts.append(_broker(status))
     down = [child for child in snapshot.children if child.state != "ready"]
     parts += [Text(f"{c.name} is {c.state}, restarts {c.restarts} {c.last_exit}", style="red") for c in down]
     return Group(*parts)
