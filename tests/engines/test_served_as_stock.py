@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import transformers
 
-from tests.engines.harness import CONNECTOR, ENVIRONMENT, Broker, environment
+from polder.bench.models import ensure_model
+from tests.engines.harness import A32, CONNECTOR, ENVIRONMENT, MODELS, Broker, environment
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 SMALL = {
@@ -16,7 +18,7 @@ SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_attention_heads": 4,
-    "vocab_size": 1000,
+    "vocab_size": A32.vocab,
 }
 
 
@@ -25,9 +27,11 @@ def start(folder: Path, settings: dict[str, str], **options: object) -> object:
 
     from polder.engines.vllm import plugin
 
+    for file in ensure_model(A32, MODELS).glob("tokenizer*"):
+        shutil.copy(file, folder)
     with environment(ENVIRONMENT | settings):
         plugin.register()
-        return LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=128, **options)
+        return LLM(str(folder), enforce_eager=True, max_model_len=128, **options)
 
 
 def test_a_model_without_a_kv_cache_is_served_and_the_broker_knows(tmp_path: Path, short_dir: Path) -> None:
@@ -52,7 +56,9 @@ def test_a_tier_is_refused_where_vllm_does_not_cache_prefixes(
     """MLA on the CPU: vLLM computes something else from a cached prefix there, and switches prefix caching off."""
     heads = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
     layers = {
-        "n_routed_experts": None,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
         "first_k_dense_replace": 2,
         "num_key_value_heads": 4,
         "moe_intermediate_size": 64,

@@ -89,6 +89,31 @@ def test_a_child_in_which_polder_refuses_a_setting_is_given_up_at_once_with_its_
     assert events[-1].detail == words
 
 
+def test_a_child_that_stops_answering_is_replaced(tmp_path: Path) -> None:
+    """SIGSTOP, by which it does not end, nor hear SIGTERM."""
+    events: list[Event] = []
+
+    def answers() -> bool:
+        try:
+            stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in "SR"
+
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    supervisor = Supervisor([child(code, is_ready=answers, silent_s=1.0)], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[0].state == "ready", "the child")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGSTOP)
+    (tmp_path / "pid").rename(tmp_path / "former")
+    wait_for(
+        lambda: supervisor.status()[0].restarts == 1 and supervisor.status()[0].state == "ready", "a new one", 30.0
+    )
+    assert not is_running(int((tmp_path / "former").read_text()))
+    supervisor.stop()
+    assert kinds(events) == ["started", "ready", "silent", "ended", "started", "ready", "stopped"]
+
+
 def test_a_stop_leaves_no_process_of_any_tree(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -45,6 +46,8 @@ class ProcessSpec:
     """Answers 200 when the process is ready; None: ready as soon as it runs, or as `is_ready` says."""
     is_ready: Callable[[], bool] | None = None
     """Asked, too, once the health URL answers. Raises EnvironmentFault when it will never be ready."""
+    silent_s: float | None = None
+    """A child that was ready and then is not for so long is ended and started anew; None: only when it ends."""
 
 
 class ManagedProcess:
@@ -79,11 +82,18 @@ class ManagedProcess:
     def alive(self) -> bool:
         return self._process is not None and self.returncode is None
 
-    def wait(self) -> None:
-        """Returns when it has ended."""
-        if self._process is not None:
-            with contextlib.suppress(ChildProcessError):  # reaped by another thread
-                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Returns when it has ended (True), or after the time limit (False)."""
+        if self._process is None:
+            return True
+        try:
+            pidfd = os.pidfd_open(self._process.pid)
+        except ProcessLookupError:  # reaped by another thread
+            return True
+        try:
+            return bool(select.select([pidfd], [], [], timeout_s)[0])
+        finally:
+            os.close(pidfd)
 
     def start(self) -> None:
         """Starts it; again, when it has ended before. Raises EnvironmentFault when it cannot."""

@@ -30,6 +30,8 @@ from polder.units import seconds_text
 
 __all__ = ["broker_spec", "run"]
 
+BROKER_SILENT_S = 60.0
+"""A broker that hangs is replaced after so long: engines outlive that, and without one models that sleep cannot wake."""
 DRAIN_S = 5  # open requests get this long once the fleet is told to stop
 
 
@@ -111,6 +113,7 @@ def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
         ),
         log_path=log_path,
         is_ready=lambda: _answers(config.socket),
+        silent_s=BROKER_SILENT_S,
     )
 
 

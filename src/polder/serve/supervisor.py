@@ -58,7 +58,7 @@ class ChildStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What happened to a child. `kind`: started, ready, ended, failed, stopped."""
+    """What happened to a child. `kind`: started, ready, silent, ended, failed, stopped."""
 
     child: str
     kind: str
@@ -148,7 +148,7 @@ class _Child:
             if fault is None:
                 was_ready, self._state = True, "ready"
                 self._say("ready", f"ready after {ready_at - started_at:.1f} s")
-                self.process.wait()
+                self._wait()
                 fault = f"ended with code {self.process.returncode}{self.process.log_tail()}"
             if self._stopping.is_set():
                 break
@@ -166,6 +166,20 @@ class _Child:
             self._stopping.wait(wait_s)
         self._state = "down"
         self._say("stopped", "stopped")
+
+    def _wait(self) -> None:
+        """Returns when it has ended. Ends it when it has not answered for as long as its spec allows."""
+        silent_s = self.process.spec.silent_s
+        if silent_s is None:
+            self.process.wait()
+            return
+        answered_at = time.monotonic()
+        while not self.process.wait(silent_s / 10):
+            if self.process.ready():
+                answered_at = time.monotonic()
+            elif time.monotonic() - answered_at > silent_s:
+                self._say("silent", f"it has not answered for {silent_s:g} s: ending it")
+                self.process.stop(grace_s=0.0)
 
     def _start(self) -> str | None:
         """Starts it and waits until it is ready. Returns what went wrong, if anything did."""

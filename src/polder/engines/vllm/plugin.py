@@ -252,6 +252,7 @@ def _patch_start(engine_core: Any) -> None:
 def _patch_forgetting(core_class: Any) -> None:
     reset, add_lora = core_class.reset_prefix_cache, core_class.add_lora
 
+    @functools.wraps(reset)
     def reset_prefix_cache(self: Any, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """What a user makes the engine forget the tiers forget, too: weights may have been replaced in a way that nobody told."""
         done = bool(reset(self, reset_running_requests, reset_connector))
@@ -261,6 +262,7 @@ def _patch_forgetting(core_class: Any) -> None:
             elastic.tiers.seal_disks()
         return done
 
+    @functools.wraps(add_lora)  # vLLM reads the annotations, to decode what comes from its front end
     def add_adapter(self: Any, lora_request: Any) -> bool:
         done = bool(add_lora(self, lora_request))
         adapters = getattr(self, "polder_adapters", None)
