@@ -122,7 +122,7 @@ class Serve:
         """Its events and what it wrote to stderr."""
         assert self.process is not None
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(timeout=120)
         return [json.loads(line) for line in out.splitlines()], err
 
 
@@ -137,7 +137,7 @@ def serve(tmp_path: Path, short_dir: Path) -> Iterator[Serve]:
 
 def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:
     serve.start()
-    wait_for(serve.ready, "the fleet", 30)
+    wait_for(serve.ready, "the fleet", 120)
     assert serve.ask("a").text.startswith("a ")
     name, pid, broker = serve.ask("b").text.split()
     assert name == "b"
@@ -168,7 +168,7 @@ def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_
     text = path.read_text().replace("[[model]]", f'host = "8MiB"\ndisks = ["{tmp_path}/nvme:64MiB"]\n[[model]]', 1)
     path.write_text(text.replace('name = "b"', 'name = "b/8"\ntiers = ["host", "disk"]'))
     serve.start()
-    wait_for(serve.ready, "the fleet", 30)
+    wait_for(serve.ready, "the fleet", 120)
     assert [made.name for made in (tmp_path / "nvme").iterdir()] == ["b%2F8"]
     serve.end(signal.SIGTERM)
     assert (tmp_path / "nvme" / "b%2F8").is_dir(), "what is on disk stays"
@@ -176,7 +176,7 @@ def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_
 
 def test_a_killed_serve_takes_everything_along(serve: Serve) -> None:
     serve.start()
-    wait_for(serve.ready, "the fleet", 30)
+    wait_for(serve.ready, "the fleet", 120)
     tree = serve.tree()
     assert serve.process is not None
     serve.process.kill()
@@ -186,7 +186,7 @@ def test_a_killed_serve_takes_everything_along(serve: Serve) -> None:
 
 def test_a_killed_broker_comes_back_on_its_socket(serve: Serve) -> None:
     serve.start("--socket", str(serve.runtime / "here"))
-    wait_for(serve.ready, "the fleet", 30)
+    wait_for(serve.ready, "the fleet", 120)
     wait_for(lambda: serve.get("/health").json()["status"] == "ok", "the broker")
     before = client.status(serve.runtime / "here").generation
     guard = serve.children()["broker"]["pid"]
@@ -198,7 +198,7 @@ def test_a_killed_broker_comes_back_on_its_socket(serve: Serve) -> None:
         states.add((answer.status_code, answer.json()["status"]))
         return bool(serve.children()["broker"]["restarts"] == 1 and answer.json()["status"] == "ok")
 
-    wait_for(is_back, "the broker", 30)
+    wait_for(is_back, "the broker", 120)
     assert states == {(200, "degraded"), (200, "ok")}, "the models serve all the time"
     assert client.status(serve.runtime / "here").generation != before
     serve.end(signal.SIGINT)
@@ -212,7 +212,7 @@ def test_an_engine_that_cannot_start_ends_the_fleet_with_its_words(tmp_path: Pat
         "--log-dir", str(tmp_path / "logs")
     )
     assert serve.process is not None
-    out, errors = serve.process.communicate(timeout=30)
+    out, errors = serve.process.communicate(timeout=120)
     assert serve.process.returncode == 3
     assert "given up after 3 starts" in errors
     assert "unknown option --frobnicate" in errors
@@ -228,7 +228,7 @@ def test_an_engine_that_the_broker_does_not_hear_of_is_never_ready(
     monkeypatch.setenv("TEST_WITHOUT_POLDER", "1")
     serve = Serve(tmp_path, short_dir).start()
     assert serve.process is not None
-    out, errors = serve.process.communicate(timeout=60)
+    out, errors = serve.process.communicate(timeout=180)
     assert serve.process.returncode == 3
     assert "the broker does not know it: it serves without Polder" in errors
     assert [line for line in map(json.loads, out.splitlines()) if line["event"] == "ready"][1:] == [], "only the broker"
@@ -240,7 +240,7 @@ def test_an_engine_that_the_broker_does_not_hear_of_is_never_ready(
 def refusal(serve: Serve, *arguments: str) -> tuple[int, str]:
     serve.start(*arguments)
     assert serve.process is not None
-    out, errors = serve.process.communicate(timeout=20)
+    out, errors = serve.process.communicate(timeout=120)
     assert out == "", "something was started"
     assert errors.startswith("polder: ")
     assert len(errors.splitlines()) == 1

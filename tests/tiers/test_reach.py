@@ -48,7 +48,7 @@ def broker(short_dir: Path) -> Iterator[tuple[Path, int]]:
         return True
 
     try:
-        wait_for(answers, "the broker", 30.0)
+        wait_for(answers, "the broker", 120.0)
         yield socket, process.pid
     finally:
         process.send_signal(signal.SIGCONT)
@@ -95,7 +95,7 @@ def test_a_stopped_broker_costs_one_question_and_every_row_is_a_miss(broker: tup
     assert not reach.answers
 
     os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: reach.answers, "the broker to be found again")
+    wait_for(lambda: reach.answers, "the broker to be found again", 60.0)
     with pytest.raises(PolderError):  # it knows no engine "a"
         lanes[1]._mirror("b")
     assert len(asked) == 2, "it is asked again"
