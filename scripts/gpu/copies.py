@@ -5,6 +5,7 @@ The link's bandwidth says whether loading a block can be faster than computing i
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
@@ -15,7 +16,6 @@ import numpy as np
 from device import Gpu, HostMemory, mapped, open_gpu
 from stage import Stage, main
 
-from polder.errors import EnvironmentFault  # isort: skip
 from polder.memory.copy import CopyEngine  # isort: skip
 
 PIECES = (64 << 10, 256 << 10, 2 << 20)
@@ -47,7 +47,7 @@ def stage(stage: Stage) -> None:
         host.unpin()
         if stage.device == "cuda":
             _sums(stage, gpu, address)
-        _registration(stage, gpu, size)
+        _registration(stage, gpu, size, here, address)
         here.close()
         there.close()
 
@@ -120,26 +120,22 @@ def _agree(mover: object, block: list[tuple[int, int]], address: int, gpu: Gpu) 
     return bool(mover.checksum(block, 7) == mover.checksum_in_host(pieces, 7))  # type: ignore[attr-defined]
 
 
-def _registration(stage: Stage, gpu: Gpu, size: int) -> None:
-    """Shared memory as the host tier has it: a memfd that nobody has touched."""
+def _registration(stage: Stage, gpu: Gpu, size: int, copies: CopyEngine, device: int) -> None:
+    """Shared memory as the tiers and the weights have it: a memfd that nobody has touched, and one that is read-only afterwards."""
     file = os.memfd_create("registered")
     os.ftruncate(file, size)
-    region = mmap.mmap(file, size)
-    address = int(np.frombuffer(region, np.uint8).ctypes.data)
-    driver = gpu.backend.driver
-    with driver.current():
-        begin = time.perf_counter()
-        driver.call("cuMemHostRegister", address, size, 1)
-        stage.note("registering an untouched memfd", (time.perf_counter() - begin) * 2**30 / size, "s a GiB")
-        driver.call("cuMemHostUnregister", address)
-    view = mmap.mmap(file, size, prot=mmap.PROT_READ)
-    reading = int(np.frombuffer(view, np.uint8).ctypes.data)
-    try:  # as a copy of weights that several engines read
-        gpu.backend.pin(reading, size)
-        gpu.backend.unpin(reading)
-        stage.note("a mapping that can only be read is registered", True)
-    except EnvironmentFault as error:
-        stage.note("a mapping that can only be read is registered", f"refused: {error}")
+    region = np.frombuffer(mmap.mmap(file, size), np.uint8)
+    address = int(region.ctypes.data)
+    begin = time.perf_counter()
+    gpu.backend.pin(address, size)
+    stage.note("registering an untouched memfd", (time.perf_counter() - begin) * 2**30 / size, "s a GiB")
+    page = gpu.backend.page_bytes
+    region[:page] = 77
+    status = ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.PROT_READ)
+    copies.wait(copies.submit(np.array([device], np.uint64), np.array([address], np.uint64), page))
+    right = status == 0 and gpu.byte(device, page) == 77
+    stage.check("memory that became read-only after it was registered can be copied", holds=right)
+    gpu.backend.unpin(address)
     os.close(file)
 
 

@@ -25,9 +25,6 @@ from polder.memory.backend import Mark  # isort: skip
 from polder.memory.cuda import CudaBackend  # isort: skip
 
 
-_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE
-
-
 class Gpu(Protocol):
     """Compute runs in one stream of its own, as vLLM's does."""
 
@@ -79,18 +76,16 @@ class HostMemory:
     """Touched memory of the host, aligned to pages. `bytes` are its bytes; `pin` and `unpin` are for copies both ways."""
 
     def __init__(self, gpu: Gpu, size_bytes: int) -> None:
-        self._driver = gpu.backend.driver
+        self._backend = gpu.backend
         self.bytes = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
         self.bytes[:] = 1
         self.address, self._size_bytes = int(self.bytes.ctypes.data), size_bytes
 
     def pin(self) -> None:
-        with self._driver.current():
-            self._driver.call("cuMemHostRegister", self.address, self._size_bytes, _PORTABLE)
+        self._backend.pin(self.address, self._size_bytes)
 
     def unpin(self) -> None:
-        with self._driver.current():
-            self._driver.call("cuMemHostUnregister", self.address)
+        self._backend.unpin(self.address)
 
 
 class _RealGpu:
