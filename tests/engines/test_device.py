@@ -51,6 +51,9 @@ def test_a_device_is_compared_by_its_uuid() -> None:
     check_devices(["cpu:0"], [""], known)
     with pytest.raises(ConfigError, match=f"GPU {OTHER} for this engine and GPU {ONE} for the broker"):
         check_devices(["cuda:0"], [OTHER], known)
+    hidden = {"cuda:1": device("cuda:1", ONE)}
+    with pytest.raises(ConfigError, match=r"this engine's cuda:0 is the broker's cuda:1: .* by --device-ids 1"):
+        check_devices(["cuda:0"], [ONE], hidden)
     with pytest.raises(ConfigError, match="the broker has cuda:0, cpu:0: add --device cuda:1=SIZE"):
         check_devices(["cuda:1"], [OTHER], known)
 

@@ -232,6 +232,12 @@ def _ask_sizes(socket: Path, devices: list[str], uuids: list[str]) -> tuple[int,
 def check_devices(devices: Sequence[str], uuids: Sequence[str], known: Mapping[str, DeviceStatus]) -> None:
     """Raises ConfigError unless the broker has each rank's device, by its name and by its UUID where both sides know that."""
     for device, uuid in zip(devices, uuids, strict=True):
+        other = next((name for name, their in known.items() if uuid and their.uuid == uuid and name != device), None)
+        if other is not None:
+            raise ConfigError(
+                f"this engine's {device} is the broker's {other}: they have different CUDA_VISIBLE_DEVICES. Start both with the "
+                f"same, and choose the engine's GPU by --device-ids {other.removeprefix('cuda:')}"
+            )
         if device not in known:
             raise ConfigError(
                 f"this engine runs on {device}, and the broker has {', '.join(known)}: add --device {device}=SIZE"
