@@ -20,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -111,8 +113,20 @@ def tokens_of(answer: httpx.Response) -> list[int]:
     return found
 
 
-async def ask_stock(name: str, path: Path, logs: Path) -> list[list[int]]:
-    """What stock vLLM answers to each prompt."""
+async def stock_answers(name: str, path: Path, logs: Path) -> list[list[int]]:
+    """What stock vLLM answers to each prompt; kept beside the model for the next run."""
+    asked = repr([prompts_of(name), ANSWER_TOKENS, ARGS, version("vllm")])
+    kept = path.parent / f"{path.name}-answers-{sha256(asked.encode()).hexdigest()[:12]}.json"
+    if not kept.exists():
+        answers = await _ask_stock(name, path, logs)
+        draft = kept.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(answers))
+        draft.replace(kept)
+    found: list[list[int]] = json.loads(kept.read_text())
+    return found
+
+
+async def _ask_stock(name: str, path: Path, logs: Path) -> list[list[int]]:
     port = free_port()
     env = ENVIRONMENT | {"VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
     args = (*ARGS, "--dtype", "float32")
@@ -274,7 +288,7 @@ def fleet_text(port: int, paths: dict[str, Path]) -> str:
 
 async def soak(report: FleetReport, models: Path, logs: Path, folder: Path) -> None:
     paths = {name: ensure_model(recipe, models) for name, recipe in MODELS.items()}
-    expected = {name: await ask_stock(name, path, logs) for name, path in paths.items()}
+    expected = {name: await stock_answers(name, path, logs) for name, path in paths.items()}
     port, socket = free_port(), folder / "s"
     file = folder / "fleet.toml"
     file.write_text(fleet_text(port, paths))
