@@ -61,7 +61,9 @@ class Sizes:
     page_bytes: int
     block_tokens: int
     small_units: int
-    """KV memory of one small engine at most, in units."""
+    """KV memory for the small model, in units: hardly enough for what the stages ask at once."""
+    tier_units: int
+    """For two of the tier stage's prompts."""
     large_bytes: int
 
     @property
@@ -77,8 +79,8 @@ def sizes_of(stage: Stage) -> Sizes:
     if importlib.util.find_spec("vllm") is None:
         raise Skipped("no vLLM is installed")
     if stage.device == "cuda":
-        return Sizes(page_bytes=2 << 20, block_tokens=16, small_units=64, large_bytes=24 << 30)
-    return Sizes(page_bytes=256 << 10, block_tokens=32, small_units=24, large_bytes=0)
+        return Sizes(page_bytes=2 << 20, block_tokens=16, small_units=6, tier_units=2, large_bytes=24 << 30)
+    return Sizes(page_bytes=256 << 10, block_tokens=32, small_units=24, tier_units=18, large_bytes=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class Engine:
             "disable_log_stats": False,
             "block_size": sizes.block_tokens,
             "dtype": "float32" if model == "small" else "bfloat16",
-            "max_model_len": 2048 if model == "small" else 40_000,
+            "max_model_len": 1024 if model == "small" else 40_000,
         }
         if stage.device == "cuda":
             arguments["gpu_memory_utilization"] = 0.15 if model == "small" else 0.4

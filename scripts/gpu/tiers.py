@@ -11,20 +11,22 @@ from stage import Stage, main
 
 def stage(stage: Stage) -> None:
     sizes = sizes_of(stage)
+    unit = sizes.small_unit_bytes
+    _one(stage, "small", 900, sizes.tier_units * unit, 64 * unit)
     if stage.device == "cuda" and not stage.tiny:
-        unit_tokens, unit_bytes = 512, 32 * sizes.page_bytes  # a page a layer, 4 KiB a token and layer
+        token_bytes = 128 << 10
         for length in (2048, 8192, 32_000):
-            _one(stage, "large", length, (40_000 // unit_tokens + 2) * unit_bytes, 32 << 30)
-    else:
-        _one(stage, "small", 900, 20 * sizes.small_unit_bytes, 64 * sizes.small_unit_bytes)
+            longest = length + 2048
+            _one(stage, "large", length, 2 * longest * token_bytes, 8 * longest * token_bytes, max_model_len=longest)
 
 
-def _one(stage: Stage, model: str, length: int, kv_bytes: int, host_bytes: int) -> None:
+def _one(stage: Stage, model: str, length: int, kv_bytes: int, host_bytes: int, **options: int) -> None:
+    """The cache has room for two of the six prompts, the tier for all."""
     asked = prompts(6, length, seed=length)
     size = {"POLDER_KV_FLOOR": f"{kv_bytes}B", "POLDER_KV_SHARE": f"{kv_bytes}B", "POLDER_KV_CEILING": f"{kv_bytes}B"}
     with broker_for(stage, kv_bytes, host_bytes) as broker:
         settings = broker.settings("a", POLDER_TIERS="host", POLDER_HOST=f"{host_bytes}B", **size)
-        with running(stage, model, settings) as engine:
+        with running(stage, model, settings, **options) as engine:
             engine.ask([asked[0][:64]], 2)
             first = [engine.ask([prompt], 8)[0] for prompt in asked]
             cold = min(engine.first_token_s(prompt) for prompt in prompts(2, length, seed=length + 1))
