@@ -358,3 +358,21 @@ def test_a_lenders_table_reaches_its_neighbours_who_hear_of_it(short_dir: Path, 
         borrower.close()
     finally:
         running.stop()
+
+
+def test_an_engine_that_serves_as_stock_is_known_as_long_as_it_lives(broker: Running) -> None:
+    code = (
+        "import sys; from pathlib import Path; from polder.broker import client, wire;"
+        f"client.request(Path({str(broker.path)!r}), wire.Stock(engine='bert', reason='no KV cache'));"
+        "print('told', flush=True); sys.stdin.read()"
+    )
+    engine = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert engine.stdout is not None
+    assert engine.stdout.readline() == b"told\n"
+    assert broker.status().stock == {"bert": "no KV cache"}
+    assert not broker.status().engines
+    engine.communicate()
+    deadline = time.monotonic() + 60.0
+    while broker.status().stock:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

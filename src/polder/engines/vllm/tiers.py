@@ -16,7 +16,7 @@ from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError
 from polder.tiers.namespace import Namespace, config_digest, cpu_isa, weights_fingerprint
 
-__all__ = ["CONNECTOR", "SPEC", "agree_on_tiers"]
+__all__ = ["CONNECTOR", "SPEC", "agree_on_tiers", "check_caching"]
 
 CONNECTOR = "PolderConnector"
 SPEC = "PolderOffloadingSpec"
@@ -43,7 +43,7 @@ def agree_on_tiers(
     from polder.engines.vllm.tier_manager import TierAgreement, agree
     from polder.engines.vllm.tier_worker import TierPlan, caches_prefixes
 
-    _check_caching([vllm_config.cache_config.enable_prefix_caching, *rpc(caches_prefixes)])
+    check_caching([vllm_config.cache_config.enable_prefix_caching, *rpc(caches_prefixes)])
     transfer = vllm_config.kv_transfer_config
     transfer.kv_load_failure_policy = "recompute"
     _check_extra_config(transfer.kv_connector_extra_config)
@@ -96,7 +96,7 @@ def _check_extra_config(extra: Mapping[str, Any]) -> None:
         )
 
 
-def _check_caching(caching: Sequence[bool]) -> None:
+def check_caching(caching: Sequence[bool]) -> None:
     """`caching`: what vLLM decided in the core and in each worker. All decisions are made by now: the platform's before the model
     is loaded, that of a layer's backend in the worker that loads it, that of a layer without causal attention in the core.
 
