@@ -103,6 +103,8 @@ def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
         wait_for(lambda: device.engine(name).segments == layers, "all layers to be back")
     with pytest.raises(Exception, match="weights cannot be replaced"):
         a.llm.collective_rpc("reload_weights")
+    with pytest.raises(Exception, match="compute_weight_checksums does not work with elastic weights"):
+        a.llm.collective_rpc("compute_weight_checksums")
     figures = a.utility("polder_check")
     assert figures["weights_loads_total"] > 10 * layers, "hardly anything was streamed: the test shows nothing"
 
