@@ -174,6 +174,30 @@ def test_a_replay_after_a_wake_finds_all_layers(
     assert right == waited
 
 
+@pytest.mark.parametrize("broken", ["", "layers are not awaited", "a load is skipped"])
+@pytest.mark.parametrize("segments", [LAYERS, LAYERS - 1], ids=["after a wake", "streaming"])
+def test_a_pass_gives_the_models_own_numbers_and_others_when_the_mechanism_is_broken(
+    broken: str, segments: int, make: Callable[..., WeightOffloader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(make)
+    model.offloader.post_init()
+    private = model.offloader._private
+    model.store.rotate(None)
+    with copies_that_stand_still(monkeypatch) as released:
+        if broken == "a load is skipped":
+            load = model.store._pieces[1]
+            model.store._pieces[1] = type(load)(load.dst[:0], load.src[:0], load.size_bytes[:0])
+        model.store.give(private[:segments])
+        for layer in model.layers:
+            layer.weight.zero_()  # what the pages' last owner left
+        if broken == "layers are not awaited":
+            monkeypatch.setattr(model.store, "before", lambda layer: None)
+        else:
+            threading.Timer(0.1, released.set).start()
+        right = torch.equal(model.forward(), model.right)
+    assert right == (not broken)
+
+
 def test_a_model_that_streams_or_sleeps_is_never_replayed(make: Callable[..., WeightOffloader]) -> None:
     model = Model(make, graphs=True)
     model.offloader.post_init()
