@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,12 +101,13 @@ class Pool(RuleBasedStateMachine):
         before, asked = len(self.units.mapped), min(count, len(self.units.mapped) - 1)
         old = {b.block_id: b.block_hash for b in self.pool.blocks if b.block_hash is not None}
         self.pool.take_events()
-        done = (self.units.shrink_preempting if preempting else self.units.shrink)(count, 1)
         if preempting:
+            done = self.units.shrink_preempting(count, 1, lambda: None)
             assert before - len(self.units.mapped) == asked, (
                 "with preemption everything above the floor can be given up"
             )
         else:
+            done = self.units.shrink(count, 1)
             assert done.preempted_requests == 0
         for source, target in zip(done.plan.sources.tolist(), done.plan.targets.tolist(), strict=True):
             self.content[target] = self.content[source]
@@ -194,7 +195,7 @@ def test_a_block_with_an_unknown_holder_stays_where_it_is() -> None:
     units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(UNITS)), BusyBlocks.MOVE)
     held = scheduler.pool.get_new_blocks(22)
     scheduler.pool.free_blocks(held[:-1])  # the last one is held by nobody we know: a deferred free, a connector
-    units.shrink_preempting(5, 1)
+    units.shrink_preempting(5, 1, lambda: None)
     assert held[-1].ref_cnt == 1
     assert held[-1].block_id // UNIT_BLOCKS in units.mapped
     units.check_integrity()
@@ -208,3 +209,41 @@ def test_lent_blocks_are_announced_before_they_go() -> None:
     scheduler.pool.unpin_blocks(lent, lambda block: recalled.append(block.block_id))
     done = units.shrink(3, 1)
     assert {b for u in done.plan.units.tolist() for b in range(u * UNIT_BLOCKS, (u + 1) * UNIT_BLOCKS)} <= set(recalled)
+
+
+def test_blocks_that_a_step_under_way_may_still_write_are_given_up_after_it() -> None:
+    """With a connector and steps scheduled ahead, vLLM frees a preempted request's blocks late: one is preempted, not all."""
+    scheduler = Scheduler()
+    scheduler.deferred_frees = deque()
+    units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(UNITS)), BusyBlocks.MOVE)
+    for name in ("first", "last"):
+        scheduler.requests[name] = scheduler.pool.get_new_blocks(11)
+        scheduler.running.append(SimpleNamespace(request_id=name))
+    steps_under_way = 1
+
+    def preempt(request: Any, timestamp: float, drop_stale_output: bool = False) -> None:
+        scheduler.deferred_frees.append((1, scheduler.requests.pop(request.request_id)))
+
+    def await_steps() -> None:
+        nonlocal steps_under_way
+        assert scheduler.deferred_frees
+        steps_under_way = 0
+
+    scheduler._preempt_request = preempt  # type: ignore[method-assign]
+    done = units.shrink_preempting(3, 1, await_steps)
+    assert (len(done.plan.units), done.preempted_requests, steps_under_way) == (3, 1, 0)
+    assert [request.request_id for request in scheduler.running] == ["first"]
+    units.check_integrity()
+
+
+def test_a_block_that_a_manager_remembers_apart_stays_where_it_is() -> None:
+    scheduler = Scheduler()
+    units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(UNITS)), BusyBlocks.MOVE)
+    held = scheduler.pool.get_new_blocks(23)
+    scheduler.requests["r"] = held[-2:]
+    manager = scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+    manager._producer_partial_tail_reqs = {"r": (held[-1], 7)}
+    scheduler.pool.free_blocks(held[:-2])
+    done = units.shrink(5, 1)
+    assert held[-1].block_id not in done.plan.sources.tolist()
+    assert held[-1].block_id // UNIT_BLOCKS in units.mapped

@@ -69,22 +69,56 @@ def test_a_tier_slower_than_computing_is_refused_and_said_so(engine: Engine, exp
     assert found["tier_host_hit_tokens_total"] < found["tier_refused_tokens_total"]
 
 
-def test_a_cache_that_shrinks_and_grows_while_blocks_travel_loses_no_token(expected: list[list[int]]) -> None:
-    """Blocks move, their pages go, and transfers of the same blocks are under way."""
+@pytest.fixture(scope="module")
+def resized() -> Iterator[tuple[Engine, Broker]]:
+    """An engine with a host tier, and the broker that gives and takes its memory."""
     with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
-        broker = Broker(Path(folder) / "b", pages=320, host_pages=320).start()
+        broker = Broker(Path(folder) / "b", pages=320, host_pages=640).start()
         settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a", "POLDER_LINKS": "host=400MB/s"}
-        engine = Engine.start("a", A32, settings | {"POLDER_TIERS": "host", "POLDER_HOST": f"{320 * PAGE}B"})
+        engine = Engine.start("a", A32, settings | {"POLDER_TIERS": "host", "POLDER_HOST": f"{640 * PAGE}B"})
         try:
-            for sizes in ((40, 12, 30), (11, 25, 10)):
-                events = {5 * (i + 1): lambda units=units: broker.pin("a", units) for i, units in enumerate(sizes)}
-                answers = engine.generate(CONVERSATIONS, events=events)
-                assert tokens_of(answers) == expected
-                assert [tokens_of(engine.generate([prompt]))[0] for prompt in CONVERSATIONS] == expected
-            found: dict[str, Any] = engine.utility("polder_check")
-            assert found["shrinks_total"] >= 2
-            assert found["tier_host_hit_tokens_total"] > 0
-            assert found["tier_failed_loads_total"] == 0
+            yield engine, broker
         finally:
             engine.stop()
             broker.stop()
+
+
+def test_a_cache_that_shrinks_and_grows_while_blocks_travel_loses_no_token(
+    resized: tuple[Engine, Broker], expected: list[list[int]]
+) -> None:
+    """Blocks move, their pages go, and transfers of the same blocks are under way."""
+    engine, broker = resized
+    for sizes in ((40, 12, 30), (11, 25, 10)):
+        events = {5 * (i + 1): lambda units=units: broker.pin("a", units) for i, units in enumerate(sizes)}
+        answers = engine.generate(CONVERSATIONS, events=events)
+        assert tokens_of(answers) == expected
+        assert [tokens_of(engine.generate([prompt]))[0] for prompt in CONVERSATIONS] == expected
+    found: dict[str, Any] = engine.utility("polder_check")
+    assert found["shrinks_total"] >= 2
+    assert found["tier_host_hit_tokens_total"] > 0
+    assert found["tier_failed_loads_total"] == 0
+
+
+def test_what_a_request_has_generated_while_its_blocks_moved_is_right_in_its_next_turn(
+    resized: tuple[Engine, Broker], stock: Stock
+) -> None:
+    """A block that moves before it is full is stored from where it is. Where it was there are zeros by then, or others' bytes."""
+    engine, broker = resized
+    asked, lengths = prompts(12, 150, seed=2), [4, 60] * 6
+    first = stock(A32, asked, lengths)
+    turns = [prompt + answer for prompt, answer, length in zip(asked, first, lengths, strict=True) if length == 60]
+    expected = stock(A32, turns, 24)
+    moved = engine.utility("polder_check")["migrated_blocks_total"]
+    broker.resize("a", 40)
+    events = {20: lambda: (broker.resize("a", 13), broker.resize("a", 40))}
+    assert tokens_of(engine.generate(asked, lengths, events)) == first  # type: ignore[arg-type]
+    assert engine.utility("polder_check")["migrated_blocks_total"] > moved
+    answers, cached = [], 0
+    for turn in turns:
+        engine.utility("reset_prefix_cache", False, False)  # so that all that is found comes from the tier
+        [answer] = engine.generate([turn])
+        answers.append(answer.tokens)
+        cached += answer.cached
+    assert answers == expected
+    assert cached > sum(map(len, turns)) * 0.8
+    assert engine.utility("polder_check")["tier_host_corrupt_blocks_total"] == 0

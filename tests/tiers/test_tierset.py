@@ -117,6 +117,20 @@ def test_everything_is_forgotten_when_the_weights_change_and_late_reports_are_vo
     tiers.check_integrity()
 
 
+def test_jobs_that_a_reset_has_forgotten_are_under_way_until_every_rank_has_reported(clock: Clock) -> None:
+    """Workers still read and write the engine's blocks, which must not move or lose their pages."""
+    tier = HostSlots(name="host", size_bytes=16 * SLOT, slot_bytes=SLOT)
+    tiers = TierSet([tier], Lru(16), ranks=2, block_tokens=32, clock=clock)
+    names = keys("a", 2)
+    writing = tiers.prepare_store(names, np.arange(2))
+    assert writing is not None
+    tiers.report(Finished(number=writing[1].number))
+    tiers.drop_all()
+    assert tiers.busy
+    tiers.report(Finished(number=writing[1].number))
+    assert not tiers.busy
+
+
 def test_nothing_is_written_while_blocks_are_about_to_move(tiers: TierSet) -> None:
     tiers.hold()
     assert tiers.prepare_store(keys("a", 4), np.arange(4)) is None

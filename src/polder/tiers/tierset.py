@@ -89,6 +89,8 @@ class TierSet:
             link, config = self.links[len(tiers) - 1, "store"], spilling or SpillConfig()
             self.spills = Spills(self.index, disks[0], config, self.statistics, link, ranks=ranks)
         self._open: dict[int, _Open] = {}
+        self._dropped: dict[int, int] = {}
+        """Jobs that `drop_all` has forgotten and workers still carry out -> ranks that have reported."""
         self._queued = np.zeros(len(tiers))  # bytes of loads under way
         self._next = 1
         self._probed = dict.fromkeys(range(len(tiers)), float("-inf"))
@@ -177,8 +179,8 @@ class TierSet:
 
     @property
     def busy(self) -> bool:
-        """Whether a job is under way."""
-        return bool(self._open)
+        """Whether a job is under way: workers read or write blocks of the engine."""
+        return bool(self._open or self._dropped)
 
     def prepare_store(self, keys: Sequence[bytes], depths: IntArray) -> tuple[IntArray, Job] | None:
         """Which keys are to be written (rising positions), and the job, whose blocks are those keys. None: nothing is."""
@@ -237,6 +239,10 @@ class TierSet:
             self.spills.notice(finished)
             if job is None:
                 self.spills.report(finished, now)
+        if finished.number in self._dropped:
+            self._dropped[finished.number] += 1
+            if self._dropped[finished.number] == self._ranks:
+                del self._dropped[finished.number]
         if job is None:
             return False  # a spill, or from before everything was dropped
         for tier, (size, seconds) in finished.moved.items():
@@ -277,6 +283,7 @@ class TierSet:
     def drop_all(self) -> None:
         """Forgets everything, jobs under way included. A disk is emptied by the next `plan_spills`, and nothing is written to it
         any more in this run: its namespace may not name the weights any longer (`spills.resume` says that it does)."""
+        self._dropped |= {number: job.acks for number, job in self._open.items()}
         self._open.clear()
         self._queued[:] = 0
         self.index.drop_all()

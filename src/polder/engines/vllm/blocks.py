@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from polder.engines.vllm.compaction import Compaction, Ids, plan_compaction
+from polder.engines.vllm.holders import BlockHolders, NewIds
 from polder.errors import IntegrityError
 
 __all__ = ["BlockUnits", "BusyBlocks", "Shrink"]
@@ -29,14 +31,19 @@ class Shrink:
     plan: Compaction
     evicted_blocks: int
     migrated_blocks: int
-    preempted_requests: int
+    preempted: tuple[str, ...]
+    """Requests that lost their blocks. A step under way may still compute a token for them, which is dropped."""
+
+    @property
+    def preempted_requests(self) -> int:
+        return len(self.preempted)
 
 
 class BusyBlocks(enum.Enum):
     """What may happen to blocks of running requests when their unit is given up."""
 
     MOVE = "move"
-    """The runner's block tables can be rewritten (V1 model runner)."""
+    """The runner's block tables can be rewritten."""
     STAY = "stay"
     """They cannot: requests in the way are preempted instead."""
 
@@ -47,9 +54,15 @@ class BlockUnits:
     def __init__(
         self, scheduler: Any, unit_blocks: int, mapped_units: list[int], busy: BusyBlocks, *, windowed_units: int = 0
     ) -> None:
-        """Parks the blocks of all units that are not mapped. Before the first request. The last `windowed_units` are windowed."""
+        """Parks the blocks of all units that are not mapped. Before the first request. The last `windowed_units` are windowed.
+
+        Raises ConfigError for a KV connector that cannot be told when blocks move.
+        """
         self._busy_rule = busy
         self._scheduler = scheduler
+        self.holders = BlockHolders(scheduler)
+        """All who must be told when blocks get other ids."""
+        self.holders.register(self._renumber_requests)
         self._manager = scheduler.kv_cache_manager
         self._pool = self._manager.block_pool
         self._unit_blocks = unit_blocks
@@ -139,6 +152,7 @@ class BlockUnits:
         gone = set(units)
         self.windowed = [unit for unit in self.windowed if unit not in gone]
         self._resized()
+        self.holders.renumber({}, lost=[block.block_id for block in blocks])
         return evicted
 
     def idle_windowed(self) -> list[int]:
@@ -160,30 +174,39 @@ class BlockUnits:
         ids = np.array(sources, dtype=np.int64)
         if len(free) < len(sources) or self._busy_rule is BusyBlocks.STAY or len(self._immovable(ids)):
             return []
-        moved = {}
+        moved: dict[int, int] = {}
         self._pool._notify_reuse(free[: len(sources)])
         for source, target in zip(sources, free, strict=False):
             self._pool._maybe_evict_cached_block(target)
             self._move(self._pool.blocks[source], target)
             self._pool.free_block_queue.append(self._pool.blocks[source])
-            moved[source] = target
-        self._replace(moved)
-        return [target.block_id for target in moved.values()]
+            moved[source] = target.block_id
+        self.holders.renumber(moved)
+        return list(moved.values())
 
     # ------------------------------------------------------------------ shrink
 
     def shrink(self, count: int, floor_units: int) -> Shrink:
         """Takes up to `count` units out of use without disturbing a running request."""
-        return self._apply(self._plan(min(count, len(self.mapped) - floor_units)), preempted=0)
+        return self._apply(self._plan(min(count, len(self.mapped) - floor_units)), preempted=())
 
-    def shrink_preempting(self, count: int, floor_units: int) -> Shrink:
-        """The same, preempting requests from the back of the queue until `count` units can go."""
+    def shrink_preempting(self, count: int, floor_units: int, await_steps: Callable[[], object]) -> Shrink:
+        """The same, preempting requests from the back of the queue until `count` units can go.
+
+        A request may be in a step under way, whose writes vLLM waits for before it frees the blocks, if a connector could fill them
+        meanwhile. `await_steps` returns when all steps launched so far are over: then the blocks are free at once.
+        """
         count = min(count, len(self.mapped) - floor_units)
-        preempted = 0
-        while len((plan := self._plan(count)).units) < count and self._scheduler.running:
-            self._preempt_last()
-            preempted += 1
-        return self._apply(plan, preempted=preempted)
+        preempted: list[str] = []
+        while len((plan := self._plan(count)).units) < count:
+            if getattr(self._scheduler, "deferred_frees", None):
+                await_steps()
+                self._free_deferred()
+            elif self._scheduler.running:
+                preempted.append(self._preempt_last())
+            else:
+                break
+        return self._apply(plan, preempted=tuple(preempted))
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless mapped blocks = busy + free, and nothing of an unmapped unit is in use or cached."""
@@ -236,12 +259,14 @@ class BlockUnits:
             for blocks in manager.req_to_blocks.values():
                 for block in blocks:
                     held[block.block_id] += 1
+            for block in _kept_apart(manager):
+                held[block.block_id] = -1
         references = np.array([self._pool.blocks[i].ref_cnt for i in busy.tolist()], dtype=np.int64)
         unknown = np.not_equal(references, held[busy]) | np.equal(busy, int(self._pool.null_block.block_id))
         found: Ids = busy[unknown]
         return found
 
-    def _apply(self, plan: Compaction, preempted: int) -> Shrink:
+    def _apply(self, plan: Compaction, preempted: tuple[str, ...]) -> Shrink:
         pool, queue = self._pool, self._pool.free_block_queue
         evicted = 0
         gone = set(plan.units.tolist())
@@ -252,24 +277,22 @@ class BlockUnits:
             evicted += pool._maybe_evict_cached_block(pool.blocks[number])  # the hash entries go, KV events are sent
         for number in plan.parked.tolist():
             queue.remove(pool.blocks[number])
-        moved: dict[int, Any] = {}
-        for source, target in zip(plan.sources.tolist(), plan.targets.tolist(), strict=True):
+        moved = dict(zip(plan.sources.tolist(), plan.targets.tolist(), strict=True))
+        for source, target in moved.items():
             self._move(pool.blocks[source], pool.blocks[target])
-            moved[source] = pool.blocks[target]
-        self._replace(moved)
+        self.holders.renumber(moved, lost=[*plan.evicted.tolist(), *plan.parked.tolist()])
         self.mapped = [unit for unit in self.mapped if unit not in gone]
         self._resized()
-        return Shrink(plan=plan, evicted_blocks=evicted, migrated_blocks=len(moved), preempted_requests=preempted)
+        return Shrink(plan=plan, evicted_blocks=evicted, migrated_blocks=len(moved), preempted=preempted)
 
-    def _replace(self, moved: dict[int, Any]) -> None:
-        """In the requests' lists: block id -> the block that took its place."""
-        if not moved:
-            return
+    def _renumber_requests(self, new: NewIds) -> None:
+        """The requests' lists hold block objects, which other ones take the place of."""
+        changed = set(np.flatnonzero((new != np.arange(len(new))) & (new != 0)).tolist())  # what is lost was nobody's
         for manager in self._manager.coordinator.single_type_managers:
             for blocks in manager.req_to_blocks.values():
                 for at, block in enumerate(blocks):
-                    if block.block_id in moved:
-                        blocks[at] = moved[block.block_id]
+                    if block.block_id in changed:
+                        blocks[at] = self._pool.blocks[new[block.block_id]]
 
     def _move(self, source: Any, target: Any) -> None:
         """`target`, free and unhashed, becomes what `source` is: same references, same hashes, same place in the free queue."""
@@ -284,8 +307,15 @@ class BlockUnits:
             source.prev_free_block = source.next_free_block = None
         self._pool.move_block_hashes(source, target)
 
-    def _preempt_last(self) -> None:
-        """As vLLM's scheduler does when it runs out of blocks, between two steps instead of within one."""
+    def _free_deferred(self) -> None:
+        """As Scheduler._drain_deferred_frees does, when no step is under way."""
+        deferred = self._scheduler.deferred_frees
+        while deferred:
+            _, blocks = deferred.popleft()
+            self._pool.free_blocks(reversed(blocks))
+
+    def _preempt_last(self) -> str:
+        """As vLLM's scheduler does when it runs out of blocks, between two steps instead of within one. Returns the request."""
         scheduler = self._scheduler
         if scheduler.policy.name == "PRIORITY":
             request = max(scheduler.running, key=lambda r: (r.priority, r.arrival_time))
@@ -295,3 +325,17 @@ class BlockUnits:
         # Output of a step still in flight belongs to KV that is gone: drop it, or tokens could come twice.
         scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
         scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+        return str(request.request_id)
+
+
+def _kept_apart(manager: Any) -> list[Any]:
+    """Blocks that one of vLLM's managers remembers beside the requests' lists: sources of copies, and states of recurrent layers
+    that are to be handed on. They stay where they are."""
+    kept: list[Any] = []
+    for name in ("_partial_hit_reqs", "_producer_partial_tail_reqs", "residency_changes"):
+        for value in getattr(manager, name, {}).values():
+            parts = value.values() if isinstance(value, dict) else value
+            kept += [part for part in parts if hasattr(part, "block_id")]
+    for name in ("_pending_cow_copies", "_pending_boundary_state_offloads"):
+        kept += [part for entry in getattr(manager, name, ()) for part in entry if hasattr(part, "block_id")]
+    return kept

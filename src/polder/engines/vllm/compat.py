@@ -110,9 +110,6 @@ SEAMS: tuple[Seam, ...] = (
     ("vllm.v1.worker.gpu_worker", "Worker.start_weight_update", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.update_weights", ("self", "update_info")),
     ("vllm.v1.worker.gpu_worker", "Worker.reset_weights", ("self",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.compute_weight_checksums", ("self",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.save_sharded_state", ("self", "path", "pattern", "max_size")),
-    ("vllm.v1.worker.gpu_worker", "Worker.save_tensorized_model", ("self", "tensorizer_config")),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", ("self", "load_dummy_weights")),
     ("vllm.v1.worker.gpu_model_runner", "create_offloader", ("offload_config",)),
     ("vllm.v1.worker.gpu.model_runner", "create_offloader", ("offload_config",)),
@@ -126,6 +123,19 @@ SEAMS: tuple[Seam, ...] = (
         "Scheduler._preempt_request",
         ("self", "request", "timestamp", "drop_stale_output"),
     ),
+    # Of whoever keeps block ids (holders.py, block_tables.py), and of blocks that are freed late.
+    (
+        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler",
+        "RequestOffloadState.update_block_id_groups",
+        ("self", "new_block_id_groups"),
+    ),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._drain_deferred_frees", ("self",)),
+    (
+        "vllm.v1.worker.gpu.block_table",
+        "BlockTables.append_block_ids",
+        ("self", "req_index", "new_block_ids", "overwrite"),
+    ),
+    ("vllm.v1.worker.gpu.buffer_utils", "StagedWriteTensor.apply_write", ("self",)),
     # Of the window; all of these modules are imported by those above.
     ("vllm.v1.core.sched.scheduler", "Scheduler._free_request_blocks", ("self", "request")),
     ("vllm.v1.core.sched.scheduler", "Scheduler._update_waiting_for_remote_kv", ("self", "request")),

@@ -10,6 +10,7 @@ own queue, so no step ever runs with blocks whose pages are not mapped:
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import Any
@@ -17,9 +18,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from polder.broker.client import fetch_table
-from polder.broker.reuse import ReuseTracker
 from polder.broker.wire import (
-    Demand,
     FetchTable,
     GiveSegments,
     Grant,
@@ -34,11 +33,13 @@ from polder.broker.wire import (
 )
 from polder.engines.vllm import worker
 from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.demand import DemandReports
 from polder.engines.vllm.lender import Lender
 from polder.engines.vllm.link import BrokerLink, Down, Tick, Up
 from polder.engines.vllm.negotiate import Agreement
 from polder.engines.vllm.pacing import Pacing
 from polder.engines.vllm.prefetch import Prefetch
+from polder.engines.vllm.step_times import StepTimes
 from polder.engines.vllm.weights import CoreWeights
 from polder.engines.vllm.window_core import CoreWindow
 from polder.engines.vllm.window_goal import keep_goal
@@ -49,11 +50,6 @@ __all__ = ["ElasticCore"]
 
 logger = logging.getLogger("polder.engine")
 
-DEMAND_EVERY_S = 0.05
-SAME_EVERY_S = 0.5  # a report wakes the broker, on a core that may be the one this engine needs
-URGENT_EVERY_S = 0.005
-PEAK_WINDOW_S = 2.5  # a peak is remembered for one to two windows
-WAITING_LOOKED_AT = 256
 SLOW_STATS_EVERY_S = 1.0
 
 
@@ -66,31 +62,19 @@ class ElasticCore:
         self._scheduler = core.scheduler
         self._hello = agreement.hello
         self._generation = agreement.welcome.generation
-        self._block_tokens = agreement.block_tokens
-        self._groups = agreement.groups
         ranks = self._rpc(worker.describe)
-        rule = BusyBlocks.MOVE if all(rank["v1_runner"] for rank in ranks) else BusyBlocks.STAY
+        rule = BusyBlocks.MOVE if all(rank["movable"] for rank in ranks) else BusyBlocks.STAY
         windowed = agreement.window.shape.store_units if agreement.window is not None else 0
         self.blocks = BlockUnits(
             self._scheduler, agreement.unit_blocks, ranks[0]["units"], rule, windowed_units=windowed
         )
         self._pages: dict[int, list[list[int]]] = self._by_unit(self.blocks.mapped, agreement.welcome.pages)
-        self._reuse = ReuseTracker(
-            unit_blocks=agreement.unit_blocks, max_units=self._hello.ceiling_units, block_tokens=self._block_tokens
-        )
-        self._step_tokens = 0
-        self._peaks = (0, 0)
-        self._peak_since = time.monotonic()
-        self._sent_at = self._looked_at = 0.0
-        self._sent: Demand | None = None
-        self._news: tuple[Any, ...] = ()
-        """Of the demand sent, all that a plan can turn on at once."""
         self._refusal = ""
-        self._useful, self._useful_at = 0, float("-inf")
         self._slow: dict[str, float] = {}
         self._slow_at = float("-inf")
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self._watch_scheduler()
+        self._step_times = StepTimes(self._scheduler)
         if agreement.tbt_goal_s is not None:
             Pacing(self._scheduler, agreement.tbt_goal_s, self.counters)
         self.window: CoreWindow | None = None
@@ -116,10 +100,27 @@ class ElasticCore:
         if agreement.lend_bytes:
             ranks_of = len(self._hello.devices)
             self.lender = Lender(
-                self._scheduler.kv_cache_manager.block_pool, agreement.geometry, ranks_of, agreement.lend_bytes
+                self._scheduler.kv_cache_manager.block_pool,
+                self.blocks.holders,
+                agreement.geometry,
+                ranks_of,
+                agreement.lend_bytes,
+                before_offer=self._before_offer,
             )
             self._open_table()
         self.link = BrokerLink(agreement.socket, agreement.channel, wake)
+        self._demand = DemandReports(
+            self._scheduler,
+            self.blocks,
+            self._hello,
+            block_tokens=agreement.block_tokens,
+            groups=agreement.groups,
+            prefill=self._prefill,
+            held_units=lambda: self._held_units,
+            weights=self.weights,
+            stats=self._stats,
+            send=self.link.send,
+        )
         self.link.send(Grown(lease=agreement.welcome.lease))
         self._report(time.monotonic())
 
@@ -149,7 +150,8 @@ class ElasticCore:
                 case Welcome():
                     logger.info("back with the broker, %d units held", len(self.blocks.mapped))
                     new_broker = message.generation != self._generation
-                    self._generation, self._sent, self._news, self._refusal = message.generation, None, (), ""
+                    self._generation, self._refusal = message.generation, ""
+                    self._demand.start_over()
                     self._pages = self._by_unit(sorted(self._pages), message.pages)
                     if self.weights is not None:
                         self.weights.on_welcome(message.segments, time.monotonic())
@@ -169,12 +171,13 @@ class ElasticCore:
         self._settle()
         self._report(time.monotonic())
 
-    def on_step(self, seconds: float) -> None:
-        """A step that took `seconds` has ended."""
+    def on_step(self) -> None:
+        """vLLM's core has scheduled a step, or handled a step's output, or both."""
         self.counters["steps_total"] += 1
-        self._prefill.observe(self._step_tokens, seconds)
-        if self.weights is not None:
-            self.weights.on_step(seconds, self._step_tokens, time.monotonic())
+        for tokens, seconds in self._step_times.take():
+            self._prefill.observe(tokens, seconds)
+            if self.weights is not None:
+                self.weights.on_step(seconds, tokens, time.monotonic())
         if self.lender is not None:
             self.lender.note_used(self.blocks.busy_blocks)
         self._settle()
@@ -198,7 +201,7 @@ class ElasticCore:
         assert self.weights is not None
         now = time.monotonic()
         self.weights.on_take(TakeSegments(lease=0, segments=segments, deadline_s=0.0), self._generation, now)
-        self._sent_at = self._looked_at = 0.0
+        self._demand.report_soon()
         self._report(now)
 
     def check_integrity(self) -> None:
@@ -248,6 +251,20 @@ class ElasticCore:
             return
         self.lender.open(fd, self._pages)
 
+    def _before_offer(self, blocks: list[int]) -> None:
+        """Free blocks are about to get others' bytes: returns when no step reads or writes them any more.
+
+        A step under way may still write a block of a request that has ended. And behind a sliding window a kernel may load a block
+        that no request has, together with one that it reads; what it loads is multiplied by zero, which makes NaN of NaN.
+        """
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        groups = self._scheduler.kv_cache_config.kv_cache_groups
+        if not all(isinstance(group.kv_cache_spec, FullAttentionSpec) for group in groups):
+            self._rpc(worker.forget_blocks, blocks)
+        elif self._scheduler.vllm_config.max_concurrent_batches > 1:
+            self._rpc(worker.await_steps)
+
     def _grow(self, grant: Grant) -> None:
         started = time.perf_counter()
         units = self.blocks.unmapped(grant.units)
@@ -275,9 +292,14 @@ class ElasticCore:
             self.window.close_idle()
         asleep = self.weights is not None and self.weights.asleep
         # Requests of a model that was paused: their memory goes too, if whoever runs now needs it.
-        shrink = self.blocks.shrink_preempting if recall.preempt or asleep else self.blocks.shrink
         floor = 1 if asleep else self._hello.floor_units - (len(self.window.carriers) if self.window else 0)
-        done = shrink(recall.units, max(1, floor))
+        if recall.preempt or asleep:
+            await_steps = functools.partial(self._rpc, worker.await_steps)
+            done = self.blocks.shrink_preempting(recall.units, max(1, floor), await_steps)
+        else:
+            done = self.blocks.shrink(recall.units, max(1, floor))
+        if done.preempted:
+            self._rpc(worker.forget_outputs, done.preempted)
         units, plan = done.plan.units.tolist(), done.plan
         if units and self.lender is not None:
             self.lender.unmapped(units)
@@ -301,92 +323,15 @@ class ElasticCore:
     # ------------------------------------------------------------------ demand
 
     def _report(self, now: float) -> None:
-        """Sends the demand if it is worth sending: at once when requests wait for memory, else now and then."""
+        """What is due now and then: lenders, offers, the demand."""
         if self.tiers is not None:
             self.tiers.retry_lenders(now)
         if self.lender is not None:
-            useful = self._useful_units(now) * self.blocks.usable_blocks // len(self.blocks.mapped)
+            useful = self._demand.useful_units(now) * self.blocks.usable_blocks // len(self.blocks.mapped)
             self.lender.look(now, self.blocks.busy_blocks, self.blocks.usable_blocks, useful)
         if self.weights is not None:
             self.weights.remind(now)
-        since = now - self._sent_at
-        turned = self.weights is not None and self._sent is not None and self.weights.turned(self._sent)
-        if since < URGENT_EVERY_S and not turned:
-            return
-        busy, waiting = self._need_units()
-        self._note_peak(busy + waiting, now)
-        urgent = busy + waiting > self._held_units
-        was_urgent = self._sent is not None and self._sent.urgent
-        unlooked = now - self._looked_at
-        if not turned and not (urgent and not was_urgent) and unlooked < (DEMAND_EVERY_S if self._sent else 0):
-            return
-        self._looked_at = now
-        held = self._held_units
-        cached = min(held, self._units(self.blocks.cached_blocks))
-        weights = self.weights.demand(now) if self.weights is not None else {}
-        news = (
-            held,
-            busy,
-            waiting,
-            max(self._peaks),
-            cached,
-            urgent,
-            weights.get("asleep"),
-            weights.get("spare_segments"),
-        )
-        if news == self._news and since < SAME_EVERY_S:
-            return
-        demand = Demand(
-            held_units=held,
-            busy_units=busy,
-            waiting_units=waiting,
-            peak_units=max(self._peaks),
-            cached_units=cached,
-            curve=self._reuse.curve(now, self._prefill.seconds_per_token or 0.0),
-            urgent=urgent,
-            stats=self._stats(),
-            **weights,
-        )
-        self._sent, self._news, self._sent_at = demand, news, now
-        self.link.send(demand)
-
-    def _useful_units(self, now: float) -> int:
-        """Units of cache beyond which more saves next to nothing, by the measured reuse curve."""
-        if now - self._useful_at >= 1.0:
-            self._useful_at = now
-            curve = self._reuse.curve(now, self._prefill.seconds_per_token or 0.0)
-            # Below a hundredth of a second saved per second, what reuse there is does not pay for keeping memory.
-            self._useful = (
-                next((u for u, s in enumerate(curve) if s >= 0.95 * curve[-1]), 0) if curve and curve[-1] > 0.01 else 0
-            )
-        return self._useful
-
-    def _need_units(self) -> tuple[int, int]:
-        """Units for the blocks in use, and units more for what running and waiting requests will need soon."""
-        size = self._block_tokens
-        soon = 0
-        for request in self._scheduler.running:
-            missing = request.num_tokens - request.num_computed_tokens
-            # A decoding request needs a block when its last one is full; a prefill all blocks of its remaining chunks.
-            soon += -(-missing // size) if missing > 1 else request.num_tokens % size == 0
-        room = self._scheduler.max_num_running_reqs - len(self._scheduler.running)
-        for at, request in enumerate(self._scheduler.waiting):
-            if at >= min(room, WAITING_LOOKED_AT):
-                break
-            soon += -(-(request.num_tokens + 1) // size)
-        busy = self.blocks.busy_blocks
-        together = min(self._units(busy + soon * self._groups), self._hello.ceiling_units)
-        return self._units(busy), max(0, together - self._units(busy))
-
-    def _note_peak(self, units: int, now: float) -> None:
-        before, current = self._peaks
-        if now - self._peak_since >= PEAK_WINDOW_S:
-            before, current = (current, 0) if now - self._peak_since < 2 * PEAK_WINDOW_S else (0, 0)
-            self._peak_since = now
-        self._peaks = (before, max(current, units))
-
-    def _units(self, blocks: int) -> int:
-        return -(-blocks // self.blocks.unit_blocks)
+        self._demand.report(now)
 
     @property
     def _held_units(self) -> int:
@@ -432,10 +377,11 @@ class ElasticCore:
 
         def watched_schedule(*args: Any, **kwargs: Any) -> Any:
             output = schedule(*args, **kwargs)
-            self._step_tokens = output.total_num_scheduled_tokens
             dirty = self.lender.take_dirty() if self.lender is not None else []
             if dirty:  # bytes of another model: read as numbers they may be NaN
-                output.new_block_ids_to_zero = [*(output.new_block_ids_to_zero or ()), *dirty]
+                # Not awaited: workers do it between the step before and this one. `new_block_ids_to_zero` would be vLLM's way, but
+                # most of its runners are not ready for it, or pass some layers over.
+                self._core.model_executor.collective_rpc(worker.zero_blocks, args=(dirty,), non_block=True)
             return output
 
         def watched_admission(request: Any, num_hits: int) -> None:
@@ -443,7 +389,7 @@ class ElasticCore:
             if not request.num_preemptions:
                 counters["prefix_queries_tokens_total"] += request.num_tokens
                 counters["prefix_hits_tokens_total"] += num_hits
-                self._reuse.touch(request.block_hashes, time.monotonic())
+                self._demand.reuse.touch(request.block_hashes, time.monotonic())
 
         def watched_preemption(*args: Any, **kwargs: Any) -> None:
             counters["preemptions_total"] += 1

@@ -10,7 +10,10 @@ blocks are offered. They stand at the end of the free queue, renewed every secon
 cache, then takes back.
 
 Blocks that were written by a borrower are zeroed before the engine uses them: foreign bytes, read as numbers of another type,
-can be NaN.
+can be NaN. `take_dirty` names them after each `schedule()`, and the workers zero them before that step (worker.zero_blocks), with
+every model runner in the same way.
+
+A block that a store to a tier still reads is not offered, and one that is offered is not stored any more: its bytes are lost.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from polder.engines.vllm.geometry import KvGeometry
+from polder.engines.vllm.holders import BlockHolders, NewIds
 from polder.tiers.lending import LendingTable, LotGeometry
 
 __all__ = ["Lender", "lot_geometry"]
@@ -55,8 +60,19 @@ def lot_geometry(geometry: KvGeometry, ranks: int) -> LotGeometry:
 class Lender:
     """Offers idle blocks of one BlockPool. Runs in the engine core's thread, between steps but for `_on_reuse`."""
 
-    def __init__(self, pool: Any, geometry: KvGeometry, ranks: int, lend_bytes: int) -> None:
-        self._pool, self._geometry, self._ranks = pool, geometry, ranks
+    def __init__(
+        self,
+        pool: Any,
+        holders: BlockHolders,
+        geometry: KvGeometry,
+        ranks: int,
+        lend_bytes: int,
+        before_offer: Callable[[list[int]], object] = lambda _: None,
+    ) -> None:
+        """`before_offer(blocks)` returns when no step reads these free blocks."""
+        self._pool, self._holders, self._geometry, self._ranks = pool, holders, geometry, ranks
+        self._before_offer = before_offer
+        holders.register(self._renumber)
         self._lots = lot_geometry(geometry, ranks)
         self.most_blocks = lend_bytes // self._lots.lot_bytes
         self._table: LendingTable | None = None
@@ -122,11 +138,13 @@ class Lender:
         self._renew()
 
     def _offer(self, count: int) -> None:
-        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over."""
+        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over, and those that a tier is
+        being filled from."""
         chosen: list[Any] = []
+        passed = self._offered | self._holders.in_transfer()
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
         while block is not None and block.next_free_block is not None and len(chosen) < count:
-            if block.block_id not in self._offered:
+            if block.block_id not in passed:
                 chosen.append(block)
             block = block.next_free_block
         for block in chosen:
@@ -134,10 +152,11 @@ class Lender:
         self._pool.touch(chosen)
         self._pool.unpin_blocks(chosen, self._on_reuse)
         lots = np.array([block.block_id for block in chosen], dtype=np.int64)
+        self._holders.renumber({}, lost=lots.tolist())
         self._offered.update(lots.tolist())
-        # Taken back without a step since (a reset does that), and lent again: zeroing it now would spoil a borrower's block.
-        self._dirty = [number for number in self._dirty if number not in self._offered]
         assert self._table is not None
+        if len(lots):
+            self._before_offer(lots.tolist())
         self._table.offer(lots)
 
     def _renew(self) -> None:
@@ -164,6 +183,10 @@ class Lender:
             self._foreign.add(number)
         if number in self._foreign:
             self._dirty.append(number)
+
+    def _renumber(self, new: NewIds) -> None:
+        """Blocks that something has moved to, that have no page any more or are lent again: zeroing them would spoil KV."""
+        self._dirty = [number for number in self._dirty if new[number] == number]
 
     def take_dirty(self) -> list[int]:
         """Blocks taken back with a borrower's bytes in them, since the last call: to be zeroed before they are used."""

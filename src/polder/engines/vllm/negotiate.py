@@ -26,6 +26,7 @@ from polder.broker.transport import Channel
 from polder.broker.wire import DeviceStatus, Hello, Refused, Welcome
 from polder.engines.vllm import worker
 from polder.engines.vllm.geometry import KvGeometry, unit_blocks
+from polder.engines.vllm.kv_limits import check_kv_cache
 from polder.engines.vllm.lender import lot_geometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
@@ -104,6 +105,7 @@ def negotiate(
     configs, blocks_of_unit, regular_units = _configs_of_units(
         get_kv_cache_configs, vllm_config, kv_cache_specs, ceiling_bytes, page_bytes, settings, store_bytes
     )
+    check_kv_cache(vllm_config, configs[0])
     geometry = worker.geometry_of(configs[0], page_bytes, blocks_of_unit)
     window = agree_on_window(settings, configs[0], geometry, regular_units)
     model = vllm_config.model_config
@@ -115,7 +117,7 @@ def negotiate(
     hello = replace(hello, reserve_bytes=core.model_executor.collective_rpc(worker.reserve_bytes))
     weights = _weights(core, settings)
     if weights is not None:
-        hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages, streams=weights.streams)
+        hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages)
     channel, welcome = _say_hello(socket, hello)
 
     def rpc(function: Any, *arguments: Any) -> list[Any]:

@@ -8,6 +8,7 @@
 | metrics of a class given by module path fail       | class and spec are registered by name, by the plugin, everywhere     |
 | a prefix is looked up key by key, in every step    | one batch look-up, in `TierScheduler`                                |
 | generated tokens are not kept                      | `offload_prompt_only` is false by default                            |
+| the scheduler half keeps block ids of its own      | `renumber_blocks` corrects them when blocks move (holders.py)        |
 | a request that is preempted between two steps and  | it is not told as preempted any more; stores that it still has are   |
 |  loads in the next is an assertion                 | flushed                                                              |
 
@@ -21,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
@@ -29,9 +31,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
+from polder.engines.vllm.holders import NewIds
 from polder.engines.vllm.tier_manager import TierManager
 from polder.engines.vllm.tier_worker import PolderWorker
 from polder.engines.vllm.tiers import SPEC
+from polder.errors import IntegrityError
 from polder.tiers.index import PENDING
 from polder.tiers.transfer import Finished, Job
 
@@ -78,6 +82,26 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
         own_jobs = self.manager.plan_spills()
         self.manager.tiers.refresh()
         return TierMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, own_jobs)
+
+    def renumber_blocks(self, new: NewIds) -> None:
+        """Corrects the ids that blocks not stored yet will be stored from. 0 is vLLM's own mark for a block that is not there any
+        more: it is not stored. All other ids that this half keeps belong to jobs under way.
+
+        Raises IntegrityError when a job under way reads or writes a block that moves: its worker has the old id.
+        """
+        changed = set(np.flatnonzero(new != np.arange(len(new))).tolist())
+        if not changed.isdisjoint(self.blocks_in_transfer()):
+            raise IntegrityError("blocks move while the tiers copy them")
+        for status in self._req_status.values():
+            for group in status.group_states:
+                if not changed.isdisjoint(group.block_ids):
+                    group.block_ids[:] = new[group.block_ids].tolist()
+
+    def blocks_in_transfer(self) -> set[int]:
+        """Blocks that stores under way read. Those that loads write belong to a request that waits, and are in use."""
+        jobs = self._jobs.values()
+        lists = [ids for job in jobs for ids in (job.deferred_fence_block_ids, job.fenced_block_ids) if ids]
+        return {block for ids in lists for block in ids}
 
     def _loads_of(self, request_id: str) -> set[int]:
         status = self._req_status.get(request_id)
@@ -140,6 +164,13 @@ class PolderConnector(OffloadingConnector):  # type: ignore[misc]
         found, is_async = super().get_num_new_matched_tokens(request, num_computed_tokens)
         state.max_load_tokens = most
         return found, is_async
+
+    def renumber_blocks(self, new: NewIds) -> None:
+        self.scheduler.renumber_blocks(new)
+
+    def blocks_in_transfer(self) -> set[int]:
+        found: set[int] = self.scheduler.blocks_in_transfer()
+        return found
 
     def _note_asked(self, request_id: str, state: Any, num_computed_tokens: int) -> None:
         """The first time that a request is looked up: what its engine's own cache has not."""

@@ -163,8 +163,9 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         return jobs
 
     def has_pending_work(self) -> bool:
-        # vLLM makes empty steps meanwhile: what the last request left reaches the disk although no other one comes.
-        return self._more_to_spill
+        # vLLM makes empty steps meanwhile: what the last request left reaches the disk although no other one comes, and jobs that
+        # a reset made vLLM forget are seen to end, for blocks must not move before.
+        return self._more_to_spill or self.tiers.busy
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         # All blocks of the request, those that were found included: a block that came from a slow tier may now move to a fast one.

@@ -20,8 +20,11 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from polder.engines.vllm import window_worker
 from polder.engines.vllm.blocks import BlockUnits
+from polder.engines.vllm.holders import NewIds
 from polder.engines.vllm.window import WindowAgreement
 from polder.errors import ConfigError
 
@@ -66,7 +69,7 @@ class CoreWindow:
         self._tries: dict[str, tuple[int, int]] = {}
         """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
         self._moved: deque[dict[int, int]] = deque(maxlen=STEPS_UNDER_WAY)
-        """Blocks that came home of late, old id -> new: a step that was under way then names them as they were."""
+        """Blocks that moved of late, old id -> new: a step that was under way then names them as they were."""
         self._failed: list[Any] = []
         """Requests that have ended with an error, and whose clients were not told yet."""
         self._figures: dict[str, float] = {}
@@ -78,6 +81,7 @@ class CoreWindow:
             if error:
                 raise ConfigError(f"the window's store: {error}")
         self._watch_outputs()
+        blocks.holders.register(self._renumber)
 
     @property
     def held_units(self) -> int:
@@ -194,7 +198,6 @@ class CoreWindow:
             if not targets:
                 continue
             errors = [o.error for o in self._rpc(window_worker.bring_home, sources, targets) if o.error]
-            self._moved.append(dict(zip(sources, targets, strict=True)))
             self.counters["window_home_blocks_total"] += len(targets)
             if errors:
                 logger.warning("window: %s", errors[0])
@@ -218,6 +221,13 @@ class CoreWindow:
             return outputs
 
         scheduler.update_from_output = watched_update
+
+    def _renumber(self, new: NewIds) -> None:
+        """Blocks have moved: home, or out of a unit that was given up."""
+        before = [{old: int(new[now]) for old, now in moves.items() if new[now]} for moves in self._moved]
+        changed = np.flatnonzero(new != np.arange(len(new)))
+        self._moved.clear()
+        self._moved.extend([*before, {old: int(new[old]) for old in changed.tolist() if new[old]}])
 
     def _drop(self, doubtful: set[int]) -> None:
         """Requests with such a block start over, or fail, and the prefix cache forgets all of theirs."""

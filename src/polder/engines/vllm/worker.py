@@ -21,6 +21,8 @@ import numpy as np
 
 from polder.broker.client import fetch_handles
 from polder.broker.wire import MAX_FDS, Fetch
+from polder.engines.vllm import block_tables
+from polder.engines.vllm.block_tables import Ids
 from polder.engines.vllm.geometry import KvGeometry, TensorPlace
 from polder.errors import PolderError
 from polder.memory.backend import Backend
@@ -40,10 +42,13 @@ __all__ = [
     "WorkerMemory",
     "WorkerPlan",
     "allocate_kv_cache",
+    "await_steps",
     "backend",
     "describe",
     "device_name",
     "device_uuid",
+    "forget_blocks",
+    "forget_outputs",
     "geometry_of",
     "map_units",
     "memory",
@@ -52,6 +57,7 @@ __all__ = [
     "reserve_bytes",
     "rewrite_block_tables",
     "unmap_units",
+    "zero_blocks",
 ]
 
 
@@ -90,8 +96,6 @@ class WeightsFound:
     """Of tensors that cannot."""
     copy_share: float
     """See planner.rotation_cost.pass_seconds."""
-    streams: bool = True
-    """Whether it can serve with fewer segments than layers."""
 
 
 @cache
@@ -147,6 +151,18 @@ class WorkerMemory:
         for offset, stride, src, dst, length in self.geometry.copies(sources, targets):
             ticket = self.copies.submit_blocks(base + offset, stride, dst, base + offset, stride, src, length)
         self.copies.wait(ticket)
+
+    def zero_blocks(self, blocks: Sequence[int]) -> None:
+        """Fills whole blocks, all layers, with zero bytes, on the stream that computes: after the steps launched before, and before
+        those launched later. Does not wait. All blocks must be mapped."""
+        import torch
+
+        buffer = self.span.tensor()
+        rows = torch.tensor(list(blocks), dtype=torch.int64, device=buffer.device)
+        nowhere = np.empty(0, dtype=np.int64)
+        for offset, stride, _, _, length in self.geometry.copies(nowhere, nowhere):
+            whole = buffer.as_strided((self.geometry.num_blocks, length), (stride, 1), offset)
+            whole.index_fill_(0, rows, 0)
 
     def unmap(self, units: Sequence[int], current_generation: int) -> None:
         """Unmaps the units. Pages of a former broker are destroyed, since nobody else can ever use them again."""
@@ -238,6 +254,7 @@ def allocate_kv_cache(kv_cache_config: Any, device: Any, layout: Any, kernel_blo
         return dict(stock(kv_cache_config, device, layout, kernel_block_sizes))
     geometry = geometry_of(kv_cache_config, _plan.page_bytes, _plan.unit_blocks)
     _memory = WorkerMemory(_plan, _rank, _device, geometry)
+    _begin_warm_up()
     return _views(_memory.span.tensor(), kv_cache_config, layout, kernel_block_sizes)
 
 
@@ -270,9 +287,63 @@ def _views(buffer: Any, kv_cache_config: Any, layout: Any, kernel_block_sizes: A
 
 
 def describe(worker: Any) -> dict[str, Any]:
-    """What this rank can do: its runner's kind and the units it has mapped."""
+    """What this rank can do: whether busy blocks may move, and the units it has mapped. The first call after the warm-up."""
     assert _memory is not None
-    return {"v1_runner": hasattr(worker.model_runner, "input_batch"), "units": sorted(_memory.pages_of)}
+    _end_warm_up()
+    if block_tables.is_v2(worker.model_runner):
+        _memory.zero_blocks([0])  # where the warm-up has written
+    return {"movable": block_tables.can_rewrite(worker.model_runner), "units": sorted(_memory.pages_of)}
+
+
+def _begin_warm_up() -> None:
+    """The V2 runner's warm-up makes block ids up, of which this engine may have none mapped: until it is over, all of them are the
+    null block. The switch is vLLM's own, for elastic expert parallelism; the V1 runner's warm-up writes nothing."""
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    BlockTables.redirect_writes_to_null_block = True
+
+
+def _end_warm_up() -> None:
+    from vllm.v1.worker.gpu.block_table import BlockTables
+
+    BlockTables.redirect_writes_to_null_block = False
+
+
+def await_steps(worker: Any) -> None:
+    """Returns when the steps launched before have read and written all that they will."""
+    assert _memory is not None
+    _memory.backend.fence()
+
+
+def rewrite_block_tables(runner: Any, sources: Ids, targets: Ids, units: Sequence[int] = ()) -> None:
+    """Blocks have moved from `sources` to `targets`, and `units` will lose their pages: corrects what the runner remembers."""
+    assert _memory is not None
+    geometry = _memory.geometry
+    size = geometry.unit_blocks
+    gone = (np.asarray(units, dtype=np.int64)[:, None] * size + np.arange(size)).ravel()
+    block_tables.rewrite(runner, block_tables.new_ids(geometry.num_blocks, sources, targets, lost=gone))
+
+
+def forget_outputs(worker: Any, requests: Sequence[str]) -> None:
+    """These requests were preempted between two steps: what the step under way computes for them is not used."""
+    block_tables.forget_outputs(worker.model_runner, requests)
+
+
+def forget_blocks(worker: Any, blocks: Sequence[int]) -> None:
+    """Nobody may read these blocks any more, not even for nothing. Returns when steps launched before have."""
+    assert _memory is not None
+    lost = np.asarray(blocks, dtype=np.int64)
+    nobody = np.empty(0, dtype=np.int64)
+    block_tables.rewrite(
+        worker.model_runner, block_tables.new_ids(_memory.geometry.num_blocks, nobody, nobody, lost=lost)
+    )
+    _memory.backend.fence()
+
+
+def zero_blocks(worker: Any, blocks: Sequence[int]) -> None:
+    """Zeroes blocks between two steps."""
+    assert _memory is not None
+    _memory.zero_blocks(blocks)
 
 
 def map_units(worker: Any, generation: int, units: Sequence[int], pages: Sequence[Sequence[int]]) -> Outcome:
@@ -297,27 +368,9 @@ def unmap_units(
     assert _memory is not None
     started = time.perf_counter()
     _memory.backend.fence()
+    src, dst = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
     if sources:
-        src, dst = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
         _memory.move(src, dst)
-        rewrite_block_tables(worker.model_runner, src, dst)
+    rewrite_block_tables(worker.model_runner, src, dst, units)
     _memory.unmap([unit for unit in units if unit in _memory.pages_of], current_generation)
     return Outcome(seconds=time.perf_counter() - started)
-
-
-def rewrite_block_tables(runner: Any, sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
-    """Renumbers moved blocks wherever the V1 model runner remembers them: each request's lists and the batch's tables."""
-    moved = dict(zip(sources.tolist(), targets.tolist(), strict=True))
-    for state in runner.requests.values():
-        for ids in state.block_ids:
-            for at, block in enumerate(ids):
-                if block in moved:
-                    ids[at] = moved[block]
-    highest = int(max(sources.max(), targets.max()))
-    for table in runner.input_batch.block_table.block_tables:
-        numbers = table.block_table.np
-        renumber = np.arange(max(highest, int(numbers.max(initial=0))) + 1, dtype=numbers.dtype)
-        renumber[sources] = targets
-        for row in np.flatnonzero(table.num_blocks_per_row):
-            used = numbers[row, : table.num_blocks_per_row[row]]
-            used[:] = renumber[used]

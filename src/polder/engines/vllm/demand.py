@@ -1,0 +1,145 @@
+"""What an engine core tells the broker it needs: built from the scheduler's queues, sent only when it is worth a message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from polder.broker.reuse import ReuseTracker
+from polder.broker.wire import Demand, Hello
+from polder.engines.vllm.blocks import BlockUnits
+from polder.engines.vllm.weights import CoreWeights
+from polder.planner.rates import PrefillRate
+
+__all__ = ["DemandReports"]
+
+DEMAND_EVERY_S = 0.05
+SAME_EVERY_S = 0.5  # a report wakes the broker, on a core that may be the one this engine needs
+URGENT_EVERY_S = 0.005
+PEAK_WINDOW_S = 2.5  # a peak is remembered for one to two windows
+WAITING_LOOKED_AT = 256
+
+
+class DemandReports:
+    """One engine core's. Its methods run between two steps, in the core's thread."""
+
+    def __init__(
+        self,
+        scheduler: Any,
+        blocks: BlockUnits,
+        hello: Hello,
+        *,
+        block_tokens: int,
+        groups: int,
+        prefill: PrefillRate,
+        held_units: Callable[[], int],
+        weights: CoreWeights | None,
+        stats: Callable[[], dict[str, float]],
+        send: Callable[[Demand], None],
+    ) -> None:
+        """`groups`: KV cache groups, each of which takes blocks of its own. `stats` goes out with every demand."""
+        self._scheduler, self._blocks, self._hello = scheduler, blocks, hello
+        self._block_tokens, self._groups, self._prefill = block_tokens, groups, prefill
+        self._held, self._weights, self._stats, self._send = held_units, weights, stats, send
+        self.reuse = ReuseTracker(
+            unit_blocks=blocks.unit_blocks, max_units=hello.ceiling_units, block_tokens=block_tokens
+        )
+        self._peaks = (0, 0)
+        self._peak_since = time.monotonic()
+        self._sent_at = self._looked_at = 0.0
+        self._sent: Demand | None = None
+        self._news: tuple[Any, ...] = ()
+        """Of the demand sent, all that a plan can turn on at once."""
+        self._useful, self._useful_at = 0, float("-inf")
+
+    def start_over(self) -> None:
+        """The broker knows nothing of what was sent before."""
+        self._sent, self._news = None, ()
+
+    def report_soon(self) -> None:
+        """The next report is due, however short ago the last one was."""
+        self._sent_at = self._looked_at = 0.0
+
+    def report(self, now: float) -> None:
+        """Sends the demand if it is worth sending: at once when requests wait for memory, else now and then."""
+        since = now - self._sent_at
+        turned = self._weights is not None and self._sent is not None and self._weights.turned(self._sent)
+        if since < URGENT_EVERY_S and not turned:
+            return
+        busy, waiting = self._need_units()
+        self._note_peak(busy + waiting, now)
+        held = self._held()
+        urgent = busy + waiting > held
+        was_urgent = self._sent is not None and self._sent.urgent
+        unlooked = now - self._looked_at
+        if not turned and not (urgent and not was_urgent) and unlooked < (DEMAND_EVERY_S if self._sent else 0):
+            return
+        self._looked_at = now
+        cached = min(held, self._units(self._blocks.cached_blocks))
+        weights = self._weights.demand(now) if self._weights is not None else {}
+        news = (
+            held,
+            busy,
+            waiting,
+            max(self._peaks),
+            cached,
+            urgent,
+            weights.get("asleep"),
+            weights.get("spare_segments"),
+        )
+        if news == self._news and since < SAME_EVERY_S:
+            return
+        demand = Demand(
+            held_units=held,
+            busy_units=busy,
+            waiting_units=waiting,
+            peak_units=max(self._peaks),
+            cached_units=cached,
+            curve=self.reuse.curve(now, self._prefill.seconds_per_token or 0.0),
+            urgent=urgent,
+            stats=self._stats(),
+            **weights,
+        )
+        self._sent, self._news, self._sent_at = demand, news, now
+        self._send(demand)
+
+    def useful_units(self, now: float) -> int:
+        """Units of cache beyond which more saves next to nothing, by the measured reuse curve."""
+        if now - self._useful_at >= 1.0:
+            self._useful_at = now
+            curve = self.reuse.curve(now, self._prefill.seconds_per_token or 0.0)
+            # Below a hundredth of a second saved per second, what reuse there is does not pay for keeping memory.
+            self._useful = (
+                next((u for u, s in enumerate(curve) if s >= 0.95 * curve[-1]), 0) if curve and curve[-1] > 0.01 else 0
+            )
+        return self._useful
+
+    # ------------------------------------------------------------------ inside
+
+    def _need_units(self) -> tuple[int, int]:
+        """Units for the blocks in use, and units more for what running and waiting requests will need soon."""
+        size = self._block_tokens
+        soon = 0
+        for request in self._scheduler.running:
+            missing = request.num_tokens - request.num_computed_tokens
+            # A decoding request needs a block when its last one is full; a prefill all blocks of its remaining chunks.
+            soon += -(-missing // size) if missing > 1 else request.num_tokens % size == 0
+        room = self._scheduler.max_num_running_reqs - len(self._scheduler.running)
+        for at, request in enumerate(self._scheduler.waiting):
+            if at >= min(room, WAITING_LOOKED_AT):
+                break
+            soon += -(-(request.num_tokens + 1) // size)
+        busy = self._blocks.busy_blocks
+        together = min(self._units(busy + soon * self._groups), self._hello.ceiling_units)
+        return self._units(busy), max(0, together - self._units(busy))
+
+    def _note_peak(self, units: int, now: float) -> None:
+        before, current = self._peaks
+        if now - self._peak_since >= PEAK_WINDOW_S:
+            before, current = (current, 0) if now - self._peak_since < 2 * PEAK_WINDOW_S else (0, 0)
+            self._peak_since = now
+        self._peaks = (before, max(current, units))
+
+    def _units(self, blocks: int) -> int:
+        return -(-blocks // self._blocks.unit_blocks)

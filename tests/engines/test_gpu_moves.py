@@ -1,0 +1,115 @@
+"""Memory that comes and goes under what every GPU user of vLLM gets (tests/rig): tokens are those of stock vLLM on a CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines.harness import PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.test_gpu_defaults import TINY, VOCABULARY
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+UNIT = 2 * PAGE
+"""4 blocks = 128 tokens."""
+UNITS = 40
+EVERYTHING = "v2,async,uni,warmup,graphs"
+ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 60] * 6
+LONG = prompts(10, 300, seed=6, vocabulary=VOCABULARY)
+TALKS, LOAD = prompts(6, 300, seed=21, vocabulary=VOCABULARY), prompts(8, 330, seed=22, vocabulary=VOCABULARY)
+
+Answers = Callable[[list[list[int]], int | list[int]], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def right() -> Iterator[Answers]:
+    engine = Engine.start("stock", TINY, processes="forked", num_gpu_blocks_override=200)
+    yield lambda asked, tokens: tokens_of(engine.generate(asked, tokens))
+    engine.stop()
+
+
+@pytest.fixture(scope="module", params=["async,uni", EVERYTHING])
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Broker]]:
+    """With a host tier. Its floor has far fewer blocks than the warm-up has requests."""
+    with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
+        broker = Broker(Path(folder) / "b", pages=2 * UNITS, host_pages=400).start()
+        settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a"}
+        tiers = {"POLDER_TIERS": "host", "POLDER_HOST": f"{400 * PAGE}B"}
+        try:
+            engine = Engine.start("a", TINY, settings | tiers, like=request.param, processes="forked", max_num_seqs=64)
+            assert broker.engine("a").floor_units * 4 < 64
+            yield engine, broker
+            engine.stop()
+        finally:
+            broker.stop()
+
+
+def figures(engine: Engine) -> dict[str, Any]:
+    return dict(engine.utility("polder_check"))
+
+
+def test_blocks_move_in_mid_request_and_what_was_generated_comes_back_from_a_tier(
+    served: tuple[Engine, Broker], right: Answers
+) -> None:
+    engine, broker = served
+    first = right(ASKED, LENGTHS)
+    turns = [prompt + answer for prompt, answer, length in zip(ASKED, first, LENGTHS, strict=True) if length == 60]
+    expected = right(turns, 8)
+    broker.resize("a", UNITS)
+    sizes = {20: 13, 24: UNITS, 30: 12, 34: UNITS}
+    events = {at: lambda units=units: broker.resize("a", units) for at, units in sizes.items()}
+    assert tokens_of(engine.generate(ASKED, LENGTHS, events)) == first
+    assert figures(engine)["migrated_blocks_total"] > 0
+    answers, cached = [], 0
+    for turn in turns:
+        engine.utility("reset_prefix_cache", False, False)
+        [answer] = engine.generate([turn], 8)
+        answers.append(answer.tokens)
+        cached += answer.cached
+    assert answers == expected
+    assert cached > sum(map(len, turns)) * 0.8
+
+
+def test_requests_that_lose_their_blocks_and_are_resumed_at_once_lose_no_token(
+    served: tuple[Engine, Broker], right: Answers
+) -> None:
+    engine, broker = served
+    broker.resize("a", UNITS)
+    floor = broker.engine("a").floor_units
+    sizes = {at + after: units for at in (14, 20, 26, 32) for after, units in ((0, floor), (1, floor + 14), (3, UNITS))}
+    events = {at: lambda units=units: broker.resize("a", units) for at, units in sizes.items()}
+    before = figures(engine)
+    assert tokens_of(engine.generate(LONG, 40, events)) == right(LONG, 40)
+    preempted = figures(engine)["polder_preemptions_total"] - before["polder_preemptions_total"]
+    assert 0 < preempted < 4 * len(LONG), "no more than are in the way"
+
+
+@pytest.mark.parametrize("like", ["", EVERYTHING])
+def test_blocks_that_were_lent_are_zeroed_by_every_model_runner(like: str, right: Answers) -> None:
+    def fixed(name: str, units: int) -> dict[str, str]:
+        size = f"{units * UNIT}B"
+        sizes = {"POLDER_KV_FLOOR": size, "POLDER_KV_SHARE": size, "POLDER_KV_CEILING": size}
+        return sizes | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": name}
+
+    with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
+        broker = Broker(Path(folder) / "b", pages=2 * (11 + UNITS), host_pages=96).start()
+        engines = []
+        try:
+            lending = fixed("b", UNITS) | {"POLDER_LEND": f"{16 * UNIT}B"}
+            lender = Engine.start("b", TINY, lending, like=like, processes="forked", max_num_seqs=16)
+            engines.append(lender)
+            borrower = Engine.start("a", TINY, fixed("a", 11) | {"POLDER_TIERS": "peer"}, processes="forked")
+            engines.append(borrower)
+            wait_for(lambda: figures(lender)["lent_offered_bytes"] >= 12 * UNIT, "an offer", 60)
+            for _ in range(2):
+                assert [tokens_of(borrower.generate([talk]))[0] for talk in TALKS] == right(TALKS, 24)
+            assert figures(lender)["lent_borrowed_bytes"] > 0
+            assert tokens_of(lender.generate(LOAD)) == right(LOAD, 24)
+            assert figures(lender)["lent_borrowed_recalls_total"] > 0
+        finally:
+            for engine in engines:
+                engine.stop()
+            broker.stop()

@@ -1,0 +1,93 @@
+"""What a lender's engine zeroes, offers and stores, on vLLM's own BlockPool and a real table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.geometry import KvGeometry, TensorPlace
+from polder.engines.vllm.lender import Lender, lot_geometry
+from polder.tiers.lending import table_bytes
+from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
+
+PAGE, BLOCK = 4096, 1024
+GEOMETRY = KvGeometry(
+    page_bytes=PAGE,
+    size_bytes=2 * UNITS * PAGE,
+    num_blocks=UNITS * UNIT_BLOCKS,
+    unit_blocks=UNIT_BLOCKS,
+    places=(TensorPlace(offset=0, layers=2, layer_stride=UNITS * PAGE, block_stride=BLOCK),),
+)
+
+
+class Lending:
+    def __init__(self) -> None:
+        self.scheduler = Scheduler()
+        self.pool = self.scheduler.pool
+        self.units = BlockUnits(self.scheduler, UNIT_BLOCKS, list(range(UNITS)), BusyBlocks.MOVE)
+        self.lender = Lender(self.pool, self.units.holders, GEOMETRY, 1, UNITS * UNIT_BLOCKS * BLOCK * 2)
+        fd = os.memfd_create("table")
+        os.ftruncate(fd, table_bytes(lot_geometry(GEOMETRY, 1)))
+        self.lender.open(fd, {unit: [[2 * unit, 2 * unit + 1]] for unit in range(UNITS)})
+
+    def lend(self, count: int) -> list[int]:
+        """Offers blocks, and a borrower takes all of them."""
+        before = set(self.lender._offered)
+        self.lender._offer(count)
+        offered = sorted(self.lender._offered - before)
+        assert self.lender._table is not None
+        self.lender._table.holder[offered] = 1
+        return offered
+
+
+@pytest.fixture
+def lending() -> Iterator[Lending]:
+    lending = Lending()
+    yield lending
+    lending.lender.close()
+
+
+def test_a_block_that_was_borrowed_is_zeroed_before_it_is_used(lending: Lending) -> None:
+    lent = lending.lend(4)
+    taken = [block.block_id for block in lending.pool.get_new_blocks(lending.pool.get_num_free_blocks())]
+    assert sorted(lending.lender.take_dirty()) == lent
+    assert set(lent) <= set(taken)
+
+
+def test_what_has_moved_to_a_block_that_was_lent_is_not_zeroed(lending: Lending) -> None:
+    """Lent blocks are free and empty, so those of a running request move there when units are given up."""
+    held = lending.pool.get_new_blocks(UNIT_BLOCKS)  # of the lowest units
+    others = lending.pool.get_new_blocks(lending.pool.get_num_free_blocks())
+    lending.scheduler.requests["r"] = others[-2:]
+    lending.pool.free_blocks([*held, *others[:-2]])
+    lent = set(lending.lend(lending.pool.get_num_free_blocks()))
+    plan = lending.units.shrink(UNITS - 1, 1).plan
+    targets = set(plan.targets.tolist())
+    assert targets, "nothing has moved: the test shows nothing"
+    assert targets <= lent
+    assert not targets & set(lending.lender.take_dirty())
+    lending.units.check_integrity()
+
+
+def test_blocks_of_units_that_are_gone_are_not_zeroed(lending: Lending) -> None:
+    lending.lend(lending.pool.get_num_free_blocks())
+    gone = lending.units.shrink(2, 1).plan.units.tolist()
+    assert not {block // UNIT_BLOCKS for block in lending.lender.take_dirty()} & set(gone)
+
+
+def test_a_block_that_a_store_reads_is_not_lent(lending: Lending) -> None:
+    reading = {block.block_id for block in lending.pool.free_block_queue.get_all_free_blocks()[:3]}
+    lending.units.holders._connector = SimpleNamespace(blocks_in_transfer=lambda: reading)
+    assert not reading & set(lending.lend(lending.pool.get_num_free_blocks()))
+
+
+def test_who_would_store_a_block_that_is_lent_is_told(lending: Lending) -> None:
+    told: list[int] = []
+    lending.units.holders.register(lambda new: told.extend(i for i, now in enumerate(new.tolist()) if i and not now))
+    lent = lending.lend(5)
+    assert sorted(told) == lent
