@@ -267,14 +267,16 @@ def test_an_answer_that_falls_short_is_asked_again_later() -> None:
 def test_an_operator_puts_to_sleep_and_wakes() -> None:
     broker = Broker(total=128)
     broker.welcome("a")
-    broker.demand("a", 10.0, busy_units=3)
+    broker.demand("a", 10.0, idle_s=1.0)
     assert isinstance(broker.say("operator", Sleep(engine="a"))[0], Done)
     take = only(broker.told("a"), TakeSegments)
     assert isinstance(take, TakeSegments)
     assert take.segments == 10
     broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
     for now in (20.0, 40.0, 60.0):
-        assert not [m for m in broker.demand("a", now, asleep=True) if isinstance(m, GiveSegments)], "sleep holds"
+        assert not [m for m in broker.demand("a", now, asleep=True, idle_s=now) if isinstance(m, GiveSegments)], (
+            "sleep holds"
+        )
     assert isinstance(broker.say("operator", Rouse(engine="a"))[0], Done)
     assert only(broker.told("a"), GiveSegments)
 
@@ -285,11 +287,61 @@ def test_one_that_serves_sleeps_when_its_requests_have_ended() -> None:
     broker.demand("a", 10.0, busy_units=3)
     broker.say("operator", Sleep(engine="a"))
     for step in range(1, 20):
-        take = only(broker.told("a"), TakeSegments)
-        assert isinstance(take, TakeSegments)
-        broker.say("a", SegmentsReturned(lease=take.lease, segments=[], short=10))
-        broker.demand("a", 10.0 + step / 5, busy_units=3)
+        assert not broker.demand("a", 10.0 + step / 5, busy_units=3)
+    take = only(broker.demand("a", 14.0, idle_s=0.001), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    assert take.segments == 10
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=[], short=10), 14.01)
+    assert only(broker.idle("a", 14.2), TakeSegments), "a request had come, and is over"
     assert len(broker.actions()) == 2, "asking again is no new decision"
+
+
+def test_requests_that_waited_when_an_operator_spoke_delay_its_sleep_and_do_not_end_it() -> None:
+    broker = two_in_turns()
+    broker.say("b", Wake(), 11.0)
+    take = only(broker.told("a"), TakeSegments)
+    assert isinstance(take, TakeSegments)
+    broker.demand("b", 11.1, asleep=True, held_units=1, waiting_units=2)
+    broker.say("operator", Sleep(engine="b"))
+    broker.say("b", Wake(), 12.0)
+    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")))
+    give = only(broker.told("b"), GiveSegments)
+    assert isinstance(give, GiveSegments)
+    broker.say("b", Grown(lease=give.lease))
+    assert not [m for m in broker.demand("b", 12.2, busy_units=2) if isinstance(m, TakeSegments)]
+    assert only(broker.demand("b", 13.0, idle_s=0.001), TakeSegments)
+
+
+@pytest.mark.parametrize("roused", [False, True])
+def test_who_woke_for_requests_that_were_aborted_waits_no_longer_unless_an_operator_said_so(roused: bool) -> None:
+    broker = two_in_turns()
+    broker.say("b", Wake(), 11.0)
+    if roused:
+        broker.say("operator", Rouse(engine="b"))
+    broker.demand("b", 11.1, asleep=True, held_units=1, idle_s=0.05)
+    weights = broker.core.engines["b"].weights
+    assert (weights.waking_since is not None) == roused
+
+
+def test_who_waits_for_weights_is_not_kept_waiting_by_one_that_is_to_sleep_and_has_requests_without_end() -> None:
+    broker = two_in_turns()
+    broker.demand("a", 11.0, busy_units=2)
+    broker.say("operator", Sleep(engine="a"))
+    broker.say("b", Wake(), 12.0)
+    told: list[FromBroker] = []
+    for step in range(1, 60):
+        broker.demand("a", 12.0 + step / 10, busy_units=2)
+        told += broker.told("a")
+    assert any(isinstance(message, TakeSegments) and message.preempt for message in told), "its turn is over"
+
+
+def test_one_that_computes_in_graphs_cannot_stream() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a", streams=False)
+    broker.demand("a", 10.0, busy_units=3)
+    answer = broker.say("operator", Stream(engine="a", segments=6))[0]
+    assert isinstance(answer, Refused)
+    assert "--enforce-eager" in answer.reason
 
 
 def test_an_operator_lets_an_engine_stream() -> None:

@@ -15,7 +15,7 @@ from vllm.v1.core import kv_cache_utils
 
 from polder.engines.vllm.adapters import AdapterEpochs
 from polder.engines.vllm.plugin import _patch_forgetting
-from tests.engines.harness import A32, PAGE, Engine, prompts
+from tests.engines.harness import A32, PAGE, Engine, prompts, wait_for
 
 RANK = 8
 PROMPT = prompts(1, 200, seed=51)[0]
@@ -121,7 +121,7 @@ def test_an_adapter_retrained_in_place_and_a_reset_leave_nothing_of_the_former_w
             (answer,) = engine.llm.generate(
                 [{"prompt_token_ids": PROMPT}], parameters, lora_request=adapter, use_tqdm=False
             )
-            assert engine.utility("polder_forget_local")
+            wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use", 60.0)
         return list(answer.outputs[0].token_ids)
 
     def hits() -> float:

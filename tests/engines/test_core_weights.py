@@ -36,7 +36,7 @@ class Scheduler:
 class Core:
     """CoreWeights over one rank, and all that it says."""
 
-    def __init__(self, *, layer_load_s: float = 0.001, copy_share: float = 0.0) -> None:
+    def __init__(self, *, layer_load_s: float = 0.001, copy_share: float = 0.0, streams: bool = True) -> None:
         self.said: list[Any] = []
         self.now = 100.0
         self.fails = ""
@@ -45,7 +45,9 @@ class Core:
         self.counts = {"weights_loads_total": 0.0, "weights_copy_seconds_total": 0.0, "weights_pass_stall_seconds": 0.0}
         self.layer_load_s = layer_load_s
         self.scheduler = Scheduler()
-        found = WeightsFound(layers=LAYERS, layer_pages=PAGES, moved_bytes=1, resident_bytes=0, copy_share=copy_share)
+        found = WeightsFound(
+            layers=LAYERS, layer_pages=PAGES, moved_bytes=1, resident_bytes=0, copy_share=copy_share, streams=streams
+        )
         self.weights = CoreWeights(self.scheduler, found, self.rpc, self.said.append, lambda: self.in_transfer)
         self.weights.start(1, segments(0, LAYERS))
 
@@ -264,3 +266,24 @@ def test_when_one_rank_cannot_give_up_the_others_get_theirs_back() -> None:
     assert given == [(1, [[[2], []]])]
     assert said == [SegmentsReturned(lease=7, segments=[], short=1)]
     assert len(weights.segments) == 2
+
+
+def test_one_that_computes_in_graphs_gives_all_up_or_nothing() -> None:
+    core = Core(streams=False)
+    core.steps(0.010)
+    assert core.spare == 0
+    assert core.take(3).short == 3
+    core.scheduler.requests.clear()
+    assert core.spare == LAYERS
+    assert core.take(3).short == 3
+    assert core.take(LAYERS).short == 0
+
+
+def test_a_request_that_follows_an_aborted_one_wakes_what_sleeps() -> None:
+    """The broker forgets a wake when it reads that there is no request: the next one has to be said again at once."""
+    core = Core()
+    core.take(LAYERS)
+    core.weights.on_request(core.now)
+    core.weights.demand(core.now)
+    core.weights.on_request(core.now)
+    assert [type(message) for message in core.said] == [SegmentsReturned, Wake, Wake]

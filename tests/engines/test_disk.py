@@ -11,7 +11,7 @@ import pytest
 from polder.errors import ConfigError
 from polder.swarm.fsck import check_directory
 from polder.swarm.layout import usage_bytes
-from tests.engines.harness import A32, PAGE, Engine, Output, prompts, tokens_of
+from tests.engines.harness import A32, PAGE, Engine, Output, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -77,7 +77,7 @@ def test_a_restarted_engine_hits_from_its_first_request_and_spoilt_pages_cost_no
         assert found["tier_failed_loads_total"] == 0
         slab = disks[0] / "slab"
         slab.write_bytes(bytes(slab.stat().st_size))  # in use, and every page of this disk is wrong now
-        assert engine.utility("polder_forget_local")
+        wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use", 60.0)
         assert tokens_of([engine.generate([prompt])[0] for prompt in ASKED]) == expected
         found = figures(engine)
         assert found["tier_failed_loads_total"] > 0

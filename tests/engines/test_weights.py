@@ -19,7 +19,8 @@ from polder.bench.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Rouse, Sleep
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import A32, B32, MODELS, PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.quantised import int8_attention
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -102,6 +103,8 @@ def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
         wait_for(lambda: device.engine(name).segments == layers, "all layers to be back")
     with pytest.raises(Exception, match="weights cannot be replaced"):
         a.llm.collective_rpc("reload_weights")
+    with pytest.raises(Exception, match="compute_weight_checksums does not work with elastic weights"):
+        a.llm.collective_rpc("compute_weight_checksums")
     figures = a.utility("polder_check")
     assert figures["weights_loads_total"] > 10 * layers, "hardly anything was streamed: the test shows nothing"
 
@@ -208,3 +211,22 @@ def test_what_sleeps_keeps_its_prefix_cache_in_the_tier_on_two_ranks(
     assert figures["tier_host_hit_tokens_total"] > 0
     assert figures["wakes_total"] == 2
     assert conserved(device)
+
+
+def test_quantised_layers_stay_and_the_others_leave_and_return(
+    broker: Callable[..., Broker], started: Callable[..., Engine]
+) -> None:
+    """vLLM's int8 layers on the CPU keep the address of their scales: moved, they would be read from freed memory."""
+    model = str(int8_attention(A32, MODELS))
+    stock = Engine.start("stock", A32, model=model, num_gpu_blocks_override=200)
+    expected = one_by_one(stock)
+    stock.stop()
+    device = broker(900)
+    a = started(device, "a", model=model)
+    assert one_by_one(a) == expected
+    request(device.socket, Sleep(engine="a"))
+    wait_for(lambda: device.engine("a").asleep, "it to sleep")
+    assert one_by_one(a) == expected
+    figures = a.utility("polder_check")
+    assert figures["weights_resident_bytes"] > LAYERS * 512 * (512 + 1024), "attention in int8"
+    assert figures["wakes_total"] == 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from polder.bench.models import ModelRecipe
-from tests.engines.harness import BLOCK_TOKENS, Engine, prompts, tokens_of
+from tests.engines.harness import BLOCK_TOKENS, Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -142,7 +142,7 @@ def test_compiled_on_two_ranks_with_a_tier_a_goal_and_lost_copies_the_tokens_are
             engine.generate([LONG], 24)
         asked = [OTHER, [*OTHER, *range(50, 90)]]
         assert [tokens_of(engine.generate([one], 24))[0] for one in asked] == [expected([one], 24)[0] for one in asked]
-        assert engine.utility("polder_forget_local")
+        wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use", 60.0)
         assert tokens_of(engine.generate([asked[1]], 24)) == expected([asked[1]], 24)
         found = figures(engine)
         assert found["tier_host_hit_tokens_total"] >= len(OTHER) - 2 * BLOCK_TOKENS, (

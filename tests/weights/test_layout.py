@@ -17,33 +17,33 @@ def extent(name: str, address: int, size: int, obstacle: str = "") -> Extent:
 
 
 def test_tensors_follow_one_another_as_named_at_cache_lines() -> None:
-    layout = lay_out([[extent("b", 64_000, 100), extent("a", 640, 5000)]], page_bytes=PAGE)
+    layout = lay_out([[extent("b", 64_000, 100), extent("a", 640, 5000)]], page_bytes=PAGE, alignment=64)
     assert layout.offsets == ({"b": 0, "a": 128},)
     assert (layout.used_bytes, layout.layer_pages) == ((5128,), 2)
     assert not layout.resident
 
 
 def test_all_layers_have_pages_for_the_largest() -> None:
-    layout = lay_out([[extent("w", 0, 10)], [extent("w", 6400, 3 * PAGE)], []], page_bytes=PAGE)
+    layout = lay_out([[extent("w", 0, 10)], [extent("w", 6400, 3 * PAGE)], []], page_bytes=PAGE, alignment=64)
     assert (layout.layer_pages, layout.used_bytes) == (3, (10, 3 * PAGE, 0))
 
 
 def test_ties_and_views_within_a_layer_stay_what_they_are() -> None:
     layer = [extent("w", 6400, 512), extent("tied", 6400, 512), extent("head", 6400, 64), extent("tail", 6900, 64)]
-    layout = lay_out([layer], page_bytes=PAGE)
+    layout = lay_out([layer], page_bytes=PAGE, alignment=64)
     assert layout.offsets == ({"w": 0, "tied": 0, "head": 0, "tail": 500},)
     assert layout.used_bytes == (564,)
     assert len(layout.blocks[0]) == 1
 
 
 def test_slices_of_one_storage_move_apart() -> None:
-    layout = lay_out([[extent("w", 6400, 640)], [extent("w", 7040, 640)]], page_bytes=PAGE)
+    layout = lay_out([[extent("w", 6400, 640)], [extent("w", 7040, 640)]], page_bytes=PAGE, alignment=64)
     assert layout.offsets == ({"w": 0}, {"w": 0})
     assert not layout.resident
 
 
 def test_an_address_keeps_what_it_is_beyond_a_cache_line() -> None:
-    layout = lay_out([[extent("a", 6408, 8), extent("b", 6500, 8)]], page_bytes=PAGE)
+    layout = lay_out([[extent("a", 6408, 8), extent("b", 6500, 8)]], page_bytes=PAGE, alignment=64)
     assert layout.offsets == ({"a": 8, "b": 64 + 36},)
 
 
@@ -53,7 +53,9 @@ def test_what_is_shared_or_has_an_obstacle_stays_and_is_counted() -> None:
         [extent("w", 12800, 64), extent("tied", 9664, 128), extent("far", 32000, 50, "on cpu")],
         [extent("w", 19200, 64), extent("lm", 25600, 100)],
     ]
-    layout = lay_out(layers, page_bytes=PAGE, outside=[extent("lm_head", 25650, 10), extent("norm", 1 << 20, 10)])
+    layout = lay_out(
+        layers, page_bytes=PAGE, alignment=64, outside=[extent("lm_head", 25650, 10), extent("norm", 1 << 20, 10)]
+    )
     assert layout.offsets == ({"w": 0}, {"w": 0}, {"w": 0})
     assert layout.resident == {
         "0.tied": "shared by 0.tied, 1.tied",
@@ -68,7 +70,7 @@ def test_what_is_shared_or_has_an_obstacle_stays_and_is_counted() -> None:
 
 def test_layers_of_which_nothing_can_move_are_refused() -> None:
     with pytest.raises(UsageError, match="no tensor of these 2 layers can move"):
-        lay_out([[extent("w", 0, 0)], []], page_bytes=PAGE)
+        lay_out([[extent("w", 0, 0)], []], page_bytes=PAGE, alignment=64)
 
 
 @given(
@@ -80,7 +82,9 @@ def test_every_byte_moves_once_and_keeps_its_distance_to_its_neighbours(
 ) -> None:
     named = [[extent(f"t{i}", *place) for i, place in enumerate(layer)] for layer in layers]
     try:
-        layout = lay_out(named, page_bytes=PAGE, outside=[extent(f"o{i}", *p) for i, p in enumerate(outside)])
+        layout = lay_out(
+            named, page_bytes=PAGE, alignment=64, outside=[extent(f"o{i}", *p) for i, p in enumerate(outside)]
+        )
     except UsageError:
         return
     owners: dict[int, set[int]] = {}

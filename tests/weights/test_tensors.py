@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polder.weights.tensors import extent_of, moved
+from polder.weights.tensors import extent_of, held_elsewhere, moved
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,19 @@ def test_a_moved_tensor_has_type_shape_strides_and_values(dtype: torch.dtype) ->
             there.float() if dtype is torch.float8_e4m3fn else there,
             tensor.float() if dtype is torch.float8_e4m3fn else tensor,
         )
+
+
+def test_a_tensor_whose_memory_somebody_else_refers_to_is_found() -> None:
+    own, viewed, shared = torch.ones(4), torch.ones(4, 4), torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    layers = [{"own": own, "again": own, "shared": shared}, {"viewed": viewed, "part": torch.ones(6).view(2, 3).data}]
+    assert held_elsewhere(layers) == set()
+    held = viewed[1:], shared.data
+    assert held_elsewhere(layers) == {id(viewed), id(shared)}
+    del held
+    assert held_elsewhere(layers) == set()
+
+
+def test_tensors_of_one_storage_that_are_all_named_are_nobody_elses() -> None:
+    whole = torch.ones(4, 4)
+    assert held_elsewhere([{"whole": whole, "row": whole[1]}]) == set()
+    assert held_elsewhere([{"whole": whole}, {"empty": torch.empty(0), "meta": torch.empty(3, device="meta")}]) == set()

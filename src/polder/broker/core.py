@@ -226,7 +226,7 @@ class BrokerCore:
             # The same process again: what it reports replaces what we booked; promises of the old connection are void.
             engine.processes |= known.processes
             engine.pinned, engine.recalled_total = known.pinned, known.recalled_total
-            engine.weights = WeightState(pinned=known.weights.pinned)
+            engine.weights = WeightState(pinned=known.weights.pinned, sleep_due=known.weights.sleep_due)
             self.leases.drop(hello.engine)
             self.ledger.forget(engine.owner)
             self.ledger.forget(engine.weights_owner)

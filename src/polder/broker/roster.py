@@ -26,6 +26,10 @@ class WeightState:
     """It waits for all of its layers: a request came, or an operator said so."""
     pinned: int | None = None
     """Segments that an operator lets it have: 0, it sleeps; some, it streams the others. None: no word of an operator."""
+    sleep_due: bool = False
+    """An operator's sleep was not carried out yet: it had requests, or was to wake for some. Until it was, no request ends it."""
+    roused: bool = False
+    """It waits for its layers because an operator said so, not only for requests that may be aborted."""
     returning: int = 0
     """Segments that it shall have back as soon as their pages are free."""
     streamable: int = 0

@@ -68,7 +68,11 @@ class Weights:
         """The engine's new Demand came in the place of `before`."""
         demand = engine.demand
         assert demand is not None
-        if not engine.hello.layers or demand.idle_s > 0:
+        if not engine.hello.layers:
+            return
+        if demand.idle_s > 0:
+            if demand.asleep and self.roster.asleep(engine):
+                self._at_rest(engine)
             return
         if before is None or before.idle_s > 0:
             self.turns.append(engine.name)
@@ -83,30 +87,37 @@ class Weights:
         weights = engine.weights
         if weights.pinned and not self.roster.asleep(engine):
             return  # an operator wants it to stream, also when that is slower
-        weights.pinned = weights.pinned or None
+        if not weights.sleep_due:
+            weights.pinned = weights.pinned or None
         if weights.waking_since is None and self._lacking(engine) + self._taking(engine):
-            weights.waking_since, weights.returning = now, 0
+            weights.waking_since, weights.returning, weights.roused = now, 0, False
             self._note(engine, "wake", self._lacking(engine), reason, now)
 
     def sleep(self, engine: Engine, now: float) -> None:
-        """An operator's word: no weights until Rouse or a request. An engine with requests is asked again until they have ended."""
-        engine.weights.pinned, engine.weights.waking_since = 0, None
+        """An operator's word: no weights from the moment at which it has no requests until Rouse or its next request."""
+        engine.weights.pinned, engine.weights.sleep_due, engine.weights.waking_since = 0, True, None
         engine.weights.returning = 0
         self._note(engine, "sleep", self.roster.segments(engine), "an operator put it to sleep", now)
 
     def rouse(self, engine: Engine, now: float) -> None:
         """An operator's word: all weights, as if a request had come."""
-        engine.weights.pinned = None
+        engine.weights.pinned, engine.weights.sleep_due = None, False
         self._note(engine, "rouse", self._lacking(engine), "an operator woke it", now)
         self.wake(engine, "an operator woke it", now)
+        engine.weights.roused = engine.weights.waking_since is not None
 
     def stream(self, engine: Engine, segments: int, now: float) -> str | None:
         """An operator's word: so many segments, as soon as it can. Returns why not."""
         if not 0 < segments <= engine.hello.layers:
             return f"{engine.name} has {engine.hello.layers} layers: write a number from 1 to that, or put it to sleep"
+        if not engine.hello.streams and segments < engine.hello.layers:
+            return (
+                f"{engine.name} computes in CUDA graphs, which hold no loads of single layers: it has all of its weights or none. "
+                f"Start it with --enforce-eager to let it stream"
+            )
         if self.roster.asleep(engine) or engine.weights.waking_since is not None:
             return f"{engine.name} is asleep: wake it first"
-        engine.weights.pinned = segments
+        engine.weights.pinned, engine.weights.sleep_due = segments, False
         self._note(engine, "stream", segments, f"an operator lets it have {segments} layers", now)
         return None
 
@@ -197,11 +208,19 @@ class Weights:
         pinned, held = engine.weights.pinned, self.roster.segments(engine)
         if pinned is None or not self._can_move(engine, now):
             return
+        if not pinned and engine.demand is not None and engine.demand.idle_s == 0:
+            return  # it has requests, and will say at once when they have ended
         if pinned < held:
             word = f"to stream {engine.hello.layers - pinned} layers" if pinned else "to sleep"
             self._take(engine, Move(held - pinned, f"an operator put it {word}"), now)
         elif held:
             engine.weights.returning = pinned - held
+
+    def _at_rest(self, engine: Engine) -> None:
+        """It says that it sleeps and has no requests: if it woke for some, they were aborted, and if it was to sleep, it does."""
+        engine.weights.sleep_due = False
+        if not engine.weights.roused:
+            engine.weights.waking_since = None
 
     def _granted(self, engine: Engine, plan: Plan, device: str) -> int:
         """Segments whose pages the policy granted on one device."""
@@ -244,7 +263,8 @@ class Weights:
             idle_s=demand.idle_s + age_s if demand and demand.idle_s > 0 else 0.0,
             next_use_s=max(0.0, demand.next_use_s - age_s) if demand else math.inf,
             waking=weights.waking_since is not None,
-            pinned=weights.pinned is not None,
+            # One that is to sleep and has requests yet takes turns with the others.
+            pinned=weights.pinned is not None and not (weights.sleep_due and self.roster.segments(engine)),
             since_change_s=now - weights.changed_at,
         )
 

@@ -128,6 +128,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """Decoder layers whose weights move. 0: they stay where they are, and the broker knows nothing of them."""
     layer_pages: int = 0
     """Pages of one segment, a layer's weights, on each rank."""
+    streams: bool = True
+    """Whether it can serve with fewer segments than layers. With CUDA graphs it has all or none."""
     held_segments: Segments = []
     """On reconnection: the segments that it holds."""
     reserve_bytes: list[int] = []

@@ -190,6 +190,11 @@ class LayerStream:
             if self._state[layer] == _ABSENT:
                 self._submit(layer, mark)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every layer's bytes were found there at once: then none shares a buffer with another."""
+        return not any(self._state)
+
     def present(self) -> list[int]:
         """The layers that `before` or `drain` found there."""
         return [layer for layer, state in enumerate(self._state) if state == _READY]

@@ -4,8 +4,8 @@ Tensors are known by their addresses alone. Those of one layer whose bytes overl
 block, which moves as a whole, so that they overlap afterwards as before. A block stays where it is, "resident", when a byte of
 it belongs to another layer or to something outside the layers too, or when its owner names an obstacle.
 
-A block starts at a multiple of 64 bytes, plus what its old address was beyond one: kernels that chose their loads by the old
-alignment find the same.
+A block starts at a multiple of an alignment, plus what its old address was beyond one. Kernels choose their loads, and cuBLAS its
+whole algorithm, by the alignment of an address, so they choose what they would have chosen for the old one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from typing import NamedTuple
 
 from polder.errors import UsageError
 
-__all__ = ["Block", "Extent", "Layout", "lay_out"]
+__all__ = ["Block", "Extent", "Layout", "alignment_bytes", "lay_out"]
 
-_ALIGNMENT = 64  # a cache line, and the widest vector load of any device
+
+def alignment_bytes(device: str) -> int:
+    """What torch's allocator for the device aligns tensors to."""
+    return 512 if device.startswith("cuda") else 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,11 @@ class Layout:
     resident_bytes: int
 
 
-def lay_out(layers: Sequence[Iterable[Extent]], *, page_bytes: int, outside: Iterable[Extent] = ()) -> Layout:
-    """The layout of segments for `layers`. `outside`: tensors beyond the layers that may share memory with them.
+def lay_out(
+    layers: Sequence[Iterable[Extent]], *, page_bytes: int, alignment: int, outside: Iterable[Extent] = ()
+) -> Layout:
+    """The layout of segments for `layers`. `alignment`: bytes, see `alignment_bytes`. `outside`: tensors beyond the layers that may
+    share memory with them.
 
     Blocks lie in the order in which their tensors are named, so two processes that name them alike have the same layout.
     Raises UsageError when nothing can move.
@@ -78,12 +84,14 @@ def lay_out(layers: Sequence[Iterable[Extent]], *, page_bytes: int, outside: Ite
             resident |= {str(item): obstacle for item in inside}
             resident_bytes += end - address if inside else 0
             continue
-        offset = -(-used[layer] // _ALIGNMENT) * _ALIGNMENT + address % _ALIGNMENT
+        offset = -(-used[layer] // alignment) * alignment + address % alignment
         blocks[layer].append(Block(address=address, offset=offset, size_bytes=end - address))
         offsets[layer] |= {item.extent.name: offset + item.first - address for item in group}
         used[layer] = offset + end - address
     if not any(used):
-        raise UsageError(f"no tensor of these {len(layers)} layers can move: {resident}")
+        raise UsageError(
+            f"no tensor of these {len(layers)} layers can move: {'; '.join(sorted(set(resident.values())))}"
+        )
     return Layout(
         layer_pages=-(-max(used) // page_bytes),
         blocks=tuple(map(tuple, blocks)),

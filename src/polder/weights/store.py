@@ -40,7 +40,7 @@ from polder.memory.span import Span
 from polder.stream.pipeline import LayerStream, Pieces, StreamStatistics
 from polder.units import format_bytes
 from polder.weights.host_copy import HostCopy, read_out
-from polder.weights.layout import lay_out
+from polder.weights.layout import alignment_bytes, lay_out
 from polder.weights.rotation import Rotation
 
 if TYPE_CHECKING:
@@ -88,24 +88,31 @@ class WeightStore:
         layers: Sequence[Mapping[str, torch.Tensor]],
         *,
         outside: Mapping[str, torch.Tensor] | None = None,
+        obstacles: Mapping[int, str] | None = None,
         shared: HostCopy | None = None,
         file: int | None = None,
         fence: Callable[[], None] | None = None,
     ) -> None:
         """Adopts the tensors that `layers` name: reads their bytes, and makes `tensors`, which are to take their places.
 
-        `outside`: the model's other tensors, with which they may share memory. `shared`: another engine's host copy of the
-        same weights, used in place of one of its own. The store closes it. `file`: an empty memory file to make its own in, so
-        that others can share it. `fence`: returns when the device has computed
-        what was launched; Backend.fence when not given. Raises UsageError when no tensor can move or `shared` has other bytes,
-        OutOfPages when there is no room on the host.
+        `outside`: the model's other tensors, with which they may share memory. `obstacles`: by id(tensor), why it stays where it
+        is. `shared`: another engine's host copy of the same weights, used in place of one of its own. The store closes it.
+        `file`: an empty memory file to make its own in, so that others can share it. `fence`: returns when the device has computed
+        what was launched; Backend.fence when not given.
+
+        Keeps no reference to the layers' tensors: once `tensors` have taken their places, the old memory is free. Raises UsageError
+        when no tensor can move or `shared` has other bytes, OutOfPages when there is no room on the host.
         """
         from polder.weights.tensors import extent_of, moved
 
-        device, page_bytes = backend.device, backend.page_bytes
+        device, page_bytes, why = backend.device, backend.page_bytes, obstacles or {}
         self.layout = lay_out(
-            [[extent_of(name, tensor, device) for name, tensor in layer.items()] for layer in layers],
+            [
+                [extent_of(name, tensor, device, why.get(id(tensor), "")) for name, tensor in layer.items()]
+                for layer in layers
+            ],
             page_bytes=page_bytes,
+            alignment=alignment_bytes(device),
             outside=[extent_of(name, tensor, device) for name, tensor in (outside or {}).items()],
         )
         self._fence = fence or backend.fence
@@ -196,6 +203,18 @@ class WeightStore:
     def wait_all(self) -> None:
         """Returns when no copy is under way. Raises EnvironmentFault when one of them failed."""
         self._stream.drain()
+
+    def wait_all_present(self) -> None:
+        """Returns when every layer's bytes are there, however the layers are run. Costs a look at one number when they are.
+
+        Raises EnvironmentFault when a layer cannot be fetched, IntegrityError when layers share memory, or while asleep.
+        """
+        if self._stream.complete:
+            return
+        if self._rotation is None or self._rotation.won:
+            raise IntegrityError("a model whose layers take turns, or sleep, cannot run as a whole")
+        for layer in range(self._layers):
+            self._stream.before(layer)
 
     def close(self) -> None:
         """Unmaps everything and lets go of the host copy. The segments are the caller's. May be repeated."""

@@ -8,10 +8,11 @@ anything goes wrong with sharing, an engine has a copy of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,37 +40,45 @@ def copy_key(vllm_config: Any, rank: int) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def open_store(backend: Backend, layers: Sequence[Mapping[str, Any]], *, broker: Path | None, key: str) -> WeightStore:
-    """A store over its own host copy or over another engine's of the same weights."""
+def open_store(
+    backend: Backend,
+    layers: Sequence[Mapping[str, Any]],
+    obstacles: Mapping[int, str],
+    *,
+    broker: Path | None,
+    key: str,
+) -> WeightStore:
+    """A store over its own host copy or over another engine's of the same weights. `obstacles`: see WeightStore."""
+    make = functools.partial(WeightStore, backend, layers, obstacles=obstacles)
     if broker is None:
-        return WeightStore(backend, layers)
+        return make()
     try:
         file, filled = client.fetch_copy(broker, key)
     except PolderError as error:
         logger.info("a host copy of its own: %s", error)
-        return WeightStore(backend, layers)
+        return make()
     try:
-        return _shared(backend, layers, file) if filled else _first(backend, layers, file, broker, key)
+        return _shared(make, len(layers), file) if filled else _first(make, file, broker, key)
     finally:
         os.close(file)
 
 
-def _first(backend: Backend, layers: Sequence[Mapping[str, Any]], file: int, broker: Path, key: str) -> WeightStore:
-    store = WeightStore(backend, layers, file=file)
+def _first(make: Callable[..., WeightStore], file: int, broker: Path, key: str) -> WeightStore:
+    store = make(file=file)
     with contextlib.suppress(PolderError):  # the broker is gone: nobody else will find it
         client.request(broker, CopyFilled(key=key))
     return store
 
 
-def _shared(backend: Backend, layers: Sequence[Mapping[str, Any]], file: int) -> WeightStore:
+def _shared(make: Callable[..., WeightStore], layers: int, file: int) -> WeightStore:
     try:
-        shared = HostCopy.open(file, len(layers), os.fstat(file).st_size // len(layers))
+        shared = HostCopy.open(file, layers, os.fstat(file).st_size // layers)
     except PolderError as error:
         logger.warning("another engine's host copy cannot be shared: %s", error)
-        return WeightStore(backend, layers)
+        return make()
     try:
-        return WeightStore(backend, layers, shared=shared)
+        return make(shared=shared)
     except UsageError as error:
         shared.close()
         logger.warning("a host copy of its own: %s", error)
-        return WeightStore(backend, layers)
+        return make()

@@ -117,7 +117,7 @@ def negotiate(
     hello = replace(hello, reserve_bytes=core.model_executor.collective_rpc(worker.reserve_bytes))
     weights = _weights(core, settings)
     if weights is not None:
-        hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages)
+        hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages, streams=weights.streams)
     channel, welcome = _say_hello(socket, hello)
 
     def rpc(function: Any, *arguments: Any) -> list[Any]:

@@ -1,11 +1,17 @@
 """The weights' side, in every worker process: vLLM's offloader seam over polder.weights.store.
 
 vLLM hands the decoder layers of the model to `wrap_modules` while it builds them, and calls `post_init` when their weights are
-loaded and packed. Then their tensors move to addresses that never change, over pages that come and go. Until the engine core has
-agreed with the broker on pages, private ones lie there, so that vLLM can profile and compile as it likes.
+loaded and packed. Then their parameters move to addresses that never change, over pages that come and go, except those that a
+kernel may remember by address (movable.py). Buffers stay: models write to some of them, and the host copy would bring back old
+values. Until the engine core has agreed with the broker on pages, private ones lie there, so that vLLM can profile and compile as
+it likes.
 
 Around each layer the store is told, by direct calls in eager mode, and by vLLM's own opaque ops (`wait_prefetch`,
 `start_prefetch`) where the model is compiled: they survive torch.compile, and name the tensors whose order they keep.
+
+A CUDA graph holds neither: what Python does around a layer happens when the graph is captured, and not when it is replayed. vLLM
+calls `sync_prev_onload` before each replay, and there all layers are waited for. So with graphs an engine has all of its layers or
+none.
 
 The functions at the end are called by the core through `collective_rpc`, ordered with the steps like those of worker.py.
 """
@@ -14,9 +20,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +31,7 @@ import torch
 from vllm.model_executor.offloader.base import BaseOffloader
 
 from polder.broker.client import status
-from polder.engines.vllm import cpu_linear, host_copies, worker
+from polder.engines.vllm import cpu_linear, host_copies, movable, worker
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.worker import Outcome, WeightsFound
 from polder.errors import ConfigError, PolderError
@@ -33,10 +40,18 @@ from polder.testing.links import parse_links
 from polder.testing.paced import PacedBackend
 from polder.weights.rotation import Rotation
 from polder.weights.store import Segment, WeightStore
+from polder.weights.tensors import held_elsewhere
 
 __all__ = ["Taken", "WeightOffloader", "adopt", "describe", "figures", "give", "open_offloader", "take"]
 
 
+logger = logging.getLogger("polder.engine")
+
+LEAST_MOVED = 0.1
+"""A smaller part of the layers' bytes is not worth an elastic engine."""
+MARKER = "polder_weights"
+"""In vLLM's additional_config, all of which is part of the keys of its compile caches: a graph that was compiled without the calls
+around the layers, or with them, must not be loaded into an engine of the other kind."""
 GPU_COPY_SHARE = 0.016
 """B/H of an H100 by PCIe 5.0 (55 GB/s, 3.35 TB/s), and of an H200 about the same."""
 
@@ -56,17 +71,23 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         self,
         device: str,
         page_bytes: int,
-        open_store: Callable[[Backend, Sequence[Mapping[str, torch.Tensor]]], WeightStore],
+        open_store: Callable[[Backend, Sequence[Mapping[str, torch.Tensor]], Mapping[int, str]], WeightStore],
         *,
         compiled: bool,
+        graphs: bool = False,
         link_bytes_per_s: float | None = None,
     ) -> None:
-        """`compiled`: the layers run under torch.compile. `page_bytes`: the broker's. `link_bytes_per_s`: of an emulated link."""
+        """`compiled`: the layers run under torch.compile. `graphs`: they may run in CUDA graphs, so that no layer can be streamed.
+        `page_bytes`: the broker's. `link_bytes_per_s`: of an emulated link."""
         global _offloader
         _offloader = self
-        self._open_store, self._compiled = open_store, compiled
+        self._open_store, self._compiled, self.streams = open_store, compiled, not graphs
         self._modules: list[torch.nn.Module] = []
-        self._parts: set[int] = set()
+        self._parts: dict[
+            int, int
+        ] = {}  # id(module) -> bytes of its own parameters as they were made, before any packing
+        self.resident_bytes = 0
+        """Of decoder layers' tensors that stay where they are, and of what libraries have packed into memory of their own."""
         self._private: list[Segment] = []
         self.store: WeightStore | None = None
         self.backend: Backend = worker.backend(device, page_bytes)
@@ -85,7 +106,7 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
             return modules  # a draft model's, or a tower's: they stay where they are
         self._modules = modules
         for index, module in enumerate(modules):
-            self._parts |= {id(part) for part in module.modules()}
+            self._parts |= {id(part): _own_bytes(part) for part in module.modules()}
             self._hook(index, module)
         return modules
 
@@ -96,17 +117,25 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
     def post_init(self) -> None:
         if self.store is not None or not self._modules:
             return
-        layers = [dict(_tensors(module)) for module in self._modules]
-        self.store = self._open_store(self.backend, layers)
-        pages = self.backend.create(len(layers) * self.store.layout.layer_pages)
+        layers = [dict(module.named_parameters()) for module in self._modules]
+        self.store = self._open_store(self.backend, layers, self._obstacles(layers))
+        self._count_resident()
+        # The host copy has everything. The old memory goes before the new comes, so that weights never lie on the device twice.
+        for named, moved in zip(layers, self.store.tensors, strict=True):
+            for name, tensor in moved.items():
+                named[name].data = tensor
+        if self.backend.device.startswith("cuda"):
+            torch.cuda.empty_cache()
         size = self.store.layout.layer_pages
+        pages = self.backend.create(len(layers) * size)
         self._private = [tuple(pages[i : i + size]) for i in range(0, len(pages), size)]
         self.store.give(self._private)
         self.store.wait_all()
-        for module, moved in zip(self._modules, self.store.tensors, strict=True):
-            for name, tensor in _tensors(module):
-                if name in moved:
-                    tensor.data = moved[name]
+
+    def sync_prev_onload(self) -> None:
+        """vLLM calls this before it captures or replays a CUDA graph."""
+        if self.store is not None:
+            self.store.wait_all_present()
 
     def _wait_for_layer(self, layer_idx: int) -> None:
         assert self.store is not None
@@ -117,6 +146,31 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         self.store.after(layer_idx)
 
     # ------------------------------------------------------------------ inside
+
+    def _obstacles(self, layers: Sequence[Mapping[str, torch.Tensor]]) -> dict[int, str]:
+        """By id(tensor): why a parameter stays where it is."""
+        found = dict.fromkeys(held_elsewhere(layers), "another tensor shares its memory")
+        for module in self._modules:
+            found |= movable.obstacles(module)
+        return found
+
+    def _count_resident(self) -> None:
+        """Raises ConfigError when hardly anything can move."""
+        assert self.store is not None
+        parts = [part for module in self._modules for part in module.modules()]
+        packed = [max(0, self._parts.get(id(part), 0) - _own_bytes(part)) for part in parts if movable.obstacle(part)]
+        self.resident_bytes = self.store.layout.resident_bytes + sum(packed)
+        moved = sum(self.store.layout.used_bytes)
+        share = moved / (moved + self.resident_bytes)
+        reasons = sorted(set(self.store.layout.resident.values()) - {"empty"})
+        logger.info(
+            "%.1f %% of the decoder layers' weights can move; others: %s", 100 * share, "; ".join(reasons) or "none"
+        )
+        if share < LEAST_MOVED:
+            raise ConfigError(
+                f"elastic weights: only {share:.1%} of this model's decoder layers could move ({'; '.join(reasons)}). "
+                f'Serve it with resident weights: remove POLDER_WEIGHTS, or weights = "elastic" from the fleet file'
+            )
 
     def end_private(self) -> None:
         """Sleeps, and frees the pages of the start."""
@@ -149,9 +203,9 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         module.forward = compiled_forward if self._compiled else eager_forward
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _own_bytes(part: torch.nn.Module) -> int:
+    """Of parameters that the module itself owns."""
+    return sum(parameter.nbytes for parameter in part.parameters(recurse=False))
 
 
 _offloader: WeightOffloader | None = None
@@ -172,8 +226,12 @@ def _memory() -> worker.WorkerMemory:
 
 
 def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloader:
-    """The offloader of an engine with elastic weights. Raises ConfigError for what they do not work with."""
+    """The offloader of an engine with elastic weights. Raises ConfigError for what they do not work with.
+
+    Marks the configuration: see MARKER.
+    """
     from vllm.config import CompilationMode
+    from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms import current_platform
 
     offload = vllm_config.offload_config
@@ -181,17 +239,33 @@ def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloade
         raise ConfigError(
             "elastic weights take the place of vLLM's weight offloading: remove its options, or POLDER_WEIGHTS"
         )
+    if vllm_config.parallel_config.enable_eplb:
+        raise ConfigError(
+            "elastic weights: --enable-eplb moves experts while the engine serves, and the host copy would bring the old "
+            "ones back. Remove that option, or POLDER_WEIGHTS"
+        )
+    mark(vllm_config)
     cuda = current_platform.is_cuda()
     device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu:0"
     page_bytes = settings.page_bytes if settings.broker is None else status(settings.broker).devices[0].page_bytes
-    compiled = vllm_config.compilation_config.mode != CompilationMode.NONE
+    compilation = vllm_config.compilation_config
+    compiled = compilation.mode != CompilationMode.NONE
+    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
     link = parse_links(settings.links).get("weights")
     key = host_copies.copy_key(vllm_config, vllm_config.parallel_config.rank)
     store = functools.partial(host_copies.open_store, broker=settings.broker, key=key)
-    offloader = WeightOffloader(device, page_bytes, store, compiled=compiled, link_bytes_per_s=link)
+    offloader = WeightOffloader(device, page_bytes, store, compiled=compiled, graphs=graphs, link_bytes_per_s=link)
     if not cuda:
         cpu_linear.install(offloader.belongs)
     return offloader
+
+
+def mark(vllm_config: Any) -> None:
+    """Makes the keys of vLLM's compile caches different from those of an engine whose weights stay. Raises ConfigError."""
+    given = vllm_config.additional_config
+    if not isinstance(given, dict):
+        raise ConfigError("elastic weights need --additional-config to be a JSON object")
+    vllm_config.additional_config = {**given, MARKER: "elastic"}
 
 
 # ---------------------------------------------------------------- called by the core
@@ -206,8 +280,9 @@ def describe(worker_: Any) -> WeightsFound | None:
         layers=found.layers,
         layer_pages=found.layer_pages,
         moved_bytes=found.moved_bytes,
-        resident_bytes=found.resident_bytes,
+        resident_bytes=_offloader.resident_bytes,
         copy_share=_offloader.copy_share,
+        streams=_offloader.streams,
     )
 
 
@@ -243,9 +318,12 @@ def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int
 def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken:
     """Gives up `count` segments: all to sleep, else the rest rotates over `slots` slots. Pages of a former broker are destroyed."""
     memory, store = _memory(), _store()
+    assert _offloader is not None
     left = len(store.segments) - count
     try:
         layers = store.statistics().layers
+        if left > 0 and not _offloader.streams:
+            return Taken(error=f"rank {memory.rank}: a model in CUDA graphs has all of its layers or none")
         rotation = None if left <= 0 else Rotation.winning(layers, layers - left, slots=slots)
         freed = store.rotate(rotation)
     except PolderError as error:
@@ -262,6 +340,7 @@ def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken
 def figures(worker_: Any) -> dict[str, float]:
     """Counters and gauges of this rank."""
     store = _store()
+    assert _offloader is not None
     store.check_integrity()
     found = store.statistics()
     return {
@@ -271,6 +350,6 @@ def figures(worker_: Any) -> dict[str, float]:
         "weights_stall_seconds_total": found.stream.stall_seconds,
         "weights_pass_stall_seconds": found.stream.recent_pass_stall_seconds,
         "weights_copy_seconds_total": found.stream.busy_seconds,
-        "weights_resident_bytes": float(found.resident_bytes),
+        "weights_resident_bytes": float(_offloader.resident_bytes),
         "weights_rotating_layers": float(found.rotating),
     }

@@ -24,6 +24,8 @@ what vLLM does if the engine is stock.
 | Worker.reload_weights and the two ways  | worker  | elastic weights: refused, the host copy would keep the old     |
 |  to update them                         |         | ones, and they would come back in mid-answer; a disk tier      |
 |                                         |         | takes nothing more, for its namespace names the old ones       |
+| Worker.compute_weight_checksums and the | worker  | elastic weights: refused, they may not be there                |
+|  two ways to save them                  |         |                                                                |
 | dispatch_cpu_unquantized_gemm           | worker  | elastic weights: packed weights as tensors (cpu_linear.py)     |
 """
 
@@ -156,6 +158,8 @@ def _patch_memory(gpu_worker: Any) -> None:
 def _patch_updates(worker_class: Any) -> None:
     for name in ("reload_weights", "start_weight_update", "update_weights", "reset_weights"):
         setattr(worker_class, name, _watched_update(getattr(worker_class, name)))
+    for name in ("compute_weight_checksums", "save_sharded_state", "save_tensorized_model"):
+        setattr(worker_class, name, _reader(getattr(worker_class, name)))
 
 
 def _watched_update(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,6 +178,21 @@ def _watched_update(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(self, *args, **kwargs)
 
     return update
+
+
+def _reader(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Reads all weights at once: those of a model that sleeps have no memory, and layers that are streamed share theirs."""
+
+    @functools.wraps(stock)
+    def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = _settings(self.vllm_config)
+        if settings is not None and settings.weights == "elastic":
+            raise ConfigError(
+                f"{stock.__name__} does not work with elastic weights: serve the model with resident ones for it"
+            )
+        return stock(self, *args, **kwargs)
+
+    return read
 
 
 def _register_connector() -> None:

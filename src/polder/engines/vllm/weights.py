@@ -149,7 +149,9 @@ class CoreWeights:
         everything = count == len(self._held)
         paused = message.preempt and everything
         in_use = everything and self._scheduler.requests and not paused
-        if not count or in_use or (not everything and self._slots(count) == 0):
+        if (
+            not count or in_use or (not everything and self._slots(count) == 0)
+        ):  # 0 slots: it cannot stream so many layers
             self._send(SegmentsReturned(lease=message.lease, segments=[], short=message.segments))
             return
         taken: list[Taken] = self._rpc(offloader.take, count, 0 if everything else self._slots(count), generation)
@@ -194,6 +196,8 @@ class CoreWeights:
     def demand(self, now: float) -> dict[str, Any]:
         """Fields of Demand."""
         busy = bool(self._scheduler.requests)
+        if self.asleep and not busy:
+            self._waking_since = None  # the broker forgets, when it reads this, that it was asked to wake it
         spare = max(0, (self._winnable() or 0) - self.lost) if busy else len(self._held)
         return {
             "asleep": self.asleep,
@@ -244,10 +248,11 @@ class CoreWeights:
 
     def _winnable(self) -> int | None:
         """Segments in all that the formula lets it win. None: no step was measured since the last change."""
-        compute_s = self._compute_s()
+        found, compute_s = self.found, self._compute_s()
+        if not found.streams:
+            return 0
         if compute_s is None:
             return None
-        found = self.found
         return choose_rotation(found.layers, compute_s, self._layer_load_s, SLOWDOWN, found.copy_share).alpha
 
     def _compute_s(self) -> float | None:
@@ -263,7 +268,9 @@ class CoreWeights:
     def _slots(self, count: int) -> int:
         """Slots of the rotation that is left when `count` more are given up: whichever is expected to be faster; 0: impossible."""
         layers, won = self.found.layers, self.lost + count
-        possible = [slots for slots in (1, 2) if won + slots <= layers and won + slots >= 2 * slots]
+        possible = [
+            slots for slots in (1, 2) if won + slots <= layers and won + slots >= 2 * slots and self.found.streams
+        ]
         step_s = self._compute_s() or 0.0
         return min(
             possible,

@@ -96,6 +96,8 @@ class WeightsFound:
     """Of tensors that cannot."""
     copy_share: float
     """See planner.rotation_cost.pass_seconds."""
+    streams: bool = True
+    """Whether it can serve with fewer segments than layers."""
 
 
 @cache

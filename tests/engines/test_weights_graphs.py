@@ -1,0 +1,74 @@
+"""Models that take turns with their weights under vLLM's GPU defaults: V2 runner, async scheduling, CUDA graphs (tests/rig)."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from polder.broker.client import request
+from polder.broker.wire import Sleep, Stream
+from polder.errors import UsageError
+from tests.engines.harness import Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.test_gpu_defaults import TINY, VOCABULARY
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
+
+LIKE = "v2,async,uni,warmup,graphs"
+LAYERS = 6
+RECIPES = {
+    name: dataclasses.replace(TINY, name=f"tiny-rig-{name}", layers=LAYERS, seed=seed)
+    for name, seed in (("a", 3), ("b", 4))
+}
+ASKED = [[7], [1999], *prompts(2, 150, seed=31, vocabulary=VOCABULARY)]
+"""A prompt of one token is computed in a graph from the first step on."""
+TOKENS = 10
+PAGES = 110
+"""Of 256 KiB: the weights of one model are 24, its KV floor is 54, and one that sleeps keeps 6."""
+
+
+def one_by_one(engine: Engine) -> list[list[int]]:
+    return [tokens_of(engine.generate([prompt], TOKENS))[0] for prompt in ASKED]
+
+
+def test_two_models_take_turns_and_graphs_are_replayed_only_over_all_layers() -> None:
+    expected: dict[str, list[list[int]]] = {}
+    for name, recipe in RECIPES.items():
+        stock = Engine.start(f"stock-{name}", recipe, processes="forked", num_gpu_blocks_override=160)
+        expected[name] = one_by_one(stock)
+        stock.stop()
+    engines: list[Engine] = []
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as folder:
+        device = Broker(Path(folder) / "b", pages=PAGES).start()
+        try:
+            for name, recipe in RECIPES.items():
+                settings = {
+                    "POLDER_BROKER": str(device.socket),
+                    "POLDER_ENGINE": name,
+                    "POLDER_WEIGHTS": "elastic",
+                    "POLDER_LINKS": "weights=10MB/s",  # a layer takes longer than a step
+                }
+                engines.append(Engine.start(name, recipe, settings, like=LIKE, processes="forked"))
+            assert device.engine("b").asleep, "there was no room for its weights beside a's"
+            a, b = engines
+            for _ in range(2):
+                for engine, other in ((b, "a"), (a, "b")):
+                    assert one_by_one(engine) == expected[engine.name]
+                    assert device.engine(other).segments == 0
+            assert a.utility("polder_check")["wakes_total"] + b.utility("polder_check")["wakes_total"] >= 3
+            assert all(engine.llm.collective_rpc("graph_figures")[0]["replayed"] > 2 * TOKENS for engine in engines)
+
+            give_up = {3: lambda: a.utility("polder_give_up", 2)}
+            assert tokens_of(a.generate([ASKED[2]], TOKENS, give_up)) == [expected["a"][2]]
+            assert device.engine("a").segments == LAYERS, "it has all layers or none"
+            with pytest.raises(UsageError, match="--enforce-eager"):
+                request(device.socket, Stream(engine="a", segments=3))
+            request(device.socket, Sleep(engine="a"))
+            wait_for(lambda: device.engine("a").asleep, "a to sleep", 60)
+            assert one_by_one(a) == expected["a"]
+        finally:
+            for engine in engines:
+                engine.stop()
+            device.stop()
