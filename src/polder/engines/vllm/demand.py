@@ -86,6 +86,7 @@ class DemandReports:
             cached,
             urgent,
             weights.get("asleep"),
+            weights.get("idle_s", 0.0) > 0,
             weights.get("spare_segments"),
         )
         if news == self._news and since < SAME_EVERY_S:
