@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.core import EngineCoreProc
 
+from polder.engines.vllm import plugin
 from polder.engines.vllm.adapters import AdapterEpochs
 from polder.engines.vllm.plugin import _patch_forgetting
 from tests.engines.harness import A32, PAGE, Engine, prompts, wait_for
@@ -96,6 +99,15 @@ def test_tiers_forget_when_a_user_resets_the_prefix_cache(connector: bool, works
     assert calls == (["reset", "seal"] if told else [])
     assert Core().polder_forget_local() == works  # type: ignore[attr-defined]
     assert len(calls) == 2 * told
+
+
+def test_vllm_still_decodes_what_its_front_end_sends(tmp_path: Path) -> None:
+    """It looks at the annotations of the method that is called."""
+    plugin.register()
+    sent = msgspec.to_builtins(LoRARequest("a", 1, str(tmp_path)))
+    core = EngineCoreProc.__new__(EngineCoreProc)
+    (decoded,) = EngineCoreProc._convert_msgspec_args(core.add_lora, (sent,))
+    assert isinstance(decoded, LoRARequest)
 
 
 @pytest.mark.engine
