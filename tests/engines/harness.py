@@ -76,13 +76,15 @@ class Broker:
     pages: int
     host_pages: int = 0
     process: subprocess.Popen[bytes] | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+    """Set in its process; with FAKECUDA_LIBRARY its device is that of the fake driver."""
 
     def start(self) -> Broker:
         code = (
-            "from pathlib import Path; from polder.broker.config import BrokerConfig; from polder.broker.server import serve;"
-            f"serve(BrokerConfig(socket=Path({str(self.socket)!r}), devices={self._devices()!r}, page_bytes={PAGE}))"
+            "from pathlib import Path; from gpulike.driver import serve_broker;"
+            f"serve_broker(socket=Path({str(self.socket)!r}), devices={self._devices()!r}, page_bytes={PAGE})"
         )
-        self.process = subprocess.Popen([sys.executable, "-c", code])
+        self.process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | self.variables)
         wait_for(lambda: self.answers(), "the broker to answer")
         return self
 

@@ -10,7 +10,7 @@ import os
 
 __all__ = ["WORDS", "environment", "platform", "wanted", "words"]
 
-WORDS = ("v2", "async", "uni", "warmup", "graphs", "late")
+WORDS = ("v2", "async", "uni", "warmup", "graphs", "late", "driver")
 
 
 def words(like: str) -> frozenset[str]:
@@ -20,8 +20,10 @@ def words(like: str) -> frozenset[str]:
         raise ValueError(f"gpulike: {', '.join(sorted(unknown))} unknown: use some of {','.join(WORDS)}")
     if "graphs" in names and "v2" not in names:
         raise ValueError("gpulike: graphs are emulated for the V2 model runner only: add v2")
-    if "late" in names and "async" not in names:
+    if names & {"late", "driver"} and "async" not in names:
         raise ValueError("gpulike: without asynchronous scheduling nothing is done before a step has ended: add async")
+    if {"late", "driver"} <= names:
+        raise ValueError("gpulike: driver has a device thread of its own: leave late out")
     return names
 
 

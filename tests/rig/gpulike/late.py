@@ -30,7 +30,7 @@ import torch
 import xxhash
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
-__all__ = ["Device", "LateOutput", "install"]
+__all__ = ["Device", "LateOutput", "Layer", "carry_out", "install"]
 
 MEAN_DELAY_S = 0.002
 """Of one layer."""
@@ -105,14 +105,15 @@ class Device:
         while True:
             layer = self._queue.get()
             time.sleep(self._random.expovariate(1 / self._mean_delay_s))
-            violations = _carry_out(layer)
+            violations = carry_out(layer)
             with self._changed:
                 self.violations += violations
                 self._done += 1
                 self._changed.notify_all()
 
 
-def _carry_out(layer: Layer) -> int:
+def carry_out(layer: Layer) -> int:
+    """Writes what a layer has written. Returns the number of violations."""
     violations = 0
     for address, size, expected in layer.read:
         found = read_memory(address, size)

@@ -31,6 +31,10 @@ class GpuLikeWorker(CPUWorker):
 
             self._device_thread = late.Device(int(os.environ.get("GPULIKE_SEED", "0")))
             late.install(self._device_thread)
+        if "driver" in wanted():
+            from gpulike import driven
+
+            self._device_thread = driven.install()
 
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)
@@ -77,6 +81,10 @@ class GpuLikeWorker(CPUWorker):
         assert self._device_thread is not None, 'add "late" to `like`'
         self._device_thread.wait()
         return {"layers": self._device_thread.launched, "violations": self._device_thread.violations}
+
+    def driver_figures(self) -> dict[str, Any]:
+        """For `collective_rpc`: what the fake driver found missing ("" if nothing), calls of it, and what late_figures tells."""
+        return {**self._device_thread.figures(), **self.late_figures()}
 
     def graph_figures(self) -> dict[str, Any]:
         """For `collective_rpc`: graphs captured and replayed, operations in them, and names of operations that no graph holds."""
