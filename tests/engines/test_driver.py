@@ -26,7 +26,7 @@ from tests.memory.machines import build_fakecuda
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 LIKE = "async,uni,driver"
-SEEDS = int(os.environ.get("POLDER_DRIVER_SEEDS", "3"))
+SEEDS = int(os.environ.get("POLDER_DRIVER_SEEDS", "2"))
 A_PAGES, B_PAGES = 8, 4
 """Of a unit, which holds 128 tokens."""
 
