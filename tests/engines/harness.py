@@ -48,6 +48,8 @@ ENVIRONMENT = {
 }
 CONNECTOR = {"kv_connector": "PolderConnector", "kv_role": "kv_both"}
 BLOCK_TOKENS = 32
+ORDINARY = "async,uni"
+"""GPU defaults (tests/rig) for tests whose engine need not be vLLM on a CPU as it comes: they cost nothing."""
 PAGE = 256 << 10
 """Small, so that a tiny model has many units: a unit of model A in float32 is 4 blocks = 128 tokens = 8 pages."""
 A32, B32 = MODEL_A.in_float32(), MODEL_B.in_float32()
@@ -148,7 +150,7 @@ class Engine:
         recipe: ModelRecipe = A32,
         settings: dict[str, str] | None = None,
         like: str = "",
-        processes: Literal["forked", "spawned"] = "spawned",
+        processes: Literal["forked", "spawned"] = "forked",
         **options: Any,
     ) -> Engine:
         """Starts an engine and waits until it serves.
@@ -229,6 +231,7 @@ class Engine:
         self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
 
     def processes(self) -> list[psutil.Process]:
+        self._segments |= segments_of(self._started)  # before a test kills them
         return [psutil.Process(pid) for pid in self._started if psutil.pid_exists(pid)]
 
     def core_pid(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.harness import Broker, Engine, prompts, tokens_of
+from tests.engines.harness import ORDINARY, Broker, Engine, prompts, tokens_of
 
 pytestmark = pytest.mark.engine
 UNITS = 40
@@ -32,7 +32,7 @@ def stock() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def elastic(broker: Broker) -> Iterator[Engine]:
-    engine = Engine.start("a", settings={"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a"})
+    engine = Engine.start("a", settings={"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a"}, like=ORDINARY)
     yield engine
     engine.stop()
 

@@ -20,12 +20,12 @@ ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 24] * 6
 
 @pytest.fixture(scope="module")
 def expected() -> Iterator[list[list[int]]]:
-    engine = Engine.start("stock", TINY, processes="forked", num_gpu_blocks_override=160)
+    engine = Engine.start("stock", TINY, num_gpu_blocks_override=160)
     yield tokens_of(engine.generate(ASKED, LENGTHS))
     engine.stop()
 
 
-@pytest.mark.parametrize("like", ["v1", "graphs", "v2,graph"])
+@pytest.mark.parametrize("like", ["v1", "graphs", "v2,graph", "late,uni"])
 def test_words_that_mean_nothing_are_refused(like: str) -> None:
     with pytest.raises(ValueError, match="gpulike"):
         gpulike.environment(like)
@@ -34,9 +34,7 @@ def test_words_that_mean_nothing_are_refused(like: str) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_stock_with_all_defaults_gives_the_tokens_of_the_cpu(expected: list[list[int]]) -> None:
-    engine = Engine.start(
-        "gpulike", TINY, like="v2,async,uni,warmup,graphs", processes="forked", num_gpu_blocks_override=160
-    )
+    engine = Engine.start("gpulike", TINY, like="v2,async,uni,warmup,graphs", num_gpu_blocks_override=160)
     try:
         config = engine.llm.llm_engine.vllm_config
         assert config.use_v2_model_runner

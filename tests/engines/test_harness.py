@@ -18,6 +18,7 @@ from tests.engines.segments import segments_of
 
 SEGMENT = """
 import sys, mmap, os
+sys.stdin.readline()
 descriptor = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)
 os.ftruncate(descriptor, 4096)
 if sys.argv[2] == "mapped":
@@ -29,14 +30,19 @@ sys.stdin.read()
 
 
 class Stranger:
-    """A process that holds a segment."""
+    """A process that holds a segment from `begin` to `end`."""
 
     def __init__(self, name: str, how: str) -> None:
         self.segment = Path("/dev/shm", f"pt-{os.getpid()}-{name}")
         self.process = subprocess.Popen(
             [sys.executable, "-c", SEGMENT, str(self.segment), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+
+    def begin(self) -> None:
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.stdin.write(b"begin\n")
+        self.process.stdin.flush()
         assert self.process.stdout.readline() == b"ready\n"
 
     def end(self) -> None:
@@ -56,6 +62,8 @@ def strangers() -> Iterator[list[Stranger]]:
 def test_segments_are_found_by_who_holds_them(how: str, strangers: list[Stranger]) -> None:
     strangers += [Stranger("ours", how), Stranger("theirs", how)]
     ours, theirs = strangers
+    ours.begin()
+    theirs.begin()
     assert segments_of([ours.process.pid]) == {ours.segment}
     assert segments_of([ours.process.pid, theirs.process.pid]) == {ours.segment, theirs.segment}
 
@@ -65,22 +73,25 @@ def test_segments_are_found_by_who_holds_them(how: str, strangers: list[Stranger
 def test_a_killed_engine_leaves_nothing_and_a_segment_of_others_stays(
     monkeypatch: pytest.MonkeyPatch, strangers: list[Stranger]
 ) -> None:
-    register, before = harness.plugin.register, set(Path("/dev/shm").iterdir())
+    stranger, register = Stranger("meanwhile", "mapped"), harness.plugin.register
+    strangers.append(stranger)
 
     def register_and_meanwhile() -> None:
         register()
-        strangers.append(Stranger("meanwhile", "mapped"))
+        if not stranger.segment.exists():
+            stranger.begin()
 
     monkeypatch.setattr(harness.plugin, "register", register_and_meanwhile)
     engine = Engine.start("killed", settings={"POLDER_KV_BUDGET": "80MiB", "POLDER_PAGE": f"{harness.PAGE}B"})
     processes = engine.processes()
     sockets = engine._sockets
     assert sockets is not None
-    assert engine._segments, "vLLM's message queues: without any the test shows nothing"
     assert list(sockets.iterdir())
     engine.generate(prompts(1, 40), tokens=2)
     os.kill(engine.core_pid(), signal.SIGKILL)
     engine.stop()
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
     assert not sockets.exists()
-    assert set(Path("/dev/shm").iterdir()) - before == {strangers[0].segment}
+    assert engine._segments, "vLLM's message queues: without any the test shows nothing"
+    assert not any(segment.exists() for segment in engine._segments)
+    assert stranger.segment.exists()

@@ -11,7 +11,7 @@ import pytest
 
 from polder.bench.models import ensure_model
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, Engine, prompts, tokens_of
+from tests.engines.harness import A32, ENVIRONMENT, MODELS, ORDINARY, Broker, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 ASKED, LENGTHS = prompts(12, 150, seed=21), [4, 32] * 6
@@ -23,7 +23,7 @@ def expected(stock: Stock) -> list[list[int]]:
 
 
 def test_with_nothing_configured_the_engine_is_stock(expected: list[list[int]]) -> None:
-    engine = Engine.start("plain", settings={"POLDER_BROKER": ""}, num_gpu_blocks_override=160)
+    engine = Engine.start("plain", settings={"POLDER_BROKER": ""}, processes="spawned", num_gpu_blocks_override=160)
     try:
         with pytest.raises(Exception, match="polder"):
             engine.utility("polder_check")
@@ -52,7 +52,9 @@ def test_tensor_parallel_ranks_grow_move_and_shrink_together() -> None:
     reference.stop()
     with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
         broker = Broker(Path(folder) / "b", pages=16 * 20).start()
-        engine = Engine.start("t", settings=bind | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "t"}, **two)
+        engine = Engine.start(
+            "t", settings=bind | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "t"}, like=ORDINARY, **two
+        )
         try:
             events = {
                 14: lambda: broker.resize("t", 7),

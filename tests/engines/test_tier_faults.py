@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, PAGE, Broker, Engine, prompts, tokens_of
+from tests.engines.harness import A32, ORDINARY, PAGE, Broker, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 CONVERSATIONS = prompts(6, 300, seed=31)
@@ -30,7 +30,7 @@ def expected(stock: Stock) -> list[list[int]]:
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    engine = Engine.start("a", A32, SETTINGS | request.param)
+    engine = Engine.start("a", A32, SETTINGS | request.param, like=ORDINARY)
     yield engine
     engine.stop()
 
@@ -75,7 +75,9 @@ def resized() -> Iterator[tuple[Engine, Broker]]:
     with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
         broker = Broker(Path(folder) / "b", pages=320, host_pages=640).start()
         settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a", "POLDER_LINKS": "host=400MB/s"}
-        engine = Engine.start("a", A32, settings | {"POLDER_TIERS": "host", "POLDER_HOST": f"{640 * PAGE}B"})
+        engine = Engine.start(
+            "a", A32, settings | {"POLDER_TIERS": "host", "POLDER_HOST": f"{640 * PAGE}B"}, like=ORDINARY
+        )
         try:
             yield engine, broker
         finally:

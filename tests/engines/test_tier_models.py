@@ -13,7 +13,7 @@ CONVERSATIONS = prompts(14, 300, seed=41)  # of 10 blocks each
 
 
 def test_answers_are_those_of_stock_and_come_from_the_tier() -> None:
-    stock = Engine.start("stock", HYBRID, {"VLLM_PLUGINS": ""}, num_gpu_blocks_override=400)
+    stock = Engine.start("stock", HYBRID, num_gpu_blocks_override=400)
     expected = [tokens_of(stock.generate([prompt]))[0] for prompt in CONVERSATIONS]
     stock.stop()
     settings = {

@@ -10,7 +10,7 @@ import os
 
 __all__ = ["WORDS", "environment", "platform", "wanted", "words"]
 
-WORDS = ("v2", "async", "uni", "warmup", "graphs", "late", "driver")
+WORDS = ("v2", "async", "uni", "warmup", "graphs", "compiled", "late", "driver")
 
 
 def words(like: str) -> frozenset[str]:

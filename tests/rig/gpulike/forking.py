@@ -8,12 +8,14 @@ an engine forks its workers before it starts threads.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import glob
 import importlib.util
 import io
 import os
+import signal
 from multiprocessing import context, forkserver, popen_forkserver, spawn, util
 from multiprocessing.context import reduction, set_spawning_popen  # type: ignore[attr-defined]
 from pathlib import Path
@@ -48,7 +50,15 @@ def _server(interpreted: bool) -> forkserver.ForkServer:
     with mock.patch.dict(os.environ, settings):
         os.environ.pop("VLLM_PLUGINS", None)
         server.ensure_running()
+    atexit.register(_end, server._forkserver_pid)
     return server
+
+
+def _end(pid: int) -> None:
+    """The process to fork from would end by itself, but nobody would have waited for it, nor counted the CPU time of engines."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
 
 
 def _preloaded() -> str:

@@ -85,6 +85,7 @@ def _graph_capture(device: Any) -> Iterator[None]:
 
 def install(runner: Any) -> None:
     """Replaces CUDA graphs in this process. To be called when the model is loaded and the KV cache is not made yet."""
+    import vllm.compilation.cuda_graph as piecewise
     import vllm.v1.worker.gpu.cudagraph_utils as utils
     from vllm.forward_context import set_forward_context
     from vllm.v1.attention.backend import AttentionCGSupport
@@ -93,7 +94,8 @@ def install(runner: Any) -> None:
 
     torch.cuda.CUDAGraph, torch.cuda.graph = EmulatedGraph, _capture  # type: ignore[misc, assignment]
     utils.graph_capture = _graph_capture
-    utils.capture_pool = lambda pool, config: contextlib.nullcontext(pool)
+    piecewise.weak_ref_tensors = lambda tensors: tensors  # an emulated graph keeps the memory that it uses
+    utils.capture_pool = piecewise.capture_pool = lambda pool, config: contextlib.nullcontext(pool)
     CPUAttentionMetadataBuilder._cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
     latest: dict[str, Any] = {}
     prepare_attn, run = runner.model_state.prepare_attn, utils.ModelCudaGraphManager.run_fullgraph

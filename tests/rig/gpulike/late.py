@@ -1,10 +1,10 @@
 """A device thread: what a step writes to the KV cache gets there later than the step is launched, as on a GPU.
 
 Attention is computed when it is launched, for the tokens are needed. Then the bytes that the layer wrote to its KV cache are
-taken back, and one thread, the stream of this device, writes them after a random delay. Before it does so it looks whether the
-layer's blocks, those that it read as well as those that it writes, still hold what they held at the launch. Changed or unmapped
-memory is a violation: somebody took "launched" for "done". Violations are counted for the test to see. What could not be written
-is lost, so that tokens become wrong.
+taken back, and one thread, the stream of this device, writes them when somebody waits for them, or after a random delay. Before
+it does so it looks whether the layer's blocks, those that it read as well as those that it writes, still hold what they held at
+the launch. Changed or unmapped memory is a violation: somebody took "launched" for "done". Violations are counted for the test to
+see. What could not be written is lost, so that tokens become wrong.
 
 What waits for the thread, as it would on a GPU:
 - the next step: when its first layer touches the KV cache, and when vLLM zeroes blocks;
@@ -21,7 +21,6 @@ import os
 import queue
 import random
 import threading
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +31,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 __all__ = ["Device", "LateOutput", "Layer", "carry_out", "install"]
 
-MEAN_DELAY_S = 0.002
-"""Of one layer."""
+MEAN_DELAY_S = 0.1
+"""Of one layer for which nobody waits."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,12 +40,22 @@ class _Vector(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
+def _vectors(buffer: ctypes.Array[ctypes.c_char], address: int) -> tuple[object, int, object, int, int]:
+    size = len(buffer)
+    return ctypes.byref(_Vector(ctypes.addressof(buffer), size)), 1, ctypes.byref(_Vector(address, size)), 1, 0
+
+
 def read_memory(address: int, size_bytes: int) -> bytes | None:
-    """Bytes of this process; None where no memory is mapped, instead of SIGSEGV."""
+    """Bytes of this process; None, and no SIGSEGV, where no memory is mapped."""
     found = ctypes.create_string_buffer(size_bytes)
-    local, remote = _Vector(ctypes.addressof(found), size_bytes), _Vector(address, size_bytes)
-    copied = _libc.process_vm_readv(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    copied = _libc.process_vm_readv(os.getpid(), *_vectors(found, address))
     return found.raw if copied == size_bytes else None
+
+
+def write_memory(address: int, content: bytes) -> bool:
+    """Writes bytes of this process; False, and no SIGSEGV, where no memory is mapped."""
+    buffer = (ctypes.c_char * len(content)).from_buffer_copy(content)
+    return bool(_libc.process_vm_writev(os.getpid(), *_vectors(buffer, address)) == len(content))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +83,7 @@ class Device:
         self._random, self._mean_delay_s = random.Random(seed), mean_delay_s
         self._queue: queue.SimpleQueue[Layer] = queue.SimpleQueue()
         self._changed = threading.Condition()
-        self.launched = self._done = self.violations = 0
+        self.launched = self._done = self._wanted = self.violations = 0
         self._step_begins = True
         threading.Thread(target=self._run, name="gpulike-device", daemon=True).start()
 
@@ -99,12 +108,16 @@ class Device:
         """Returns when this layer, or all that was launched, has been carried out."""
         wanted = self.launched if ticket is None else ticket
         with self._changed:
+            self._wanted = max(self._wanted, wanted)
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._done >= wanted)
 
     def _run(self) -> None:
         while True:
             layer = self._queue.get()
-            time.sleep(self._random.expovariate(1 / self._mean_delay_s))
+            delay_s = self._random.expovariate(1 / self._mean_delay_s)
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted > self._done, delay_s)
             violations = carry_out(layer)
             with self._changed:
                 self.violations += violations
@@ -121,12 +134,9 @@ def carry_out(layer: Layer) -> int:
     for write in layer.writes:
         found = read_memory(write.address, len(write.before))
         violations += found != write.before
-        if found is None:
-            continue
-        before, after = (np.frombuffer(each, dtype=np.uint8) for each in (write.before, write.after))
-        memory = np.frombuffer((ctypes.c_char * len(before)).from_address(write.address), dtype=np.uint8)
-        changed = before != after
-        memory[changed] = after[changed]
+        if found is not None:
+            before, after, there = (np.frombuffer(each, np.uint8) for each in (write.before, write.after, found))
+            violations += not write_memory(write.address, np.where(before != after, after, there).tobytes())
     return violations
 
 

@@ -22,21 +22,34 @@ class GpuLikePlatform(CpuPlatform):
         return (0, 0)
 
     @classmethod
+    def get_static_graph_wrapper_cls(cls) -> str:
+        if "graphs" in wanted():
+            return "vllm.compilation.cuda_graph.CUDAGraphWrapper"
+        return str(super().get_static_graph_wrapper_cls())
+
+    @classmethod
+    def support_static_graph_mode(cls) -> bool:
+        return "graphs" in wanted()
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
         names = wanted()
         decided = vllm_config.scheduler_config.async_scheduling  # vLLM's decision: false if something rules it out
         super().check_and_update_config(vllm_config)
         if not names:
             return
+        from vllm.config.compilation import CompilationMode, CUDAGraphMode
+
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         vllm_config.scheduler_config.async_scheduling = "async" in names and decided is not False
         if "uni" in names and parallel.world_size == 1:
             parallel.distributed_executor_backend = "uni"
         parallel.worker_cls = "gpulike.worker.GpuLikeWorker"
+        if "compiled" in names:
+            compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "eager"
         if "graphs" in names:
-            from vllm.config.compilation import CUDAGraphMode
-
-            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+            both = "compiled" in names
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE if both else CUDAGraphMode.FULL_DECODE_ONLY
             compilation.cudagraph_capture_sizes = list(CAPTURE_SIZES)
             compilation.max_cudagraph_capture_size = CAPTURE_SIZES[-1]
         import vllm.config.vllm  # not at the top: it needs the platform
