@@ -18,8 +18,8 @@ from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, environment
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 SMALL = {
     "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
     "num_attention_heads": 4,
     "vocab_size": A32.vocab,
 }
@@ -41,7 +41,9 @@ def test_a_model_without_a_kv_cache_is_served_and_the_broker_knows(tmp_path: Pat
     transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
     broker = Broker(short_dir / "b", pages=8).start()
     try:
-        llm = start(tmp_path, {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "bert"}, runner="pooling")
+        llm = start(
+            tmp_path, {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "bert"}, runner="pooling", dtype="float32"
+        )
         try:
             (output,) = llm.embed([{"prompt_token_ids": [2, 3, 4]}], use_tqdm=False)  # type: ignore[attr-defined]
             assert len(output.outputs.embedding) == SMALL["hidden_size"]
