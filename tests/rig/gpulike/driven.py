@@ -31,7 +31,7 @@ class DrivenDevice(late.Device):
 
         self._library = driver.library()
         self._changed = threading.Condition()
-        self.launched = self._done = self.violations = 0
+        self.launched = self._done = self._wanted = self.violations = 0
         self._step_begins = True
         own = Driver(0)
         with own.current():
