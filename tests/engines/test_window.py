@@ -1,4 +1,7 @@
-"""Contexts longer than the device's KV memory on real engines: the same tokens as a stock engine that has enough of it."""
+"""Contexts longer than the device's KV memory on real engines: the same tokens as a stock engine that has enough of it.
+
+Most run with async scheduling and the worker in the core's process, as on a GPU; test_window_defaults.py has the V2 runner.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ Answers = Callable[..., list[list[int]]]
 @pytest.fixture(scope="module")
 def expected() -> Iterator[Answers]:
     """Answers of stock vLLM with memory for all."""
-    engine = Engine.start("stock", DEEP, num_gpu_blocks_override=400, max_model_len=LONGEST)
+    engine = Engine.start("stock", DEEP, processes="forked", num_gpu_blocks_override=400, max_model_len=LONGEST)
 
     def answers(asked: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
         return tokens_of(engine.generate(asked, tokens))
@@ -46,7 +49,7 @@ def expected() -> Iterator[Answers]:
 
 @pytest.fixture(scope="module")
 def windowed() -> Iterator[Engine]:
-    engine = Engine.start("w", DEEP, WINDOW, max_model_len=LONGEST)
+    engine = Engine.start("w", DEEP, WINDOW, like="async,uni", processes="forked", max_model_len=LONGEST)
     yield engine
     engine.stop()
 
@@ -114,7 +117,9 @@ def test_memory_goes_back_to_short_requests_when_no_long_one_is_there(windowed: 
 def test_a_decoding_sequence_comes_home_when_it_fits(windowed: Engine, expected: Answers) -> None:
     asked = [*prompts(4, 80, seed=41), OTHER[:300]]
     lengths = [40, 40, 40, 40, 120]
+    before = figures(windowed)["window_home_blocks_total"]
     assert tokens_of(windowed.generate(asked, lengths)) == expected(asked, lengths)
+    assert figures(windowed)["window_home_blocks_total"] > before
 
 
 def test_a_context_that_no_memory_can_hold_is_refused_and_others_are_served(
@@ -134,7 +139,9 @@ def test_compiled_on_two_ranks_with_a_tier_a_goal_and_lost_copies_the_tokens_are
         WINDOW | goal | faults | {"POLDER_TIERS": "host", "POLDER_HOST": "64MiB", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     )
     compiled = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
-    engine = Engine.start("w2", DEEP, settings, max_model_len=-1, tensor_parallel_size=2, **compiled)
+    engine = Engine.start(
+        "w2", DEEP, settings, like="async", processes="forked", max_model_len=-1, tensor_parallel_size=2, **compiled
+    )
     try:
         possible = engine.llm.llm_engine.model_config.max_model_len
         assert STOCKS_LONGEST < possible < LONGEST - BLOCK_TOKENS
@@ -154,7 +161,8 @@ def test_compiled_on_two_ranks_with_a_tier_a_goal_and_lost_copies_the_tokens_are
 
 
 def test_without_a_store_long_requests_fail_alone(expected: Answers) -> None:
-    engine = Engine.start("lost", DEEP, WINDOW | {"POLDER_FAULTS": "fail=1"}, max_model_len=LONGEST)
+    settings = WINDOW | {"POLDER_FAULTS": "fail=1"}
+    engine = Engine.start("lost", DEEP, settings, like="async,uni", processes="forked", max_model_len=LONGEST)
     try:
         finished = {}
         for name, prompt in zip("abc", [OTHER, *SHORT[:2]], strict=True):

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
-from polder.engines.vllm import window_worker
+from polder.engines.vllm import window_runner, window_worker
 from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.window import WindowAgreement
 from polder.engines.vllm.window_core import HOME_EVERY_S, RETRY_S, CoreWindow
@@ -53,7 +53,11 @@ class Engine:
     def ask(self, name: str, blocks: int) -> None:
         self.scheduler.requests[name] = self.scheduler.pool.get_new_blocks(blocks)
         request = SimpleNamespace(
-            request_id=name, num_tokens=blocks * 16 - 1, is_prefill_chunk=False, status=RequestStatus.RUNNING
+            request_id=name,
+            num_tokens=blocks * 16 - 1,
+            is_prefill_chunk=False,
+            num_output_placeholders=0,
+            status=RequestStatus.RUNNING,
         )
         self.scheduler.running.append(request)
 
@@ -62,7 +66,7 @@ class Engine:
         self.scheduler.pool.free_blocks(reversed(self.scheduler.requests.pop(name)))
 
     def step(self, doubtful: list[int]) -> None:
-        output = SimpleNamespace(**{window_worker.DOUBTFUL: doubtful} if doubtful else {})
+        output = SimpleNamespace(**{window_runner.DOUBTFUL: doubtful} if doubtful else {})
         self.scheduler.update_from_output(None, output)
 
     def running(self) -> list[str]:
@@ -73,7 +77,7 @@ class Engine:
 def engine() -> Engine:
     """`short` has regular blocks only, `long` the other regular ones and two that a carrier has made room for."""
     engine = Engine()
-    engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1)]
+    engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)]
     engine.window.look(0.0)
     assert (engine.units.regular_blocks, engine.units.windowed) == (8, [REGULAR, REGULAR + 1])
     engine.scheduler.waiting = []
@@ -112,7 +116,7 @@ def test_a_window_whose_pages_cannot_be_mapped_stays_closed_and_is_tried_again_l
         return [Outcome(seconds=0.0, error="no map" if failing[0] and function is window_worker.open_units else "")]
 
     engine.window._rpc = rpc
-    engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1)]
+    engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)]
     for now in (0.0, RETRY_S / 2):
         engine.window.look(now)
         engine.units.check_integrity()
@@ -128,6 +132,6 @@ def test_a_window_whose_pages_cannot_be_mapped_stays_closed_and_is_tried_again_l
 def test_a_request_opens_the_window_whichever_way_it_waits(queue: str) -> None:
     """One that waits with blocks has a part of its KV from a tier, and needs blocks for the rest."""
     engine = Engine()
-    setattr(engine.scheduler, queue, [SimpleNamespace(num_tokens=13 * 16 - 1)])
+    setattr(engine.scheduler, queue, [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)])
     engine.window.look(0.0)
     assert engine.window.carriers

@@ -17,6 +17,7 @@ from vllm import SamplingParams
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -24,12 +25,10 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from polder.engines.vllm import window_worker
+from polder.engines.vllm import window_runner, window_worker, worker
 from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.negotiate import check_supported
 from polder.engines.vllm.window_core import CoreWindow
 from polder.engines.vllm.worker import Outcome
-from polder.errors import ConfigError
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS
 from tests.engines.test_window_core import AGREEMENT, REGULAR, WINDOWED
 
@@ -77,7 +76,7 @@ class Tier:
 class Core:
     """The scheduler with a window and a tier, and workers that have computed whatever they were told to."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: type[Scheduler] = Scheduler) -> None:
         (folder / "config.json").write_text(json.dumps(LLAMA))
         config = VllmConfig(
             model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True),
@@ -89,17 +88,19 @@ class Core:
         blocks = UNITS * UNIT_BLOCKS
         config.cache_config.num_gpu_blocks = blocks
         kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-        self.scheduler = scheduler = Scheduler(
+        self.scheduler = scheduler = kind(
             vllm_config=config,
             kv_cache_config=kv,
             structured_output_manager=StructuredOutputManager(config),
             block_size=TOKENS,
         )
+        self.asked_of_workers: list[tuple[Any, tuple[Any, ...]]] = []
         self.tier = scheduler.connector = Tier("loads")
         self.units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(REGULAR)), BusyBlocks.MOVE, windowed_units=WINDOWED)
         self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR)
 
-    def rpc(self, function: Any, *_: Any) -> list[Any]:
+    def rpc(self, function: Any, *arguments: Any) -> list[Any]:
+        self.asked_of_workers.append((function, arguments))
         return [""] if function is window_worker.install else [Outcome(seconds=0.0)]
 
     def ask(self, name: str, prompt: list[int], *, session: bool = False) -> Request:
@@ -131,7 +132,7 @@ class Core:
             kv_connector_output=KVConnectorOutput(finished_recving=received or set()),
         )
         if doubtful:
-            setattr(output, window_worker.DOUBTFUL, doubtful)
+            setattr(output, window_runner.DOUBTFUL, doubtful)
         return self.scheduler.update_from_output(planned, output)
 
     def blocks(self, name: str) -> list[int]:
@@ -180,6 +181,30 @@ def test_a_request_that_waits_with_a_lost_block_gives_all_back_and_looks_again(c
     core.units.check_integrity()
 
 
+def test_with_a_step_more_under_way_none_of_its_tokens_is_taken(tmp_path: Path) -> None:
+    """Async scheduling: when the core hears of the lost blocks, a step is launched that has gone on from a wrong token."""
+    core = Core(tmp_path, AsyncScheduler)
+    long = core.ask("long", COMMON)
+    other = core.ask("other", [5] * TOKENS)
+    core.end(core.scheduler.schedule())
+    assert (long.num_output_tokens, other.num_output_tokens) == (1, 1)
+    spoiled = core.scheduler.schedule()
+    hits = core.ask("hits", [*COMMON[:-1], 9])
+    follows = core.scheduler.schedule()
+    lost = core.units.windowed_of("long")[:1]
+    assert lost[0] in core.blocks("hits")
+    core.end(spoiled, lost)
+    assert (long.status, hits.status) == (RequestStatus.PREEMPTED, RequestStatus.PREEMPTED)
+    assert core.asked_of_workers[-1] == (worker.forget_outputs, (["hits", "long"],))
+    resumed = core.scheduler.schedule()
+    assert resumed.num_scheduled_tokens["hits"] == len(COMMON), "nothing of what it held is found any more"
+    core.end(follows)
+    assert (long.num_output_tokens, hits.num_output_tokens, other.num_output_tokens) == (1, 0, 3)
+    core.end(resumed)
+    assert hits.num_output_tokens == 1
+    core.units.check_integrity()
+
+
 def test_a_session_that_waits_for_input_fails_when_a_block_is_lost(core: Core) -> None:
     """It cannot start over: vLLM would go on from what is computed, which is nothing then."""
     session = core.ask("session", COMMON, session=True)
@@ -206,16 +231,26 @@ def test_a_request_that_loses_three_times_without_a_token_fails_and_its_client_i
     core.units.check_integrity()
 
 
-def test_an_engine_with_the_other_model_runner_is_refused_a_window() -> None:
-    config = SimpleNamespace(kv_transfer_config=None, use_v2_model_runner=True)
-    settings: Any = SimpleNamespace(window_bytes=1, tiers=())
-    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
-        check_supported(config, settings)
-
-
 def test_a_model_whose_layers_read_other_layers_kv_is_refused_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(rank=0, plan=SimpleNamespace(window=object()))
     monkeypatch.setattr(window_worker.worker, "memory", lambda: memory)
     layers = {"a": SimpleNamespace(), "b": SimpleNamespace(kv_sharing_target_layer_name="a")}
     context = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     assert "POLDER_WINDOW" in window_worker.install(SimpleNamespace(vllm_config=context))
+
+
+def test_with_a_step_more_under_way_a_request_is_given_up_as_late_as_without(tmp_path: Path) -> None:
+    """Of one loss the core hears twice: with the step that lost, and with the one that was launched behind it."""
+    core = Core(tmp_path, AsyncScheduler)
+    core.ask("long", COMMON)
+    told, losses = [], 0
+    planned = core.scheduler.schedule()
+    while core.scheduler.requests:
+        following = core.scheduler.schedule()
+        lost = core.units.windowed_of("long")
+        losses += bool(lost)
+        outputs = core.end(planned, lost)
+        told += [output.finish_reason for found in outputs.values() for output in found.outputs]
+        planned = following
+    assert told == [FinishReason.ERROR]
+    assert losses == 6

@@ -32,7 +32,14 @@ class Rank:
     """Units: REGULAR_UNITS, then `carriers`, then as many windowed ones as these carry. `truth[layer, block]`: its bytes."""
 
     def __init__(
-        self, layers: int, window_layers: int, *, block_bytes: int = 1024, carriers: int = 1, order: Sequence[int] = ()
+        self,
+        layers: int,
+        window_layers: int,
+        *,
+        block_bytes: int = 1024,
+        carriers: int = 1,
+        order: Sequence[int] = (),
+        steps_in_flight: int = 1,
     ) -> None:
         """`order[layer]`: the layer's place in the buffer; as they are executed unless told otherwise."""
         self.layers, self.window_layers, self.block_bytes = layers, window_layers, block_bytes
@@ -75,7 +82,7 @@ class Rank:
         )
         region = SimpleNamespace(address=self.store.ctypes.data)
         with mock.patch.object(window_worker, "HostRegion", return_value=region):
-            self.window = WorkerWindow(cast(Any, memory), plan)
+            self.window = WorkerWindow(cast(Any, memory), plan, steps_in_flight=steps_in_flight)
         self.stream = self.window.stream
         self.carriers = list(range(REGULAR_UNITS, held))
         for layer in range(layers):

@@ -80,6 +80,8 @@ class WindowStream:
         self._loads: list[Pieces | None] = [None] * layers
         self._saves: list[Pieces | None] = [None] * layers
         self._passed = -1
+        self._submitted = 0
+        """Ticket of the last copy before this pass."""
         self._stream = LayerStream(copies, self._load, self._buffers, store=self._save)
 
     def begin(self, read: Sequence[int] | Indices, written: Sequence[int] | Indices) -> bool:
@@ -98,6 +100,7 @@ class WindowStream:
             self._saves = [None] * len(self._buffers)
         self._unproven = np.union1d(self._unproven, self._written)
         self._read, self._written, self._passed = to_read, to_write, -1
+        self._submitted = self._copies.statistics().submitted
         self._stream.assign(self._buffers)
         self._stream.fetch(range(self._window_layers))
         return True
@@ -112,7 +115,8 @@ class WindowStream:
         except EnvironmentFault:
             self._take_errors()
             raise
-        self._unproven = _NO_BLOCKS
+        if len(self._unproven) and self._copies.done(self._submitted):  # on a GPU nobody has waited for them yet
+            self._unproven = _NO_BLOCKS
 
     def after(self, layer: int) -> None:
         """The layer's attention is computed, or launched."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from polder.engines.vllm.window_runner import block_rows
 from polder.errors import IntegrityError
 
 __all__ = ["Ids", "can_rewrite", "forget_outputs", "is_v2", "new_ids", "rewrite"]
@@ -87,3 +88,6 @@ def _rewrite_v2(runner: Any, new: Ids) -> None:
             raise IntegrityError("blocks move in the middle of a step")
         renumber = torch.from_numpy(new).to(device=table.gpu.device, dtype=table.gpu.dtype)
         table.gpu.copy_(renumber[table.gpu.long()])
+    rows = block_rows(runner)
+    if rows is not None:
+        rows.renumber(new)

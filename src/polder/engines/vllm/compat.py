@@ -161,6 +161,22 @@ SEAMS: tuple[Seam, ...] = (
             *("is_graph_capturing", "num_active_loras", "profile_seq_lens", "randomize_inputs"),
         ),
     ),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_attn", ("self", "input_batch")),
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    (
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner._dummy_run",
+        (
+            *("self", "num_tokens", "args", "skip_attn", "uniform_decode", "context_len", "skip_eplb", "is_profile"),
+            *("valid_dummy_state_slots", "randomize_inputs", "kwargs"),
+        ),
+    ),
+    (
+        "vllm.v1.worker.gpu.block_table",
+        "BlockTables.append_block_ids",
+        ("self", "req_index", "new_block_ids", "overwrite"),
+    ),
+    ("vllm.v1.executor.abstract", "Executor.__init__", ("self", "vllm_config")),
     ("vllm.v1.worker.gpu_worker", "Worker.update_max_model_len", ("self", "max_model_len")),
     # The ops that call `do_kv_cache_update` and `forward` of a layer's attention.
     ("vllm.model_executor.layers.attention.attention", "unified_kv_cache_update", ("key", "value", "layer_name")),

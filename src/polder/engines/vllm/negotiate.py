@@ -31,6 +31,7 @@ from polder.engines.vllm.lender import lot_geometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
 from polder.engines.vllm.window import WindowAgreement, agree_on_window, with_window
+from polder.engines.vllm.window_limits import check_window
 from polder.engines.vllm.worker import WeightsFound
 from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
 from polder.tiers.lending import table_bytes
@@ -192,20 +193,8 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
     if bool(settings.tiers) != (transfer is not None):
         flag = f'--kv-transfer-config \'{{"kv_connector":"{CONNECTOR}","kv_role":"kv_both"}}\''
         raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")
-    if settings.window_bytes and vllm_config.use_v2_model_runner:
-        raise ConfigError(
-            "a window needs vLLM's V1 model runner, for its hooks are in that: set VLLM_USE_V2_MODEL_RUNNER=0, "
-            "or remove POLDER_WINDOW"
-        )
-    if settings.window_bytes and "cuda" in str(vllm_config.device_config.device_type):
-        from vllm.config import CUDAGraphMode
-
-        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-            raise ConfigError(
-                "a window's copies are launched layer by layer, which a CUDA graph would leave out: add --enforce-eager"
-            )
-    if settings.window_bytes and settings.lend_bytes:
-        raise ConfigError("an engine with a window borrows and does not lend: remove POLDER_LEND, or POLDER_WINDOW")
+    if settings.window_bytes:
+        check_window(vllm_config, settings)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ConfigError("elastic KV does not work with pipeline parallelism yet")
     if vllm_config.parallel_config.data_parallel_size > 1:

@@ -17,6 +17,7 @@ what vLLM does if the engine is stock.
 | EngineCore.reset_prefix_cache           | core    | tiers forget what the engine's own cache is told to forget     |
 | EngineCore.add_lora,                    | core    | an adapter loaded again from changed files has other hashes    |
 |  _gen_lora_extra_hash_keys              |         |  (adapters.py; with tiers only)                                |
+| Executor.__init__                       | core    | a window: CUDA graphs are piecewise, before workers compile    |
 | allocate_kv_cache (V1 and V2 runner)    | worker  | the KV buffer is a span with pages under it                    |
 | create_offloader (V1 and V2 runner)     | worker  | elastic weights: decoder layers over pages that come and go    |
 | CPUModelRunner.load_model               | worker  | calls the offloader's post_init, as the GPU runners do         |
@@ -104,6 +105,7 @@ def _patch() -> None:
     _patch_start(engine_core)
     _patch_loop(engine_core)
     _patch_forgetting(engine_core.EngineCore)
+    _patch_executor()
     _patch_offloader(v1_runner, v2_model_runner, cpu_runner)
     _patch_updates(gpu_worker.Worker)
     _patch_memory(gpu_worker)
@@ -111,6 +113,23 @@ def _patch() -> None:
     # Both modules import the function by name, so both names are replaced.
     v1_runner.allocate_kv_cache = worker.allocate_kv_cache
     v2_runner.allocate_kv_cache = worker.allocate_kv_cache
+
+
+def _patch_executor() -> None:
+    from vllm.v1.executor.abstract import Executor
+
+    stock_init = Executor.__init__
+
+    @functools.wraps(stock_init)
+    def init(self: Any, vllm_config: Any) -> None:
+        settings = _settings(vllm_config)
+        if settings is not None and settings.window_bytes:
+            from polder.engines.vllm.window_limits import limit_graphs
+
+            limit_graphs(vllm_config)
+        stock_init(self, vllm_config)
+
+    Executor.__init__ = init
 
 
 def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:

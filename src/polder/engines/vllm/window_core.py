@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from polder.engines.vllm import window_worker
+from polder.engines.vllm import window_runner, window_worker, worker
 from polder.engines.vllm.blocks import BlockUnits
 from polder.engines.vllm.holders import NewIds
 from polder.engines.vllm.window import WindowAgreement
@@ -41,7 +41,8 @@ STEPS_UNDER_WAY = 4
 """At most."""
 WAITING_LOOKED_AT = 64
 MOST_TRIES = 3
-"""A request whose blocks were lost so often, without a token in between, fails."""
+"""A request whose blocks were lost so often, without a token in between, fails. With async scheduling twice as often: the
+core can hear of one loss twice, since the next step is launched by then and goes on from it."""
 
 
 class CoreWindow:
@@ -66,10 +67,13 @@ class CoreWindow:
         self._wanted_since: float | None = None
         self._refused_until = float("-inf")
         self._looked_home_at = float("-inf")
+        self._most_tries = MOST_TRIES * (2 if isinstance(scheduler, AsyncScheduler) else 1)
         self._tries: dict[str, tuple[int, int]] = {}
         """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
-        self._moved: deque[dict[int, int]] = deque(maxlen=STEPS_UNDER_WAY)
-        """Blocks that moved of late, old id -> new: a step that was under way then names them as they were."""
+        self._updates = 0
+        self._moved: list[tuple[int, dict[int, int]]] = []
+        """(number of the update before, old id -> new) of blocks that moved of late: a step that was under way then names them as
+        they were."""
         self._failed: list[Any] = []
         """Requests that have ended with an error, and whose clients were not told yet."""
         self._figures: dict[str, float] = {}
@@ -139,7 +143,8 @@ class CoreWindow:
         scheduler = self._scheduler
         # Those that wait with blocks have a part of their KV from a tier: they need the rest, and nobody is preempted for it.
         requests = [*scheduler.running, *scheduler.kv_holding_waiting, *islice(scheduler.waiting, 1)]
-        longest = max((request.num_tokens for request in requests), default=0)
+        # With async scheduling a step may be under way whose tokens are not known yet.
+        longest = max((request.num_tokens + request.num_output_placeholders for request in requests), default=0)
         blocks = -(-(longest + 1) // self._block_tokens) + 1  # the null block
         wanted = -(-blocks // self._blocks.unit_blocks)
         return wanted + 1 if wanted >= len(self._blocks.mapped) + len(self._blocks.windowed) else wanted
@@ -211,10 +216,12 @@ class CoreWindow:
         update = scheduler.update_from_output
 
         def watched_update(scheduler_output: Any, model_runner_output: Any) -> Any:
-            doubtful = set(getattr(model_runner_output, window_worker.DOUBTFUL, ()))
-            moved = {after for moves in self._moved for before, after in moves.items() if before in doubtful}
+            doubtful = set(getattr(model_runner_output, window_runner.DOUBTFUL, ()))
+            moved = {after for _, moves in self._moved for before, after in moves.items() if before in doubtful}
             if doubtful:
                 self._drop(doubtful | moved)
+            self._updates += 1
+            self._moved = [entry for entry in self._moved if self._updates - entry[0] < STEPS_UNDER_WAY]
             outputs = update(scheduler_output, model_runner_output)
             if self._failed:
                 self._tell(outputs)
@@ -224,17 +231,18 @@ class CoreWindow:
 
     def _renumber(self, new: NewIds) -> None:
         """Blocks have moved: home, or out of a unit that was given up."""
-        before = [{old: int(new[now]) for old, now in moves.items() if new[now]} for moves in self._moved]
-        changed = np.flatnonzero(new != np.arange(len(new)))
-        self._moved.clear()
-        self._moved.extend([*before, {old: int(new[old]) for old in changed.tolist() if new[old]}])
+        self._moved = [
+            (number, {old: int(new[now]) for old, now in moves.items() if new[now]}) for number, moves in self._moved
+        ]
+        changed = np.flatnonzero(new != np.arange(len(new))).tolist()
+        self._moved.append((self._updates, {old: int(new[old]) for old in changed if new[old]}))
 
     def _drop(self, doubtful: set[int]) -> None:
         """Requests with such a block start over, or fail, and the prefix cache forgets all of theirs."""
         from vllm.v1.request import RequestStatus
 
         scheduler, failing = self._scheduler, set()
-        manager = scheduler.kv_cache_manager
+        manager, in_step = scheduler.kv_cache_manager, set()
         # Those that wait with blocks may have hit some that a running request was only about to compute.
         for request in [*scheduler.running, *scheduler.kv_holding_waiting]:
             ids = {block for group in manager.get_block_ids(request.request_id) for block in group}
@@ -242,9 +250,13 @@ class CoreWindow:
                 continue
             manager.evict_blocks(ids)
             self.counters["window_lost_total"] += 1
+            if request.status == RequestStatus.RUNNING:
+                in_step.add(request.request_id)
             if not self._start_over(request):
                 failing.add(request.request_id)
         manager.evict_blocks(doubtful)
+        if in_step:
+            self._rpc(worker.forget_outputs, sorted(in_step))
         if failing:
             logger.error("window: requests %s lost their KV and cannot start over: they fail", sorted(failing))
             self._failed += scheduler.finish_requests(failing, RequestStatus.FINISHED_ERROR)
@@ -263,7 +275,7 @@ class CoreWindow:
                 tokens, times = self._tries.get(request.request_id, (0, 0))
                 times = times + 1 if request.num_tokens == tokens else 1
                 self._tries[request.request_id] = request.num_tokens, times
-                return times < MOST_TRIES
+                return times < self._most_tries
             case RequestStatus.WAITING_FOR_STREAMING_REQ:
                 return False  # vLLM cuts such a session to what is computed: it would go on without its past
             case RequestStatus.WAITING_FOR_REMOTE_KVS:

@@ -46,7 +46,7 @@ def measure(worker_: Any, context_tokens: int) -> Measured:
     """
     window = window_worker.current()
     assert window is not None
-    step = _steps_of(worker_.model_runner, window.fence)
+    step = _steps_of(worker_.model_runner, window)
     short_s, long_s = (_median_s(step, tokens) for tokens in (1, context_tokens))
     contention_s_per_byte, windowed_steps = _contention(window, step), _windowed_steps(window, step)
     overhead_s, link_bytes_per_s = _copying(window)
@@ -60,24 +60,40 @@ def measure(worker_: Any, context_tokens: int) -> Measured:
     )
 
 
-def _steps_of(runner: Any, fence: Callable[[], None]) -> Callable[[int], float]:
-    """Seconds of a pass over one token with a context of so many. By vLLM's own warm-up, which attends to the null block again and
-    again: a cache that holds it flatters them."""
-    from vllm.config import CUDAGraphMode
+def _steps_of(runner: Any, window: WorkerWindow) -> Callable[[int], float]:
+    """Seconds of a pass over one token with a context of so many, by vLLM's own warm-up. With the V1 runner it attends to the null
+    block again and again: a cache that holds it flatters them. The V2 runner names blocks 0, 1, 2 and so on, here those that are
+    mapped."""
+    dummy_step = _v1_step if hasattr(runner, "input_batch") else _v2_step
 
     def step(tokens: int) -> float:
         started = time.perf_counter()
-        runner._dummy_run(
-            1,
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            force_attention=True,
-            uniform_decode=True,
-            profile_seq_lens=tokens,
-        )
-        fence()
+        dummy_step(runner, window, tokens)
+        window.fence()
         return time.perf_counter() - started
 
     return step
+
+
+def _v1_step(runner: Any, window: WorkerWindow, tokens: int) -> None:
+    from vllm.config import CUDAGraphMode
+
+    runner._dummy_run(
+        1,
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        force_attention=True,
+        uniform_decode=True,
+        profile_seq_lens=tokens,
+    )
+
+
+def _v2_step(runner: Any, window: WorkerWindow, tokens: int) -> None:
+    config = runner.kv_cache_config
+    runner.kv_cache_config = replace(config, num_blocks=window.mapped_blocks)
+    try:
+        runner._dummy_run(1, uniform_decode=True, context_len=tokens - 1)
+    finally:
+        runner.kv_cache_config = config
 
 
 def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:

@@ -2,8 +2,8 @@
 
 vLLM writes keys and values by an op of its own before attention (`do_kv_cache_update`), so the layer's blocks must be there before
 that, and not before attention only, as a connector's hook would have it. Both are methods of the layer's attention implementation,
-called from within opaque ops: wrapped here, they are called by eager and by compiled code alike. What a step reads and writes is
-taken from its attention metadata, before the model's first layer.
+called from within opaque ops: wrapped here, they are called by eager and by compiled code alike, and between the pieces
+of a piecewise CUDA graph. What a step reads and writes is taken from the model runner's own lists (window_runner.py).
 
 A copy that fails ends no engine: the pass runs on, its tokens are worth nothing, and the core is told which blocks are doubtful. It
 drops what came of them (engines/vllm/window_core.py).
@@ -19,10 +19,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from polder.engines.vllm import worker
 from polder.engines.vllm.host_region import HostRegion
 from polder.engines.vllm.window import WindowPlan
+from polder.engines.vllm.window_limits import check_runner
+from polder.engines.vllm.window_runner import blocks_of_step, hook_runner
 from polder.engines.vllm.worker import Outcome, WorkerMemory
 from polder.errors import EnvironmentFault, PolderError
 from polder.memory.backend import Backend
@@ -41,16 +44,21 @@ logger = logging.getLogger("polder.engine")
 INLINE_BYTES = 256 << 10
 """Copied in some 30 us. To hand less than this to a thread and to be woken when it is there takes longer: an engine core that
 spins on the thread's core costs it up to milliseconds."""
-DOUBTFUL = "polder_doubtful_blocks"
-"""Attribute of a ModelRunnerOutput: blocks whose bytes may be wrong after this step."""
+UPDATES = (
+    "do_kv_cache_update",
+    "do_rope_and_kv_cache_update",
+    "do_qk_norm_rope_kvcache_update",
+    "do_qk_norm_mrope_kvcache_update",
+)
+"""Methods of attention implementations that write keys and values. vLLM's compiler may fuse the first into one of the others."""
 
 
 class WorkerWindow:
     """One rank's."""
 
-    def __init__(self, memory: WorkerMemory, plan: WindowPlan) -> None:
-        """Maps the store. Raises PolderError, OSError."""
-        self._memory, self._plan = memory, plan
+    def __init__(self, memory: WorkerMemory, plan: WindowPlan, *, steps_in_flight: int = 1) -> None:
+        """Maps the store. `steps_in_flight`: that vLLM has launched before it hears of the first. Raises PolderError, OSError."""
+        self._memory, self._plan, self._steps_in_flight = memory, plan, steps_in_flight
         self.store = HostRegion(memory, plan.host_pages[memory.rank])
         base = memory.span.address(0)
         self.homes = BlockHomes(
@@ -73,8 +81,7 @@ class WorkerWindow:
         self.opened = False
         """Whether a windowed block may have been read or written since the ranks compared last."""
         self.doubtful: list[int] = []
-        self.spoiled = False
-        """Whether what the last pass computed may be wrong, in blocks of any kind: nothing of it may be kept."""
+        self._spoiled_steps = 0
         self.failures = 0
 
     # ------------------------------------------------------------------ pages
@@ -157,20 +164,17 @@ class WorkerWindow:
 
     # ------------------------------------------------------------------ a pass
 
-    def begin(self, attn_metadata: Any, requests: int) -> None:
-        """Before the first layer, with the metadata of its attention; None in a warm-up."""
+    def begin(self, rows: NDArray[np.int32], done: NDArray[Any], ends: NDArray[Any]) -> None:
+        """Before the first layer, or earlier.
+
+        Request i has the blocks `rows[i]`, and `done[i]` tokens before the step, `ends[i]` after it.
+        """
         self._busy = False
-        if attn_metadata is None or not self._carried:
+        if not self._carried:
             return
-        ends = attn_metadata.seq_lens.cpu().numpy()[:requests].astype(np.int64)
-        starts = attn_metadata.query_start_loc.cpu().numpy()[: requests + 1].astype(np.int64)
-        done = ends - np.diff(starts)
-        table = attn_metadata.block_table.cpu().numpy()
-        size = self._plan.block_tokens
-        read = [table[row, : -(-int(done[row]) // size)] for row in range(len(ends))]
-        written = [table[row, int(done[row]) // size : -(-int(ends[row]) // size)] for row in range(len(ends))]
+        read, written = blocks_of_step(rows, done, ends, self._plan.block_tokens)
         try:
-            self._busy = self.stream.begin(np.concatenate(read), np.concatenate(written))
+            self._busy = self.stream.begin(read, written)
         except EnvironmentFault as error:
             self._failed(error)
 
@@ -188,7 +192,7 @@ class WorkerWindow:
             self.settled()
         finally:
             self.stream = own
-            self._busy = self.spoiled = False
+            self._busy, self._spoiled_steps = False, 0
             self.doubtful = []
 
     def before(self, layer: int) -> None:
@@ -204,6 +208,20 @@ class WorkerWindow:
                 self.stream.after(layer)
             except EnvironmentFault as error:
                 self._failed(error)
+            if layer == len(self._plan.layers) - 1:
+                self._busy = False
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether what the last passes computed may be wrong, in blocks of any kind: nothing of it may be kept.
+
+        A step that was launched before the core heard of a spoiled one goes on from its tokens.
+        """
+        return self._spoiled_steps > 0
+
+    def end_step(self, doubtful: Sequence[int]) -> None:
+        """A step has ended in which some rank has lost these blocks."""
+        self._spoiled_steps = self._steps_in_flight if doubtful else max(0, self._spoiled_steps - 1)
 
     def take_doubtful(self) -> list[int]:
         """Of the pass that has ended."""
@@ -212,7 +230,7 @@ class WorkerWindow:
         return found
 
     def _failed(self, error: EnvironmentFault) -> None:
-        self._busy, self.spoiled = False, True
+        self._busy, self._spoiled_steps = False, self._steps_in_flight
         self.failures += 1
         self.doubtful = sorted({*self.doubtful, *self.stream.doubtful})
         logger.warning("the window lost %d blocks: %s", len(self.doubtful), error)
@@ -248,14 +266,16 @@ def install(worker_: Any) -> str:
     layers = worker_.vllm_config.compilation_config.static_forward_context
     if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
         return "layers of this model read other layers' KV, whose slots are filled anew by then: remove POLDER_WINDOW"
+    if error := check_runner(worker_.model_runner):
+        return error
+    steps = worker_.vllm_config.max_concurrent_batches
     try:
-        window = _window = WorkerWindow(memory, memory.plan.window)
+        window = _window = WorkerWindow(memory, memory.plan.window, steps_in_flight=steps)
     except (PolderError, OSError) as error:
         return f"rank {memory.rank}: {error}"
-    runner = worker_.model_runner
     for number, (name, _) in enumerate(memory.plan.window.layers):
         _hook(window, layers[name].impl, number)
-    _hook_passes(window, runner, memory.plan.window.layers[0][0])
+    hook_runner(window, worker_.model_runner)
     return ""
 
 
@@ -334,16 +354,18 @@ def _here() -> tuple[WorkerMemory, WorkerWindow]:
 
 
 def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
-    update, forward = getattr(impl, "do_kv_cache_update", None), impl.forward
-
-    if update is not None:
-
+    def when_there(update: Any) -> Any:
         @functools.wraps(update)
         def update_when_there(*args: Any, **kwargs: Any) -> Any:
             window.before(layer)
             return update(*args, **kwargs)
 
-        impl.do_kv_cache_update = update_when_there
+        return update_when_there
+
+    for name in UPDATES:
+        if hasattr(impl, name):
+            setattr(impl, name, when_there(getattr(impl, name)))
+    forward = impl.forward
 
     @functools.wraps(forward)
     def forward_and_store(*args: Any, **kwargs: Any) -> Any:
@@ -353,49 +375,3 @@ def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
         return output
 
     impl.forward = forward_and_store
-
-
-def _of_all_ranks(doubtful: list[int], ranks: Any) -> list[int]:
-    """Only the first rank's outputs reach the core, so all must know. Every rank opens and closes at the same steps, and calls this
-    after the same ones."""
-    import torch
-    from torch import distributed
-
-    some = torch.tensor([len(doubtful)])
-    distributed.all_reduce(some, group=ranks.cpu_group)
-    if not some.item():
-        return []
-    lists: list[list[int]] = [[] for _ in range(ranks.world_size)]
-    distributed.all_gather_object(lists, doubtful, group=ranks.cpu_group)
-    return sorted({block for found in lists for block in found})
-
-
-def _hook_passes(window: WorkerWindow, runner: Any, first_layer: str) -> None:
-    from vllm.distributed.parallel_state import get_tp_group
-    from vllm.forward_context import get_forward_context
-    from vllm.v1.outputs import ModelRunnerOutput
-
-    model_forward, sample, ranks = runner._model_forward, runner.sample_tokens, get_tp_group()
-
-    @functools.wraps(model_forward)
-    def begin_and_forward(*args: Any, **kwargs: Any) -> Any:
-        metadata = get_forward_context().attn_metadata
-        window.begin(metadata[first_layer] if metadata else None, runner.input_batch.num_reqs)
-        return model_forward(*args, **kwargs)
-
-    @functools.wraps(sample)
-    def sample_and_tell(*args: Any, **kwargs: Any) -> Any:
-        output = sample(*args, **kwargs)
-        compared = window.opened
-        doubtful = window.take_doubtful()
-        if compared and ranks.world_size > 1:
-            doubtful = _of_all_ranks(doubtful, ranks)
-        window.spoiled = bool(doubtful)
-        if doubtful and not ranks.rank_in_group:
-            if not isinstance(output, ModelRunnerOutput):
-                raise EnvironmentFault("the window lost blocks, and this runner's output cannot say so")
-            setattr(output, DOUBTFUL, doubtful)
-        return output
-
-    runner._model_forward = begin_and_forward
-    runner.sample_tokens = sample_and_tell

@@ -1,0 +1,114 @@
+"""A window under vLLM's GPU defaults, emulated on a CPU: V2 model runner, async scheduling, the worker in the core's process.
+
+One engine with a host tier, a small model and short contexts: the V2 runner's kernels are interpreted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from polder.bench.models import ModelRecipe
+from tests.engines.breaking import allowing_functions, await_no_layer, broken, store_nothing_back
+from tests.engines.harness import Engine, prompts, tokens_of
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+LIKE = "v2,async,uni,warmup"
+VOCABULARY = 2000
+SMALL = ModelRecipe(
+    name="rig-deep",
+    family="llama",
+    layers=8,
+    hidden=128,
+    intermediate=256,
+    heads=4,
+    kv_heads=2,
+    vocab=VOCABULARY,
+    dtype="float32",
+    seed=7,
+)
+"""A layer's block of 32 tokens is 32 KiB; a unit is two blocks in 8 pages: 512 KiB."""
+PAGE = 64 << 10
+LOCAL_UNITS = 8
+LONGEST = 1000
+OPTIONS: dict[str, Any] = {"max_model_len": LONGEST, "max_num_seqs": 16}
+SETTINGS = {
+    "POLDER_KV_BUDGET": f"{LOCAL_UNITS * 8 * PAGE}B",
+    "POLDER_PAGE": f"{PAGE}B",
+    "POLDER_WINDOW": "64MiB",
+    "POLDER_TIERS": "host",
+    "POLDER_HOST": "64MiB",
+    "POLDER_LINKS": "window=400MB/s",
+}
+"""A slow link, so that a layer that is not awaited is not there."""
+Answers = Callable[[list[list[int]], int | list[int]], list[list[int]]]
+
+
+def asked(count: int, length: int, seed: int) -> list[list[int]]:
+    return prompts(count, length, seed, VOCABULARY)
+
+
+LONG = asked(1, 900, 31)[0]
+SHORT = asked(3, 40, 33)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Iterator[Answers]:
+    """Answers of stock vLLM with memory for all."""
+    engine = Engine.start("stock", SMALL, processes="forked", num_gpu_blocks_override=200, **OPTIONS)
+    yield lambda prompts, tokens: tokens_of(engine.generate(prompts, tokens))
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def windowed() -> Iterator[Engine]:
+    with allowing_functions():
+        engine = Engine.start("w", SMALL, SETTINGS, like=LIKE, processes="forked", **OPTIONS)
+        yield engine
+        engine.stop()
+
+
+def figures(engine: Engine) -> dict[str, float]:
+    """Checks all laws, and returns the counters."""
+    found: dict[str, float] = engine.utility("polder_check")
+    return found
+
+
+def test_a_context_longer_than_the_memory_beside_short_ones_has_stocks_tokens(
+    windowed: Engine, expected: Answers
+) -> None:
+    prompts = [SHORT[0], LONG, SHORT[1]]
+    assert tokens_of(windowed.generate(prompts, 24)) == expected(prompts, 24)
+    found = figures(windowed)
+    assert found["window_carriers"] > 0
+    assert found["window_loaded_bytes_total"] > 0
+
+
+def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_turn_has_stocks_tokens(
+    windowed: Engine, expected: Answers
+) -> None:
+    """Short requests hold the regular blocks while the long one comes. They end, it comes home, and fills blocks more."""
+    before = figures(windowed)["window_home_blocks_total"]
+    prompts, lengths = [*asked(4, 80, 41), *asked(1, 300, 60)], [12, 12, 12, 12, 110]
+    answers = tokens_of(windowed.generate(prompts, lengths))
+    assert answers == expected(prompts, lengths)
+    assert figures(windowed)["window_home_blocks_total"] > before
+    windowed.llm.llm_engine.reset_prefix_cache()
+    turn = [[*prompts[-1], *answers[-1], 5, 6, 7]]
+    found = windowed.generate(turn, 16)
+    assert found[0].cached >= 384, "blocks that filled after it had come home are in the tier"
+    assert tokens_of(found) == expected(turn, 16)
+
+
+@pytest.mark.parametrize("breaking", [await_no_layer, store_nothing_back])
+def test_tokens_differ_when_a_layer_is_not_awaited_or_nothing_is_stored_back(
+    windowed: Engine, expected: Answers, breaking: Callable[[Any], None]
+) -> None:
+    prompts = asked(1, 800, 70 if breaking is await_no_layer else 71)
+    with broken(windowed, breaking):
+        assert tokens_of(windowed.generate(prompts, 16)) != expected(prompts, 16)
+    others = asked(1, 800, 72)
+    assert tokens_of(windowed.generate(others, 16)) == expected(others, 16)
