@@ -96,7 +96,7 @@ def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_tur
     answers = tokens_of(windowed.generate(prompts, lengths))
     assert answers == expected(prompts, lengths)
     assert figures(windowed)["window_home_blocks_total"] > before
-    windowed.llm.llm_engine.reset_prefix_cache()
+    windowed.utility("polder_forget_local")
     turn = [[*prompts[-1], *answers[-1], 5, 6, 7]]
     found = windowed.generate(turn, 16)
     assert found[0].cached >= 384, "blocks that filled after it had come home are in the tier"
