@@ -12,7 +12,7 @@ import pytest
 
 from polder.bench.models import ModelRecipe
 from tests.engines.breaking import allowing_functions, await_no_layer, broken, store_nothing_back
-from tests.engines.harness import Engine, prompts, tokens_of
+from tests.engines.harness import Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -96,7 +96,7 @@ def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_tur
     answers = tokens_of(windowed.generate(prompts, lengths))
     assert answers == expected(prompts, lengths)
     assert figures(windowed)["window_home_blocks_total"] > before
-    windowed.utility("polder_forget_local")
+    wait_for(lambda: bool(windowed.utility("polder_forget_local")), "no block to be in use", 60.0)
     turn = [[*prompts[-1], *answers[-1], 5, 6, 7]]
     found = windowed.generate(turn, 16)
     assert found[0].cached >= 384, "blocks that filled after it had come home are in the tier"
