@@ -115,8 +115,7 @@ def test_memory_goes_back_to_short_requests_when_no_long_one_is_there(windowed: 
 
 
 def test_a_decoding_sequence_comes_home_when_it_fits(windowed: Engine, expected: Answers) -> None:
-    asked = [*prompts(4, 80, seed=41), OTHER[:300]]
-    lengths = [40, 40, 40, 40, 120]
+    asked, lengths = [OTHER, *prompts(1, 300, seed=41)], [8, 200]  # the first one ends, and leaves room for the other
     before = figures(windowed)["window_home_blocks_total"]
     assert tokens_of(windowed.generate(asked, lengths)) == expected(asked, lengths)
     assert figures(windowed)["window_home_blocks_total"] > before

@@ -90,9 +90,9 @@ def test_a_context_longer_than_the_memory_beside_short_ones_has_stocks_tokens(
 def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_turn_has_stocks_tokens(
     windowed: Engine, expected: Answers
 ) -> None:
-    """Short requests hold the regular blocks while the long one comes. They end, it comes home, and fills blocks more."""
+    """A longer request opens the window and leaves windowed blocks only to this one. It ends, this one comes home and fills more."""
     before = figures(windowed)["window_home_blocks_total"]
-    prompts, lengths = [*asked(4, 80, 41), *asked(1, 300, 60)], [12, 12, 12, 12, 110]
+    prompts, lengths = [*asked(1, 850, 41), *asked(1, 300, 60)], [8, 110]
     answers = tokens_of(windowed.generate(prompts, lengths))
     assert answers == expected(prompts, lengths)
     assert figures(windowed)["window_home_blocks_total"] > before
