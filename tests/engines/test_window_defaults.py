@@ -90,7 +90,7 @@ def test_a_context_longer_than_the_memory_beside_short_ones_has_stocks_tokens(
 def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_turn_has_stocks_tokens(
     windowed: Engine, expected: Answers
 ) -> None:
-    """A longer request opens the window and leaves windowed blocks only to this one. It ends, this one comes home and fills more."""
+    """A longer request opens the window and leaves only windowed blocks to this one. It ends, and this one comes home."""
     before = figures(windowed)["window_home_blocks_total"]
     prompts, lengths = [*asked(1, 850, 41), *asked(1, 300, 60)], [8, 110]
     answers = tokens_of(windowed.generate(prompts, lengths))
