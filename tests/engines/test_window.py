@@ -115,7 +115,11 @@ def test_memory_goes_back_to_short_requests_when_no_long_one_is_there(windowed: 
 
 
 def test_a_decoding_sequence_comes_home_when_it_fits(windowed: Engine, expected: Answers) -> None:
-    asked, lengths = [OTHER, *prompts(1, 300, seed=41)], [8, 200]  # the first one ends, and leaves room for the other
+    """The first request holds all regular blocks and leaves windowed ones to the second, until it has ended.
+
+    Together they fit: 48 and 7 blocks of 9 regular and 48 windowed ones.
+    """
+    asked, lengths = [*prompts(1, 1500, seed=42), *prompts(1, 200, seed=41)], [8, 200]
     before = figures(windowed)["window_home_blocks_total"]
     assert tokens_of(windowed.generate(asked, lengths)) == expected(asked, lengths)
     assert figures(windowed)["window_home_blocks_total"] > before
