@@ -134,10 +134,11 @@ def test_a_context_that_no_memory_can_hold_is_refused_and_others_are_served(
 
 
 def test_compiled_on_two_ranks_with_a_tier_a_goal_and_lost_copies_the_tokens_are_the_same(expected: Answers) -> None:
-    """Over a slow link with max_model_len "auto": 1,540 tokens cost 55 ms of copies a step, the longest that fits 140. Copies fail
-    on either rank: that costs a recomputation and no token."""
-    goal = {"POLDER_TBT_GOAL": "100ms", "POLDER_LINKS": "window=200MB/s"}
-    faults = {"POLDER_FAULTS": "fail=0.0008,seed=3"}
+    """With max_model_len "auto", over a link so slow that copies alone decide what the goal allows, on a loaded machine too: those of
+    the longest context take 2.6 s a step, those of 640 tokens 0.2 s. Copies fail on either rank: that costs a recomputation and no
+    token."""
+    goal = {"POLDER_TBT_GOAL": "2s", "POLDER_LINKS": "window=10MB/s"}
+    faults = {"POLDER_FAULTS": "fail=0.001,seed=3"}
     settings = (
         WINDOW | goal | faults | {"POLDER_TIERS": "host", "POLDER_HOST": "64MiB", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     )
@@ -150,12 +151,13 @@ def test_compiled_on_two_ranks_with_a_tier_a_goal_and_lost_copies_the_tokens_are
         assert STOCKS_LONGEST < possible < LONGEST - BLOCK_TOKENS
         with pytest.raises(Exception, match=f"maximum context length is {possible} tokens"):
             engine.generate([LONG], 24)
-        asked = [OTHER, [*OTHER, *range(50, 90)]]
+        first = OTHER[:560]
+        asked = [first, [*first, *range(50, 90)]]
         assert [tokens_of(engine.generate([one], 24))[0] for one in asked] == [expected([one], 24)[0] for one in asked]
         wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use", 60.0)
         assert tokens_of(engine.generate([asked[1]], 24)) == expected([asked[1]], 24)
         found = figures(engine)
-        assert found["tier_host_hit_tokens_total"] >= len(OTHER) - 2 * BLOCK_TOKENS, (
+        assert found["tier_host_hit_tokens_total"] >= len(first) - 2 * BLOCK_TOKENS, (
             "windowed blocks came back from the tier"
         )
         assert found["window_lost_total"] > 0
