@@ -134,9 +134,11 @@ def test_a_context_that_no_memory_can_hold_is_refused_and_others_are_served(
 
 
 def test_compiled_on_two_ranks_with_a_tier_a_goal_and_lost_copies_the_tokens_are_the_same(expected: Answers) -> None:
-    """With max_model_len "auto", over a link so slow that copies alone decide what the goal allows, on a loaded machine too: those of
-    the longest context take 2.6 s a step, those of 640 tokens 0.2 s. Copies fail on either rank: that costs a recomputation and no
-    token."""
+    """With max_model_len "auto", over a link so slow that copies alone decide what the goal allows, on a loaded machine too.
+
+    The copies of the longest context take 2.6 s a step, those of 640 tokens 0.2 s. Copies fail on either rank: that costs a
+    recomputation and no token.
+    """
     goal = {"POLDER_TBT_GOAL": "2s", "POLDER_LINKS": "window=10MB/s"}
     faults = {"POLDER_FAULTS": "fail=0.001,seed=3"}
     settings = (
