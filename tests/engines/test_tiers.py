@@ -127,7 +127,9 @@ def test_a_killed_lender_is_a_miss_a_stopped_broker_holds_nobody_up_and_the_succ
     assert ask(a) == expected[0]
     killed = tokens_of(a.generate(CONVERSATIONS, events={4: lambda: os.kill(engines["b"].core_pid(), signal.SIGKILL)}))
     assert killed == expected[0]
+    started = time.monotonic()
     assert ask(a) == expected[0]
+    unhindered = time.monotonic() - started
     engines["b"].stop()
     engines["b"] = start_b(broker)
     wait_for(lambda: lends(engines["b"]), "the new b to lend", timeout_s=30.0)
@@ -144,7 +146,8 @@ def test_a_killed_lender_is_a_miss_a_stopped_broker_holds_nobody_up_and_the_succ
     finally:
         broker.process.send_signal(signal.SIGCONT)
     assert answers == expected[0] * 2
-    assert took < 30.0, "requests waited for a broker that is stopped"
+    # Twice as many requests. A wait for each block, which this is about, takes minutes.
+    assert took < 30.0 + 6 * unhindered, "requests waited for a broker that is stopped"
     stopped = figures(a)
     assert stopped["tier_peer_failed_blocks_total"] > before["tier_peer_failed_blocks_total"], "the test shows nothing"
 
