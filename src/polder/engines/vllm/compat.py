@@ -171,11 +171,6 @@ SEAMS: tuple[Seam, ...] = (
             *("valid_dummy_state_slots", "randomize_inputs", "kwargs"),
         ),
     ),
-    (
-        "vllm.v1.worker.gpu.block_table",
-        "BlockTables.append_block_ids",
-        ("self", "req_index", "new_block_ids", "overwrite"),
-    ),
     ("vllm.v1.executor.abstract", "Executor.__init__", ("self", "vllm_config")),
     ("vllm.v1.worker.gpu_worker", "Worker.update_max_model_len", ("self", "max_model_len")),
     # The ops that call `do_kv_cache_update` and `forward` of a layer's attention.
