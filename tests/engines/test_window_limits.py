@@ -71,6 +71,8 @@ def config(**changes: Any) -> Any:
         "model_config": SimpleNamespace(runner_type="generate"),
         "scheduler_config": SimpleNamespace(async_scheduling=True),
         "speculative_config": None,
+        "compilation_config": SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
+        "device_config": SimpleNamespace(device_type="cuda"),
         "use_v2_model_runner": True,
     }
     for path, value in changes.items():
@@ -95,6 +97,7 @@ def test_vllms_defaults_are_taken() -> None:
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
+        ({"compilation_config__cudagraph_mode": CUDAGraphMode.PIECEWISE}, "--enforce-eager"),
         ({"speculative_config": NGRAM}, "--speculative-config"),
         (
             {

@@ -51,7 +51,14 @@ def limit_graphs(vllm_config: Any) -> None:
 
 def check_window(vllm_config: Any, settings: EngineSettings) -> None:
     """Raises ConfigError for what a window does not work with; docs/window.md lists it."""
+    from vllm.config import CUDAGraphMode
+
     parallel, speculation = vllm_config.parallel_config, vllm_config.speculative_config
+    graphs = vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    if graphs and "cuda" in str(vllm_config.device_config.device_type):
+        raise ConfigError(
+            "a window with CUDA graphs has not been tested yet: add --enforce-eager, or remove POLDER_WINDOW"
+        )
     if settings.lend_bytes:
         raise ConfigError("an engine with a window borrows and does not lend: remove POLDER_LEND, or POLDER_WINDOW")
     if vllm_config.model_config.runner_type == "pooling":
