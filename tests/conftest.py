@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+# A time limit for each example says how loaded the machine is, and nothing of the code.
+settings.register_profile("polder", deadline=None)
+settings.load_profile("polder")
 
 if TYPE_CHECKING:
     from tests.memory.machines import FakeCuda

@@ -87,6 +87,7 @@ def test_requests_that_vllm_loads_in_another_way_are_left_to_it(special: dict[st
 
 def test_loads_within_a_step_are_refused_with_what_to_remove() -> None:
     transfer = SimpleNamespace(kv_load_failure_policy="fail", kv_connector_extra_config={"sync_load_budget_bytes": 1})
-    config: Any = SimpleNamespace(kv_transfer_config=transfer)
+    caching = SimpleNamespace(enable_prefix_caching=True)
+    config: Any = SimpleNamespace(kv_transfer_config=transfer, cache_config=caching)
     with pytest.raises(ConfigError, match="remove sync_load_budget_bytes from kv_connector_extra_config"):
-        agree_on_tiers(config, SimpleNamespace(tiers=("host",)), *[None] * 6)  # type: ignore[arg-type]
+        agree_on_tiers(config, SimpleNamespace(tiers=("host",)), *[None] * 5, lambda function: [])  # type: ignore[arg-type]
