@@ -229,6 +229,8 @@ CLAIMS = (
         given=("given: pages come with what is not a number",),
         broken=("pages come with what is not a number, and are not zeroed",),
     ),
+    # Its block pool is of no use afterwards.
+    Claim(scenario=moves_and_is_asked_again, given=(LEFT,), broken=("the requests' lists keep old blocks",)),
 )
 
 
