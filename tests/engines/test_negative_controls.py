@@ -211,8 +211,9 @@ CLAIMS = (
         given=("given: weights that sleep leave other bytes behind",),
         broken=("a layer's weights are not copied",),
     ),
-    Claim(scenario=longer_than_the_device, broken=("a window's layer is not awaited",)),
-    Claim(scenario=longer_than_the_device, broken=("a window's layer is not stored",)),
+    # test_window_defaults.py breaks the same two on the V2 runner, every time.
+    Claim(scenario=longer_than_the_device, broken=("a window's layer is not awaited",), when="all wanted"),
+    Claim(scenario=longer_than_the_device, broken=("a window's layer is not stored",), when="all wanted"),
     Claim(
         scenario=lent_and_taken_back,
         broken=("blocks that the lender took back are read", "checksums are not compared"),
