@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.engines.harness import Engine
 
-__all__ = ["allowing_functions", "await_no_layer", "broken", "store_nothing_back"]
+__all__ = ["allowing_functions", "broken", "store_nothing_back"]
 
 
 def allowing_functions() -> contextlib.AbstractContextManager[None]:
@@ -32,12 +32,6 @@ def broken(engine: Engine, breaking: Callable[[Any], None]) -> Iterator[None]:
         engine.llm.collective_rpc(mend)
 
 
-def await_no_layer(worker: Any) -> None:
-    """A window's layers are computed whether their blocks have come or not."""
-    stream = _window().stream
-    stream.before = lambda layer: None
-
-
 def store_nothing_back(worker: Any) -> None:
     """What a window's layers write stays where it will be overwritten."""
     from polder.stream.pipeline import Pieces
@@ -49,7 +43,6 @@ def store_nothing_back(worker: Any) -> None:
 def mend(worker: Any) -> None:
     """Undoes all of the above."""
     stream = _window().stream
-    vars(stream).pop("before", None)
     stream._stream._store = stream._save
 
 

@@ -211,7 +211,7 @@ CLAIMS = (
         given=("given: weights that sleep leave other bytes behind",),
         broken=("a layer's weights are not copied",),
     ),
-    # test_window_defaults.py breaks the same two on the V2 runner, every time.
+    # Whether tokens notice the first turns on how late its copies are. test_window_defaults.py has the second, on the V2 runner.
     Claim(scenario=longer_than_the_device, broken=("a window's layer is not awaited",), when="all wanted"),
     Claim(scenario=longer_than_the_device, broken=("a window's layer is not stored",), when="all wanted"),
     Claim(

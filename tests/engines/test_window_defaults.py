@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from polder.bench.models import ModelRecipe
-from tests.engines.breaking import allowing_functions, await_no_layer, broken, store_nothing_back
+from tests.engines.breaking import allowing_functions, broken, store_nothing_back
 from tests.engines.harness import Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -106,12 +106,9 @@ def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_tur
     assert tokens_of(found) == expected(turn, 16)
 
 
-@pytest.mark.parametrize("breaking", [await_no_layer, store_nothing_back])
-def test_tokens_differ_when_a_layer_is_not_awaited_or_nothing_is_stored_back(
-    windowed: Engine, expected: Answers, breaking: Callable[[Any], None]
-) -> None:
-    prompts = asked(1, 800, 70 if breaking is await_no_layer else 71)
-    with broken(windowed, breaking):
+def test_tokens_differ_when_nothing_is_stored_back(windowed: Engine, expected: Answers) -> None:
+    prompts = asked(1, 800, 71)
+    with broken(windowed, store_nothing_back):
         assert tokens_of(windowed.generate(prompts, 16)) != expected(prompts, 16)
     others = asked(1, 800, 72)
     assert tokens_of(windowed.generate(others, 16)) == expected(others, 16)
