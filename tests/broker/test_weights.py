@@ -26,7 +26,6 @@ from polder.broker.wire import (
     Rouse,
     SegmentsReturned,
     Sleep,
-    Stream,
     TakeSegments,
     Wake,
     Welcome,
@@ -333,51 +332,6 @@ def test_who_waits_for_weights_is_not_kept_waiting_by_one_that_is_to_sleep_and_h
         broker.demand("a", 12.0 + step / 10, busy_units=2)
         told += broker.told("a")
     assert any(isinstance(message, TakeSegments) and message.preempt for message in told), "its turn is over"
-
-
-def test_one_that_computes_in_graphs_cannot_stream() -> None:
-    broker = Broker(total=128)
-    broker.welcome("a", streams=False)
-    broker.demand("a", 10.0, busy_units=3)
-    answer = broker.say("operator", Stream(engine="a", segments=6))[0]
-    assert isinstance(answer, Refused)
-    assert "--enforce-eager" in answer.reason
-
-
-def test_an_operator_lets_an_engine_stream() -> None:
-    broker = Broker(total=128)
-    broker.welcome("a")
-    broker.demand("a", 10.0, busy_units=3)
-    assert isinstance(broker.say("operator", Stream(engine="a", segments=6))[0], Done)
-    take = only(broker.told("a"), TakeSegments)
-    assert isinstance(take, TakeSegments)
-    assert (take.segments, take.preempt) == (4, False)
-    broker.say("a", SegmentsReturned(lease=take.lease, segments=broker.segments("a")[:4]))
-    assert not broker.say("a", Wake(), 30.0), "its own word that steps are too short does not end it"
-    assert not broker.demand("a", 60.0, busy_units=3)
-    assert isinstance(broker.say("operator", Stream(engine="a", segments=9))[0], Done)
-    give = only(broker.told("a"), GiveSegments)
-    assert isinstance(give, GiveSegments)
-    assert len(give.segments) == 3
-    broker.say("a", Grown(lease=give.lease))
-    broker.say("operator", Rouse(engine="a"))
-    assert only(broker.told("a"), GiveSegments)
-
-
-@pytest.mark.parametrize("segments", [-1, 0, 11])
-def test_a_number_of_layers_that_makes_no_sense_is_refused(segments: int) -> None:
-    broker = Broker(total=128)
-    broker.welcome("a")
-    answer = broker.say("operator", Stream(engine="a", segments=segments))[0]
-    assert isinstance(answer, Refused)
-    assert "10 layers" in answer.reason
-
-
-def test_one_that_sleeps_cannot_stream() -> None:
-    broker = two_in_turns()
-    answer = broker.say("operator", Stream(engine="b", segments=5))[0]
-    assert isinstance(answer, Refused)
-    assert "wake it first" in answer.reason
 
 
 def test_a_request_ends_an_operators_sleep() -> None:

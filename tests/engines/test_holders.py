@@ -35,19 +35,10 @@ from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.holders import BlockHolders
 from polder.engines.vllm.tier_connector import TierScheduler
 from polder.errors import ConfigError, IntegrityError
+from tests.engines.test_window_lost import LLAMA as MODEL
 
 TOKENS, UNIT, UNITS = 16, 4, 10
 WINDOWED = 2
-MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_attention_heads": 1,
-    "num_hidden_layers": 4,
-    "vocab_size": 100,
-    "max_position_embeddings": 1024,
-}
 
 
 class Manager:
