@@ -23,7 +23,7 @@ from typing import Any
 
 from stage import ROOT, Skipped, Stage
 
-from polder.bench.models import MODEL_A, ensure_model  # isort: skip
+from polder.bench.workloads.models import MODEL_A, ensure_model  # isort: skip
 from polder.broker.client import request, status  # isort: skip
 from polder.broker.wire import EngineStatus, Resize  # isort: skip
 from polder.errors import BrokerUnavailable  # isort: skip

@@ -18,8 +18,8 @@ from polder.bench.context_plan import (
 )
 from polder.bench.context_predict import planned_tbt_ms, planned_ttft_ms
 from polder.bench.context_report import render_context_html
-from polder.bench.engine_plan import BLOCK_TOKENS, fleet_toml
-from polder.bench.result import Arms, BenchResult, ratios_over
+from polder.bench.harness.engines import BLOCK_TOKENS, fleet_toml
+from polder.bench.report.result import Arms, BenchResult, ratios_over
 from polder.planner.context_cost import Stream
 
 STREAM = Stream(link_bytes_per_s=LINK_BYTES_PER_S, window_layers=2)

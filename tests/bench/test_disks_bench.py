@@ -16,9 +16,7 @@ import pytest
 from rich.console import Console
 
 from polder.bench.disks import LEAST_GAIN, DisksBench
-from polder.bench.disks_arms import PARTS, Layouts, metrics_of, modelled, together
 from polder.bench.disks_checks import disks_checks
-from polder.bench.disks_live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
 from polder.bench.disks_plan import (
     ARMS,
     CO_ACTIVATED,
@@ -32,10 +30,12 @@ from polder.bench.disks_plan import (
     engine_of,
     wall_engine_of,
 )
-from polder.bench.disks_sets import DESCRIPTIONS, AccessSet, access_sets, turn_reads
-from polder.bench.disks_wall import LATENCY_S, WallStep, wall_metrics, wall_steps
-from polder.bench.metrics import Metrics
-from polder.bench.result import Arms, BenchResult, ratios_over, read_result
+from polder.bench.report.metrics import Metrics
+from polder.bench.report.result import Arms, BenchResult, ratios_over, read_result
+from polder.bench.stages.access_sets import DESCRIPTIONS, AccessSet, access_sets, turn_reads
+from polder.bench.stages.layouts import PARTS, Layouts, metrics_of, modelled, together
+from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
+from polder.bench.stages.wall import LATENCY_S, WallStep, wall_metrics, wall_steps
 from polder.sim.traces import Trace
 from polder.swarm import arms as swarm
 from polder.swarm.arms import Layout

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from polder.bench.completions import encode_body
-from polder.bench.driver import ClosedLoop, Endpoint, OpenLoop, Played, Tally, Turn, Workload, play
+from polder.bench.harness.completions import encode_body
+from polder.bench.harness.driver import ClosedLoop, Endpoint, OpenLoop, Played, Tally, Turn, Workload, play
 from tests.bench.fake_server import FakeEngine, serving
 
 SLACK_S = 0.15

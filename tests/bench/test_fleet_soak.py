@@ -10,8 +10,8 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
-from polder.bench.fleet_soak import fleet_text
-from polder.bench.fleet_traffic import MODELS, PROMPTS, FleetReport, Traffic, busy_parts
+from polder.bench.soak.fleet import fleet_text
+from polder.bench.soak.traffic import MODELS, PROMPTS, FleetReport, Traffic, busy_parts
 from tests.serve.fakes import canned_status, engine_status
 
 RIGHT = [1, 2, 3]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from polder.bench.machine import CpuTime, cpu_time
+from polder.bench.harness.machine import CpuTime, cpu_time
 
 BURN = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ntime.sleep(60)"
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from polder.bench.driver import RequestRecord
-from polder.bench.metrics import (
+from polder.bench.harness.driver import RequestRecord
+from polder.bench.report.metrics import (
     RunRecords,
     bootstrap_interval,
     busy_seconds,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from polder.bench.models import ModelRecipe, ensure_model
+from polder.bench.workloads.models import ModelRecipe, ensure_model
 
 pytest.importorskip("transformers")
 pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polder.bench.native_copy import BlockCopier, BlockIds, Blocks
+from polder.bench.native.copy import BlockCopier, BlockIds, Blocks
 
 BLOCK_BYTES = 64
 
@@ -100,7 +100,7 @@ def test_vllms_worker_interface_reaches_the_copier() -> None:
     base = pytest.importorskip("vllm.v1.kv_offload.base")
     from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 
-    from polder.bench.native_offload import CopyingWorker, device_blocks
+    from polder.bench.native.offload import CopyingWorker, device_blocks
 
     tensors = [torch.arange(6 * 32, dtype=torch.int8).reshape(6, 32) + layer for layer in range(2)]
     caches = base.CanonicalKVCaches(
@@ -131,7 +131,7 @@ def test_vllms_worker_interface_reaches_the_copier() -> None:
 def test_caches_that_the_worker_does_not_know_are_refused() -> None:
     torch = pytest.importorskip("torch")
     base = pytest.importorskip("vllm.v1.kv_offload.base")
-    from polder.bench.native_offload import device_blocks
+    from polder.bench.native.offload import device_blocks
 
     caches = base.CanonicalKVCaches(
         tensors=[base.CanonicalKVCacheTensor(tensor=torch.zeros((4, 32), dtype=torch.int8), page_size_bytes=32)],

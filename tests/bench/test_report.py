@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from polder.bench.checks import Check
-from polder.bench.driver import RequestRecord
-from polder.bench.progress import reporter_for
-from polder.bench.report import print_report, render_html
-from polder.bench.result import BenchResult, ratios_over
-from polder.bench.runs import Run, arm_metrics
-from polder.bench.timeline import MemorySample, Timeline
+from polder.bench.elastic_report import print_report, render_html
+from polder.bench.harness.driver import RequestRecord
+from polder.bench.harness.progress import reporter_for
+from polder.bench.harness.runs import Run, arm_metrics
+from polder.bench.harness.timeline import MemorySample, Timeline
+from polder.bench.report.result import BenchResult, ratios_over
 
 
 def canned_run(arm: str, speed: float) -> Run:

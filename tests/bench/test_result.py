@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from polder.bench.result import Arms, BenchResult, ratios_over, read_result, without_nan, write_result
+from polder.bench.report.result import Arms, BenchResult, ratios_over, read_result, without_nan, write_result
 
 ARMS: Arms = {
     "stock": {"A": {"ttft_p99_ms": 400.0, "hit_ratio": 0.5, "failed_requests": 0.0, "hit_ratio_by_tier": {"own": 0.5}}},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from polder.bench.scrape import cache_samples, gained, summed
+from polder.bench.harness.scrape import cache_samples, gained, summed
 
 TEXT = """\
 # TYPE vllm:external_prefix_cache_hits_total counter

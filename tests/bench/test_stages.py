@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from polder.bench.checks import elastic_checks
-from polder.bench.driver import RequestRecord
-from polder.bench.engine_plan import EnginePlan, fleet_toml
-from polder.bench.equality import OUTPUT_TOKENS, compare, questions
-from polder.bench.metrics import RunRecords
-from polder.bench.models import MODEL_A, MODEL_B
+from polder.bench.harness.driver import RequestRecord
+from polder.bench.harness.engines import EnginePlan, fleet_toml
+from polder.bench.harness.timeline import new_givebacks
 from polder.bench.plan import BUDGET_BYTES, QUICK
-from polder.bench.resize import Resized, resize_metrics
-from polder.bench.result import Arms, ratios_over
-from polder.bench.tax import TaxRun, tax_intervals, tax_metrics
-from polder.bench.timeline import new_givebacks
-from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts, one_by_one
+from polder.bench.report.metrics import RunRecords
+from polder.bench.report.result import Arms, ratios_over
+from polder.bench.stages.equality import OUTPUT_TOKENS, compare, questions
+from polder.bench.stages.resize import Resized, resize_metrics
+from polder.bench.stages.tax import TaxRun, tax_intervals, tax_metrics
+from polder.bench.workloads.agents import agents, agents_ideal_hit_ratio, bursts, one_by_one
+from polder.bench.workloads.models import MODEL_A, MODEL_B
 from polder.serve.fleet import load_fleet
 
 

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import typer
 
-from polder.bench.driver import OpenLoop, measured_turns
-from polder.bench.engine_plan import EnginePlan, fleet_toml
-from polder.bench.equality import OUTPUT_TOKENS
+from polder.bench.harness.driver import OpenLoop, measured_turns
+from polder.bench.harness.engines import EnginePlan, fleet_toml
+from polder.bench.stages.equality import OUTPUT_TOKENS
 from polder.bench.tenants_equality import EQUALITY_MAX_MODEL_LEN, ROUNDS, questions_of
-from polder.bench.tenants_models import TENANTS, VOCAB, layer_bytes, weights_bytes
 from polder.bench.tenants_plan import (
     BUDGET_BYTES,
     EQUALITY_ENGINES,
@@ -25,8 +24,9 @@ from polder.bench.tenants_plan import (
     QUICK_TENANTS,
     engines_of,
 )
-from polder.bench.tenants_workload import MAX_MODEL_LEN, TURNS, conversations_begun, spatial, temporal, warm_up
-from polder.bench.traces import load_tenants
+from polder.bench.workloads.tenants import MAX_MODEL_LEN, TURNS, conversations_begun, spatial, temporal, warm_up
+from polder.bench.workloads.tenants_models import TENANTS, VOCAB, layer_bytes, weights_bytes
+from polder.bench.workloads.traces import load_tenants
 from polder.broker.wire import Resize, Sleep
 from polder.cli.main import app
 from polder.memory.page import PAGE_BYTES

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from polder.bench import tenants, tenants_comeback, tenants_equality, tenants_streaming
-from polder.bench.arm_pool import ArmPool
-from polder.bench.arms import Arm
-from polder.bench.completions import encode_body
-from polder.bench.driver import ClosedLoop, OpenLoop, Turn
-from polder.bench.engine_plan import EnginePlan
-from polder.bench.result import read_result
-from polder.bench.tenants_models import TENANTS
+from polder.bench import tenants, tenants_equality
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.completions import encode_body
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn
+from polder.bench.harness.engines import EnginePlan
+from polder.bench.harness.pool import ArmPool
+from polder.bench.report.result import read_result
+from polder.bench.stages import comeback as tenants_comeback
+from polder.bench.stages import streaming as tenants_streaming
 from polder.bench.tenants_plan import ARMS, FULL_TENANTS, QUICK_TENANTS
+from polder.bench.workloads.tenants_models import TENANTS
 from tests.bench.fake_server import FakeEngine, serving
 from tests.bench.test_tenants import base
 from tests.bench.test_turns_runs import FakeArm

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from polder.bench.result import Arms, BenchResult, ratios_over
+from polder.bench.report.result import Arms, BenchResult, ratios_over
 from polder.bench.tenants_checks import exhausted_loads, tenants_checks
 from polder.bench.tenants_conditions import describe_tenants
 from polder.bench.tenants_plan import ARMS, QUICK_TENANTS

@@ -13,17 +13,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from polder.bench import tenants_comeback, tenants_equality, tenants_streaming, tenants_weights
-from polder.bench.driver import RequestRecord
-from polder.bench.engine_plan import EnginePlan
-from polder.bench.progress import reporter_for
-from polder.bench.runs import Run
+from polder.bench import tenants_equality
+from polder.bench.harness import weights as tenants_weights
+from polder.bench.harness.driver import RequestRecord
+from polder.bench.harness.engines import EnginePlan
+from polder.bench.harness.progress import reporter_for
+from polder.bench.harness.runs import Run
+from polder.bench.harness.timeline import Timeline
+from polder.bench.harness.weights import COUNTERS, moved, put_to_sleep, rouse, weight_counts
+from polder.bench.stages import comeback as tenants_comeback
+from polder.bench.stages import streaming as tenants_streaming
+from polder.bench.stages.streaming import formula_ms, measure_streaming
 from polder.bench.tenants_equality import Act, Round, answer, compare_answers
 from polder.bench.tenants_metrics import TenantsRun, exhausted_seconds, ratio_intervals, tenants_metrics
-from polder.bench.tenants_models import TENANTS
-from polder.bench.tenants_streaming import formula_ms, measure_streaming
-from polder.bench.tenants_weights import COUNTERS, moved, put_to_sleep, rouse, weight_counts
-from polder.bench.timeline import Timeline
+from polder.bench.workloads.tenants_models import TENANTS
 from polder.broker import client
 from polder.broker.wire import Done, Resize, Rouse, Sleep
 from polder.errors import EnvironmentFault

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from polder.bench.models import RESERVED_IDS
-from polder.bench.traces import (
+from polder.bench.workloads.models import RESERVED_IDS
+from polder.bench.workloads.traces import (
     VOCAB,
     agent_prompt,
     burst_prompt,

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from polder.bench.driver import measured_turns
-from polder.bench.engine_plan import EnginePlan, fleet_toml
-from polder.bench.models import MODEL_A, MODEL_B
-from polder.bench.result import Arms, BenchResult, ratios_over
+from polder.bench.harness.driver import measured_turns
+from polder.bench.harness.engines import EnginePlan, fleet_toml
+from polder.bench.report.result import Arms, BenchResult, ratios_over
 from polder.bench.turns_checks import turns_checks
 from polder.bench.turns_conditions import describe_links, describe_turns
 from polder.bench.turns_equality import rounds_of_questions
@@ -31,7 +30,8 @@ from polder.bench.turns_plan import (
 )
 from polder.bench.turns_report import render_turns_html
 from polder.bench.turns_setup import BATCHED_TOKENS
-from polder.bench.workload import agents, chats, unique_prompts, unmeasured
+from polder.bench.workloads.agents import agents, chats, unique_prompts, unmeasured
+from polder.bench.workloads.models import MODEL_A, MODEL_B
 from polder.errors import ConfigError
 from polder.testing.links import parse_links
 

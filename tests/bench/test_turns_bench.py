@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from polder.bench import tax, turns, turns_equality, turns_restart
-from polder.bench.arm_pool import ArmPool
-from polder.bench.arms import Arm
-from polder.bench.completions import encode_body
-from polder.bench.driver import ClosedLoop, OpenLoop, Turn
-from polder.bench.engine_plan import EnginePlan
-from polder.bench.models import MODEL_A, MODEL_B
-from polder.bench.result import read_result
+from polder.bench import turns, turns_equality
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.completions import encode_body
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn
+from polder.bench.harness.engines import EnginePlan
+from polder.bench.harness.pool import ArmPool
+from polder.bench.report.result import read_result
+from polder.bench.stages import restart as turns_restart
+from polder.bench.stages import tax
 from polder.bench.turns_plan import ARMS, FULL_TURNS, RESTART_ARMS
 from polder.bench.turns_setup import ArmSetup
+from polder.bench.workloads.models import MODEL_A, MODEL_B
 from tests.bench.fake_server import FakeEngine, serving
 from tests.bench.test_turns_runs import FakeArm
 

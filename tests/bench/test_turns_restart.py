@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from polder.bench import turns_restart
-from polder.bench.arms import Arm
-from polder.bench.engine_plan import BLOCK_TOKENS, EnginePlan
-from polder.bench.models import MODEL_A
-from polder.bench.progress import reporter_for
-from polder.bench.turns_plan import RESTART_ARMS
-from polder.bench.turns_restart import (
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan
+from polder.bench.harness.progress import reporter_for
+from polder.bench.stages import restart as turns_restart
+from polder.bench.stages.restart import (
     RestartPlan,
     describe_restart,
     offload_file,
     restart_engine,
     run_restart,
 )
+from polder.bench.turns_plan import RESTART_ARMS
+from polder.bench.workloads.models import MODEL_A
 from polder.engines.vllm.tier_disk import staged_pages
 from polder.errors import EnvironmentFault
 from tests.bench.fake_server import FakeEngine, serving

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from polder.bench.arm_pool import ArmPool
-from polder.bench.arms import Arm
-from polder.bench.completions import encode_body
-from polder.bench.driver import ClosedLoop, Endpoint, OpenLoop, Turn
-from polder.bench.progress import reporter_for
-from polder.bench.runs import run_once
-from polder.bench.scrape import Sample
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.completions import encode_body
+from polder.bench.harness.driver import ClosedLoop, Endpoint, OpenLoop, Turn
+from polder.bench.harness.pool import ArmPool
+from polder.bench.harness.progress import reporter_for
+from polder.bench.harness.runs import run_once
+from polder.bench.harness.scrape import Sample
 from polder.bench.turns_equality import TIER_HITS, answer, compare_answers
 from polder.bench.turns_metrics import ratio_intervals, turns_metrics
 from tests.bench.fake_server import FakeEngine, serving

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from tests.engines.harness import Engine, tokens_of
 
 Stock = Callable[[ModelRecipe, list[list[int]], int | list[int]], list[list[int]]]

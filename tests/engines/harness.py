@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import psutil
 
-from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
+from polder.bench.workloads.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
 from polder.broker import wire
 from polder.broker.client import request, status
 from polder.engines.vllm import plugin

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from tempfile import mkdtemp
 
-from polder.bench.models import ModelRecipe, ensure_model
+from polder.bench.workloads.models import ModelRecipe, ensure_model
 
 CONFIG = {
     "quant_method": "compressed-tensors",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import gpulike
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from tests.engines.harness import Engine, prompts, tokens_of
 
 VOCABULARY = 2000

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Sleep
 from tests.engines.answers import assert_varied

@@ -17,7 +17,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from polder.bench.models import ensure_model
+from polder.bench.workloads.models import ensure_model
 from polder.engines.vllm import pacing
 from polder.engines.vllm.pacing import LEAST_TOKENS, Pacing
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from polder.bench.models import ensure_model
+from polder.bench.workloads.models import ensure_model
 from tests.engines.conftest import Stock
 from tests.engines.harness import A32, ENVIRONMENT, MODELS, ORDINARY, Broker, Engine, prompts, tokens_of
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from polder.bench.models import ensure_model
+from polder.bench.workloads.models import ensure_model
 from polder.engines.vllm.tier_worker import caches_prefixes
 from polder.engines.vllm.tiers import check_caching
 from polder.errors import ConfigError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from tests.engines.harness import PAGE, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

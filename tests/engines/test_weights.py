@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Rouse, Sleep
 from tests.engines.conftest import Stock

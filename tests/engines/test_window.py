@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from tests.engines.harness import BLOCK_TOKENS, Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]

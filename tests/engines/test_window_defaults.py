@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from tests.engines.breaking import allowing_functions, broken, store_nothing_back
 from tests.engines.harness import Engine, prompts, tokens_of, wait_for
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from polder.bench.equality import MOVES
-from polder.bench.metrics import Metric
-from polder.bench.result import Arms
+from polder.bench.report.metrics import Metric
+from polder.bench.report.result import Arms
+from polder.bench.stages.equality import MOVES
 
 __all__ = ["Check", "elastic_checks"]
 

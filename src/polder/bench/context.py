@@ -18,10 +18,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from polder.bench.arm_pool import ArmPool
-from polder.bench.arms import Arm, PolderArm, StockArm
 from polder.bench.checks import Check
-from polder.bench.completions import encode_body
 from polder.bench.context_checks import context_checks
 from polder.bench.context_plan import (
     ENGINE,
@@ -32,13 +29,16 @@ from polder.bench.context_plan import (
     window_layers_of,
 )
 from polder.bench.context_predict import planned_tbt_ms, planned_ttft_ms
-from polder.bench.driver import ClosedLoop, Turn, play
-from polder.bench.engine_plan import BLOCK_TOKENS
-from polder.bench.machine import check_engine, describe_machine, describe_versions
-from polder.bench.metrics import Metrics, percentile, tbts_ms, ttfts_ms
-from polder.bench.progress import Reporter, reporter_for
-from polder.bench.result import Arms, BenchResult, ratios_over, write_result
-from polder.bench.tenants_workload import prompt_of
+from polder.bench.harness.arms import Arm, PolderArm, StockArm
+from polder.bench.harness.completions import encode_body
+from polder.bench.harness.driver import ClosedLoop, Turn, play
+from polder.bench.harness.engines import BLOCK_TOKENS
+from polder.bench.harness.machine import check_engine, describe_machine, describe_versions
+from polder.bench.harness.pool import ArmPool
+from polder.bench.harness.progress import Reporter, reporter_for
+from polder.bench.report.metrics import Metrics, percentile, tbts_ms, ttfts_ms
+from polder.bench.report.result import Arms, BenchResult, ratios_over, write_result
+from polder.bench.workloads.tenants import prompt_of
 from polder.broker.client import status
 from polder.errors import EnvironmentFault
 from polder.planner.context_cost import Stream

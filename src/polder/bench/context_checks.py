@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from polder.bench.checks import Check
 from polder.bench.context_plan import ContextPlan, window_layers_of
-from polder.bench.metrics import Metric
-from polder.bench.result import Arms
+from polder.bench.report.metrics import Metric
+from polder.bench.report.result import Arms
 
 __all__ = ["context_checks"]
 

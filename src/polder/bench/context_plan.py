@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from polder.bench.engine_plan import BLOCK_TOKENS, EnginePlan
-from polder.bench.machine import two_cores
-from polder.bench.models import ModelRecipe, ensure_model
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan
+from polder.bench.harness.machine import two_cores
+from polder.bench.workloads.models import ModelRecipe, ensure_model
 from polder.window.regions import WindowShape
 
 __all__ = [

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from polder.bench.context_plan import OUTPUT_TOKENS, ContextPlan
-from polder.bench.engine_plan import BLOCK_TOKENS
+from polder.bench.harness.engines import BLOCK_TOKENS
 from polder.planner.context_cost import Stream, even_step_seconds
 
 __all__ = ["planned_tbt_ms", "planned_ttft_ms"]

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from polder.bench.checks import Check
-from polder.bench.plots import STYLE, svg
-from polder.bench.result import BenchResult
-from polder.bench.tables import Table, cell, html_checks, html_table, print_checks, print_tables
+from polder.bench.report.plots import STYLE, svg
+from polder.bench.report.result import BenchResult
+from polder.bench.report.tables import Table, cell, html_checks, html_table, print_checks, print_tables
 
 __all__ = ["print_context", "render_context_html", "write_context_html"]
 

@@ -19,15 +19,15 @@ import numpy as np
 from rich.console import Console
 
 from polder.bench.checks import Check
-from polder.bench.disks_arms import PARTS, Layouts, metrics_of, modelled, together
 from polder.bench.disks_checks import disks_checks
-from polder.bench.disks_live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
 from polder.bench.disks_plan import CO_ACTIVATED, DISKS, PAGE_BYTES, DisksPlan, disks_of, engine_of, wall_engine_of
-from polder.bench.disks_sets import DESCRIPTIONS, access_sets
-from polder.bench.disks_wall import LATENCY_S, wall_metrics, wall_steps
-from polder.bench.machine import describe_machine, describe_versions, load_average
-from polder.bench.progress import Reporter, reporter_for
-from polder.bench.result import Arms, BenchResult, ratios_over, write_result
+from polder.bench.harness.machine import describe_machine, describe_versions, load_average
+from polder.bench.harness.progress import Reporter, reporter_for
+from polder.bench.report.result import Arms, BenchResult, ratios_over, write_result
+from polder.bench.stages.access_sets import DESCRIPTIONS, access_sets
+from polder.bench.stages.layouts import PARTS, Layouts, metrics_of, modelled, together
+from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
+from polder.bench.stages.wall import LATENCY_S, wall_metrics, wall_steps
 from polder.swarm.cost import PM9A3
 from polder.swarm.modelled import Modelled
 from polder.testing.disks import Clock, RealClock

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from polder.bench.checks import Check
-from polder.bench.disks_live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS
 from polder.bench.disks_plan import CO_ACTIVATED, DISKS, SETS, engine_of
-from polder.bench.metrics import Metric
-from polder.bench.result import Arms
+from polder.bench.report.metrics import Metric
+from polder.bench.report.result import Arms
+from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS
 
 __all__ = ["disks_checks"]
 

@@ -12,12 +12,12 @@ import msgspec
 from rich.console import Console
 
 from polder.bench.checks import Check
-from polder.bench.disks_arms import PARTS
-from polder.bench.disks_live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS
 from polder.bench.disks_plan import ARMS, CO_ACTIVATED, DISKS, SETS, engine_of, wall_engine_of
-from polder.bench.metrics import Metric
-from polder.bench.result import BenchResult
-from polder.bench.tables import Table, html_checks, html_table, print_checks, print_tables
+from polder.bench.report.metrics import Metric
+from polder.bench.report.result import BenchResult
+from polder.bench.report.tables import Table, html_checks, html_table, print_checks, print_tables
+from polder.bench.stages.layouts import PARTS
+from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS
 
 __all__ = ["print_disks", "render_disks_html", "write_disks_html"]
 
@@ -163,7 +163,7 @@ def _plot(result: BenchResult) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from polder.bench.plots import STYLE, svg
+    from polder.bench.report.plots import STYLE, svg
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")

@@ -19,22 +19,22 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from polder.bench.arms import Arm, PolderArm, StockArm
 from polder.bench.checks import Check, elastic_checks
 from polder.bench.conditions import describe_bench, describe_runs
-from polder.bench.driver import play
-from polder.bench.engine_plan import BLOCK_TOKENS, EnginePlan
-from polder.bench.equality import compare, disturbed, questions, undisturbed
-from polder.bench.machine import check_engine, describe_machine, describe_versions, two_cores
-from polder.bench.metrics import RunRecords, quantile_ratio_interval, ttfts_ms
-from polder.bench.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
+from polder.bench.harness.arms import Arm, PolderArm, StockArm
+from polder.bench.harness.driver import play
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan
+from polder.bench.harness.machine import check_engine, describe_machine, describe_versions, two_cores
+from polder.bench.harness.progress import Reporter, reporter_for
+from polder.bench.harness.runs import Run, arm_metrics, run_once
 from polder.bench.plan import BUDGET_BYTES, USERS, BenchPlan
-from polder.bench.progress import Reporter, reporter_for
-from polder.bench.resize import resize_under_load
-from polder.bench.result import Arms, BenchResult, ratios_over, write_result
-from polder.bench.runs import Run, arm_metrics, run_once
-from polder.bench.tax import tax_intervals, tax_metrics, tax_pairs
-from polder.bench.workload import agents, agents_ideal_hit_ratio, bursts, one_by_one, warm_up
+from polder.bench.report.metrics import RunRecords, quantile_ratio_interval, ttfts_ms
+from polder.bench.report.result import Arms, BenchResult, ratios_over, write_result
+from polder.bench.stages.equality import compare, disturbed, questions, undisturbed
+from polder.bench.stages.resize import resize_under_load
+from polder.bench.stages.tax import tax_intervals, tax_metrics, tax_pairs
+from polder.bench.workloads.agents import agents, agents_ideal_hit_ratio, bursts, one_by_one, warm_up
+from polder.bench.workloads.models import MODEL_A, MODEL_B, ModelRecipe, ensure_model
 
 __all__ = ["ElasticBench"]
 
@@ -68,7 +68,7 @@ class ElasticBench:
 
     def run(self, json_file: Path, html_file: Path | None = None) -> BenchResult:
         """Runs all stages, writes the files, prints the table. Raises PolderError when an engine fails."""
-        from polder.bench.report import print_report, write_html
+        from polder.bench.elastic_report import print_report, write_html
 
         check_engine()
         for path in filter(None, (json_file, html_file)):

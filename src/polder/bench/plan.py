@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from polder.bench.models import MODEL_A
+from polder.bench.workloads.models import MODEL_A
 
 __all__ = ["BUDGET_BYTES", "BUDGET_WHY", "DEMO", "FULL", "QUICK", "USERS", "BenchPlan", "Stage"]
 

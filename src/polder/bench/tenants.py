@@ -19,24 +19,26 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from polder.bench import tenants_comeback, tenants_equality, tenants_streaming
-from polder.bench.arm_pool import ArmPool
-from polder.bench.arms import Arm
+from polder.bench import tenants_equality
 from polder.bench.checks import Check
-from polder.bench.driver import Workload
-from polder.bench.engine_plan import BLOCK_TOKENS, EnginePlan
-from polder.bench.machine import check_engine, describe_machine, describe_versions
-from polder.bench.progress import Reporter, reporter_for
-from polder.bench.result import Arms, BenchResult, ratios_over, without_nan, write_result
-from polder.bench.runs import run_loads
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.driver import Workload
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan
+from polder.bench.harness.machine import check_engine, describe_machine, describe_versions
+from polder.bench.harness.pool import ArmPool
+from polder.bench.harness.progress import Reporter, reporter_for
+from polder.bench.harness.runs import run_loads
+from polder.bench.harness.weights import moved, weight_counts
+from polder.bench.report.result import Arms, BenchResult, ratios_over, without_nan, write_result
+from polder.bench.stages import comeback as tenants_comeback
+from polder.bench.stages import streaming as tenants_streaming
 from polder.bench.tenants_checks import exhausted_loads, tenants_checks
 from polder.bench.tenants_conditions import describe_tenants, describe_tenants_runs
 from polder.bench.tenants_metrics import TenantsRun, ratio_intervals, tenants_metrics
-from polder.bench.tenants_models import TENANTS
 from polder.bench.tenants_plan import ARMS, ARMS_UP, COMEBACK_ENGINE, COMEBACK_PROMPT, EQUALITY_ENGINES, TenantsPlan
 from polder.bench.tenants_setup import arm_pool, tenants_engines, warm
-from polder.bench.tenants_weights import moved, weight_counts
-from polder.bench.tenants_workload import MAX_MODEL_LEN, spatial, temporal
+from polder.bench.workloads.tenants import MAX_MODEL_LEN, spatial, temporal
+from polder.bench.workloads.tenants_models import TENANTS
 
 __all__ = ["TenantsBench"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from polder.bench.checks import Check
-from polder.bench.metrics import Metric
-from polder.bench.result import Arms
+from polder.bench.report.metrics import Metric
+from polder.bench.report.result import Arms
 from polder.bench.tenants_metrics import EXHAUSTED_PART
 from polder.bench.tenants_plan import ARMS, COMEBACK_ENGINE, COMEBACK_PROMPT
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from polder.bench.engine_plan import BLOCK_TOKENS, ENGINE_ENV, EnginePlan
-from polder.bench.tenants_comeback import OUTPUT_TOKENS
+from polder.bench.harness.engines import BLOCK_TOKENS, ENGINE_ENV, EnginePlan
+from polder.bench.stages.comeback import OUTPUT_TOKENS
 from polder.bench.tenants_metrics import TenantsRun
-from polder.bench.tenants_models import layer_bytes, weights_bytes
 from polder.bench.tenants_plan import (
     BUDGET_BYTES,
     COMEBACK_ENGINE,
@@ -21,7 +20,8 @@ from polder.bench.tenants_plan import (
     WEIGHTS_LINK_BYTES_PER_S,
     TenantsPlan,
 )
-from polder.bench.tenants_workload import SPATIAL_ENGINES, TURNS
+from polder.bench.workloads.tenants import SPATIAL_ENGINES, TURNS
+from polder.bench.workloads.tenants_models import layer_bytes, weights_bytes
 
 __all__ = ["describe_tenants", "describe_tenants_runs"]
 

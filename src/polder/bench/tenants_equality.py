@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polder.bench.arms import Arm
-from polder.bench.driver import ClosedLoop, Tally, play
-from polder.bench.equality import OUTPUT_TOKENS, Answers, Questions, compare, question_turn, questions
-from polder.bench.metrics import Metrics
-from polder.bench.models import RESERVED_IDS
-from polder.bench.tenants_models import VOCAB
-from polder.bench.tenants_weights import COUNTERS, moved, weight_counts
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.driver import ClosedLoop, Tally, play
+from polder.bench.harness.weights import COUNTERS, moved, weight_counts
+from polder.bench.report.metrics import Metrics
+from polder.bench.stages.equality import OUTPUT_TOKENS, Answers, Questions, compare, question_turn, questions
+from polder.bench.workloads.models import RESERVED_IDS
+from polder.bench.workloads.tenants_models import VOCAB
 from polder.broker import client
 from polder.broker.wire import Resize, Sleep
 

@@ -7,8 +7,10 @@ from itertools import pairwise
 
 import msgspec
 
-from polder.bench.driver import RequestRecord
-from polder.bench.metrics import (
+from polder.bench.harness.driver import RequestRecord
+from polder.bench.harness.runs import Run
+from polder.bench.harness.weights import COUNTERS, WeightCounts
+from polder.bench.report.metrics import (
     Metrics,
     RunRecords,
     engine_metrics,
@@ -18,9 +20,7 @@ from polder.bench.metrics import (
     tbts_ms,
     ttfts_ms,
 )
-from polder.bench.result import without_nan
-from polder.bench.runs import Run
-from polder.bench.tenants_weights import COUNTERS, WeightCounts
+from polder.bench.report.result import without_nan
 
 __all__ = ["EXHAUSTED_PART", "TenantsRun", "exhausted_seconds", "ratio_intervals", "tenants_metrics"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from polder.bench.engine_plan import EnginePlan
-from polder.bench.tenants_models import TENANTS, weights_bytes
+from polder.bench.harness.engines import EnginePlan
+from polder.bench.workloads.tenants_models import TENANTS, weights_bytes
 
 __all__ = [
     "ARMS",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
-from polder.bench.plots import STYLE, svg
-from polder.bench.result import Arms
+from polder.bench.report.plots import STYLE, svg
+from polder.bench.report.result import Arms
 from polder.bench.tenants_plan import ARMS
 
 __all__ = ["sweep"]

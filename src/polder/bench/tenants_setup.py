@@ -7,15 +7,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from polder.bench.arm_pool import ArmPool
-from polder.bench.arms import Arm, PolderArm, StockArm
-from polder.bench.driver import play
-from polder.bench.engine_plan import EnginePlan
-from polder.bench.machine import two_cores
-from polder.bench.models import ModelRecipe, ensure_model
-from polder.bench.tenants_models import weights_bytes
+from polder.bench.harness.arms import Arm, PolderArm, StockArm
+from polder.bench.harness.driver import play
+from polder.bench.harness.engines import EnginePlan
+from polder.bench.harness.machine import two_cores
+from polder.bench.harness.pool import ArmPool
 from polder.bench.tenants_plan import KV_SHARE_BYTES, engines_of
-from polder.bench.tenants_workload import warm_up
+from polder.bench.workloads.models import ModelRecipe, ensure_model
+from polder.bench.workloads.tenants import warm_up
+from polder.bench.workloads.tenants_models import weights_bytes
 
 __all__ = ["arm_pool", "tenants_engines", "warm"]
 

@@ -19,30 +19,29 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from polder.bench.arm_pool import ArmPool
 from polder.bench.checks import Check
-from polder.bench.driver import Workload
-from polder.bench.engine_plan import BLOCK_TOKENS, EnginePlan
-from polder.bench.machine import check_engine, describe_machine, describe_versions
-from polder.bench.models import MODEL_A, MODEL_B
-from polder.bench.progress import Reporter, reporter_for
-from polder.bench.result import Arms, BenchResult, ratios_over, write_result
-from polder.bench.runs import Run, run_once
-from polder.bench.tax import tax_intervals, tax_metrics, tax_pairs
-from polder.bench.turns_checks import NOREUSE_AT_A_TIME, turns_checks
-from polder.bench.turns_conditions import describe_links, describe_turns, describe_turns_runs
-from polder.bench.turns_equality import EQUALITY_MAX_MODEL_LEN, Answered, answer, compare_answers, rounds_of_questions
-from polder.bench.turns_metrics import ratio_intervals, turns_metrics
-from polder.bench.turns_plan import EQUALITY_BYTES, LOAD_BYTES, USERS, TurnsPlan, compared
-from polder.bench.turns_restart import (
+from polder.bench.harness.driver import Workload
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan
+from polder.bench.harness.machine import check_engine, describe_machine, describe_versions
+from polder.bench.harness.pool import ArmPool
+from polder.bench.harness.progress import Reporter, reporter_for
+from polder.bench.harness.runs import Run, run_once
+from polder.bench.report.result import Arms, BenchResult, ratios_over, write_result
+from polder.bench.stages.restart import (
     RESTART_SUFFIXES,
     RestartPlan,
     describe_restart,
     restart_metrics,
     run_restart,
 )
+from polder.bench.stages.tax import tax_intervals, tax_metrics, tax_pairs
+from polder.bench.turns_checks import NOREUSE_AT_A_TIME, turns_checks
+from polder.bench.turns_conditions import describe_links, describe_turns, describe_turns_runs
+from polder.bench.turns_equality import EQUALITY_MAX_MODEL_LEN, Answered, answer, compare_answers, rounds_of_questions
+from polder.bench.turns_metrics import ratio_intervals, turns_metrics
+from polder.bench.turns_plan import EQUALITY_BYTES, LOAD_BYTES, USERS, TurnsPlan, compared
 from polder.bench.turns_setup import ArmSetup, arm_pool, turns_engines, warm
-from polder.bench.workload import (
+from polder.bench.workloads.agents import (
     agents,
     agents_ideal_hit_ratio,
     bursts,
@@ -51,6 +50,7 @@ from polder.bench.workload import (
     unique_prompts,
     unmeasured,
 )
+from polder.bench.workloads.models import MODEL_A, MODEL_B
 
 __all__ = ["TurnsBench"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from polder.bench.checks import Check
-from polder.bench.metrics import Metric
-from polder.bench.result import Arms
+from polder.bench.report.metrics import Metric
+from polder.bench.report.result import Arms
 
 __all__ = ["NOREUSE_AT_A_TIME", "turns_checks"]
 

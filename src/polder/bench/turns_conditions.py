@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from polder.bench.engine_plan import ENGINE_ENV, EnginePlan
-from polder.bench.metrics import RunRecords, percentile, ttfts_ms
-from polder.bench.models import MODEL_A, MODEL_B
-from polder.bench.runs import Run
+from polder.bench.harness.engines import ENGINE_ENV, EnginePlan
+from polder.bench.harness.runs import Run
+from polder.bench.report.metrics import RunRecords, percentile, ttfts_ms
 from polder.bench.turns_plan import EQUALITY_BYTES, LINKS_BYTES_PER_S, LOAD_BYTES, USERS, TurnsPlan
+from polder.bench.workloads.models import MODEL_A, MODEL_B
 
 __all__ = ["describe_links", "describe_turns", "describe_turns_runs"]
 

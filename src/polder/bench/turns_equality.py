@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from polder.bench.arms import Arm
-from polder.bench.driver import ClosedLoop, play
-from polder.bench.equality import Answers, Questions, compare, question_turn, questions
-from polder.bench.metrics import Metrics
-from polder.bench.scrape import gained
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.driver import ClosedLoop, play
+from polder.bench.harness.scrape import gained
+from polder.bench.report.metrics import Metrics
+from polder.bench.stages.equality import Answers, Questions, compare, question_turn, questions
 
 __all__ = ["EQUALITY_MAX_MODEL_LEN", "Answered", "answer", "compare_answers", "rounds_of_questions"]
 

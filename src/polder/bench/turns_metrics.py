@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from polder.bench.driver import RequestRecord
-from polder.bench.metrics import (
+from polder.bench.harness.driver import RequestRecord
+from polder.bench.harness.runs import Run, arm_metrics
+from polder.bench.harness.scrape import summed
+from polder.bench.report.metrics import (
     Floats,
     Metrics,
     RunRecords,
@@ -15,8 +17,6 @@ from polder.bench.metrics import (
     tbts_ms,
     ttfts_ms,
 )
-from polder.bench.runs import Run, arm_metrics
-from polder.bench.scrape import summed
 from polder.bench.turns_equality import TIER_HITS
 
 __all__ = ["ratio_intervals", "turns_metrics"]

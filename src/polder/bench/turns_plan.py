@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from polder.bench.engine_plan import EnginePlan, TierPlan
+from polder.bench.harness.engines import EnginePlan, TierPlan
 from polder.errors import ConfigError
 
 __all__ = [
@@ -210,7 +210,7 @@ def _lacking(stage: str, arms: Sequence[str]) -> str:
 def _native_config(sizes: TurnsBytes, links: Links) -> str:
     extra: dict[str, object] = {
         "spec_name": "NativeOffloadingSpec",
-        "spec_module_path": "polder.bench.native_offload",
+        "spec_module_path": "polder.bench.native.offload",
         "cpu_bytes_to_use": sizes.native,
         "offload_prompt_only": False,
     }

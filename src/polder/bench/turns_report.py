@@ -12,8 +12,8 @@ import msgspec
 from rich.console import Console
 
 from polder.bench.checks import Check
-from polder.bench.result import BenchResult
-from polder.bench.tables import Table, cell, html_checks, html_table, print_checks, print_tables
+from polder.bench.report.result import BenchResult
+from polder.bench.report.tables import Table, cell, html_checks, html_table, print_checks, print_tables
 from polder.bench.turns_plan import ARMS, RESTART_ARMS
 
 __all__ = ["print_turns", "render_turns_html", "write_turns_html"]

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from polder.bench.arm_pool import ArmPool
-from polder.bench.arms import Arm, PolderArm, StockArm
-from polder.bench.driver import play
-from polder.bench.engine_plan import EnginePlan
-from polder.bench.machine import two_cores
-from polder.bench.models import ModelRecipe, ensure_model
+from polder.bench.harness.arms import Arm, PolderArm, StockArm
+from polder.bench.harness.driver import play
+from polder.bench.harness.engines import EnginePlan
+from polder.bench.harness.machine import two_cores
+from polder.bench.harness.pool import ArmPool
 from polder.bench.turns_plan import USERS, Links, TurnsBytes, engines_of
-from polder.bench.workload import bursts, warm_up
+from polder.bench.workloads.agents import bursts, warm_up
+from polder.bench.workloads.models import ModelRecipe, ensure_model
 
 __all__ = ["ArmSetup", "arm_pool", "turns_engines", "warm"]
 

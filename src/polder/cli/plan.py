@@ -50,7 +50,7 @@ def plan(
     """What context, concurrency, TTFT and TBT to expect with and without Polder. Starts nothing, needs no GPU."""
     from rich.console import Console
 
-    from polder.bench.tables import print_tables
+    from polder.bench.report.tables import print_tables
     from polder.cli.plan_report import Plan, plan_notes, plan_tables, write_html
     from polder.planner.context_plan import Setup, check_fits, contexts_to_show
     from polder.planner.devices import parse_device, parse_links
@@ -151,7 +151,7 @@ def _offer(text: str, setup: Setup) -> tuple[Device, int]:
 def _show_paper(json_file: Path | None) -> None:
     from rich.console import Console
 
-    from polder.bench.tables import print_tables
+    from polder.bench.report.tables import print_tables
     from polder.cli.plan_report import PAPER_NOTE, paper_table
     from polder.planner.paper_contexts import compare_with_paper
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from polder.bench.tables import Table, html_table
+from polder.bench.report.tables import Table, html_table
 from polder.planner.context_plan import BLOCK_TOKENS, UTILIZATION, Outlook, Setup, Source
 from polder.planner.paper_contexts import PaperComparison
 from polder.units import format_bytes
@@ -121,7 +121,7 @@ def _plot(plan: Plan) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from polder.bench.plots import STYLE, svg
+    from polder.bench.report.plots import STYLE, svg
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.6), layout="constrained")

@@ -1,0 +1,1 @@
+"""Engines of an arm, the load on them, and what is seen of both."""

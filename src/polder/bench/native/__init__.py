@@ -1,0 +1,1 @@
+"""vLLM's own offloading on the CPU platform: the arms to compare with."""

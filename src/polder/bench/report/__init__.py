@@ -1,0 +1,1 @@
+"""From records to figures, checks, tables and pages."""

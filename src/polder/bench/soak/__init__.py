@@ -1,0 +1,1 @@
+"""A fleet under bursts, sleeps and a stopped broker (scripts/soak_fleet)."""

@@ -1,0 +1,1 @@
+"""What a suite measures, each stage once."""

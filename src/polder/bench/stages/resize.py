@@ -1,0 +1,139 @@
+"""How long does a resize of 100 pages take under load, and how much does it hold a step up?
+
+A few long decodes run on engine A while the bench pins it down and up by as many units as hold 100 pages. Three times of
+each resize: from the request to the broker until it is seen to be done (`shrink_*`, `grow_*`; a growth is seen up to 50 ms
+late, when the engine reports it), the engine's own time for it (`*_engine_*`), and the longest gap between two tokens of a
+running request around it, less the ordinary gap (`*_step_delay_*`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.completions import encode_body
+from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, Turn, play
+from polder.bench.harness.pinning import engine_status, settle
+from polder.bench.harness.progress import Stage, following
+from polder.bench.report.metrics import Metrics, percentile
+from polder.bench.report.result import without_nan
+from polder.bench.stages.equality import questions
+from polder.broker import client
+from polder.broker.wire import Resize
+
+__all__ = ["Resized", "resize_metrics", "resize_under_load"]
+
+PAGES = 100
+STREAMS = 4
+PROMPT_TOKENS = 1500
+SMALL_UNITS = 5
+"""Above the floor, and enough for the streams: nothing has to be preempted."""
+PAUSE_S = 0.4
+SEEN_AFTER_S = 0.1
+"""A gap counts to a resize if it touches the time from its start to so long after its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resized:
+    """One resize. Times on the clock of perf_counter()."""
+
+    grew: bool
+    started: float
+    ended: float
+    engine_ms: float
+    """Time that the engine core spent on it, between two steps."""
+
+
+async def resize_under_load(arm: Arm, *, stream_tokens: int, stage: Stage) -> Metrics:
+    """Shrinks and grows engine A in turn until its streams have ended."""
+    broker = arm.broker
+    assert broker is not None, "only an elastic arm can be resized"
+    before = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    units = math.ceil(PAGES / before.pages_per_unit)
+    large = SMALL_UNITS + units
+    await asyncio.to_thread(settle, broker, "A", large)
+    tally = Tally()
+    total = STREAMS * stream_tokens
+    async with following(stage, lambda: (tally.output_tokens, total)):
+        playing = asyncio.create_task(play({"A": (arm.endpoint, _streams(stream_tokens))}, tally))
+        while tally.output_tokens < 5 * STREAMS and not playing.done():
+            await asyncio.sleep(0.02)
+        resized: list[Resized] = []
+        while not tally.ended and not playing.done():
+            size = large if len(resized) % 2 else SMALL_UNITS
+            resized.append(await _resize(broker, size))
+        played = await playing
+    await asyncio.to_thread(client.request, broker, Resize(engine="A", units=0))
+    after = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    return resize_metrics(resized, played.records["A"], started_at=played.started_at) | {
+        "pages": float(units * before.pages_per_unit),
+        "evicted_blocks": after.stats["evicted_blocks_total"] - before.stats["evicted_blocks_total"],
+        "migrated_blocks": after.stats["migrated_blocks_total"] - before.stats["migrated_blocks_total"],
+        "preemptions": after.stats["preemptions_total"] - before.stats["preemptions_total"],
+    }
+
+
+async def _resize(broker: Path, units: int) -> Resized:
+    before = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    started = perf_counter()
+    await asyncio.to_thread(settle, broker, "A", units)
+    ended = perf_counter()
+    await asyncio.sleep(PAUSE_S)  # the engine reports its counters every 50 ms
+    after = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    grew = units > before.held_units
+    counter = "grow_seconds_total" if grew else "shrink_seconds_total"
+    engine_ms = (after.stats[counter] - before.stats[counter]) * 1e3
+    return Resized(grew=grew, started=started, ended=ended, engine_ms=engine_ms)
+
+
+def resize_metrics(resized: Sequence[Resized], records: Sequence[RequestRecord], *, started_at: float) -> Metrics:
+    """`started_at`: perf_counter() at second 0 of the records."""
+    gaps = np.concatenate(
+        [np.column_stack([record.token_s[:-1], record.token_s[1:]]) for record in records if len(record.token_s) > 1]
+    )
+    gaps += started_at
+    widths_ms = (gaps[:, 1] - gaps[:, 0]) * 1e3
+    usual_ms = percentile(widths_ms, 50)
+
+    def longest_ms(one: Resized) -> float:
+        touching = (gaps[:, 1] >= one.started) & (gaps[:, 0] <= one.ended + SEEN_AFTER_S)
+        return float(widths_ms[touching].max(initial=0.0))
+
+    found: Metrics = {
+        "resizes": float(len(resized)),
+        "tbt_p50_ms": usual_ms,
+        "failed_requests": float(sum(bool(record.error) for record in records)),
+    }
+    for name, ones in (("shrink", [r for r in resized if not r.grew]), ("grow", [r for r in resized if r.grew])):
+        times_ms = [(one.ended - one.started) * 1e3 for one in ones]
+        delays_ms = [max(0.0, longest_ms(one) - usual_ms) for one in ones]
+        for metric, values in (
+            ("", times_ms),
+            ("_engine", [one.engine_ms for one in ones]),
+            ("_step_delay", delays_ms),
+        ):
+            found[f"{name}{metric}_p50_ms"] = percentile(values, 50)
+            found[f"{name}{metric}_max_ms"] = max(values, default=math.nan)
+    return without_nan(found)
+
+
+def _streams(tokens: int) -> ClosedLoop:
+    return ClosedLoop(
+        users=[
+            [
+                Turn(
+                    key=key,
+                    body=encode_body(model="A", prompt=prompt, output_tokens=tokens),
+                    output_tokens=tokens,
+                )
+            ]
+            for key, prompt in questions(model="A", count=STREAMS, longest=PROMPT_TOKENS, seed=7)
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The traces, the models, and the requests that are made of them."""

@@ -1,0 +1,112 @@
+"""Loads of `polder bench tenants`: conversations whose contexts grow, of one model after the other, or of two at once.
+
+Temporal sharing: the trace tenants-v1 says whose turn a slot is and how busy it is; conversations begin in it at the trace's
+times, and their turns follow at times of their own, whatever the server does (open loop). A rate multiplies the conversations
+that begin, so contexts that are in use at once grow with it, as they do for a service with more users. Spatial sharing: users of
+two models in a closed loop, without pauses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from polder.bench.harness.completions import encode_body
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn
+from polder.bench.tenants_plan import SLOT_S
+from polder.bench.workloads.models import RESERVED_IDS
+from polder.bench.workloads.tenants_models import TENANTS, VOCAB
+from polder.bench.workloads.traces import TenantSlot, TenantStart, load_tenants
+
+__all__ = ["MAX_MODEL_LEN", "SPATIAL_ENGINES", "conversations_begun", "prompt_of", "spatial", "temporal", "warm_up"]
+
+CONVERSATIONS_PER_SLOT = 1.0
+"""At rate 1 and a load of 1."""
+MOST_LOAD = 1.5
+"""The Azure trace's busiest minutes have 3.5 times its mean: more than any arm serves in a slot."""
+TURNS = 8
+OUTPUT_SCALE = 2
+"""The trace's replies are 8 to 48 tokens."""
+GROWTH_TOKENS = (48, 112)
+"""Added to a context by each turn: the last reply and what is asked next."""
+PAUSE_S = (0.8, 1.6)
+MAX_MODEL_LEN = 2304
+"""The longest: 1,408 tokens in the first turn, 7 times 112 more, a reply of 96, in whole blocks."""
+SPATIAL_ENGINES = ("T1", "T2")
+SPATIAL_CONVERSATIONS = 2
+"""Of each user, one after the other."""
+
+
+def temporal(*, slots: range, rate: float, seed: int) -> dict[str, OpenLoop]:
+    """Each tenant's load while the slots pass, SLOT_S each."""
+    turns: dict[str, list[Turn]] = {name: [] for name in TENANTS}
+    wanted = 0.0
+    for number, slot in enumerate(load_tenants()[slots.start : slots.stop]):
+        before, wanted = round(wanted), wanted + CONVERSATIONS_PER_SLOT * rate * min(slot.load, MOST_LOAD)
+        for index, start in enumerate(conversations_begun(slot, round(wanted) - before)):
+            key = f"{slot.slot}.{index}"
+            begun_s = (number + start.at) * SLOT_S
+            turns[slot.tenant] += _conversation(slot.tenant, key, start, begun_s, (seed, slot.slot, index))
+    return {name: OpenLoop(turns=sorted(found, key=lambda turn: turn.at_s)) for name, found in turns.items()}
+
+
+def conversations_begun(slot: TenantSlot, count: int) -> list[TenantStart]:
+    """`count` of the slot's starts, as far as there are so many, evenly spaced."""
+    picked = np.linspace(0, len(slot.starts), min(len(slot.starts), count), endpoint=False).astype(int)
+    return [slot.starts[number] for number in picked]
+
+
+def spatial(*, users: int, seed: int) -> dict[str, ClosedLoop]:
+    """Two models that are always in use."""
+    starts = [start for slot in load_tenants() for start in slot.starts]
+
+    def of_user(model: str, user: int) -> Iterator[Turn]:
+        for number in range(SPATIAL_CONVERSATIONS):
+            index = user * SPATIAL_CONVERSATIONS + number
+            start = starts[17 * index % len(starts)]  # 16 to a slot: the next slot, and the next of its starts
+            yield from _conversation(model, f"s{index}", start, 0.0, (seed, 1000 + index, _tenant(model)))
+
+    return {
+        model: ClosedLoop(users=[list(of_user(model, user)) for user in range(users)], stagger_s=0.2)
+        for model in SPATIAL_ENGINES
+    }
+
+
+def warm_up(model: str, *, seed: int) -> ClosedLoop:
+    """Long prompts one after the other: they touch all of the model's memory and run its code once."""
+    prompts = [prompt_of(1400, (seed, 2000 + number, _tenant(model))) for number in range(5)]
+    bodies = [encode_body(model=model, prompt=prompt, output_tokens=4) for prompt in prompts]
+    return ClosedLoop(users=[[Turn(key=f"w{n}", body=body, output_tokens=4) for n, body in enumerate(bodies)]])
+
+
+def prompt_of(tokens: int, entropy: tuple[int, ...]) -> list[int]:
+    """Token ids that are the same for the same entropy, and share no prefix with others."""
+    ids: list[int] = np.random.default_rng(entropy).integers(RESERVED_IDS, VOCAB, size=tokens).tolist()
+    return ids
+
+
+def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entropy: tuple[int, ...]) -> Iterator[Turn]:
+    """Its turns; each prompt begins with the whole of the one before."""
+    rng = np.random.default_rng((*entropy, 1))
+    lengths = [
+        start.input_tokens,
+        *rng.integers(*GROWTH_TOKENS, size=TURNS - 1, endpoint=True).tolist(),
+    ]
+    pauses_s = [0.0, *rng.uniform(*PAUSE_S, size=TURNS - 1).tolist()]
+    context = prompt_of(sum(lengths), entropy)
+    for turn in range(TURNS):
+        yield Turn(
+            key=f"{key}.{turn}",
+            body=encode_body(
+                model=model,
+                prompt=context[: sum(lengths[: turn + 1])],
+                output_tokens=OUTPUT_SCALE * start.output_tokens,
+            ),
+            output_tokens=OUTPUT_SCALE * start.output_tokens,
+            at_s=begun_s + sum(pauses_s[: turn + 1]),
+        )
+
+
+def _tenant(model: str) -> int:
+    return list(TENANTS).index(model)
