@@ -38,7 +38,7 @@ def _report(stage: Stage, model: str, broker: Broker, engine: Engine) -> None:
         "shrinks_total",
         "migrated_blocks_total",
         "preemptions_total",
-        "polder_preemptions_total",
+        "giveback_preemptions_total",
     ):
         stage.note(f"{model}: {name}", found[name])
     for name in ("grow_max_seconds", "shrink_max_seconds"):

@@ -59,8 +59,8 @@ def test_what_is_busy_at_rest_is_named() -> None:
     resting = {"busy_units": 1, "waiting_units": 0, "stats": {}}
     status = replace(canned_status(), engines=[engine_status("a", **resting), engine_status("b", **resting)])
     assert busy_parts(status) == [], "the null block is always in use"
-    busy = engine_status("b", **resting | {"busy_units": 2, "state": "silent", "stats": {"running": 1.0}})
-    assert busy_parts(replace(status, engines=[busy])) == ["b busy_units 2", "b running 1", "b is silent"]
+    busy = engine_status("b", **resting | {"busy_units": 2, "state": "silent", "stats": {"running_requests": 1.0}})
+    assert busy_parts(replace(status, engines=[busy])) == ["b busy_units 2", "b running_requests 1", "b is silent"]
 
 
 def test_the_fleet_file_is_one(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_shrinking_and_growing_in_mid_request_moves_busy_blocks_and_keeps_the_to
     assert tokens_of(outputs) == tokens_of(stock.generate(asked, lengths))
     after = counters(elastic)
     assert after["migrated_blocks_total"] > before["migrated_blocks_total"], "nothing moved: the test shows nothing"
-    assert after["polder_preemptions_total"] == before["polder_preemptions_total"]
+    assert after["giveback_preemptions_total"] == before["giveback_preemptions_total"]
     assert after["shrinks_total"] >= before["shrinks_total"] + 2
 
 
@@ -123,7 +123,7 @@ def test_shrinking_below_what_is_in_use_preempts_and_fails_nobody(
     events = {20: lambda: broker.resize("a", floor), 40: lambda: broker.resize("a", UNITS)}
     outputs = elastic.generate(asked, tokens=40, events=events)
     after = counters(elastic)
-    assert after["polder_preemptions_total"] > before["polder_preemptions_total"]
+    assert after["giveback_preemptions_total"] > before["giveback_preemptions_total"]
     assert [len(o.tokens) for o in outputs] == [40] * len(asked)
     assert tokens_of(outputs) == tokens_of(stock.generate(asked, tokens=40))
 

@@ -84,7 +84,7 @@ def test_requests_that_lose_their_blocks_and_are_resumed_at_once_lose_no_token(
     events = {at: lambda units=units: broker.resize("a", units) for at, units in sizes.items()}
     before = figures(engine)
     assert tokens_of(engine.generate(LONG, 40, events)) == right(LONG, 40)
-    preempted = figures(engine)["polder_preemptions_total"] - before["polder_preemptions_total"]
+    preempted = figures(engine)["giveback_preemptions_total"] - before["giveback_preemptions_total"]
     assert 0 < preempted < 4 * len(LONG), "no more than are in the way"
 
 

@@ -48,8 +48,8 @@ def engine_status(name: str, **changes: Any) -> EngineStatus:
             "prefix_queries_tokens_total": 1000.0,
             "prefix_hits_tokens_total": 640.0,
             "preemptions_total": 1.0,
-            "running": 3.0,
-            "waiting": 2.0,
+            "running_requests": 3.0,
+            "waiting_requests": 2.0,
             "kv_used_ratio": 0.58,
         },
     }

@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from polder import metrics
 from polder.errors import ConfigError
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import Lru
 from polder.tiers.index import ABSENT
 from polder.tiers.pages import short_keys
 from polder.tiers.slots import HostSlots, Slots
-from polder.tiers.spill import FIGURES, SpillConfig
+from polder.tiers.spill import SpillConfig
 from polder.tiers.tierset import TierSet
 from polder.tiers.transfer import Finished, Job
 from tests.tiers.disk_rig import Clock, names
@@ -237,7 +238,7 @@ def test_figures_name_the_disk_as_every_other_tier() -> None:
     assert figures["tier_disk_size_bytes"] == 64 * PAGE
     assert figures["tier_disk_stored_bytes_total"] == 8 * PAGE
     assert figures["disk_disks_ok"] == 2
-    assert {name for name in figures if name.startswith("disk_")} == set(FIGURES)
+    assert {name for name in figures if name.startswith("disk_")} == {metric.key for metric in metrics.DISKS}
     assert figures["disk_written_bytes_per_day"] == pytest.approx(24 * 8 * PAGE)
     machine.clock.now += 3600.0
     assert machine.figure("disk_written_bytes_per_day") == pytest.approx(24 * 8 * PAGE / np.e)

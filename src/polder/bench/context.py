@@ -41,6 +41,7 @@ from polder.bench.report.result import Arms, BenchResult, ratios_over, write_res
 from polder.bench.workloads.tenants import prompt_of
 from polder.broker.client import status
 from polder.errors import EnvironmentFault
+from polder.metrics import WINDOW_POINTS
 from polder.planner.context_cost import Stream
 
 __all__ = ["ContextBench"]
@@ -240,15 +241,15 @@ def _measured_stream(arm: Arm, window_layers: int, block_bytes: float) -> Stream
     """By the engine itself, when it started."""
     assert arm.broker is not None
     stats = next(engine.stats for engine in status(arm.broker).engines if engine.engine == ENGINE)
-    steps = {
-        int(name.split("_")[2]): more_s
-        for name, more_s in stats.items()
-        if name.startswith("window_step_") and "_blocks_" in name
-    }
+    steps = [
+        (stats[f"window_measured_{point}_blocks"] * block_bytes, stats[f"window_measured_{point}_seconds"])
+        for point in WINDOW_POINTS
+        if f"window_measured_{point}_blocks" in stats
+    ]
     return Stream(
         link_bytes_per_s=stats["window_link_bytes_per_second"],
         window_layers=window_layers,
         overhead_s=stats["window_layer_seconds"],
         contention_s_per_byte=stats["window_contention_seconds_per_byte"],
-        least_s=tuple((blocks * block_bytes, more_s) for blocks, more_s in sorted(steps.items())),
+        least_s=tuple(steps),
     )

@@ -375,9 +375,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     giveback_ms: list[float]
     """The last 512 times, in milliseconds, from its need (of what is within its share) to mapped pages, newest last."""
     stats: dict[str, float]
-    """prefix_queries_tokens_total, prefix_hits_tokens_total, preemptions_total, polder_preemptions_total, running,
-    waiting, kv_used_ratio, grows_total, shrinks_total, migrated_blocks_total, evicted_blocks_total,
-    grow_seconds_total, shrink_seconds_total, steps_total"""
+    """Metrics by the names that polder/metrics.py declares."""
     layers: int = 0
     """Decoder layers whose weights move."""
     layer_pages: int = 0

@@ -95,8 +95,8 @@ def _requests(engines: list[EngineStatus], colours: dict[str, str]) -> Table:
         queries = stats.get("prefix_queries_tokens_total", 0.0)
         table.add_row(
             Text(engine.engine, style=colours[engine.engine]),
-            f"{stats.get('running', 0.0):.0f}",
-            f"{stats.get('waiting', 0.0):.0f}",
+            f"{stats.get('running_requests', 0.0):.0f}",
+            f"{stats.get('waiting_requests', 0.0):.0f}",
             f"{stats.get('kv_used_ratio', 0.0):.0%}",
             f"{stats.get('prefix_hits_tokens_total', 0.0) / queries:.0%}" if queries else "-",
             f"{stats.get('preemptions_total', 0.0):.0f}",

@@ -30,14 +30,7 @@ from polder.tiers.statistics import TierStatistics
 from polder.tiers.transfer import Direction, Finished, Job, Part
 from polder.tiers.write_admission import WriteAdmission, WriteBudget
 
-__all__ = ["FIGURES", "SpillConfig", "Spills", "load_pages"]
-
-FIGURES = (
-    *("disk_written_bytes_total", "disk_copied_bytes_total", "disk_spilled_blocks_total"),
-    *("disk_admission_refused_blocks_total", "disk_budget_refused_blocks_total"),
-    *("disk_written_bytes_per_day", "disk_disks_ok"),
-)
-"""What a disk adds to TierSet.figures, beside what every tier has. "written" counts first and second copies, on all ranks."""
+__all__ = ["SpillConfig", "Spills", "load_pages"]
 
 _DAY_S, _RATE_MEMORY_S = 86400.0, 3600.0
 _LOOKED_AT = 8

@@ -181,7 +181,7 @@ def busy_parts(status: Status) -> list[str]:
     found = []
     for engine in status.engines:
         counts = {"busy_units": engine.busy_units, "waiting_units": engine.waiting_units}
-        counts |= {name: int(engine.stats.get(name, 0)) for name in ("running", "waiting")}
+        counts |= {name: int(engine.stats.get(name, 0)) for name in ("running_requests", "waiting_requests")}
         # The null block is always in use.
         found += [f"{engine.engine} {name} {count}" for name, count in counts.items() if count > (name == "busy_units")]
         found += [f"{engine.engine} is {engine.state}"] if engine.state != "serving" else []

@@ -17,6 +17,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from polder import metrics
 from polder.broker.client import fetch_table
 from polder.broker.wire import (
     FetchTable,
@@ -72,7 +73,7 @@ class ElasticCore:
         self._refusal = ""
         self._slow: dict[str, float] = {}
         self._slow_at = float("-inf")
-        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self.counters: dict[str, float] = metrics.zeros(metrics.CORE)
         self._watch_scheduler()
         self._step_times = StepTimes(self._scheduler)
         if agreement.tbt_goal_s is not None:
@@ -310,7 +311,7 @@ class ElasticCore:
         self.link.send(Returned(lease=recall.lease, pages=pages, short=recall.units - len(units)))
         self.counters["evicted_blocks_total"] += done.evicted_blocks
         self.counters["migrated_blocks_total"] += done.migrated_blocks
-        self.counters["polder_preemptions_total"] += done.preempted_requests
+        self.counters["giveback_preemptions_total"] += done.preempted_requests
         if units:
             self._count("shrinks_total", "shrink_seconds_total", "shrink_max_seconds", started)
 
@@ -341,8 +342,8 @@ class ElasticCore:
         usable = self.blocks.usable_blocks
         return {
             **self.counters,
-            "running": float(len(self._scheduler.running)),
-            "waiting": float(len(self._scheduler.waiting)),
+            "running_requests": float(len(self._scheduler.running)),
+            "waiting_requests": float(len(self._scheduler.waiting)),
             "kv_used_ratio": self.blocks.busy_blocks / usable,
             "seconds_per_token": self._prefill.seconds_per_token or 0.0,
             **self._slow_stats(),
@@ -411,20 +412,3 @@ class ElasticCore:
     def _rpc(self, function: Any, *args: Any) -> list[Any]:
         answers: list[Any] = self._core.model_executor.collective_rpc(function, args=args)
         return answers
-
-
-COUNTERS = (
-    "prefix_queries_tokens_total",
-    "prefix_hits_tokens_total",
-    "preemptions_total",
-    "polder_preemptions_total",
-    "grows_total",
-    "shrinks_total",
-    "grow_seconds_total",
-    "shrink_seconds_total",
-    "grow_max_seconds",
-    "shrink_max_seconds",
-    "migrated_blocks_total",
-    "evicted_blocks_total",
-    "steps_total",
-)

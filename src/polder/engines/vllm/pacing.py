@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import Any
 
+from polder import metrics
 from polder.planner.pace import StepPace
 
 __all__ = ["Pacing"]
@@ -30,7 +31,7 @@ class Pacing:
         self._steps: deque[tuple[Any, int, int]] = deque(maxlen=16)  # output, tokens that decode, tokens of prompts
         self._output_at: float | None = None
         self._counters = counters
-        counters |= {"paced_steps_total": 0.0, "late_steps_total": 0.0}
+        counters |= metrics.zeros(metrics.PACING)
         self._watch()
 
     def _watch(self) -> None:

@@ -43,6 +43,7 @@ from polder.broker.wire import Stock
 from polder.engines.vllm.compat import check_seams, check_version, installed_version
 from polder.engines.vllm.settings import EngineSettings, read_settings
 from polder.errors import ConfigError
+from polder.metrics import checked
 
 __all__ = ["register"]
 
@@ -369,7 +370,7 @@ def _patch_loop(engine_core: Any) -> None:
     def polder_check(self: Any) -> dict[str, float]:
         """A utility any client of the engine can call: checks the laws now and returns the counters."""
         self.polder.check_integrity()
-        return self.polder._stats() | self.polder.exact_stats()  # type: ignore[no-any-return]
+        return checked(self.polder._stats() | self.polder.exact_stats())
 
     def polder_give_up(self: Any, segments: int) -> None:
         """A utility for tests and benches: gives weights of so many layers up as if the broker had asked for them."""

@@ -30,10 +30,10 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from polder import metrics
 from polder.broker.client import fetch_table
 from polder.broker.wire import FetchTable, Neighbours
 from polder.engines.vllm import worker
-from polder.engines.vllm.settings import TIERS
 from polder.engines.vllm.tier_disk import agree_on_slots
 from polder.engines.vllm.tier_lenders import Lenders
 from polder.engines.vllm.tier_worker import TierJob, TierPlan, open_worker
@@ -43,8 +43,7 @@ from polder.tiers.density import HitDensity
 from polder.tiers.index import PENDING
 from polder.tiers.lending import LendingTable, open_table
 from polder.tiers.slots import HostSlots, Slots
-from polder.tiers.spill import FIGURES, SpillConfig
-from polder.tiers.statistics import TierStatistics
+from polder.tiers.spill import SpillConfig
 from polder.tiers.tierset import TierSet
 from polder.tiers.transfer import Job
 
@@ -191,11 +190,11 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         self._sent_at = now
         stats = OffloadingConnectorStats()
         for name, value in self.tiers.figures().items():
-            metric, labels = _metric_of(name)
-            if not name.endswith("_total"):
-                stats.set_gauge(metric, value, labels)
+            published, labels, metric = _METRICS[name]
+            if metric.kind == "gauge":
+                stats.set_gauge(published, value, labels)
             elif value != self._sent.get(name, 0.0):
-                stats.increase_counter(metric, value - self._sent.get(name, 0.0), labels)
+                stats.increase_counter(published, value - self._sent.get(name, 0.0), labels)
                 self._sent[name] = value
         return stats
 
@@ -235,12 +234,9 @@ class PolderOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
     @classmethod
     def build_metric_definitions(cls, extra_config: Mapping[str, Any]) -> dict[str, OffloadingMetricMetadata]:
         definitions: dict[str, OffloadingMetricMetadata] = {}
-        names = list(TierStatistics(TIERS).figures(0))
-        names += [f"tier_{tier}_{gauge}" for tier in TIERS for gauge in _TIER_GAUGES]
-        for name in [*names, *_GAUGES, *FIGURES]:
-            metric, labels = _metric_of(name)
-            kind = OffloadingCounterMetadata if name.endswith("_total") else OffloadingGaugeMetadata
-            definitions[metric] = kind(documentation=_document(metric), labelnames=("tier",) if labels else ())
+        for name, _, metric in _METRICS.values():
+            kind = OffloadingGaugeMetadata if metric.kind == "gauge" else OffloadingCounterMetadata
+            definitions[name] = kind(documentation=f"Polder: {metric.help}", labelnames=metric.labels)
         return definitions
 
     def get_manager(self) -> TierManager:
@@ -259,21 +255,10 @@ class PolderOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
         return open_worker(memory, memory.plan.tiers, kv_caches)
 
 
-_TIER_GAUGES = ("used_bytes", "size_bytes", "load_bytes_per_second")
-_GAUGES = ("tier_prefill_seconds_per_token", "tier_writing_pays")
-
-
-def _metric_of(name: str) -> tuple[str, tuple[str, ...]]:
-    """From "tier_host_hit_tokens_total" to ("vllm:polder_tier_hit_tokens", ("host",)); the client library appends _total itself.
-
-    The prefix is vLLM's, which forgets the metrics of a former engine in the process by it.
-    """
-    plain = name.removesuffix("_total")
-    for tier in TIERS:
-        if plain.startswith(f"tier_{tier}_"):
-            return "vllm:polder_tier_" + plain.removeprefix(f"tier_{tier}_"), (tier,)
-    return "vllm:polder_" + plain, ()
-
-
-def _document(metric: str) -> str:
-    return "Polder: " + metric.removeprefix("vllm:polder_").replace("_", " ") + " (docs/tiers.md)."
+_METRICS = {
+    key: (f"vllm:polder_{metric.name.removesuffix('_total')}", values, metric)
+    for metric in (*metrics.TIERS, *metrics.DISKS)
+    for key, values in metric.series
+}
+"""Key in `TierSet.figures` -> vLLM's name, label values, declaration. The client library appends "_total" itself. vLLM forgets
+the metrics of a former engine in the process by the prefix."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm.v1.core.sched.interface import PauseState
 
+from polder import metrics
 from polder.broker.wire import Demand, GiveSegments, Grown, Message, Segments, SegmentsReturned, TakeSegments, Wake
 from polder.engines.vllm import offloader
 from polder.engines.vllm.offloader import Taken
@@ -40,7 +41,6 @@ TOO_SLOW_S = 1.0
 """Steps must have been too short for what is streamed for so long before layers are asked back."""
 FIGURES_EVERY_S = 1.0
 REMIND_S = 1.0
-COUNTERS = ("wakes_total", "wake_seconds_total", "wake_max_seconds", "sleeps_total", "pauses_total")
 
 
 class CoreWeights:
@@ -78,7 +78,7 @@ class CoreWeights:
         self._unlooked = True
         """The workers were not asked since steps began to run with the segments that there are now."""
         self._layer_load_s = 0.0  # of the loads since the figures before
-        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self.counters: dict[str, float] = metrics.zeros(metrics.WEIGHTS)
 
     @property
     def segments(self) -> Segments:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from polder import metrics
 from polder.engines.vllm import window_runner, window_worker, worker
 from polder.engines.vllm.blocks import BlockUnits
 from polder.engines.vllm.holders import NewIds
@@ -78,9 +79,7 @@ class CoreWindow:
         """Requests that have ended with an error, and whose clients were not told yet."""
         self._figures: dict[str, float] = {}
         self._worked = True
-        self.counters = dict.fromkeys(
-            ("window_opens_total", "window_closes_total", "window_home_blocks_total", "window_lost_total"), 0.0
-        )
+        self.counters = metrics.zeros(metrics.WINDOW)
         for error in rpc(window_worker.install):
             if error:
                 raise ConfigError(f"the window's store: {error}")

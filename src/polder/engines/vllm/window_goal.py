@@ -14,6 +14,7 @@ from typing import Any
 from polder.engines.vllm.window import WindowAgreement
 from polder.engines.vllm.window_measure import Measured, measure
 from polder.errors import BudgetError
+from polder.metrics import WINDOW_POINTS
 from polder.planner.window_goal import StepFigures, decode_step_seconds, longest_within
 from polder.units import format_bytes
 
@@ -70,11 +71,13 @@ def keep_goal(
         config.max_model_len = scheduler.max_model_len = scheduler.kv_cache_manager.max_model_len = possible
         core.collective_rpc("update_max_model_len", args=(possible,))
         logger.info("window: max_model_len is %d", possible)
+    measured = list(zip(WINDOW_POINTS, figures.windowed_steps, strict=False))
     return {
         "window_step_seconds": figures.step_s,
         "window_context_seconds_per_token": figures.token_s,
         "window_layer_seconds": figures.overhead_s,
         "window_link_bytes_per_second": figures.link_bytes_per_s,
         "window_contention_seconds_per_byte": figures.contention_s_per_byte,
-        **{f"window_step_{blocks}_blocks_seconds": more_s for blocks, more_s in figures.windowed_steps},
+        **{f"window_measured_{at}_blocks": float(blocks) for at, (blocks, _) in measured},
+        **{f"window_measured_{at}_seconds": more_s for at, (_, more_s) in measured},
     }

@@ -1,0 +1,67 @@
+"""Metrics and settings are declared once: what code emits, what docs say and what is declared agree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from polder import metrics
+from polder.errors import IntegrityError
+from polder.tiers.statistics import TierStatistics
+from scripts.generate_docs import DOCS, generated
+
+SOURCES = Path(metrics.__file__).parent
+_NAMED = re.compile(r"\b(vllm:)?polder_((?:engine|device|child|broker|tier|disk)_[a-z0-9_]+\b)(?!\*)")
+
+
+def test_generated_parts_of_the_docs_are_up_to_date() -> None:
+    for path in DOCS.glob("*.md"):
+        assert path.read_text() == generated(path.read_text()), f"{path.name}: run python scripts/generate_docs.py"
+
+
+def test_each_metric_named_in_the_docs_is_declared() -> None:
+    declared = {f"polder_{metric.name}" for metric in metrics.BROKER}
+    declared |= {f"polder_child_{metric.name}" for metric in metrics.CHILD}
+    declared |= {f"polder_device_{metric.name}" for metric in metrics.DEVICE}
+    declared |= {f"polder_engine_{m.name}" for m in (*metrics.STATUS, metrics.GIVEBACK, *metrics.ENGINE)}
+    declared |= {f"vllm:polder_{metric.name}" for metric in (*metrics.TIERS, *metrics.DISKS)}
+    for path in (*(p for p in DOCS.glob("*.md") if p.name != "log.md"), DOCS.parent / "README.md"):
+        named = {f"{vllm}polder_{name}" for vllm, name in _NAMED.findall(path.read_text())}
+        assert named <= declared, path
+
+
+def test_names_say_unit_and_kind() -> None:
+    groups = (metrics.ENGINE, metrics.STATUS, metrics.DEVICE, metrics.BROKER, metrics.CHILD)
+    for metric in (metric for group in groups for metric in group):
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric
+        words = metric.name.removesuffix("_total").split("_")
+        if metric.unit in ("bytes", "seconds", "ratio"):
+            assert metric.unit in words, metric
+
+
+def test_no_metric_is_declared_twice() -> None:
+    for group in ((*metrics.STATUS, *metrics.ENGINE), metrics.DEVICE, metrics.BROKER, metrics.CHILD):
+        names = [metric.name for metric in group]
+        assert len(names) == len(set(names))
+
+
+def test_each_declared_metric_is_emitted_somewhere() -> None:
+    sources = "".join(path.read_text() for path in SOURCES.rglob("*.py") if path.name != "metrics.py")
+    of_tiers = TierStatistics(metrics.TIER_NAMES).figures(1)
+    for metric in metrics.ENGINE:
+        literal = re.sub(r"\{\w+\}_", "{*}_", metric.key)
+        written = re.sub(r"\{[^}\"]+\}_", "{*}_", sources)
+        assert f'"{literal}"' in written or {key for key, _ in metric.series} <= of_tiers.keys(), metric.key
+
+
+def test_a_metric_that_is_not_declared_is_refused() -> None:
+    assert metrics.checked({"steps_total": 3.0, "tier_host_used_bytes": 1.0}) == {
+        "steps_total": 3.0,
+        "tier_host_used_bytes": 1.0,
+    }
+    with pytest.raises(IntegrityError, match="stepz_total"):
+        metrics.checked({"stepz_total": 3.0})
+    with pytest.raises(KeyError):
+        metrics.zeros(metrics.CORE)["stepz_total"] += 1
