@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from polder import metrics
+from polder.broker.config import BROKER_SETTINGS
+from polder.engines.vllm.settings import engine_settings
 from polder.metrics import Metric
+from polder.serve.schema import MemoryTable, ModelTable, ServerTable
+from polder.settings import Setting, declared, default_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -42,7 +46,30 @@ def _engine_metrics() -> str:
     return "\n".join(parts)
 
 
+def _settings(settings: Iterable[Setting], columns: dict[str, Callable[[Setting], str]]) -> str:
+    rows = (
+        (*(code(name(given)) for name in columns.values()), f"{given.help}.", default_of(given)) for given in settings
+    )
+    return table((*columns, "meaning", "default"), rows)
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+_KEY: dict[str, Callable[[Setting], str]] = {"key": lambda given: given.key}
+_ENGINE: dict[str, Callable[[Setting], str]] = {
+    "environment": lambda given: given.variable,
+    "additional-config": lambda given: given.key,
+    "fleet file": lambda given: given.model,
+}
+_BROKER: dict[str, Callable[[Setting], str]] = {"option": lambda given: given.option} | _KEY
 PARTS: dict[str, Callable[[], str]] = {
+    "engine-settings": lambda: _settings(engine_settings(), _ENGINE),
+    "server-settings": lambda: _settings(declared(ServerTable), _KEY),
+    "memory-settings": lambda: _settings(declared(MemoryTable), _KEY),
+    "model-settings": lambda: _settings(declared(ModelTable), _KEY),
+    "broker-settings": lambda: _settings(BROKER_SETTINGS.values(), _BROKER),
     "engine-metrics": _engine_metrics,
     "status-metrics": lambda: _metrics("polder_engine_", (*metrics.STATUS, metrics.GIVEBACK), "engine"),
     "device-metrics": lambda: _metrics("polder_device_", metrics.DEVICE, "device"),

@@ -48,7 +48,7 @@ def test_the_fleet_file_is_one_that_polder_serve_reads(tmp_path: Path) -> None:
     path.write_text(fleet_toml([engine("A", MODEL_A, tmp_path), engine("B", MODEL_B, tmp_path, core=1)], 8123))
     fleet = load_fleet(path)
     assert (fleet.port, fleet.budget_bytes, fleet.device) == (8123, BUDGET_BYTES, "cpu:0")
-    assert [model.share_bytes for model in fleet.models] == [BUDGET_BYTES // 2] * 2
+    assert [model.settings.kv_share_bytes for model in fleet.models] == [BUDGET_BYTES // 2] * 2
     assert fleet.models[1].env["VLLM_CPU_OMP_THREADS_BIND"] == "1"
     assert "--enable-prefix-caching" in fleet.models[0].args
 

@@ -131,7 +131,7 @@ def test_the_fleet_file_is_one_that_polder_serve_reads(arm: str, budget: int, tm
     path.write_text(fleet_toml(engines_of(arm, placed), 8123))
     read = load_fleet(path)
     assert read.budget_bytes == budget
-    assert [model.share_bytes for model in read.models] == [KV_SHARE_BYTES] * 3
+    assert [model.settings.kv_share_bytes for model in read.models] == [KV_SHARE_BYTES] * 3
     assert all(model.least_bytes and model.least_bytes <= KV_SHARE_BYTES for model in read.models)
 
 

@@ -68,9 +68,9 @@ def test_tiers_come_in_their_own_order_and_the_host_needs_a_size() -> None:
     assert both is not None
     assert both.tiers == ("peer", "host")
     assert both.host_bytes == 8 << 20
-    with pytest.raises(ConfigError, match="belong together"):
+    with pytest.raises(ConfigError, match="POLDER_HOST"):
         read_settings({}, "m", BUDGET | {"POLDER_TIERS": "host"})
-    with pytest.raises(ConfigError, match="belong together"):
+    with pytest.raises(ConfigError, match="POLDER_HOST"):
         read_settings({}, "m", BUDGET | {"POLDER_TIERS": "peer", "POLDER_HOST": "8MiB"})
     with pytest.raises(ConfigError, match="known are peer, host, disk"):
         read_settings({}, "m", BUDGET | {"POLDER_TIERS": "tape"})
@@ -93,13 +93,13 @@ def test_disks_have_paths_and_sizes_and_come_behind_the_host() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"POLDER_DISKS": ""}, "POLDER_DISKS .* belong together"),
-        ({"POLDER_TIERS": "host"}, "POLDER_DISKS .* belong together"),
+        ({"POLDER_DISKS": ""}, "POLDER_DISKS"),
+        ({"POLDER_TIERS": "host"}, "POLDER_DISKS"),
         ({"POLDER_TIERS": "disk", "POLDER_HOST": ""}, "is written from the tier"),
         ({"POLDER_DISKS": "mnt:1GiB"}, "an absolute path and a size"),
         ({"POLDER_DISKS": "/mnt/a"}, "an absolute path and a size"),
         ({"POLDER_DISKS": "/mnt/a:much"}, "POLDER_DISKS: /mnt/a"),
-        ({"POLDER_DISK_IO": "magic"}, '"threads"'),
+        ({"POLDER_DISK_IO": "magic"}, "'threads'"),
     ],
 )
 def test_disks_that_cannot_be_meant_are_refused(wrong: dict[str, str], message: str) -> None:

@@ -40,11 +40,11 @@ def fleet(folder: Path, model: Path, disks: list[str], a: str = USES, b: str = "
 def test_models_with_the_tier_share_every_disk_equally(tmp_path: Path, model: Path, mounts: list[Path]) -> None:
     disks = [f"{mounts[0]}:10GiB", f"{mounts[1]}:3GiB"]
     first, second = fleet(tmp_path, model, disks, USES + '\ndisk_io = "aio"', USES + '\ndisk_writes = "7GiB"').models
-    assert first.disks == ((f"{mounts[0]}/a", 5 * GIB), (f"{mounts[1]}/a", 3 * GIB // 2))
-    assert second.disks == ((f"{mounts[0]}/b", 5 * GIB), (f"{mounts[1]}/b", 3 * GIB // 2))
+    assert first.settings.disks == ((f"{mounts[0]}/a", 5 * GIB), (f"{mounts[1]}/a", 3 * GIB // 2))
+    assert second.settings.disks == ((f"{mounts[0]}/b", 5 * GIB), (f"{mounts[1]}/b", 3 * GIB // 2))
     given, other = (m.environment(Path("/s")) for m in (first, second))
     assert (given["POLDER_DISK_WRITES"], given["POLDER_DISK_IO"]) == ("", "aio")
-    assert (other["POLDER_DISK_WRITES"], other["POLDER_DISK_IO"]) == (str(7 * GIB), "threads")
+    assert (other["POLDER_DISK_WRITES"], other["POLDER_DISK_IO"]) == (str(7 * GIB), "")
     assert not any(list(path.iterdir()) for path in mounts), "to look at a file makes nothing"
 
 
@@ -52,7 +52,7 @@ def test_what_an_engine_reads_is_what_was_meant(tmp_path: Path, model: Path, mou
     first, second = fleet(tmp_path, model, [f"{mounts[0]}:10GiB", f"{mounts[1]}:3GiB"]).models
     settings = read_settings({}, "", first.environment(Path("/s")))
     assert settings is not None
-    assert (settings.tiers, settings.disks) == (("host", "disk"), first.disks)
+    assert (settings.tiers, settings.disks) == (("host", "disk"), first.settings.disks)
     assert settings.disk_writes_bytes is None
     without = second.environment(Path("/s"))
     assert (without["POLDER_DISKS"], without["POLDER_DISK_WRITES"]) == ("", ""), "what the shell had set is undone"
@@ -61,7 +61,7 @@ def test_what_an_engine_reads_is_what_was_meant(tmp_path: Path, model: Path, mou
 def test_directories_are_made_on_disks_that_are_there(tmp_path: Path, model: Path, mounts: list[Path]) -> None:
     loaded = fleet(tmp_path, model, [f"{path}:1GiB" for path in mounts], USES, USES)
     for _ in range(2):  # also when they are there already
-        make_folders(m.disks for m in loaded.models)
+        make_folders(m.settings.disks for m in loaded.models)
     assert [sorted(p.name for p in path.iterdir()) for path in mounts] == [["a", "b"], ["a", "b"]]
 
 
@@ -70,7 +70,7 @@ def test_a_directory_that_may_not_be_made_is_named(tmp_path: Path, model: Path, 
     loaded = fleet(tmp_path, model, [f"{path}:1GiB" for path in mounts])
     mounts[1].chmod(0o500)
     with pytest.raises(ConfigError, match=r"cannot make .*nvme1/a: Permission denied; give its parent"):
-        make_folders(m.disks for m in loaded.models)
+        make_folders(m.settings.disks for m in loaded.models)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_name_with_a_slash_reaches_the_engine_whole(tmp_path: Path, model: Pat
     [
         ([], USES, ConfigError, r'model a: the tier "disk" needs memory\.disks.*add a line disks = '),
         (["{0}:1GiB"], "", ConfigError, r'memory\.disks is given, but no model uses it: add "disk" to the tiers'),
-        (["{0}:1GiB"], 'tiers = ["disk"]', ConfigError, 'model a: the tier "disk" is written from the tier "host"'),
+        (["{0}:1GiB"], 'tiers = ["disk"]', ConfigError, 'add "host" to model a: tiers'),
         (["nvme0:1GiB"], USES, ConfigError, "memory.disks: cannot read 'nvme0:1GiB'; write an absolute path and a"),
         (["{0}"], USES, ConfigError, "memory.disks: cannot read '/.*nvme0'; write an absolute path and a size"),
         (["{0}:1GB"], USES, ConfigError, "memory.disks: .*nvme0: cannot read '1GB'"),
@@ -116,9 +116,9 @@ def test_a_name_with_a_slash_reaches_the_engine_whole(tmp_path: Path, model: Pat
             "nvme0: 2 MiB in 1 equal parts: .* is the least for one page; write a larger",
         ),
         (["{0}:1GiB"], USES + '\ndisk_writes = "much"', ConfigError, "model a: disk_writes: cannot read 'much'"),
-        (["{0}:1GiB"], USES + '\ndisk_io = "mmap"', ConfigError, r"model\[0\].disk_io: invalid enum value 'mmap'"),
-        (["{0}:1GiB"], 'disk_writes = "1GiB"', ConfigError, 'model a: disk_writes is given.*add "disk" to them'),
-        (["{0}:1GiB"], 'disk_io = "aio"', ConfigError, 'model a: disk_io is given.*add "disk" to them'),
+        (["{0}:1GiB"], USES + '\ndisk_io = "mmap"', ConfigError, "model a: disk_io 'mmap'"),
+        ([], 'disk_writes = "1GiB"', ConfigError, "model a: disk_writes is given"),
+        ([], 'disk_io = "aio"', ConfigError, "model a: disk_io is given"),
     ],
 )
 def test_each_mistake_is_named(

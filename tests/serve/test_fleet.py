@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from polder.engines.vllm.settings import read_settings
+from polder.broker.policy import PolicyConfig
+from polder.engines.vllm.settings import EngineSettings, read_settings
 from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
 from polder.serve.fleet import EXAMPLE, Model, load_fleet
@@ -74,20 +76,15 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
     text = EXAMPLE.replace("/models/llama", str(model)).replace("/mnt/", f"{tmp_path}/")
     fleet = load_fleet(write(tmp_path, text))
     chat = fleet.models[0]
-    assert (chat.floor_bytes, chat.share_bytes, chat.ceiling_bytes) == (64 * MIB, 160 * MIB, 1024 * MIB)
-    assert fleet.policy.min_hold_s == 1.0
-    assert fleet.policy.deadline_s == 0.2
+    given = read_settings({}, "", chat.environment(Path("/s")))
+    assert given == replace(chat.settings, broker=Path("/s")), "an engine reads what the file says"
+    assert (given.kv_floor_bytes, given.kv_share_bytes, given.kv_ceiling_bytes) == (64 * MIB, 160 * MIB, 1024 * MIB)
+    assert (given.tiers, given.tbt_goal_s, given.disk_writes_bytes) == (("peer", "host", "disk"), 0.2, 500 << 30)
+    assert given.disks == tuple((f"{tmp_path}/nvme{n}/chat", 400 << 30) for n in range(2))
     environment = chat.environment(Path("/s"))
-    assert environment["POLDER_BROKER"] == "/s"
-    assert environment["POLDER_ENGINE"] == "chat"
-    assert environment["POLDER_KV_SHARE"] == str(160 * MIB)
-    assert environment["POLDER_TBT_GOAL"] == "0.2s"
-    assert environment["POLDER_TIERS"] == "peer,host,disk"
-    assert environment["POLDER_DISKS"] == ",".join(f"{tmp_path}/nvme{n}/chat:{400 << 30}" for n in range(2))
-    assert environment["POLDER_DISK_WRITES"] == str(500 << 30)
-    assert environment["POLDER_DISK_IO"] == "threads"
     assert environment["POLDER_KV_BUDGET"] == "", "what the shell had set is undone"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0"
+    assert fleet.policy == PolicyConfig()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +120,7 @@ def test_the_plugin_is_loaded_whatever_vllm_plugins_says(
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if shell is not None:
         monkeypatch.setenv("VLLM_PLUGINS", shell)
-    model = Model(name="a", path="x", env={} if file is None else {"VLLM_PLUGINS": file})
+    model = Model(path="x", settings=EngineSettings(engine="a"), env={} if file is None else {"VLLM_PLUGINS": file})
     assert model.environment(Path("/s")).get("VLLM_PLUGINS") == loaded
 
 
@@ -150,56 +147,58 @@ def test_what_is_no_path_is_left_to_vllm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        (("[memory]", "[memory"), "is not TOML"),
-        (('kv_budget = "320MiB"', ""), "memory: 'kv_budget' is missing; add a line kv_budget = "),
-        (("[memory]", "[mem]"), r"unknown key 'mem'; known are memory, model, server|did you mean"),
-        (('kv_budget = "320MiB"', 'kv_budget = "320MB"'), "memory.kv_budget: cannot read '320MB'.*MiB"),
-        (('kv_budget = "320MiB"', 'kv_budget = "1MiB"'), "1 MiB is less than one page of 2 MiB"),
-        (('device = "cpu:0"', 'devise = "cpu:0"'), "memory: unknown key 'devise'; did you mean 'device'?"),
-        (('device = "cpu:0"', 'device = "gpu"'), "memory.device 'gpu': write cpu:0 or cuda:INDEX"),
+        (("[memory]", "[memory"), "TOML"),
+        (('kv_budget = "320MiB"', ""), "kv_budget"),
+        (("[memory]", "[mem]"), "mem"),
+        (('kv_budget = "320MiB"', 'kv_budget = "320MB"'), "memory.kv_budget"),
+        (('kv_budget = "320MiB"', 'kv_budget = "1MiB"'), "2 MiB"),
+        (('device = "cpu:0"', 'devise = "cpu:0"'), "did you mean 'device'"),
+        (('device = "cpu:0"', 'device = "gpu"'), "memory.device"),
         (('device = "cpu:0"', 'page = "5KiB"'), "page size 5120"),
-        (('name = "a"', 'name = "a b"'), "model name 'a b'"),
-        (('name = "a"', 'name = "broker"'), "model name 'broker'"),
-        (('name = "a"', ""), r"model\[0\]: 'name' is missing"),
-        (("max_model_len = 4096", 'max_model_len = "long"'), "model a: max_model_len 'long': write a number"),
-        (("max_model_len = 4096", "max_model_len = 0"), "max_model_len 0: write a number of tokens"),
-        (("max_model_len = 4096", 'cpus = "one"'), "model a: cpus 'one': write a list of cores"),
-        (("max_model_len = 4096", 'cpus = "1-0"'), "model a: cpus '1-0': write a list of cores"),
-        (("max_model_len = 4096", 'cpus = "0,9999"'), "no core 9999"),
-        (("max_model_len = 4096", "tokens = 1"), r"model\[0\]: unknown key 'tokens'; known are name, path"),
-        (("max_model_len = 4096", 'floor = "x"'), "model a: floor: cannot read 'x'"),
-        (("max_model_len = 4096", 'share = "9MiB"\nceiling = "8MiB"'), "share 9 MiB is more than its ceiling 8 MiB"),
-        (("--block-size", "--port"), "model a: args: --port does not belong there"),
-        (("--block-size", "--max-model-len"), "write the key max_model_len"),
-        (("[memory]", "[server]\nport = 99999\n[memory]"), "server.port 99999: write a number from 1 to 65535"),
-        (("[memory]", "[memory]\nreserve_low = 0.9"), "reserve watermarks"),
+        (('name = "a"', 'name = "a b"'), "name 'a b'"),
+        (('name = "a"', 'name = "broker"'), "name 'broker'"),
+        (('name = "a"', ""), r"model\[0\]: name"),
+        (("max_model_len = 4096", 'max_model_len = "long"'), "model a: max_model_len 'long'"),
+        (("max_model_len = 4096", "max_model_len = 0"), "model a: max_model_len 0"),
+        (("max_model_len = 4096", 'cpus = "one"'), "model a: cpus 'one'"),
+        (("max_model_len = 4096", 'cpus = "1-0"'), "model a: cpus '1-0'"),
+        (("max_model_len = 4096", 'cpus = "0,9999"'), "9999"),
+        (("max_model_len = 4096", "tokens = 1"), "model a: unknown key 'tokens'"),
+        (("max_model_len = 4096", 'floor = "x"'), "model a: floor"),
+        (('args = ["--block-size", "32"]', 'args = "--port"'), "model a: args"),
+        (("max_model_len = 4096", "window_layers = 3"), "model a: window_layers"),
+        (("max_model_len = 4096", 'share = "9MiB"\nceiling = "8MiB"'), "share 9 MiB .* ceiling 8 MiB"),
+        (("--block-size", "--port"), "model a: args: --port"),
+        (("--block-size", "--max-model-len"), "key max_model_len"),
+        (("[memory]", "[server]\nport = 99999\n[memory]"), "server.port 99999"),
+        (("[memory]", "[memory]\nreserve_low = 0.9"), "reserve"),
         (("[memory]", '[memory]\nhold = "soon"'), "memory.hold: cannot read 'soon'.*150ms"),
     ],
 )
-def test_each_mistake_is_named(tmp_path: Path, model: Path, change: tuple[str, str], words: str) -> None:
+def test_each_mistake_is_named(tmp_path: Path, model: Path, change: tuple[str, str], named: str) -> None:
     path = write(tmp_path, GOOD.format(model=model).replace(*change))
-    with pytest.raises(UsageError, match=words) as raised:
+    with pytest.raises(UsageError, match=named) as raised:
         load_fleet(path)
     assert str(path) in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "option"),
     [
-        (["--max_model_len", "4096"], "--max-model-len does not belong there; write the key max_model_len"),
-        (["--max_model-len=4096"], "--max-model-len does not belong there"),
-        (["--served_model_name=b"], "--served-model-name does not belong there"),
-        (["--kv_transfer_config.kv_connector", "X"], "--kv-transfer-config does not belong there"),
-        (["--kv-transfer-config.kv_role=kv_both"], "--kv-transfer-config does not belong there"),
+        (["--max_model_len", "4096"], "--max-model-len"),
+        (["--max_model-len=4096"], "--max-model-len"),
+        (["--served_model_name=b"], "--served-model-name"),
+        (["--kv_transfer_config.kv_connector", "X"], "--kv-transfer-config"),
+        (["--kv-transfer-config.kv_role=kv_both"], "--kv-transfer-config"),
     ],
 )
 def test_what_the_fleet_sets_is_refused_however_vllm_lets_it_be_written(
-    tmp_path: Path, model: Path, args: list[str], words: str
+    tmp_path: Path, model: Path, args: list[str], option: str
 ) -> None:
     text = GOOD.format(model=model).replace('args = ["--block-size", "32"]', f"args = {args}")
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=f"model a: args: {option}"):
         load_fleet(write(tmp_path, text))
 
 
@@ -252,7 +251,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_budget_too_small_says_how_much_is_needed(tmp_path: Path, model: Path) -> None:
     text = GOOD.format(model=model)
     second = text[text.index("[[model]]") :].replace('name = "a"', 'name = "b"')
-    with pytest.raises(BudgetError, match=r'a 48 MiB, b 48 MiB.*Write kv_budget = "96MiB" or more'):
+    with pytest.raises(BudgetError, match="96MiB"):
         load_fleet(write(tmp_path, text.replace("320MiB", "64MiB") + second))
     assert load_fleet(write(tmp_path, text.replace("320MiB", "96MiB") + second)), "what it said is enough"
 
@@ -318,8 +317,8 @@ def test_without_max_model_len_the_models_own_length_counts(tmp_path: Path) -> N
 @example(5e-324)
 @example(1.7976931348623157e308)
 def test_a_goal_of_any_length_is_the_engines_to_the_last_digit(seconds: float) -> None:
-    environment = Model(name="a", path="a", tbt_goal_s=parse_goal(seconds, what="goal")).environment(Path("/s"))
-    settings = read_settings({}, "", environment)
+    meant = EngineSettings(engine="a", broker=Path("/s"), tbt_goal_s=parse_goal(seconds, what="goal"))
+    settings = read_settings({}, "", meant.environment())
     assert settings is not None
     assert settings.tbt_goal_s == seconds
 

@@ -59,9 +59,9 @@ def test_a_model_with_tiers_gets_the_connector_and_its_quota(tmp_path: Path, mod
 def test_what_nobody_asked_for_is_divided_equally_in_whole_pages(tmp_path: Path, model: Path) -> None:
     host = 'tiers = ["host"]'
     loaded = fleet(tmp_path, model, 'host = "101MiB"', host, host)
-    assert [m.host_bytes for m in loaded.models] == [50 * MIB, 50 * MIB]
+    assert [m.settings.host_bytes for m in loaded.models] == [50 * MIB, 50 * MIB]
     loaded = fleet(tmp_path, model, 'host = "101MiB"', f'{host}\nhost = "81MiB"', host)
-    assert [m.host_bytes for m in loaded.models] == [81 * MIB, 20 * MIB]
+    assert [m.settings.host_bytes for m in loaded.models] == [81 * MIB, 20 * MIB]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_nobody_asked_for_is_divided_equally_in_whole_pages(tmp_path: Path,
         ("", 'tiers = ["tape"]', ConfigError, "unknown 'tape'; known are peer, host, disk"),
         ("", 'tiers = ["host"]', BudgetError, "no host memory is left"),
         ('host = "10MiB"', 'tiers = ["host"]\nhost = "20MiB"', BudgetError, 'write host = "20MiB" or more'),
-        ('host = "10MiB"', 'host = "5MiB"', ConfigError, 'add "host" to them'),
+        ('host = "10MiB"', 'host = "5MiB"', ConfigError, 'add "host" to model a: tiers'),
         ("", 'args = ["--kv-transfer-config", "{}"]', ConfigError, "--kv-transfer-config does not belong"),
     ],
 )

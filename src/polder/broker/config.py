@@ -9,9 +9,10 @@ from polder.broker.policy import PolicyConfig
 from polder.errors import ConfigError
 from polder.memory.page import PAGE_BYTES
 from polder.planner.sharing import SharingConfig
+from polder.settings import SIZE, declared, setting
 from polder.units import format_bytes
 
-__all__ = ["BrokerConfig"]
+__all__ = ["BROKER_SETTINGS", "BrokerConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,13 @@ class BrokerConfig:
     socket: Path
     devices: dict[str, int]
     """Device name ("cpu:0", "cuda:1") -> bytes of KV budget on it; "host:0" -> bytes of the host tier. Rounded down to pages."""
-    page_bytes: int = PAGE_BYTES
+    page_bytes: int = setting(
+        SIZE,
+        key="page",
+        default=PAGE_BYTES,
+        example='"2MiB"',
+        help="Size of a page, the smallest amount of memory that changes hands",
+    )
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
     recovery_s: float = 2.0
@@ -43,3 +50,7 @@ class BrokerConfig:
 
     def total_pages(self) -> dict[str, int]:
         return {name: size // self.page_bytes for name, size in self.devices.items()}
+
+
+BROKER_SETTINGS = {given.key: given for given in declared(BrokerConfig, PolicyConfig)}
+"""What `polder broker` has options for, and [memory] of a fleet file keys."""

@@ -24,20 +24,41 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from polder.errors import ConfigError
+from polder.settings import PART, SECONDS, setting
 
 __all__ = ["EngineView", "Plan", "PolicyConfig", "Recalled", "Target", "ample_pages", "decide", "missing_pages"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    reserve_low_ratio: float = 0.04
-    """Below this share of the device's pages free, the reserve is refilled ..."""
-    reserve_high_ratio: float = 0.08
-    """... up to this share."""
-    min_hold_s: float = 1.0
-    """No cache memory goes to an engine that gave some back, nor is taken from one that got some, within this time."""
-    deadline_s: float = 0.2
-    """Time an engine has to give recalled pages back before it counts as overdue."""
+    reserve_low_ratio: float = setting(
+        PART,
+        key="reserve_low",
+        default=0.04,
+        example="0.04",
+        help="When less than this part of the device is free, the reserve of free memory is refilled",
+    )
+    reserve_high_ratio: float = setting(
+        PART,
+        key="reserve_high",
+        default=0.08,
+        example="0.08",
+        help="The part of the device up to which the reserve is refilled",
+    )
+    min_hold_s: float = setting(
+        SECONDS,
+        key="hold",
+        default=1.0,
+        example='"1s"',
+        help="For so long after an engine got or gave cache memory, the opposite does not happen",
+    )
+    deadline_s: float = setting(
+        SECONDS,
+        key="deadline",
+        default=0.2,
+        example='"200ms"',
+        help="Time to give recalled memory back; an engine that takes longer is overdue",
+    )
     stickiness: float = 0.2
     """Cache that an engine holds already counts this much more than cache it would still have to fill."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from polder.broker.wire import EngineStatus, Resize, Rouse, Sleep, Stream
-from polder.cli.where import AsJson, Socket, find_socket
+from polder.cli.options import AsJson, Socket, find_socket
 
 __all__ = ["app"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import typer
 
 import polder
-from polder.cli.where import AsJson
+from polder.cli.options import AsJson
 from polder.errors import EnvironmentFault, PolderError
 from polder.units import format_bytes
 

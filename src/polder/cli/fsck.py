@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from polder.cli.where import AsJson
+from polder.cli.options import AsJson
 from polder.errors import PolderError
 from polder.units import format_bytes
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polder.cli.where import AsJson
+from polder.broker.config import BROKER_SETTINGS, BrokerConfig
+from polder.cli.options import AsJson, with_options
 from polder.errors import ConfigError
 from polder.serve.schema import EXAMPLE
-from polder.units import format_bytes, parse_bytes, parse_seconds
+from polder.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from polder.serve.fleet import Fleet
@@ -48,19 +49,15 @@ _KEYS = "\n\n".join(f"\b\n{table}" for table in EXAMPLE.split("\n\n"))
 serve_fleet.__doc__ = f"{serve_fleet.__doc__}\n\nA fleet file with every key:\n\n{_KEYS}"
 
 
+@with_options(BROKER_SETTINGS.values())
 def run_broker(
+    given: Mapping[str, Any],
     socket: Annotated[Path, typer.Option(help="Where engines connect; at most 107 bytes of path.")],
     device: Annotated[list[str], typer.Option(help="NAME=SIZE of KV budget, e.g. cpu:0=64GiB; may be repeated.")],
-    page: Annotated[str, typer.Option(help="Page size.")] = "2MiB",
-    reserve_low: Annotated[float, typer.Option(help="Refill the reserve below this part of the device.")] = 0.04,
-    reserve_high: Annotated[float, typer.Option(help="... up to this part.")] = 0.08,
-    hold: Annotated[str, typer.Option(help="Cache memory changes hands no more often.")] = "1s",
-    deadline: Annotated[str, typer.Option(help="Time to give recalled memory back.")] = "200ms",
 ) -> None:
     """Run a broker alone, for engines started by hand with POLDER_BROKER. It logs to stderr."""
     import logging
 
-    from polder.broker.config import BrokerConfig
     from polder.broker.policy import PolicyConfig
     from polder.broker.server import serve
 
@@ -71,17 +68,13 @@ def run_broker(
         if not separator or name in sizes:
             raise ConfigError(f"--device {text!r}: write NAME=SIZE, e.g. cpu:0=64GiB, once for each device")
         sizes[name] = parse_bytes(size, what=f"--device {name}")
-    policy = PolicyConfig(
-        reserve_low_ratio=reserve_low,
-        reserve_high_ratio=reserve_high,
-        min_hold_s=parse_seconds(hold, what="--hold"),
-        deadline_s=parse_seconds(deadline, what="--deadline"),
-    )
-    serve(BrokerConfig(socket=socket, devices=sizes, page_bytes=parse_bytes(page, what="--page"), policy=policy))
+    policy = dict(given)
+    page_bytes = policy.pop("page_bytes", BrokerConfig.page_bytes)
+    serve(BrokerConfig(socket=socket, devices=sizes, page_bytes=page_bytes, policy=PolicyConfig(**policy)))
 
 
 def _print_check(fleet: Fleet, as_json: Callable[[object], str] | None) -> None:
-    needs = {model.name: model.floor_bytes or model.least_bytes for model in fleet.models}
+    needs = {model.name: model.needed_bytes for model in fleet.models}
     if as_json is not None:
         print(as_json({"device": fleet.device, "kv_budget_bytes": fleet.budget_bytes, "least_bytes": needs}))
         return

@@ -13,7 +13,7 @@ import typer
 
 from polder.broker import client
 from polder.broker.wire import Status
-from polder.cli.where import AsJson, Socket, find_socket
+from polder.cli.options import AsJson, Socket, find_socket
 from polder.errors import BrokerUnavailable
 from polder.serve.supervisor import ChildStatus
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from polder.engines.vllm.settings import parse_disks
+from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BudgetError, ConfigError
-from polder.serve.schema import MemoryTable, ModelTable
+from polder.serve.schema import MemoryTable
 from polder.swarm.layout import LEAST_PAGE_BYTES, plan_layout
 from polder.units import format_bytes
 
@@ -19,40 +19,27 @@ Disks = tuple[tuple[str, int], ...]
 """Directory and limit in bytes of each."""
 
 
-def disk_parts(memory: MemoryTable, models: Sequence[ModelTable]) -> dict[str, Disks]:
+def disk_parts(memory: MemoryTable, models: Sequence[EngineSettings]) -> dict[str, Disks]:
     """By name of the model: equal parts of every disk for all with that tier. Raises ConfigError or BudgetError."""
-    users = [model for model in models if "disk" in model.tiers]
-    for model in models:
-        if model in users and "host" not in model.tiers:
-            raise ConfigError(
-                f'model {model.name}: the tier "disk" is written from the tier "host": add "host" to its tiers, '
-                'and memory.host, e.g. "64GiB"'
-            )
-        for key, given in (("disk_writes", model.disk_writes is not None), ("disk_io", model.disk_io != "threads")):
-            if given and model not in users:
-                raise ConfigError(
-                    f'model {model.name}: {key} is given, but its tiers are {model.tiers}: add "disk" to them'
-                )
+    users = [model.engine for model in models if "disk" in model.tiers]
     if users and not memory.disks:
         raise ConfigError(
-            f'model {users[0].name}: the tier "disk" needs memory.disks, a directory on each disk and its size: '
+            f'model {users[0]}: the tier "disk" needs memory.disks, a directory on each disk and its size: '
             'add a line disks = ["/mnt/nvme0:400GiB"]'
         )
     if memory.disks and not users:
         raise ConfigError('memory.disks is given, but no model uses it: add "disk" to the tiers of a model')
-    disks = [disk for text in memory.disks for disk in parse_disks(text, what="memory.disks")]
-    _check_paths([path for path, _ in disks])
-    for path, size in disks:
-        part = size // len(users)
+    _check_paths([path for path, _ in memory.disks])
+    for path, size in memory.disks:
         try:
-            plan_layout(part, LEAST_PAGE_BYTES)
+            plan_layout(size // len(users), LEAST_PAGE_BYTES)
         except BudgetError as error:
             raise BudgetError(
                 f"memory.disks: {path}: {format_bytes(size)} in {len(users)} equal parts: {error}; write a larger size"
             ) from None
     return {
-        model.name: tuple((str(Path(path) / folder_of(model.name)), size // len(users)) for path, size in disks)
-        for model in users
+        name: tuple((str(Path(path) / folder_of(name)), size // len(users)) for path, size in memory.disks)
+        for name in users
     }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import uvicorn
 
 from polder.broker import client
-from polder.broker.config import BrokerConfig
+from polder.broker.config import BROKER_SETTINGS, BrokerConfig
 from polder.errors import AddressInUse, BrokerUnavailable, ConfigError, EnvironmentFault
 from polder.serve.budget import option
 from polder.serve.disks import make_folders
@@ -26,7 +26,6 @@ from polder.serve.presence import Presence
 from polder.serve.process import ProcessSpec, free_port, vllm_serve
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
 from polder.serve.supervisor import BROKER, Backoff, Event, Supervisor
-from polder.units import seconds_text
 
 __all__ = ["broker_spec", "run"]
 
@@ -51,7 +50,7 @@ def run(
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write logs to {logs}: {error.strerror}") from error
-        make_folders(model.disks for model in fleet.models)
+        make_folders(model.settings.disks for model in fleet.models)
         ports = {model.name: free_port() for model in fleet.models}
         upstreams = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
         teams: list[Supervisor] = []
@@ -95,21 +94,16 @@ def run(
 
 def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
     """`polder broker` with this configuration."""
-    policy = config.policy
     devices = [word for name, size in config.devices.items() for word in ("--device", f"{name}={size}")]
-    options = {
-        "--socket": str(config.socket),
-        "--page": str(config.page_bytes),
-        "--reserve-low": repr(policy.reserve_low_ratio),
-        "--reserve-high": repr(policy.reserve_high_ratio),
-        "--hold": seconds_text(policy.min_hold_s),
-        "--deadline": seconds_text(policy.deadline_s),
-    }
+    options = ["--socket", str(config.socket)]
+    for given in BROKER_SETTINGS.values():
+        value = getattr(config if hasattr(config, given.field) else config.policy, given.field)
+        options += [given.option, given.kind.write(value)]
     return ProcessSpec(
         name=BROKER,
         argv=(
             *(sys.executable, "-m", "polder.cli.main", "broker", *devices),
-            *(word for option in options.items() for word in option),
+            *options,
         ),
         log_path=log_path,
         is_ready=lambda: _answers(config.socket),

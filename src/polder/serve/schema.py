@@ -1,137 +1,241 @@
-"""The keys of the fleet file, and errors in its own words."""
+"""The keys of the fleet file. `EXAMPLE` shows each of them; it is made from the declarations, as docs/settings.md is.
+
+A [[model]] has the engine's settings too (engines/vllm/settings.py), and [memory] the broker's (broker/config.py).
+"""
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
 import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import msgspec
-
-from polder.broker.policy import PolicyConfig
+from polder.broker.config import BROKER_SETTINGS
+from polder.engines.vllm.settings import DISKS, engine_settings
 from polder.errors import ConfigError
-from polder.memory.page import PAGE_BYTES
+from polder.settings import (
+    FLAGS,
+    SIZE,
+    TEXT,
+    VARIABLES,
+    Kind,
+    Setting,
+    check_known,
+    declared,
+    default_of,
+    read,
+    setting,
+)
+from polder.units import parse_bytes
 
-__all__ = ["EXAMPLE", "FleetFile", "MemoryTable", "ModelTable", "ServerTable", "read_file"]
+__all__ = ["EXAMPLE", "TABLES", "FleetFile", "MemoryTable", "ModelTable", "ServerTable", "read_tables", "read_toml"]
 
-EXAMPLE = """\
-[server]
-host = "127.0.0.1"                # default
-port = 8000                       # default
-
-[memory]
-device = "cpu:0"                  # default: cuda:0 where there is an NVIDIA driver, else cpu:0
-kv_budget = "320MiB"              # KV memory of all models together
-# budget = "900MiB"               # in its place where a model has elastic weights: KV memory and those weights together
-page = "2MiB"                     # default
-reserve_low = 0.04                # free memory below which the reserve is refilled: a part of kv_budget, or a size ...
-reserve_high = 0.08               # ... up to this (defaults)
-hold = "1s"                       # cache memory changes hands no more often (default)
-deadline = "200ms"                # time to give recalled memory back (default)
-host = "64GiB"                    # DRAM for KV that the caches have no room for, of all models (default: none)
-disks = ["/mnt/nvme0:400GiB", "/mnt/nvme1:400GiB"]  # a directory on each disk, its limit; of all models (default: none)
-
-[[model]]                         # one for each model
-name = "chat"                     # what clients write as "model"
-path = "/models/llama"            # a folder with config.json; anything else that is no path is left to vLLM (a hub's name)
-max_model_len = 8192              # optional, as are all that follow; "auto": as long as fits
-floor = "64MiB"                   # never taken from it (default: what one request of max_model_len needs)
-share = "160MiB"                  # its own on demand, more is on loan (default: an equal part)
-ceiling = "1GiB"                  # never more than this (default: the whole budget)
-tiers = ["peer", "host", "disk"]  # KV that its cache has no room for: to what others lend, to DRAM, then to disk (default: none)
-host = "32GiB"                    # its quota of host memory (default: an equal part for each model with this tier)
-disk_writes = "500GiB"            # most that it writes to all disks in a day (default: no bound)
-disk_io = "threads"               # default; "aio": the kernel's, for half the CPU time where it is allowed
-weights = "resident"              # default; "elastic": its weights leave the device while nobody asks it (needs budget)
-window = "8GiB"                   # of memory.host: contexts longer than fit the device keep most layers there (default: no window)
-window_layers = 2                 # of such a context, on the device at a time (default)
-tbt_goal = "200ms"                # time a token may take: bounds others' chunks, and contexts with a window (default: no bound)
-lend = "96MiB"                    # most of its KV memory that it lends at a time while idle (default: nothing)
-cpus = "0-1"                      # its processes run on these cores only (default: on all)
-args = ["--enforce-eager"]        # more arguments for `vllm serve`
-env = { VLLM_CPU_OMP_THREADS_BIND = "0" }
-"""
+RESERVED = ("broker", "gateway")
+"""Names that events, logs and metrics use already."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
+_DEVICE = re.compile(r"(cpu|cuda):[0-9]+")
 
 
-class ServerTable(msgspec.Struct, forbid_unknown_fields=True):
-    host: str = "127.0.0.1"
-    port: int = 8000
+def _port(value: Any, name: str) -> int:
+    if not isinstance(value, int) or not 0 < value < 65536:
+        raise ConfigError(f"{name} {value!r}: write a number from 1 to 65535")
+    return value
 
 
-class MemoryTable(msgspec.Struct, forbid_unknown_fields=True):
-    kv_budget: str | int = 0
-    budget: str | int = 0
-    device: str = ""
-    page: str | int = PAGE_BYTES
-    reserve_low: str | float = PolicyConfig.reserve_low_ratio
-    reserve_high: str | float = PolicyConfig.reserve_high_ratio
-    hold: str | float = PolicyConfig.min_hold_s
-    deadline: str | float = PolicyConfig.deadline_s
-    host: str | int = 0
-    disks: list[str] = []
+def _device(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
+        raise ConfigError(f"{name} {value!r}: write cpu:0 or cuda:INDEX")
+    return value
 
 
-class ModelTable(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-    path: str
-    max_model_len: int | str | None = None
-    floor: str | int | None = None
-    share: str | int | None = None
-    ceiling: str | int | None = None
-    tiers: list[str] = []
-    host: str | int | None = None
-    disk_writes: str | int | None = None
-    disk_io: Literal["threads", "aio"] = "threads"
-    lend: str | int = 0
-    weights: Literal["resident", "elastic"] = "resident"
-    window: str | int = 0
-    window_layers: int | None = None
-    tbt_goal: str | float | None = None
-    cpus: str = ""
-    args: list[str] = []
-    env: dict[str, str] = {}
+def _model_name(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value) or value in RESERVED:
+        raise ConfigError(f"{name} {value!r}: use letters, digits and . _ : / - (and not {', '.join(RESERVED)})")
+    return value
 
 
-class FleetFile(msgspec.Struct, forbid_unknown_fields=True):
+def _length(value: Any, name: str) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f'{name} {value!r}: write a number of tokens above 0, or "auto"')
+    return value
+
+
+def _cpus(value: Any, name: str) -> str:
+    """The list as it stands, if this process may use all of its cores."""
+    cores: set[int] = set()
+    for part in filter(None, str(value).split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
+            raise ConfigError(f'{name} {value!r}: write a list of cores such as "0-7,16"')
+        cores |= set(range(int(first), int(last or first) + 1))
+    missing = sorted(cores - os.sched_getaffinity(0))
+    if missing:
+        raise ConfigError(f"{name} {value!r}: this process may not use core {missing[0]}; leave it out")
+    return str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerTable:
+    host: str = setting(TEXT, default="127.0.0.1", example='"127.0.0.1"', help="Address of the OpenAI endpoint")
+    port: int = setting(Kind(_port), default=8000, example="8000", help="Its port")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryTable:
+    device: str = setting(
+        Kind(_device),
+        default="",
+        default_text="cuda:0 where there is an NVIDIA driver, else cpu:0",
+        example='"cpu:0"',
+        help="The device whose memory the models share",
+    )
+    kv_budget_bytes: int = setting(
+        SIZE, key="kv_budget", default=0, example='"320MiB"', help="KV memory of all models together"
+    )
+    budget_bytes: int = setting(
+        SIZE,
+        key="budget",
+        default=0,
+        example='"900MiB"',
+        alternative=True,
+        help="In its place where a model has elastic weights: KV memory and those weights together",
+    )
+    host_bytes: int = setting(
+        SIZE,
+        key="host",
+        default=0,
+        default_text="none",
+        example='"64GiB"',
+        help="Host memory for the tiers and windows of all models",
+    )
+    disks: tuple[tuple[str, int], ...] = setting(
+        DISKS,
+        default=(),
+        default_text="none",
+        example='["/mnt/nvme0:400GiB", "/mnt/nvme1:400GiB"]',
+        help="A directory on each disk and its limit, for all models together",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTable:
+    name: str = setting(Kind(_model_name), example='"chat"', help='What clients write as "model"')
+    path: str = setting(
+        TEXT,
+        example='"/models/llama"',
+        help="A folder with config.json; a text that is no path is left to vLLM (a name on a hub)",
+    )
+    max_model_len: int | Literal["auto"] | None = setting(
+        Kind(_length),
+        default=None,
+        default_text="the model's own",
+        example="8192",
+        help='The longest context in tokens; "auto": as long as fits',
+    )
+    cpus: str = setting(
+        Kind(_cpus),
+        default="",
+        default_text="all",
+        example='"0-1"',
+        help="The cores that its processes run on, as taskset writes them",
+    )
+    args: tuple[str, ...] = setting(
+        FLAGS, default=(), example='["--enforce-eager"]', help="More arguments for `vllm serve`"
+    )
+    env: Mapping[str, str] = setting(
+        VARIABLES,
+        default=None,
+        example='{ VLLM_CPU_OMP_THREADS_BIND = "0" }',
+        help="More environment variables for its processes",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetFile:
+    server: ServerTable
     memory: MemoryTable
-    model: list[ModelTable]
-    server: ServerTable = msgspec.field(default_factory=ServerTable)
+    broker: Mapping[str, Any]
+    """The broker's settings that the file gives, by field."""
+    models: Sequence[tuple[ModelTable, Mapping[str, Any]]]
+    """With the engine's settings that the file gives, by field."""
 
 
-_TABLES: dict[str, type[msgspec.Struct]] = {
-    "memory": MemoryTable,
-    "model": ModelTable,
-    "server": ServerTable,
-    "": FleetFile,
+def _by_key(*classes: type) -> dict[str, Setting]:
+    return {given.key: given for given in declared(*classes)}
+
+
+_MODEL, _MEMORY = _by_key(ModelTable), _by_key(MemoryTable)
+_ENGINE = {given.model: given for given in engine_settings() if given.model}
+TABLES: dict[str, dict[str, Setting]] = {
+    "[server]": _by_key(ServerTable),
+    "[memory]": _MEMORY | BROKER_SETTINGS,
+    "[[model]]": _MODEL | _ENGINE,
 }
+"""All keys, by the heading of their table."""
 
 
-def read_file(path: Path) -> FleetFile:
-    """Raises ConfigError when there is no such file, when it is not TOML, or when a key is unknown, missing or of another type."""
+def _example(heading: str, settings: Mapping[str, Setting]) -> Iterable[str]:
+    yield heading
+    for key, given in settings.items():
+        line = f"{'# ' if given.alternative else ''}{key} = {given.example}"
+        default = default_of(given)
+        comment = f"# {given.help}{f' (default: {default})' if default else ''}"
+        yield f"{line:34}{comment}" if len(line) < 34 else f"{comment}\n{line}"
+
+
+EXAMPLE = "\n\n".join("\n".join(_example(heading, settings)) for heading, settings in TABLES.items()) + "\n"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError when there is no such file, or when it is not TOML."""
     try:
-        return msgspec.convert(tomllib.loads(path.read_text()), FleetFile)
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_explained(str(error))}") from error
 
 
-def _explained(message: str) -> str:
-    """msgspec's message in the file's own words, with what to write instead."""
-    text, _, where = message.partition(" - at `$")
-    place = where.rstrip("`").lstrip(".")
-    table = re.split(r"[.\[]", place)[0]
-    known = _TABLES.get(table, FleetFile).__struct_fields__
-    heading = f"{place}: " if place else ""
-    if unknown := re.match(r"Object contains unknown field `(.*)`", text):
-        close = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-        return f"{heading}unknown key {unknown[1]!r}; {hint}"
-    if missing := re.match(r"Object missing required field `(.*)`", text):
-        lines = {"memory": "[memory]", "model": "[[model]]"}
-        return f"{heading}{missing[1]!r} is missing; add a line {lines.get(missing[1], missing[1] + ' = ...')}"
-    return f"{heading}{text[:1].lower()}{text[1:]}"
+def read_tables(file: Mapping[str, Any]) -> FleetFile:
+    """Raises ConfigError when a key is unknown, missing, or has a value that cannot be meant."""
+    check_known(file, ("server", "memory", "model"), "fleet file")
+    server, memory, models = file.get("server", {}), file.get("memory"), file.get("model")
+    if not isinstance(memory, dict) or not isinstance(server, dict):
+        raise ConfigError("'memory' is missing; add a line [memory] and a kv_budget below it")
+    if not isinstance(models, list) or not models or not all(isinstance(model, dict) for model in models):
+        raise ConfigError("no model; add a [[model]] with a name and a path")
+    found = MemoryTable(**read(_MEMORY, _known("memory", "[memory]", memory), "memory.{}".format))
+    return FleetFile(
+        server=ServerTable(**read(TABLES["[server]"], _known("server", "[server]", server), "server.{}".format)),
+        memory=found,
+        broker=read(BROKER_SETTINGS, _with_parts(memory, found), "memory.{}".format),
+        models=[_model(number, model) for number, model in enumerate(models)],
+    )
+
+
+def _model(number: int, model: Mapping[str, Any]) -> tuple[ModelTable, dict[str, Any]]:
+    what = f"model {model['name']}" if isinstance(model.get("name"), str) else f"model[{number}]"
+    _known(what, "[[model]]", model)
+    name = f"{what}: {{}}".format
+    return ModelTable(**read(_MODEL, model, name)), read(_ENGINE, model, name)
+
+
+def _known(what: str, heading: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    check_known(given, TABLES[heading], what)
+    return given
+
+
+def _with_parts(memory: Mapping[str, Any], found: MemoryTable) -> dict[str, Any]:
+    """The reserve may be a size, too: as a part of the budget."""
+    budget = max(1, found.kv_budget_bytes or found.budget_bytes)
+    parts = {
+        key: parse_bytes(memory[key], what=f"memory.{key}") / budget
+        for key in ("reserve_low", "reserve_high")
+        if isinstance(memory.get(key), str)
+    }
+    return {**memory, **parts}

@@ -1,31 +1,8 @@
-"""How an engine is told to be elastic: environment variables, or `--additional-config '{"polder": {...}}'`.
+"""The settings of an elastic engine: environment variables, or `--additional-config '{"polder": {...}}'`.
 
-| environment         | additional-config | meaning                                                                            |
-|---------------------|-------------------|------------------------------------------------------------------------------------|
-| POLDER_BROKER       | broker            | socket of the broker that shares memory between engines                            |
-| POLDER_ENGINE       | engine            | this engine's name there (default: the served model's name)                        |
-| POLDER_KV_BUDGET    | kv_budget         | without a broker: KV memory of this engine alone, grown on demand                  |
-| POLDER_PAGE         | page              | without a broker: page size (default 2MiB)                                         |
-| POLDER_KV_FLOOR     | kv_floor          | never given away (default: what one request of max_model_len needs)                |
-| POLDER_KV_SHARE     | kv_share          | its own on demand; more than that is on loan (default: an equal part)              |
-| POLDER_KV_CEILING   | kv_ceiling        | never more than this (default: the device's whole budget)                          |
-
-| POLDER_TIERS        | tiers             | where blocks go that the cache has no room for: some of "peer,host,disk"           |
-| POLDER_HOST         | host              | this engine's quota of host memory, all ranks together (needs the tier "host")     |
-| POLDER_DISKS        | disks             | "PATH:SIZE,PATH:SIZE": directories, each on its own disk (needs the tier "disk")   |
-| POLDER_DISK_WRITES  | disk_writes       | most bytes written to them in a day: "500GiB" (default: no bound)                  |
-| POLDER_DISK_IO      | disk_io           | "threads" (default), or "aio": the kernel's, half the CPU time where it is allowed |
-| POLDER_LEND         | lend              | most KV memory lent to other engines at a time, all ranks together (default: none) |
-| POLDER_WEIGHTS      | weights           | "elastic": the broker's budget is for weights too; they leave while nobody asks    |
-| POLDER_WINDOW       | window            | host memory for contexts longer than fit the device: most layers of them stay there |
-| POLDER_WINDOW_LAYERS| window_layers     | layers of such a context that are on the device at a time (default: 2)              |
-| POLDER_TBT_GOAL     | tbt_goal          | time a token may take while others prefill: "200ms" (default: no bound)            |
-| POLDER_LINKS        | links             | for tests and benches: emulated, "peer=3.2GB/s,host=400MB/s,weights=2GB/s"         |
-| POLDER_FAULTS       | faults            | for tests: faults of the tiers, "fail=0.2,corrupt=0.01,seed=1"                     |
-
-An engine with tiers needs the connector too: --kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'
-(`polder serve` adds it). With neither POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. The environment wins over
-additional-config.
+A setting `kv_floor` is POLDER_KV_FLOOR in the environment, which wins over additional-config. With neither POLDER_BROKER nor
+POLDER_KV_BUDGET the engine is stock vLLM. An engine with tiers needs the connector too (`polder serve` adds it):
+--kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'. docs/settings.md is generated from this file.
 """
 
 from __future__ import annotations
@@ -39,65 +16,221 @@ from typing import Any, Literal
 from polder.broker.transport import check_socket_path
 from polder.errors import ConfigError
 from polder.memory.page import PAGE_BYTES
+from polder.metrics import TIER_NAMES as TIERS
+from polder.settings import (
+    COUNT,
+    GOAL,
+    PATH,
+    SIZE,
+    TEXT,
+    Kind,
+    Setting,
+    check_known,
+    choice,
+    declared,
+    read,
+    setting,
+    words,
+)
 from polder.testing.faulty_tier import parse_faults
 from polder.testing.links import parse_links
-from polder.units import parse_bytes, parse_goal
+from polder.units import parse_bytes
 
-__all__ = ["ENVIRONMENT", "TIERS", "EngineSettings", "parse_disks", "read_settings"]
+__all__ = ["DISKS", "TIERS", "EngineSettings", "engine_settings", "parse_disks", "read_settings"]
 
-ENVIRONMENT = {
-    "broker": "POLDER_BROKER",
-    "engine": "POLDER_ENGINE",
-    "kv_budget": "POLDER_KV_BUDGET",
-    "page": "POLDER_PAGE",
-    "kv_floor": "POLDER_KV_FLOOR",
-    "kv_share": "POLDER_KV_SHARE",
-    "kv_ceiling": "POLDER_KV_CEILING",
-    "tiers": "POLDER_TIERS",
-    "host": "POLDER_HOST",
-    "disks": "POLDER_DISKS",
-    "disk_writes": "POLDER_DISK_WRITES",
-    "disk_io": "POLDER_DISK_IO",
-    "lend": "POLDER_LEND",
-    "weights": "POLDER_WEIGHTS",
-    "window": "POLDER_WINDOW",
-    "window_layers": "POLDER_WINDOW_LAYERS",
-    "tbt_goal": "POLDER_TBT_GOAL",
-    "links": "POLDER_LINKS",
-    "faults": "POLDER_FAULTS",
-}
 
-TIERS = ("peer", "host", "disk")
-"""From the fastest to the slowest."""
+def parse_disks(value: str | list[str], name: str) -> tuple[tuple[str, int], ...]:
+    """ "/mnt/a:100GiB,/mnt/b:50GiB", or a list -> (("/mnt/a", 107374182400), ...). Raises ConfigError."""
+    disks = []
+    for part in filter(None, (str(word).strip() for word in (value.split(",") if isinstance(value, str) else value))):
+        path, colon, size = part.rpartition(":")
+        if not colon or not Path(path).is_absolute():
+            raise ConfigError(
+                f"{name}: cannot read {part!r}; write an absolute path and a size, e.g. /mnt/nvme0:100GiB"
+            )
+        disks.append((path, parse_bytes(size, what=f"{name}: {path}")))
+    return tuple(disks)
+
+
+def _checked_text(parse: Callable[[str], object]) -> Kind[str]:
+    def checked(value: Any, name: str) -> str:
+        parse(str(value))
+        return str(value)
+
+    return Kind(checked)
+
+
+DISKS: Kind[tuple[tuple[str, int], ...]] = Kind(parse_disks, lambda disks: ",".join(f"{p}:{size}" for p, size in disks))
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    engine: str
-    broker: Path | None
-    """None: an in-process broker over `kv_budget_bytes`."""
-    kv_budget_bytes: int | None
-    page_bytes: int
-    kv_floor_bytes: int | None
-    kv_share_bytes: int | None
-    kv_ceiling_bytes: int | None
-    tiers: tuple[str, ...] = ()
-    """Some of TIERS, in their order."""
-    host_bytes: int = 0
-    disks: tuple[tuple[str, int], ...] = ()
-    """Directory and limit in bytes of each, all ranks together."""
-    disk_writes_bytes: int | None = None
-    """A day, all disks together."""
-    disk_io: Literal["threads", "aio"] = "threads"
-    lend_bytes: int = 0
-    weights: Literal["resident", "elastic"] = "resident"
-    window_bytes: int = 0
-    """Host memory of the window's store, all ranks together; 0: no window."""
-    window_layers: int = 2
-    tbt_goal_s: float | None = None
-    """None: steps as long as vLLM makes them."""
-    links: str = ""
-    faults: str = ""
+    """Sizes are for all ranks of the engine together."""
+
+    broker: Path | None = setting(
+        PATH,
+        default=None,
+        help="Socket of the broker that shares memory between engines",
+    )
+    engine: str = setting(
+        TEXT,
+        default_text="the served model's name",
+        help="This engine's name at the broker; each engine needs its own",
+    )
+    kv_budget_bytes: int | None = setting(
+        SIZE,
+        key="kv_budget",
+        default=None,
+        help="In place of a broker: KV memory of this engine alone, grown on demand",
+    )
+    page_bytes: int = setting(
+        SIZE,
+        key="page",
+        default=PAGE_BYTES,
+        help="Size of a page, with `kv_budget` only",
+    )
+    kv_floor_bytes: int | None = setting(
+        SIZE,
+        key="kv_floor",
+        model="floor",
+        default=None,
+        default_text="what one request of max_model_len needs",
+        example='"64MiB"',
+        help="KV memory that is never taken from the engine",
+    )
+    kv_share_bytes: int | None = setting(
+        SIZE,
+        key="kv_share",
+        model="share",
+        default=None,
+        default_text="an equal part",
+        example='"160MiB"',
+        help="KV memory that is the engine's own on demand; what it holds above is on loan",
+    )
+    kv_ceiling_bytes: int | None = setting(
+        SIZE,
+        key="kv_ceiling",
+        model="ceiling",
+        default=None,
+        default_text="the whole budget",
+        example='"1GiB"',
+        help="The most KV memory that the engine may hold",
+    )
+    tiers: tuple[str, ...] = setting(
+        words(*TIERS),
+        model="tiers",
+        default=(),
+        default_text="none",
+        example='["peer", "host", "disk"]',
+        help="Where KV goes that the cache has no room for: to others' idle KV memory, to host memory, to disks",
+    )
+    host_bytes: int = setting(
+        SIZE,
+        key="host",
+        model="host",
+        default=0,
+        example='"32GiB"',
+        help="The engine's quota of host memory, for the tier `host`",
+    )
+    disks: tuple[tuple[str, int], ...] = setting(
+        DISKS,
+        default=(),
+        help='"PATH:SIZE,PATH:SIZE": a directory on each disk and its limit, for the tier `disk`',
+    )
+    disk_writes_bytes: int | None = setting(
+        SIZE,
+        key="disk_writes",
+        model="disk_writes",
+        default=None,
+        default_text="no bound",
+        example='"500GiB"',
+        help="The most bytes that the engine writes to all disks in a day; 0: none",
+    )
+    disk_io: Literal["threads", "aio"] = setting(
+        choice("threads", "aio"),
+        model="disk_io",
+        default="threads",
+        example='"threads"',
+        help='How disks are read; "aio": by the kernel, for half the CPU time where it is allowed',
+    )
+    lend_bytes: int = setting(
+        SIZE,
+        key="lend",
+        model="lend",
+        default=0,
+        default_text="nothing",
+        example='"96MiB"',
+        help="The most KV memory that the engine lends at a time while it is idle",
+    )
+    weights: Literal["resident", "elastic"] = setting(
+        choice("resident", "elastic"),
+        model="weights",
+        default="resident",
+        example='"resident"',
+        help='"elastic": the weights leave the device while nobody asks the model',
+    )
+    window_bytes: int = setting(
+        SIZE,
+        key="window",
+        model="window",
+        default=0,
+        default_text="no window",
+        example='"8GiB"',
+        help="Host memory for contexts longer than the device holds: most of their layers stay there",
+    )
+    window_layers: int = setting(
+        COUNT,
+        model="window_layers",
+        default=2,
+        example="2",
+        help="Layers of such a context that are on the device at a time",
+    )
+    tbt_goal_s: float | None = setting(
+        GOAL,
+        key="tbt_goal",
+        model="tbt_goal",
+        default=None,
+        default_text="no bound",
+        example='"200ms"',
+        help="The time that a token may take: limits others' prefill chunks, and contexts with a window",
+    )
+    links: str = setting(
+        _checked_text(parse_links),
+        default="",
+        help="For tests: emulated links, `peer=3.2GB/s,host=400MB/s,disk=200MB/s,weights=2GB/s,window=2GB/s`",
+    )
+    faults: str = setting(
+        _checked_text(parse_faults),
+        default="",
+        help="For tests: faults of the tiers, `fail=0.2,corrupt=0.01,seed=1`",
+    )
+
+    def environment(self) -> dict[str, str]:
+        """The variables that say these settings to an engine, "" for those that are at their default."""
+        values = ((given, getattr(self, given.field)) for given in engine_settings())
+        return {given.variable: "" if value == given.default else given.kind.write(value) for given, value in values}
+
+    def check(self, name: Callable[[str], str]) -> None:
+        """Raises ConfigError for settings that do not fit together. `name(key)`: what the user calls the setting."""
+        if "disk" in self.tiers and "host" not in self.tiers:
+            raise ConfigError(
+                f'the tier "disk" is written from the tier "host": add "host" to {name("tiers")} and set {name("host")}'
+            )
+        for tier, key, value in (("host", "host", self.host_bytes), ("disk", "disks", self.disks)):
+            if tier in self.tiers and not value:
+                raise ConfigError(f'{name("tiers")} has "{tier}": set {name(key)} too')
+            if value and tier not in self.tiers:
+                raise ConfigError(f'{name(key)} is given: add "{tier}" to {name("tiers")}, or leave it out')
+        if "disk" not in self.tiers and (self.disk_writes_bytes is not None or self.disk_io != "threads"):
+            key = "disk_io" if self.disk_writes_bytes is None else "disk_writes"
+            raise ConfigError(f'{name(key)} is given: add "disk" to {name("tiers")}, or leave it out')
+        if self.window_layers != EngineSettings.window_layers and not self.window_bytes:
+            raise ConfigError(f"{name('window_layers')} is given: set {name('window')} (host memory) too")
+
+
+def engine_settings() -> list[Setting]:
+    """All of them, in the order of the documentation."""
+    return declared(EngineSettings)
 
 
 def read_settings(
@@ -107,107 +240,27 @@ def read_settings(
     given = additional_config.get("polder", {})
     if not isinstance(given, Mapping):
         raise ConfigError(f'additional-config "polder" must be an object, not {given!r}')
-    unknown = set(given) - set(ENVIRONMENT)
-    if unknown:
-        raise ConfigError(f"additional-config polder: unknown {sorted(unknown)}; known are {', '.join(ENVIRONMENT)}")
-    values: dict[str, str | int] = dict(given)
-    for key, variable in ENVIRONMENT.items():
-        if environment.get(variable):
-            values[key] = environment[variable]
+    settings = {declaration.key: declaration for declaration in engine_settings()}
+    check_known(given, settings, "additional-config polder")
+    values = dict(given)
+    for key, declaration in settings.items():
+        if environment.get(declaration.variable):
+            values[key] = environment[declaration.variable]
 
-    def size(key: str) -> int | None:
-        return parse_bytes(values[key], what=ENVIRONMENT[key]) if key in values else None
+    def name(key: str) -> str:
+        return settings[key].variable
 
     if "broker" not in values and "kv_budget" not in values:
         if values:
             raise ConfigError(
-                f"{', '.join(ENVIRONMENT[key] for key in values)} given, but neither POLDER_BROKER nor POLDER_KV_BUDGET: "
+                f"{', '.join(map(name, values))} given, but neither POLDER_BROKER nor POLDER_KV_BUDGET: "
                 f"set one of them to make this engine elastic"
             )
         return None
     if "broker" in values and "kv_budget" in values:
         raise ConfigError("POLDER_BROKER and POLDER_KV_BUDGET exclude each other: the broker has the budget")
-    broker = Path(str(values["broker"])) if "broker" in values else None
-    if broker is not None:
-        check_socket_path(broker)
-    return EngineSettings(
-        engine=str(values.get("engine", default_name)),
-        broker=broker,
-        kv_budget_bytes=size("kv_budget"),
-        page_bytes=size("page") or PAGE_BYTES,
-        kv_floor_bytes=size("kv_floor"),
-        kv_share_bytes=size("kv_share"),
-        kv_ceiling_bytes=size("kv_ceiling"),
-        tiers=_tiers(str(values.get("tiers", "")), size("host") or 0, str(values.get("disks", ""))),
-        host_bytes=size("host") or 0,
-        disks=parse_disks(str(values.get("disks", "")), what="POLDER_DISKS"),
-        disk_writes_bytes=size("disk_writes"),
-        disk_io=_disk_io(str(values.get("disk_io", "threads"))),
-        lend_bytes=size("lend") or 0,
-        weights=_weights(str(values.get("weights", "resident"))),
-        window_bytes=size("window") or 0,
-        window_layers=_window_layers(values),
-        tbt_goal_s=parse_goal(values["tbt_goal"], what=ENVIRONMENT["tbt_goal"]) if "tbt_goal" in values else None,
-        links=_checked(parse_links, str(values.get("links", ""))),
-        faults=_checked(parse_faults, str(values.get("faults", ""))),
-    )
-
-
-def parse_disks(text: str, *, what: str) -> tuple[tuple[str, int], ...]:
-    """ "/mnt/a:100GiB,/mnt/b:50GiB" -> (("/mnt/a", 107374182400), ...). Raises ConfigError."""
-    disks = []
-    for part in filter(None, (word.strip() for word in text.split(","))):
-        path, colon, size = part.rpartition(":")
-        if not colon or not Path(path).is_absolute():
-            raise ConfigError(
-                f"{what}: cannot read {part!r}; write an absolute path and a size, e.g. /mnt/nvme0:100GiB"
-            )
-        disks.append((path, parse_bytes(size, what=f"{what}: {path}")))
-    return tuple(disks)
-
-
-def _disk_io(text: str) -> Literal["threads", "aio"]:
-    if text == "aio":
-        return "aio"
-    if text != "threads":
-        raise ConfigError(f'POLDER_DISK_IO={text!r}: write "threads" (the default) or "aio"')
-    return "threads"
-
-
-def _tiers(text: str, host_bytes: int, disks: str) -> tuple[str, ...]:
-    named = {part.strip() for part in text.split(",") if part.strip()}
-    if named - set(TIERS):
-        raise ConfigError(f"POLDER_TIERS={text!r}: known are {', '.join(TIERS)}")
-    if ("host" in named) != bool(host_bytes):
-        raise ConfigError('the tier "host" and POLDER_HOST (its size) belong together: give both or neither')
-    if ("disk" in named) != bool(disks):
-        raise ConfigError('the tier "disk" and POLDER_DISKS (its directories) belong together: give both or neither')
-    if "disk" in named and "host" not in named:
-        raise ConfigError(
-            'the tier "disk" is written from the tier "host": add "host" to POLDER_TIERS, and POLDER_HOST'
-        )
-    return tuple(tier for tier in TIERS if tier in named)
-
-
-def _weights(text: str) -> Literal["resident", "elastic"]:
-    if text == "elastic":
-        return "elastic"
-    if text != "resident":
-        raise ConfigError(f'POLDER_WEIGHTS={text!r}: write "elastic", or "resident" (the default)')
-    return "resident"
-
-
-def _window_layers(values: Mapping[str, Any]) -> int:
-    if "window_layers" not in values:
-        return EngineSettings.window_layers
-    if "window" not in values:
-        raise ConfigError("POLDER_WINDOW_LAYERS is given, but no POLDER_WINDOW (host memory for its store): give both")
-    text = str(values["window_layers"])
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"POLDER_WINDOW_LAYERS={text!r}: write a number of layers, 1 or more")
-    return int(text)
-
-
-def _checked(parse: Callable[[str], object], text: str) -> str:
-    parse(text)
-    return text
+    found = EngineSettings(**read(settings, {"engine": default_name, **values}, name))
+    if found.broker is not None:
+        check_socket_path(found.broker)
+    found.check(name)
+    return found

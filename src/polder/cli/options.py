@@ -1,0 +1,67 @@
+"""Options that commands share, and options that are made from declared settings."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polder.errors import BrokerUnavailable
+from polder.serve.runtime import discover_socket, user_dir
+from polder.settings import Setting, default_of, read
+
+__all__ = ["AsJson", "Socket", "find_socket", "with_options"]
+
+Socket = Annotated[
+    Path | None,
+    typer.Option(help="The broker's socket (default: $POLDER_BROKER, else that of your fleet which started last)."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def find_socket(given: Path | None) -> Path:
+    """`given`, else $POLDER_BROKER, else the fleet of this user that started last. Raises BrokerUnavailable without any."""
+    if given is not None:
+        return given
+    if os.environ.get("POLDER_BROKER"):
+        return Path(os.environ["POLDER_BROKER"])
+    found = discover_socket()
+    if found is None:
+        raise BrokerUnavailable(
+            f"no fleet of yours runs here (looked in {user_dir()}): start `polder serve`, or name a broker with --socket"
+        )
+    return found
+
+
+def with_options(settings: Iterable[Setting]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each setting. The command's parameter `given` gets what was given, parsed, by field."""
+    by_key = {declaration.key: declaration for declaration in settings}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**arguments: Any) -> None:
+            written = {key: text for key in by_key if (text := arguments.pop(key)) is not None}
+            command(given=read(by_key, written, lambda key: by_key[key].option), **arguments)
+
+        own = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "given"
+        ]
+        options = [_parameter(key, declaration) for key, declaration in by_key.items()]
+        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        return run
+
+    return decorate
+
+
+def _parameter(key: str, declaration: Setting) -> inspect.Parameter:
+    default = default_of(declaration)
+    text = f"{declaration.help}{f' (default: {default})' if default else ''}."
+    annotation = Annotated[str | None, typer.Option(declaration.option, help=text)]
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
