@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from polder import metrics
+from polder.broker.config import BROKER_SETTINGS
+from polder.engines.vllm.settings import engine_settings
 from polder.errors import IntegrityError
+from polder.serve.schema import MemoryTable, ModelTable, ServerTable
+from polder.settings import declared
 from polder.tiers.statistics import TierStatistics
 from scripts.generate_docs import DOCS, generated
 
@@ -65,3 +69,16 @@ def test_a_metric_that_is_not_declared_is_refused() -> None:
         metrics.checked({"stepz_total": 3.0})
     with pytest.raises(KeyError):
         metrics.zeros(metrics.CORE)["stepz_total"] += 1
+
+
+def test_each_variable_that_the_code_reads_is_a_declared_setting() -> None:
+    sources = (path.read_text() for path in SOURCES.rglob("*.py") if path.parent.name != "testing")
+    read = {name for text in sources for name in re.findall(r"\bPOLDER_[A-Z_]+[A-Z]\b", text)}
+    assert read <= {given.variable for given in engine_settings()}
+    assert len({given.key for given in engine_settings()}) == len(engine_settings())
+
+
+def test_each_setting_is_used() -> None:
+    sources = "".join(path.read_text() for path in SOURCES.rglob("*.py"))
+    for given in (*engine_settings(), *BROKER_SETTINGS.values(), *declared(ServerTable, MemoryTable, ModelTable)):
+        assert f".{given.field}" in sources, given.key

@@ -21,11 +21,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.model_executor.offloader.base import BaseOffloader
@@ -88,6 +87,8 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         ] = {}  # id(module) -> bytes of its own parameters as they were made, before any packing
         self.resident_bytes = 0
         """Of decoder layers' tensors that stay where they are, and of what libraries have packed into memory of their own."""
+        self.wake: Literal["streamed", "whole"] = "streamed"
+        """Whether computing begins before all layers are back."""
         self._private: list[Segment] = []
         self.store: WeightStore | None = None
         self.backend: Backend = worker.backend(device, page_bytes)
@@ -255,6 +256,7 @@ def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloade
     key = host_copies.copy_key(vllm_config, vllm_config.parallel_config.rank)
     store = functools.partial(host_copies.open_store, broker=settings.broker, key=key)
     offloader = WeightOffloader(device, page_bytes, store, compiled=compiled, graphs=graphs, link_bytes_per_s=link)
+    offloader.wake = settings.wake
     if not cuda:
         cpu_linear.install(offloader.belongs)
     return offloader
@@ -308,7 +310,8 @@ def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int
             incoming.append(tuple(memory.imported.handles(generation, pages)))
             _given[incoming[-1]] = (generation, pages)
         store.give(incoming)
-        if os.environ.get("POLDER_WAKE") == "whole":
+        assert _offloader is not None
+        if _offloader.wake == "whole":
             store.wait_all()
     except (PolderError, OSError) as error:
         return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")

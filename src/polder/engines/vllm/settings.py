@@ -194,6 +194,11 @@ class EngineSettings:
         example='"200ms"',
         help="The time that a token may take: limits others' prefill chunks, and contexts with a window",
     )
+    wake: Literal["streamed", "whole"] = setting(
+        choice("streamed", "whole"),
+        default="streamed",
+        help='For tests: "whole": a model that wakes computes nothing before all of its weights are back',
+    )
     links: str = setting(
         _checked_text(parse_links),
         default="",
