@@ -32,14 +32,14 @@ from polder.bench.disks_plan import (
 )
 from polder.bench.report.metrics import Metrics
 from polder.bench.report.result import Arms, BenchResult, ratios_over, read_result
+from polder.bench.sparse import arms as swarm
+from polder.bench.sparse.arms import Layout
 from polder.bench.stages.access_sets import DESCRIPTIONS, AccessSet, access_sets, turn_reads
 from polder.bench.stages.layouts import PARTS, Layouts, metrics_of, modelled, together
 from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
 from polder.bench.stages.wall import LATENCY_S, WallStep, wall_metrics, wall_steps
+from polder.emulation.disks import VirtualClock
 from polder.sim.traces import Trace
-from polder.swarm import arms as swarm
-from polder.swarm.arms import Layout
-from polder.testing.disks import VirtualClock
 
 TINY = DisksPlan(
     name="tiny",

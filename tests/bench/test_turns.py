@@ -32,8 +32,8 @@ from polder.bench.turns_report import render_turns_html
 from polder.bench.turns_setup import BATCHED_TOKENS
 from polder.bench.workloads.agents import agents, chats, unique_prompts, unmeasured
 from polder.bench.workloads.models import MODEL_A, MODEL_B
+from polder.emulation.options import parse_links
 from polder.errors import ConfigError
-from polder.testing.links import parse_links
 
 MIB = 1 << 20
 

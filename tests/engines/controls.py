@@ -298,9 +298,9 @@ def _(broken: Breaker) -> None:
 
 @_control("given: copies over an emulated link begin late")
 def _(broken: Breaker) -> None:
-    from polder.testing import paced
+    from polder.emulation.backends import PacedQueue
 
-    broken(paced._PacedQueue, "put", lambda stock, *args: _Late(lambda: stock(*args)))
+    broken(PacedQueue, "put", lambda stock, *args: _Late(lambda: stock(*args)))
 
 
 class _Late:

@@ -13,7 +13,7 @@ import pytest
 
 from polder.engines.vllm import compare
 from polder.engines.vllm.compare import Use, uses_of
-from polder.testing.sources import Package, folder_reader, parameters_of, wheel_reader
+from polder.engines.vllm.sources import Package, folder_reader, parameters_of, wheel_reader
 
 OLD = {
     "vllm/_version.py": "__version__ = version = '1.0'",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from polder.diskstore.fsck import check_directory
+from polder.diskstore.layout import usage_bytes
 from polder.errors import ConfigError
-from polder.swarm.fsck import check_directory
-from polder.swarm.layout import usage_bytes
 from tests.engines.harness import A32, PAGE, Engine, Output, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

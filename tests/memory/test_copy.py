@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
+from polder.emulation.backends import FaultyBackend
 from polder.errors import EnvironmentFault, IntegrityError
 from polder.memory import _libc
 from polder.memory.copy import CopyEngine
-from polder.testing import FaultyBackend
 from tests.memory.machines import Machine
 
 

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from polder.emulation.backends import FaultyBackend
 from polder.errors import IntegrityError, OutOfPages
 from polder.memory.copy import CopyEngine
 from polder.memory.pool import PagePool
 from polder.memory.span import Span
-from polder.testing import FaultyBackend
 from tests.memory.machines import Machine
 from tests.memory.test_span import mapped_ranges
 

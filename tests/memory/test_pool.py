@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from polder.emulation.backends import FaultyBackend, seeded_faults
 from polder.errors import IntegrityError, OutOfPages, ProtocolError
 from polder.memory.pool import ImportedPages, PagePool
-from polder.testing import FaultyBackend, seeded_faults
 from tests.memory.machines import Machine
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polder.emulation.backends import FaultyBackend
 from polder.errors import EnvironmentFault, IntegrityError, OutOfPages
 from polder.memory.span import Span
 from polder.memory.tensor import live_tensors
-from polder.testing import FaultyBackend
 from tests.memory.machines import Machine
 
 

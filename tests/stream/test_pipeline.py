@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polder.emulation.backends import FaultyBackend
 from polder.errors import EnvironmentFault
 from polder.memory import _libc
 from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.memory.cpu import CpuBackend
 from polder.stream.pipeline import LayerStream, Pieces
-from polder.testing import FaultyBackend
 
 SIZE = 64
 

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from polder.swarm.cost import PM9A3
-from polder.swarm.disk import DiskConfig
-from polder.swarm.engine import ThreadEngine
+from polder.diskstore.disk import DiskConfig
+from polder.diskstore.engine import ThreadEngine
+from polder.diskstore.model import PM9A3, DiskModel
+from polder.diskstore.store import DiskStore, StoreConfig
+from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 from polder.swarm.entry_pages import EntryConfig
 from polder.swarm.entry_store import EntryStore
 from polder.swarm.entry_upkeep import EntryUpkeep
-from polder.swarm.store import DiskStore, StoreConfig
-from polder.testing.disks import DiskModel as EmulatedModel
-from polder.testing.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 
 ENTRY, PARTS = 4096, 16
 Bytes = npt.NDArray[np.uint8]
@@ -36,7 +35,7 @@ class Rig:
         self, folder: Path, *, entries: int, disks: int = 3, limit_bytes: int = 8 << 20, **config: int
     ) -> None:
         clock = VirtualClock()
-        self.disks = [EmulatedDisk(EmulatedModel(bandwidth_bytes_per_s=1e9), clock=clock) for _ in range(disks)]
+        self.disks = [EmulatedDisk(DiskModel(bytes_per_s=1e9), clock=clock) for _ in range(disks)]
         self.folders = [folder / str(disk) for disk in range(disks)]
         for directory in self.folders:
             directory.mkdir(exist_ok=True)

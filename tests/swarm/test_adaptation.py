@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polder.bench.sparse.generator import Groups, Sticky, latent_groups, sticky_clusters
 from polder.errors import ConfigError
 from polder.swarm.activations import Profile
 from polder.swarm.adaptation import Drift, page_fill, pages_per_block, repack
 from polder.swarm.clusters import PackConfig, pack
-from polder.swarm.generator import Groups, Sticky, latent_groups, sticky_clusters
 from polder.swarm.hotset import BenefitSet, HotSet, LruSet, benefit
 from polder.swarm.placement import anti_affine
-from polder.swarm.prediction import Predictor, next_layer, next_turn
+from polder.swarm.prediction import Predictor
 
 SIZE = 24
 sets = st.lists(st.lists(st.integers(0, SIZE - 1), max_size=12), min_size=1, max_size=25)
@@ -40,10 +40,8 @@ def test_a_cost_a_quarter_above_that_after_clustering_is_drift_but_not_for_a_few
 
     assert noticed(60, 100) == []
     assert drift.ratio == pytest.approx(1.2)
-    drift.reclustered(0.5)
+    drift = Drift(after_clustering=0.5, halflife_steps=10)
     assert noticed(70, 40)[0] == 9
-    drift.reclustered(0.7)
-    assert noticed(70, 40) == []
     with pytest.raises(ConfigError, match="write numbers above 0"):
         Drift(after_clustering=0.0)
 
@@ -159,13 +157,18 @@ def test_with_choices_that_stick_and_move_on_it_misses_no_more_than_lru(share: f
 # ---------------------------------------------------------------- predictions
 
 
+def following(profile: Profile) -> Predictor:
+    """Predicts the next step from the one before it."""
+    return Predictor(before=profile.part(0, max(0, profile.steps - 1)), after=profile.part(1, profile.steps))
+
+
 @settings(deadline=None)
 @given(sets, st.integers(0, 400), st.lists(st.booleans(), min_size=SIZE, max_size=SIZE))
 def test_a_prediction_is_within_its_budget_and_nothing_resident(
     values: list[list[int]], budget: int, resident: list[bool]
 ) -> None:
     profile = profile_of(values)
-    ahead = next_turn(profile).ahead(
+    ahead = following(profile).ahead(
         profile.part(profile.steps - 1, profile.steps).items,
         budget_bytes=budget,
         item_bytes=20,
@@ -179,7 +182,7 @@ def test_a_prediction_is_within_its_budget_and_nothing_resident(
 def test_the_step_that_followed_the_same_set_is_predicted() -> None:
     profile = profile_of([[1, 2], [3], [4, 5], [1, 2], [6], [4, 5]])
     nobody = np.zeros(SIZE, dtype=np.bool_)
-    predictor = next_turn(profile)
+    predictor = following(profile)
     assert predictor.ahead(np.array([4, 5]), budget_bytes=100, item_bytes=10, resident=nobody).tolist() == [1, 2]
     assert set(predictor.ahead(np.array([1, 2]), budget_bytes=20, item_bytes=10, resident=nobody).tolist()) == {3, 6}
     # Nothing is like the present: nothing is read in vain.
@@ -189,7 +192,7 @@ def test_the_step_that_followed_the_same_set_is_predicted() -> None:
 def test_the_layer_above_is_predicted_better_than_by_popularity() -> None:
     layers = sticky_clusters(Sticky(blocks=2000, steps=240, layers=2, sinks=0, window=0, seed=1, zipf=0.8))
     lower, upper = (profile.part(0, 200) for profile in layers)
-    predictor, nobody = next_layer(lower, upper), np.zeros(2000, dtype=np.bool_)
+    predictor, nobody = Predictor(before=lower, after=upper), np.zeros(2000, dtype=np.bool_)
     popular = np.argsort(-upper.counts(), kind="stable")
     found, guessed = [], []
     for now, wanted in zip(layers[0].part(200, 240), layers[1].part(200, 240), strict=True):

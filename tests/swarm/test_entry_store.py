@@ -13,14 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from polder.diskstore.layout import SLAB
+from polder.diskstore.model import PM9A3, DiskModel
 from polder.errors import BudgetError, ConfigError, IntegrityError
 from polder.swarm import entry_map
-from polder.swarm.cost import PM9A3, DiskModel
 from polder.swarm.entry_map import EntryMap
 from polder.swarm.entry_memory import EntryMemory
 from polder.swarm.entry_pages import EntryConfig
 from polder.swarm.entry_store import EntryStore
-from polder.swarm.layout import SLAB
 from tests.swarm.entries import ENTRY, PARTS, Rig, content, fill
 
 

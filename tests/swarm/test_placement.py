@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polder.arrays import FloatArray, IntArray
+from polder.bench.sparse.arms import hashed
+from polder.bench.sparse.generator import Groups, latent_groups
+from polder.bench.sparse.placements import Placement
 from polder.errors import ConfigError, IntegrityError
-from polder.swarm.activations import FloatArray, IntArray, Profile
-from polder.swarm.arms import cluster_per_disk, cluster_striped, hashed, sequential, striped
-from polder.swarm.generator import Groups, latent_groups
-from polder.swarm.medoids import Clusters
-from polder.swarm.placement import Placement, anti_affine, with_replicas
-from polder.swarm.schedule import bound
+from polder.swarm.activations import Profile
+from polder.swarm.placement import anti_affine, with_replicas
 
 SIZE = 30
 sets = st.lists(st.lists(st.integers(0, SIZE - 1), max_size=15), max_size=20)
@@ -73,6 +73,15 @@ def test_a_dead_disks_hot_pages_are_spread_over_all_others() -> None:
     assert (masks & 4 == 0).all()
 
 
+def bound(masks: IntArray, speeds: FloatArray) -> float:
+    """The least time in which all pages can be read if they could be split: the max over all sets of disks (Hall's theorem)."""
+    disks = range(len(speeds))
+    return max(
+        int(((masks & ~chosen) == 0).sum()) / sum(speeds[disk] for disk in disks if chosen >> disk & 1)
+        for chosen in range(1, 1 << len(speeds))
+    )
+
+
 def excess(disk_of: IntArray, profile: Profile, speeds: FloatArray) -> float:
     """Mean time of a step over perfect balance, less 1."""
     table = disk_of.reshape(profile.size, -1)
@@ -93,40 +102,6 @@ def test_what_is_read_together_is_spread_and_copies_of_the_hottest_do_the_rest(s
     # Twice as much is left with copies of pages at random.
     at_random = with_replicas(ours, np.random.default_rng(1).permutation(4096), speeds, share=0.10)
     assert excess(table, later, speeds) < excess(at_random, later, speeds)
-
-
-# ---------------------------------------------------------------- reference placements
-
-
-def test_references_are_as_their_names_say() -> None:
-    assert sequential(8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert striped(8, 3, chunk_units=2).tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
-    by_hash = np.bincount(hashed(10_000, np.array([0.5, 1.0, 1.0])), minlength=3)
-    assert by_hash == pytest.approx([2000, 4000, 4000], rel=0.1)
-
-
-CLUSTERS = Clusters(starts=np.array([0, 4, 6]), members=np.array([5, 1, 2, 7, 3, 2]))
-
-
-def test_swarms_pointer_goes_on_from_cluster_to_cluster() -> None:
-    table, order = cluster_striped(CLUSTERS, 3, blocks=9)
-    # Written: 5 1 2 7 | 3 2 | 0 4 6 8, to disks 0 1 2 0 | 1 2 | 0 1 2 0; block 2 is on disk 2 already.
-    assert table[:, 0].tolist() == [0, 1, 2, 1, 1, 0, 2, 0, 0]
-    assert order.tolist() == [5, 1, 2, 7, 3, 0, 4, 6, 8]
-    table, _ = cluster_striped(CLUSTERS, 4, blocks=9)
-    assert table[2].tolist() == [2, 1]
-    Placement.of(table, disks=4).check_integrity()
-
-
-def test_a_cluster_lies_on_one_disk() -> None:
-    disk_of = cluster_per_disk(CLUSTERS, np.ones(2), blocks=9)
-    assert disk_of[[5, 1, 2, 7]].tolist() == [0] * 4
-    assert disk_of[3] == 1
-
-
-def test_slots_follow_the_order_given() -> None:
-    placement = Placement.of(np.array([0, 1, 0, 1, 0]), disks=2, order=np.array([4, 3, 2, 1, 0]))
-    assert placement.slot_of[:, 0].tolist() == [2, 1, 1, 0, 0]
 
 
 def test_nonsense_is_refused() -> None:

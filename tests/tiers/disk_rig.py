@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from polder.swarm.disk import DiskConfig
-from polder.swarm.io import Arena, IoEngine, OpenFile, open_page_file
-from polder.swarm.keys import Keys
-from polder.swarm.layout import usage_bytes
-from polder.swarm.store import DiskStore, StoreConfig
+from polder.diskstore.disk import DiskConfig
+from polder.diskstore.io import Arena, IoEngine, OpenFile, open_page_file
+from polder.diskstore.keys import Keys
+from polder.diskstore.layout import usage_bytes
+from polder.diskstore.store import DiskStore, StoreConfig
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import disk_capacity, inventory
 from polder.tiers.disk_slots import DiskSlots

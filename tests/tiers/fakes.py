@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from polder.arrays import IntArray
 from polder.errors import IntegrityError
-from polder.tiers.slots import IntArray, Recipe, SlotStatistics
+from polder.tiers.slots import Recipe, SlotStatistics
 
 
 class LosingSlots:

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from polder.arrays import IntArray
 from polder.errors import ConfigError
 from polder.tiers.density import HitDensity
 from polder.tiers.disk_index import DiskIndex, Spill
@@ -17,7 +18,7 @@ from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import Lru
 from polder.tiers.index import ABSENT, BlockIndex, Places
 from polder.tiers.pages import short_keys
-from polder.tiers.slots import HostSlots, IntArray
+from polder.tiers.slots import HostSlots
 from tests.tiers.test_index import KEYS, Lives, rows, some_keys
 
 DISK = 6

@@ -13,13 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from polder.diskstore.model import DiskModel
+from polder.emulation.disks import EmulatedDisk, emulated_files
 from polder.errors import ConfigError
-from polder.testing.disks import DiskModel, EmulatedDisk, emulated_files
 from polder.tiers.pages import short_keys
 from polder.tiers.transfer import Job
 from tests.tiers.disk_rig import DISK, Rig, content, names
 
-FAST = DiskModel(bandwidth_bytes_per_s=1e12, latency_s=0.0)
+FAST = DiskModel(bytes_per_s=1e12, latency_s=0.0)
 CONVERSATIONS, LONGEST = 6, 14
 prefixes = st.tuples(st.integers(0, CONVERSATIONS - 1), st.integers(1, LONGEST))
 

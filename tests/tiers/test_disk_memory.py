@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polder.diskstore.engine import ThreadEngine
+from polder.diskstore.io import Arena
+from polder.diskstore.keys import key_array
+from polder.diskstore.model import DiskModel
+from polder.emulation.disks import DiskFaults, EmulatedDisk, EmulatedEngine, VirtualClock, emulated_files
 from polder.errors import ConfigError
-from polder.swarm.engine import ThreadEngine
-from polder.swarm.io import Arena
-from polder.swarm.keys import key_array
-from polder.testing.disks import DiskFaults, DiskModel, EmulatedDisk, EmulatedEngine, VirtualClock, emulated_files
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import common_inventory, inventory
 from polder.tiers.pages import short_keys
@@ -23,7 +24,7 @@ from polder.tiers.striping import Striping
 from polder.tiers.transfer import Finished
 from tests.tiers.disk_rig import BLOCK, DISK, HOST, PAGE, SLOT, Rig, names
 
-FAST = DiskModel(bandwidth_bytes_per_s=1e12, latency_s=0.0)
+FAST = DiskModel(bytes_per_s=1e12, latency_s=0.0)
 ABSENT = -1
 
 
@@ -212,7 +213,7 @@ def test_a_disk_that_hangs_keeps_a_load_no_longer_than_its_timeout(two: list[Pat
 def test_neither_loads_nor_spills_look_into_a_disks_directory(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a disk hangs that would never end, and no engine thread stands in."""
     looked: list[Path] = []
-    monkeypatch.setattr("polder.swarm.disk.usage_bytes", lambda directory: looked.append(directory) or 0)
+    monkeypatch.setattr("polder.diskstore.disk.usage_bytes", lambda directory: looked.append(directory) or 0)
     disks = {directory: EmulatedDisk(FAST) for directory in two}
     rig = Rig(two, host_slots=4, open_file=emulated_files(disks), timeout_s=0.2)
     keys = names(0, 16)
@@ -286,8 +287,8 @@ def test_later_turns_go_on_where_the_prefix_ended(two: list[Path]) -> None:
 
 def test_reads_follow_the_speeds_that_were_measured(two: list[Path]) -> None:
     clock = VirtualClock()
-    slow = DiskModel(bandwidth_bytes_per_s=100e6, latency_s=0.0, slow=0.5)
-    models = [DiskModel(bandwidth_bytes_per_s=100e6, latency_s=0.0), slow]
+    slow = DiskModel(bytes_per_s=50e6, latency_s=0.0)
+    models = [DiskModel(bytes_per_s=100e6, latency_s=0.0), slow]
     engine = EmulatedEngine(ThreadEngine(2), [EmulatedDisk(model, clock=clock) for model in models])
     rig = Rig(two, engine=engine, host_slots=8)
     keys = names(0, 24)

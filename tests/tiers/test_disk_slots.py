@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from polder.diskstore.keys import Keys
 from polder.errors import ConfigError, IntegrityError
-from polder.swarm.keys import Keys
 from polder.tiers.disk_slots import DiskSlots
 
 CAPACITY = 12

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from polder.emulation.links import EmulatedLink
+from polder.emulation.memories import FaultyMemory, PacedMemory
+from polder.emulation.options import Faults
 from polder.errors import EnvironmentFault
 from polder.memory.backend import Mark
-from polder.testing.faulty_tier import EmulatedMemory, Faults, FaultyMemory
-from polder.testing.links import EmulatedLink
 from polder.tiers import transfer
 from polder.tiers.places import CpuMover, CudaMover, HostMemory, pair
 from polder.tiers.slots import Recipe
@@ -248,7 +249,7 @@ def test_an_emulated_link_is_charged_once_a_part() -> None:
 
     def wrap(inner: TierMemory) -> TierMemory:
         links.append(EmulatedLink(1e6))
-        return EmulatedMemory(inner, links[0])
+        return PacedMemory(inner, links[0])
 
     machine = Machine(wrap)
     machine.run("store", [0, 1], [0, 1], [1, 2])

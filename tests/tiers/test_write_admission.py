@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polder.arrays import UintArray
 from polder.errors import ConfigError
-from polder.tiers.eviction import UintArray
 from polder.tiers.write_admission import WriteAdmission, WriteBudget
 
 DAY_S = 86400.0

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from polder.emulation.backends import FaultyBackend
 from polder.memory.cpu import CpuBackend
-from polder.testing import FaultyBackend
 from tests.weights.models import PAGE, Model
 
 

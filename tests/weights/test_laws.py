@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from polder.emulation.backends import FaultyBackend
 from polder.errors import EnvironmentFault, IntegrityError, OutOfPages
 from polder.memory.cpu import CpuBackend
-from polder.testing import FaultyBackend
 from polder.weights.rotation import Rotation
 from tests.weights.models import PAGE, Model
 

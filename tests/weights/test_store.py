@@ -8,11 +8,10 @@ import threading
 import pytest
 import torch
 
+from polder.emulation.backends import FaultyBackend, PacedBackend
 from polder.errors import ConfigError, EnvironmentFault, IntegrityError, OutOfPages, UsageError
 from polder.memory import _libc
 from polder.memory.cpu import CpuBackend
-from polder.testing import FaultyBackend
-from polder.testing.paced import PacedBackend
 from polder.weights.host_copy import HostCopy
 from polder.weights.rotation import Rotation
 from polder.weights.store import WeightStore

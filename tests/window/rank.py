@@ -12,13 +12,13 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
+from polder.emulation.backends import FaultyBackend
 from polder.engines.vllm import window_worker
 from polder.engines.vllm.window import WindowPlan
 from polder.engines.vllm.window_worker import WorkerWindow
 from polder.errors import EnvironmentFault
 from polder.memory.devices import open_backend
 from polder.memory.span import Span
-from polder.testing import FaultyBackend
 from tests.engines.test_geometry import PAGE, layer_major
 
 __all__ = ["Rank"]

@@ -24,13 +24,13 @@ from polder.bench.disks_plan import CO_ACTIVATED, DISKS, PAGE_BYTES, DisksPlan, 
 from polder.bench.harness.machine import describe_machine, describe_versions, load_average
 from polder.bench.harness.progress import Reporter, reporter_for
 from polder.bench.report.result import Arms, BenchResult, ratios_over, write_result
+from polder.bench.sparse.modelled import Modelled
 from polder.bench.stages.access_sets import DESCRIPTIONS, access_sets
 from polder.bench.stages.layouts import PARTS, Layouts, metrics_of, modelled, together
 from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
 from polder.bench.stages.wall import LATENCY_S, wall_metrics, wall_steps
-from polder.swarm.cost import PM9A3
-from polder.swarm.modelled import Modelled
-from polder.testing.disks import Clock, RealClock
+from polder.diskstore.model import PM9A3
+from polder.emulation.disks import Clock, RealClock
 
 __all__ = ["DisksBench"]
 

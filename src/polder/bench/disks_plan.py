@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from polder.diskstore.model import PM9A3, DiskModel
 from polder.errors import ConfigError
-from polder.swarm.cost import PM9A3, DiskModel
 
 __all__ = [
     *("ARMS", "CO_ACTIVATED", "DISKS", "FULL_DISKS", "PAGE_BYTES", "QUICK_DISKS", "REAL_SETS", "SETS", "STAGES"),
@@ -24,7 +24,7 @@ ARMS: tuple[str, ...] = (
     "polder-pages",
     "polder",
 )
-"""polder.swarm.arms says what each is. `swarm` is read by the paper's own schedule, the others by the exact one."""
+"""polder.bench.sparse.arms says what each is. `swarm` is read by the paper's own schedule, the others by the exact one."""
 STAGES: tuple[str, ...] = ("model", "shares", "wall", "live")
 SETS: tuple[str, ...] = ("sticky", "sticky-64k", "groups", "pessimistic", "random", "mooncake", "weka")
 REAL_SETS: tuple[str, ...] = ("mooncake", "weka")

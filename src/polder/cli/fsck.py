@@ -26,7 +26,7 @@ def fsck(
 
     A store that runs finds bad pages itself, and recomputes them: this is for knowing, and for disks that one doubts.
     """
-    from polder.swarm.fsck import Report, check_directory, locked, repair_directory
+    from polder.diskstore.fsck import Report, check_directory, locked, repair_directory
 
     reports = []
     for path in directory:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from polder.diskstore.layout import LEAST_PAGE_BYTES, plan_layout
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BudgetError, ConfigError
 from polder.serve.schema import MemoryTable
-from polder.swarm.layout import LEAST_PAGE_BYTES, plan_layout
 from polder.units import format_bytes
 
 __all__ = ["Disks", "disk_parts", "folder_of", "make_folders"]

@@ -12,7 +12,8 @@ import heapq
 
 import numpy as np
 
-from polder.sim.traces import IntArray, Trace
+from polder.arrays import IntArray
+from polder.sim.traces import Trace
 
 __all__ = ["belady_hit_ratio"]
 

@@ -19,11 +19,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray, UintArray, splitmix64
 from polder.errors import UsageError
 
-__all__ = ["IntArray", "Trace", "WekaMix", "load_mooncake", "load_trace", "reference_curve", "trace_names", "weka_mix"]
+__all__ = ["Trace", "WekaMix", "load_mooncake", "load_trace", "reference_curve", "trace_names", "weka_mix"]
 
-IntArray = npt.NDArray[np.int64]
 
 MOONCAKE_BLOCK = 512
 MOONCAKE_TICK_S = 3.0
@@ -57,13 +57,10 @@ class Trace:
     def of(self, request: int) -> IntArray:
         return self.blocks[self.starts[request] : self.starts[request + 1]]
 
-    def keys(self) -> npt.NDArray[np.uint64]:
+    def keys(self) -> UintArray:
         """A well mixed 64-bit key for each block number, shape (unique_blocks,): what block hashes are in an engine."""
-        with np.errstate(over="ignore"):  # splitmix64 (Steele et al., OOPSLA 2014)
-            z = (np.arange(self.unique_blocks, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            return z ^ (z >> np.uint64(31))
+        with np.errstate(over="ignore"):
+            return splitmix64(np.arange(self.unique_blocks, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,6 @@
 
 An id is that of a block or of a page. Nothing here grows: the ring holds so many steps and so many ids, and forgets the oldest.
 Raw sets are kept, no sketches: a step costs microseconds to record, and a window of 512 steps holds all that clustering needs.
-
-Co-access counts (the adjacency of Swarm, section 5) are worked out from a profile when they are wanted. They are sparse: of each
-id only the others that it is close to.
 """
 
 from __future__ import annotations
@@ -15,17 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.errors import ConfigError
 
-__all__ = ["Activations", "BoolArray", "CoAccess", "FloatArray", "IntArray", "Profile", "Signatures", "co_access"]
+__all__ = ["Activations", "Profile", "Signatures"]
 
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 Signatures = npt.NDArray[np.uint64]
-
-_ROWS = 1024
-"""Ids whose co-access with all others is worked out at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,47 +131,3 @@ class Activations:
         starts = np.concatenate(([0], np.cumsum(self._length[at])))
         where = np.arange(self._end - starts[-1], self._end) % len(self._items)
         return Profile(size=self._size, starts=starts, items=self._items[where].astype(np.int64))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoAccess:
-    """The others of id i are `others[starts[i] : starts[i + 1]]`, nearest first."""
-
-    starts: IntArray
-    """[size + 1]."""
-    others: IntArray
-    counts: IntArray
-    """Steps that read both: f(i, j)."""
-    distances: npt.NDArray[np.float32]
-    """1 - f(i, j) / (f(i) + f(j) - f(i, j))."""
-
-    def of(self, item: int) -> slice:
-        return slice(int(self.starts[item]), int(self.starts[item + 1]))
-
-
-def co_access(profile: Profile, *, max_distance: float) -> CoAccess:
-    """Pairs of ids at most `max_distance` (below 1) apart, each in both directions. O(size^2 steps).
-
-    The distance is Jaccard's: equation (2) divides by the sum over all pairs, which puts all distances near 1 and makes the radius
-    depend on the number of blocks.
-    """
-    if not 0 <= max_distance < 1:
-        raise ConfigError(f"co-access: a distance of {max_distance}; write a number from 0 to below 1")
-    dense = np.zeros((profile.size, profile.steps), dtype=np.float32)
-    dense[profile.items, profile.step_of_items()] = 1
-    counts = profile.counts().astype(np.float32)
-    parts: list[tuple[IntArray, IntArray, IntArray, npt.NDArray[np.float32]]] = []
-    for first in range(0, profile.size, _ROWS):
-        both = dense[first : first + _ROWS] @ dense.T
-        either = counts[first : first + _ROWS, None] + counts[None, :] - both
-        distance = 1 - both / np.maximum(either, 1)
-        row, other = np.nonzero((distance <= max_distance) & (both > 0))
-        apart = first + row != other
-        row, other = row[apart], other[apart]
-        near = distance[row, other]
-        order = np.lexsort((near, row))
-        row, other = row[order], other[order]
-        parts.append((first + row, other, both[row, other].astype(np.int64), near[order]))
-    rows, others, shared, distances = (np.concatenate(column) for column in zip(*parts, strict=True))
-    starts = np.searchsorted(rows, np.arange(profile.size + 1))
-    return CoAccess(starts=starts, others=others, counts=shared, distances=distances)

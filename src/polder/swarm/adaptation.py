@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polder.arrays import BoolArray, FloatArray, IntArray
 from polder.errors import ConfigError
-from polder.swarm.activations import BoolArray, FloatArray, IntArray, Profile
+from polder.swarm.activations import Profile
 from polder.swarm.clusters import PackConfig, Packing, pack
 from polder.swarm.placement import anti_affine
 
@@ -55,11 +56,6 @@ class Drift:
         self._pages = self._decay * self._pages + pages_read
         self._blocks = self._decay * self._blocks + blocks_wanted
         self._weight = self._decay * self._weight + 1
-
-    def reclustered(self, after_clustering: float) -> None:
-        """Starts anew."""
-        self._baseline = after_clustering
-        self._pages = self._blocks = self._weight = 0.0
 
 
 def page_fill(profile: Profile, packing: Packing) -> FloatArray:

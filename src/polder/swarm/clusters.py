@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.errors import ConfigError, IntegrityError
-from polder.swarm.activations import IntArray, Profile, Signatures
+from polder.swarm.activations import Profile, Signatures
 
 __all__ = ["PackConfig", "Packing", "pack", "pages_in_order", "reading_order"]
 

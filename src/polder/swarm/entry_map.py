@@ -14,10 +14,10 @@ import secrets
 
 import numpy as np
 
+from polder.arrays import BoolArray, FloatArray, IntArray
+from polder.diskstore.keys import Keys
 from polder.errors import IntegrityError
-from polder.swarm.activations import BoolArray, FloatArray, IntArray
 from polder.swarm.clusters import Packing
-from polder.swarm.keys import Keys
 
 __all__ = ["EntryMap", "left_over"]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from polder.arrays import BoolArray, IntArray
+from polder.diskstore.io import Arena
 from polder.errors import BudgetError, IntegrityError
-from polder.swarm.activations import BoolArray, IntArray
-from polder.swarm.io import Arena
 from polder.units import format_bytes
 
 __all__ = ["EntryMemory"]

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polder.arrays import BoolArray, FloatArray, IntArray
+from polder.diskstore.model import DiskModel, page_speeds
+from polder.diskstore.schedule import MAX_DISKS, exact
+from polder.diskstore.store import DiskStore, Places
 from polder.errors import ConfigError
-from polder.swarm.activations import BoolArray, FloatArray, IntArray
-from polder.swarm.cost import DiskModel, cheapest_runs, page_speeds
+from polder.swarm.cost import cheapest_runs
 from polder.swarm.entry_map import EntryMap, left_over
-from polder.swarm.schedule import MAX_DISKS, ReadPlan, exact
-from polder.swarm.store import DiskStore, Places
+from polder.swarm.reads import ReadPlan
 
 __all__ = ["EntryConfig", "EntryFigures", "EntryPages"]
 

@@ -24,15 +24,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import BoolArray, IntArray
+from polder.diskstore.io import Arena
+from polder.diskstore.store import DiskStore
 from polder.errors import ConfigError
-from polder.swarm.activations import Activations, BoolArray, IntArray, Profile
+from polder.swarm.activations import Activations, Profile
 from polder.swarm.adaptation import Drift
 from polder.swarm.entry_memory import EntryMemory
 from polder.swarm.entry_pages import EntryConfig, EntryPages
 from polder.swarm.hotset import BenefitSet, HotSet
-from polder.swarm.io import Arena
 from polder.swarm.prediction import Predictor
-from polder.swarm.store import DiskStore
 
 __all__ = ["EntryRead", "EntryStore"]
 

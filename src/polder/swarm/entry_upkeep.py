@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polder.swarm.activations import FloatArray, IntArray, Profile
+from polder.arrays import FloatArray, IntArray
+from polder.diskstore.io import Arena
+from polder.diskstore.model import page_speeds
+from polder.swarm.activations import Profile
 from polder.swarm.adaptation import page_fill, repack
 from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
-from polder.swarm.cost import page_speeds
 from polder.swarm.entry_store import EntryStore
-from polder.swarm.io import Arena
 from polder.swarm.placement import anti_affine, with_replicas
 
 __all__ = ["EntryUpkeep"]

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from polder.arrays import BoolArray, FloatArray, IntArray
 from polder.errors import ConfigError, IntegrityError
-from polder.swarm.activations import BoolArray, FloatArray, IntArray
 
 __all__ = ["BenefitSet", "HotSet", "LruSet", "benefit"]
 

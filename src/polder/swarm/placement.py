@@ -7,56 +7,13 @@ second copies of the hottest 5 to 10 % with a balanced schedule do the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from polder.errors import ConfigError, IntegrityError
-from polder.swarm.activations import BoolArray, FloatArray, IntArray, Profile
+from polder.arrays import FloatArray, IntArray
+from polder.errors import ConfigError
+from polder.swarm.activations import Profile
 
-__all__ = ["Placement", "anti_affine", "with_replicas"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where the copies of pages are."""
-
-    disks: int
-    disk_of: IntArray
-    """[pages, copies]: the disk of each copy, -1 where there is none. No disk twice in a row."""
-    slot_of: IntArray
-    """[pages, copies]: its slot there."""
-
-    @classmethod
-    def of(cls, disk_of: IntArray, *, disks: int, order: IntArray | None = None) -> Placement:
-        """Slots are given on each disk in `order` of pages (of their numbers if None). `disk_of`: [pages] or [pages, copies]."""
-        table = disk_of.reshape(len(disk_of), -1)
-        slot_of = np.full(table.shape, -1, dtype=np.int64)
-        rank = np.argsort(order) if order is not None else np.arange(len(table))
-        page, copy = np.nonzero(table >= 0)
-        by_disk = np.lexsort((copy, rank[page], table[page, copy]))
-        page, copy = page[by_disk], copy[by_disk]
-        disk = table[page, copy]
-        slot_of[page, copy] = np.arange(len(page)) - np.searchsorted(disk, np.arange(disks))[disk]
-        return cls(disks=disks, disk_of=table, slot_of=slot_of)
-
-    def masks(self, in_use: BoolArray | None = None) -> IntArray:
-        """[pages]: bit d says that disk d has a copy, and is in use ([disks]; all if None)."""
-        usable = np.ones(self.disks, dtype=np.bool_) if in_use is None else in_use
-        there = (self.disk_of >= 0) & usable[self.disk_of]
-        masks: IntArray = np.where(there, np.int64(1) << np.maximum(self.disk_of, 0), 0).sum(axis=1)
-        return masks
-
-    def check_integrity(self) -> None:
-        """Raises IntegrityError when a page is on a disk twice, on none, or two copies are in one slot."""
-        page, copy = np.nonzero(self.disk_of >= 0)
-        disk, slot = self.disk_of[page, copy], self.slot_of[page, copy]
-        for name, keys in (("page", page), ("slot", slot)):
-            pairs = np.stack([disk, keys])
-            if np.unique(pairs, axis=1).shape[1] != len(page):
-                raise IntegrityError(f"placement: a {name} has two copies on one disk")
-        if not (self.disk_of >= 0).any(axis=1).all():
-            raise IntegrityError("placement: a page is on no disk")
+__all__ = ["anti_affine", "with_replicas"]
 
 
 def anti_affine(

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polder.arrays import BoolArray, IntArray
 from polder.errors import ConfigError
-from polder.swarm.activations import BoolArray, IntArray, Profile
+from polder.swarm.activations import Profile
 
-__all__ = ["Predictor", "next_layer", "next_turn"]
+__all__ = ["Predictor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +49,3 @@ class Predictor:
         votes[resident] = 0
         likeliest = np.argsort(-votes, kind="stable")[:budget]
         return likeliest[votes[likeliest] > 0]
-
-
-def next_layer(layer: Profile, above: Profile) -> Predictor:
-    """While `layer` computes: what the layer above will want in the same step."""
-    return Predictor(before=layer, after=above)
-
-
-def next_turn(profile: Profile) -> Predictor:
-    """What the step after this one will want."""
-    return Predictor(before=profile.part(0, max(0, profile.steps - 1)), after=profile.part(1, profile.steps))

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polder.arrays import IntArray
 from polder.errors import IntegrityError
 from polder.tiers.lending import LendingTable, LotGeometry
-from polder.tiers.slots import IntArray, Recipe, SlotStatistics
+from polder.tiers.slots import Recipe, SlotStatistics
 
 __all__ = ["ChunkGeometry", "PeerSlots"]
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from polder.arrays import BoolArray, FloatArray, IntArray, UintArray
 from polder.errors import IntegrityError
-from polder.tiers.eviction import BoolArray, IntArray, UintArray
-from polder.tiers.ghosts import FloatArray, Ghosts
+from polder.tiers.ghosts import Ghosts
 from polder.tiers.reuse_times import ReuseTimes, bin_of
 
 __all__ = ["HitDensity"]

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.errors import ConfigError
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import EvictionPolicy
 from polder.tiers.index import BlockIndex, Places, key_numbers
 from polder.tiers.pages import short_keys
-from polder.tiers.slots import HostSlots, IntArray, Slots
+from polder.tiers.slots import HostSlots, Slots
 
 __all__ = ["DiskIndex", "Spill"]
 

@@ -23,14 +23,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
+from polder.diskstore.io import Arena
+from polder.diskstore.keys import Keys
+from polder.diskstore.store import DiskStore, Places
 from polder.errors import ConfigError
 from polder.memory import _libc
-from polder.swarm.io import Arena
-from polder.swarm.keys import Keys
-from polder.swarm.store import DiskStore, Places
 from polder.tiers.disk_mirror import COPIES, SlotMirror, disk_capacity
 from polder.tiers.disk_reads import Chunk, PageReader
-from polder.tiers.slots import IntArray
 from polder.tiers.striping import Striping
 from polder.tiers.transfer import Carried, HostRows, Mover, News, Part, Pieces, Reason
 

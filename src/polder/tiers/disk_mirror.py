@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from polder.swarm.keys import Keys, KeyTable, distinct
-from polder.swarm.store import DiskStore
-from polder.tiers.slots import IntArray
+from polder.arrays import IntArray
+from polder.diskstore.keys import Keys, KeyTable, distinct
+from polder.diskstore.store import DiskStore
 
 __all__ = ["COPIES", "RESERVE", "SlotMirror", "common_inventory", "disk_capacity", "inventory"]
 

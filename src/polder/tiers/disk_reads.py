@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import FloatArray, IntArray
+from polder.diskstore.keys import Keys
+from polder.diskstore.schedule import MAX_DISKS, exact, greedy
+from polder.diskstore.store import DiskStore, Places
 from polder.memory.cores import leave_bound_core
-from polder.swarm.keys import Keys
-from polder.swarm.schedule import MAX_DISKS, exact, greedy
-from polder.swarm.store import DiskStore, Places
-from polder.tiers.ghosts import FloatArray
-from polder.tiers.slots import IntArray
 from polder.tiers.transfer import Reason
 
 __all__ = ["Chunk", "PageReader"]

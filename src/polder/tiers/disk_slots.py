@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from polder.arrays import IntArray
+from polder.diskstore.keys import Keys, KeyTable, distinct
 from polder.errors import ConfigError, IntegrityError
-from polder.swarm.keys import Keys, KeyTable, distinct
-from polder.tiers.slots import IntArray, Recipe, SlotStatistics
+from polder.tiers.slots import Recipe, SlotStatistics
 
 __all__ = ["DiskSlots"]
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from polder.arrays import BoolArray, IntArray, UintArray
 from polder.errors import IntegrityError
 
-__all__ = ["BoolArray", "EvictionPolicy", "IntArray", "Lru", "UintArray"]
-
-IntArray = npt.NDArray[np.int64]
-UintArray = npt.NDArray[np.uint64]
-BoolArray = npt.NDArray[np.bool_]
+__all__ = [
+    "EvictionPolicy",
+    "Lru",
+]
 
 
 class EvictionPolicy(Protocol):

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
-from polder.tiers.eviction import BoolArray, IntArray, UintArray
+from polder.arrays import BoolArray, FloatArray, IntArray, UintArray
 
-__all__ = ["FloatArray", "Ghosts"]
-
-FloatArray = npt.NDArray[np.float64]
+__all__ = ["Ghosts"]
 
 
 class Ghosts:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.errors import IntegrityError
 from polder.tiers.eviction import EvictionPolicy
-from polder.tiers.slots import IntArray, Slots
+from polder.tiers.slots import Slots
 
 __all__ = ["ABSENT", "PENDING", "BlockIndex", "Places", "key_numbers"]
 

@@ -44,13 +44,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.errors import ProtocolError
 
 __all__ = ["LendingTable", "LotGeometry", "open_table", "table_bytes"]
 
 logger = logging.getLogger("polder.tiers")
 
-IntArray = npt.NDArray[np.int64]
 
 RECALL_DEADLINE_S = 1.0
 """A lock that a lender waits for longer than this costs its holder its life."""

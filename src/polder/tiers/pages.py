@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from polder.swarm.keys import Keys
-from polder.tiers.slots import IntArray
+from polder.arrays import IntArray
+from polder.diskstore.keys import Keys
 
 __all__ = ["Pages", "no_keys", "short_keys"]
 

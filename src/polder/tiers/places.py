@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import threading
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from polder.arrays import IntArray
 from polder.errors import EnvironmentFault
 from polder.memory import _libc
+from polder.memory.addresses import bytes_at, rows_at
 from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.memory.pool import ImportedPages
@@ -23,15 +24,10 @@ from polder.memory.span import Span
 from polder.memory.tensor import tensor_over
 from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.lending import LendingTable
-from polder.tiers.slots import IntArray, Recipe
+from polder.tiers.slots import Recipe
 from polder.tiers.transfer import Mover, Pieces
 
 __all__ = ["CpuMover", "CudaMover", "HostMemory", "Lent", "PeerMemory", "pair", "wait_for_end"]
-
-
-_LOWEST = 1 << 12
-_MEMORY = np.frombuffer(memoryview((ctypes.c_ubyte * ((1 << 47) - 2 * _LOWEST)).from_address(_LOWEST)), dtype=np.uint8)
-"""All addresses of a process as one array, of which only parts that are mapped may be touched."""
 
 
 _FACTOR = 0x9E3779B97F4A7C15
@@ -79,15 +75,14 @@ class CpuMover:
             if rows == 1:
                 _libc.copy_bytes(to[first], start[first], size)
             else:
-                shape = (rows, size)
-                target = np.ndarray(shape, np.uint8, _MEMORY, to[first] - _LOWEST, (steps[0], 1))
-                target[:] = np.ndarray(shape, np.uint8, _MEMORY, start[first] - _LOWEST, (steps[1], 1))
+                target = rows_at(to[first], (rows, size), steps[0])
+                target[:] = rows_at(start[first], (rows, size), steps[1])
             first = last
 
     def checksum(self, pieces: Pieces, seed: int) -> int:
         digest = xxhash.xxh3_64(seed=seed)
         for address, size in pieces:
-            digest.update((ctypes.c_ubyte * size).from_address(address))
+            digest.update(bytes_at(address, size))
         return digest.intdigest()
 
     checksum_in_host = checksum
@@ -136,7 +131,7 @@ class CudaMover:
     def checksum_in_host(self, pieces: Pieces, seed: int) -> int:
         total = seed
         for address, size in pieces:
-            words = _MEMORY[address - _LOWEST : address - _LOWEST + size].view(np.uint64)
+            words = np.frombuffer(bytes_at(address, size), dtype=np.uint64)
             weights = np.arange(1, 2 * len(words), 2, dtype=np.uint64)
             total = (total * _FACTOR + int((words * weights).sum(dtype=np.uint64))) & (2**64 - 1)
         return total

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from polder.tiers.eviction import IntArray
-from polder.tiers.ghosts import FloatArray
+from polder.arrays import FloatArray, IntArray
 
 __all__ = ["AGE_BINS", "ReuseTimes", "bin_of"]
 

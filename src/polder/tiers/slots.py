@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.errors import IntegrityError
 
-__all__ = ["HostSlots", "IntArray", "Recipe", "SlotStatistics", "Slots"]
-
-IntArray = npt.NDArray[np.int64]
+__all__ = ["HostSlots", "Recipe", "SlotStatistics", "Slots"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from polder.arrays import IntArray
+from polder.diskstore.keys import Keys
 from polder.errors import ConfigError
 from polder.planner.rates import LinkRate
-from polder.swarm.keys import Keys
 from polder.tiers.disk_index import DiskIndex, Spill
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.index import Places, key_numbers
 from polder.tiers.pages import Pages, no_keys, short_keys
-from polder.tiers.slots import IntArray, Recipe
+from polder.tiers.slots import Recipe
 from polder.tiers.statistics import TierStatistics
 from polder.tiers.transfer import Direction, Finished, Job, Part
 from polder.tiers.write_admission import WriteAdmission, WriteBudget

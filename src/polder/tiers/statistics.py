@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from polder.tiers.slots import IntArray
+from polder.arrays import IntArray
 from polder.tiers.transfer import Direction
 from polder.units import format_bytes
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from polder.tiers.ghosts import FloatArray
-from polder.tiers.slots import IntArray
+from polder.arrays import FloatArray, IntArray
 
 __all__ = ["Striping"]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polder.arrays import IntArray
 from polder.planner.gate import Cut, best_cut
 from polder.planner.rates import LinkRate, PrefillRate
 from polder.tiers.admission import ReuseGate
@@ -24,7 +25,7 @@ from polder.tiers.disk_index import DiskIndex
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import EvictionPolicy
 from polder.tiers.index import ABSENT, BlockIndex, Places, key_numbers
-from polder.tiers.slots import IntArray, Slots
+from polder.tiers.slots import Slots
 from polder.tiers.spill import SpillConfig, Spills, load_pages
 from polder.tiers.statistics import TierStatistics
 from polder.tiers.transfer import Direction, Finished, Job, Part

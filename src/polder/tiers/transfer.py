@@ -33,10 +33,11 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.memory.backend import Mark
 from polder.memory.cores import leave_bound_core
 from polder.tiers.pages import Pages
-from polder.tiers.slots import IntArray, Recipe
+from polder.tiers.slots import Recipe
 
 __all__ = [
     *("BatchMemory", "Carried", "Direction", "Finished", "HostRows", "Job", "Mover", "News", "Part", "Piece", "Pieces"),

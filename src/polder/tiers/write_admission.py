@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from polder.arrays import BoolArray, FloatArray, IntArray, UintArray
 from polder.errors import ConfigError
-from polder.tiers.eviction import BoolArray, IntArray, UintArray
-from polder.tiers.ghosts import FloatArray, Ghosts
+from polder.tiers.ghosts import Ghosts
 from polder.tiers.reuse_times import ReuseTimes
 
 __all__ = ["WriteAdmission", "WriteBudget"]

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from polder.testing.links import EmulatedLink
+from polder.emulation.links import EmulatedLink
 
 __all__ = ["BlockCopier", "BlockIds", "Blocks", "Copied"]
 

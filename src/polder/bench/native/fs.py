@@ -20,7 +20,7 @@ from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
 from polder.bench.native.copy import BlockCopier
 from polder.bench.native.offload import CopyingWorker, device_blocks
-from polder.testing.links import EmulatedLink
+from polder.emulation.links import EmulatedLink
 
 __all__ = ["NativeTieringSpec"]
 

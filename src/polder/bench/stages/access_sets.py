@@ -1,7 +1,7 @@
 """Access sets for `polder bench disks`: what each step reads from disks. Known steps come first, measured ones after them in time.
 
-Synthetic sets are those of polder.swarm.generator. Conversations are real: a step is one turn, which reads those blocks of its
-prompt that earlier turns have written, as if nothing of them were left in memory. All of it is of one layer.
+Synthetic sets are those of polder.bench.sparse.generator. Conversations are real: a step is one turn, which reads those blocks of
+its prompt that earlier turns have written, as if nothing of them were left in memory. All of it is of one layer.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from polder.arrays import BoolArray, IntArray
 from polder.bench.disks_plan import PAGE_BYTES, REAL_SETS, DisksPlan
+from polder.bench.sparse.generator import PESSIMISTIC, Groups, Sticky, latent_groups, resident, sticky_clusters
 from polder.errors import ConfigError
 from polder.sim.traces import Trace, load_trace
-from polder.swarm.activations import BoolArray, IntArray, Profile
-from polder.swarm.generator import PESSIMISTIC, Groups, Sticky, latent_groups, resident, sticky_clusters
+from polder.swarm.activations import Profile
 
 __all__ = ["DESCRIPTIONS", "AccessSet", "access_sets", "turn_reads"]
 

@@ -1,7 +1,7 @@
 """The layouts of an access set, and what they take on modelled disks.
 
-They are those of polder.swarm.arms. Clusters and packed pages do not depend on the disks and take longest, so here they are made
-once for all disks.
+They are those of polder.bench.sparse.arms. Clusters and packed pages do not depend on the disks and take longest, so here they
+are made once for all disks.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from functools import cached_property
 
 import numpy as np
 
+from polder.arrays import IntArray
 from polder.bench.report.metrics import Metrics
+from polder.bench.sparse.arms import ARMS, ArmConfig, Layout, cluster_per_disk, cluster_striped, packed_stages
+from polder.bench.sparse.medoids import Clusters, medoid_clusters
+from polder.bench.sparse.modelled import Modelled, run_steps
+from polder.bench.sparse.placements import Placement
 from polder.bench.stages.access_sets import AccessSet
-from polder.swarm.activations import IntArray, Profile
-from polder.swarm.arms import ARMS, ArmConfig, Layout, cluster_per_disk, cluster_striped, packed_stages
+from polder.diskstore.model import DiskModel, page_speeds
+from polder.diskstore.schedule import exact, greedy
+from polder.swarm.activations import Profile
 from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
-from polder.swarm.cost import DiskModel, page_speeds
-from polder.swarm.medoids import Clusters, medoid_clusters
-from polder.swarm.modelled import Modelled, run_steps
-from polder.swarm.placement import Placement
-from polder.swarm.schedule import exact, greedy
 
 __all__ = ["PARTS", "Layouts", "metrics_of", "modelled", "together"]
 
@@ -37,7 +38,7 @@ class Layouts:
         self._replica_share = replica_share
 
     def build(self, arm: str, disks: Sequence[DiskModel]) -> Layout:
-        """`arm`: a name of polder.swarm.arms.ARMS."""
+        """`arm`: a name of polder.bench.sparse.arms.ARMS."""
         if arm in ("polder", "polder-pages"):
             return self.stages(disks)["parts" if arm == "polder" else "replicas"]
         if arm in ("cluster-per-disk", "swarm"):
@@ -54,7 +55,7 @@ class Layouts:
         )
 
     def stages(self, disks: Sequence[DiskModel]) -> dict[str, Layout]:
-        """As polder.swarm.arms.stages: striped, packing, placement, replicas, parts."""
+        """As polder.bench.sparse.arms.stages: striped, packing, placement, replicas, parts."""
         return packed_stages(self.config(disks), self._packing, self._of_pages, self._order)
 
     def _of_clusters(self, arm: str, disks: Sequence[DiskModel]) -> Layout:

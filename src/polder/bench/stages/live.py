@@ -12,22 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
+from polder.arrays import FloatArray, IntArray
 from polder.bench.disks_plan import PAGE_BYTES, DisksPlan, disks_of
 from polder.bench.report.metrics import Metrics
+from polder.bench.sparse.generator import Sticky, resident, sticky_clusters
 from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS
+from polder.diskstore.disk import DiskConfig
+from polder.diskstore.engine import ThreadEngine
+from polder.diskstore.model import DiskModel
+from polder.diskstore.store import DiskStore, StoreConfig
+from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 from polder.errors import IntegrityError
-from polder.swarm.activations import FloatArray, IntArray, Profile
-from polder.swarm.cost import DiskModel
-from polder.swarm.disk import DiskConfig
-from polder.swarm.engine import ThreadEngine
+from polder.swarm.activations import Profile
 from polder.swarm.entry_pages import EntryConfig
 from polder.swarm.entry_store import EntryStore
 from polder.swarm.entry_upkeep import EntryUpkeep
-from polder.swarm.generator import Sticky, resident, sticky_clusters
 from polder.swarm.hotset import LruSet
-from polder.swarm.store import DiskStore, StoreConfig
-from polder.testing.disks import DiskModel as EmulatedModel
-from polder.testing.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 
 __all__ = ["LIVE_ARMS", "LIVE_DISKS", "LIVE_SETS", "live_run", "live_set"]
 
@@ -125,7 +125,7 @@ def _steps(
 
 def _emulated(model: DiskModel, clock: VirtualClock) -> EmulatedDisk:
     return EmulatedDisk(
-        EmulatedModel(bandwidth_bytes_per_s=model.bytes_per_s, requests_per_s=model.requests_per_s, latency_s=0.0),
+        replace(model, latency_s=0.0),
         clock=clock,
     )
 

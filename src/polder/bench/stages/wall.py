@@ -7,25 +7,27 @@ that was not so is counted as late.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import IntArray
 from polder.bench.report.metrics import Metrics
+from polder.bench.sparse.arms import Layout
+from polder.bench.sparse.placements import plan_reads
+from polder.diskstore.disk import DiskConfig
+from polder.diskstore.engine import ThreadEngine
+from polder.diskstore.io import Arena, OpenFile, PageFile, open_page_file
+from polder.diskstore.keys import Keys
+from polder.diskstore.model import DiskModel, page_speeds
+from polder.diskstore.schedule import exact
+from polder.diskstore.store import DiskStore, StoreConfig
+from polder.emulation.disks import Clock, EmulatedDisk, EmulatedEngine
 from polder.errors import EnvironmentFault, IntegrityError
-from polder.swarm.activations import IntArray, Profile
-from polder.swarm.arms import Layout
-from polder.swarm.cost import DiskModel, cheapest_runs, page_speeds, step_seconds
-from polder.swarm.disk import DiskConfig
-from polder.swarm.engine import ThreadEngine
-from polder.swarm.io import Arena, OpenFile, PageFile, open_page_file
-from polder.swarm.keys import Keys
-from polder.swarm.schedule import exact, plan_reads
-from polder.swarm.store import DiskStore, StoreConfig
-from polder.testing.disks import Clock, EmulatedDisk, EmulatedEngine
-from polder.testing.disks import DiskModel as EmulatedModel
+from polder.swarm.activations import Profile
+from polder.swarm.cost import cheapest_runs, step_seconds
 
 __all__ = ["LATENCY_S", "WallStep", "wall_metrics", "wall_steps"]
 
@@ -64,9 +66,7 @@ def wall_steps(
     counted = _CountedFiles()
     emulated = [
         EmulatedDisk(
-            EmulatedModel(
-                bandwidth_bytes_per_s=disk.bytes_per_s, requests_per_s=disk.requests_per_s, latency_s=LATENCY_S
-            ),
+            replace(disk, latency_s=LATENCY_S),
             clock=clock,
         )
         for disk in disks

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from polder.arrays import splitmix64
 from polder.bench.workloads.models import RESERVED_IDS
 
 __all__ = [
@@ -176,14 +177,5 @@ def _tokens(session: int, blocks: npt.NDArray[np.uint64], per_block: int) -> lis
     """Ids from RESERVED_IDS to VOCAB - 1."""
     position = np.arange(per_block, dtype=np.uint64)
     keys = (blocks[:, None] * np.uint64(64) + position[None, :]).ravel()
-    salt = _mix(np.array([session], dtype=np.uint64))
-    return (_mix(keys + salt) % np.uint64(VOCAB - RESERVED_IDS) + np.uint64(RESERVED_IDS)).tolist()  # type: ignore[no-any-return]
-
-
-def _mix(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64 (Steele et al., OOPSLA 2014): fixed on every machine and Python, unlike hash()."""
-    with np.errstate(over="ignore"):
-        z = keys + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    salt = splitmix64(np.array([session], dtype=np.uint64))
+    return (splitmix64(keys + salt) % np.uint64(VOCAB - RESERVED_IDS) + np.uint64(RESERVED_IDS)).tolist()  # type: ignore[no-any-return]

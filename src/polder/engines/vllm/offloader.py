@@ -30,13 +30,12 @@ import torch
 from vllm.model_executor.offloader.base import BaseOffloader
 
 from polder.broker.client import status
+from polder.emulation.factory import Emulation
 from polder.engines.vllm import cpu_linear, host_copies, movable, worker
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.worker import Outcome, WeightsFound
 from polder.errors import ConfigError, PolderError
 from polder.memory.backend import Backend
-from polder.testing.links import parse_links
-from polder.testing.paced import PacedBackend
 from polder.weights.rotation import Rotation
 from polder.weights.store import Segment, WeightStore
 from polder.weights.tensors import held_elsewhere
@@ -74,10 +73,10 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         *,
         compiled: bool,
         graphs: bool = False,
-        link_bytes_per_s: float | None = None,
+        links: str = "",
     ) -> None:
         """`compiled`: the layers run under torch.compile. `graphs`: they may run in CUDA graphs, so that no layer can be streamed.
-        `page_bytes`: the broker's. `link_bytes_per_s`: of an emulated link."""
+        `page_bytes`: the broker's. `links`: POLDER_LINKS."""
         global _offloader
         _offloader = self
         self._open_store, self._compiled, self.streams = open_store, compiled, not graphs
@@ -93,9 +92,9 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         self.store: WeightStore | None = None
         self.backend: Backend = worker.backend(device, page_bytes)
         self.copy_share = cpu_linear.copy_share() if device.startswith("cpu") else GPU_COPY_SHARE
-        if link_bytes_per_s is not None:
-            self.backend = PacedBackend(self.backend, link_bytes_per_s)
-            self.copy_share = GPU_COPY_SHARE
+        paced = Emulation(links=links, faults="").weights_backend(self.backend)
+        if paced is not self.backend:
+            self.backend, self.copy_share = paced, GPU_COPY_SHARE
 
     # ------------------------------------------------------------------ vLLM calls
 
@@ -252,10 +251,9 @@ def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloade
     compilation = vllm_config.compilation_config
     compiled = compilation.mode != CompilationMode.NONE
     graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-    link = parse_links(settings.links).get("weights")
     key = host_copies.copy_key(vllm_config, vllm_config.parallel_config.rank)
     store = functools.partial(host_copies.open_store, broker=settings.broker, key=key)
-    offloader = WeightOffloader(device, page_bytes, store, compiled=compiled, graphs=graphs, link_bytes_per_s=link)
+    offloader = WeightOffloader(device, page_bytes, store, compiled=compiled, graphs=graphs, links=settings.links)
     offloader.wake = settings.wake
     if not cuda:
         cpu_linear.install(offloader.belongs)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from polder.broker.transport import check_socket_path
+from polder.emulation.options import parse_faults, parse_links
 from polder.errors import ConfigError
 from polder.memory.page import PAGE_BYTES
 from polder.metrics import TIER_NAMES as TIERS
@@ -32,8 +33,6 @@ from polder.settings import (
     setting,
     words,
 )
-from polder.testing.faulty_tier import parse_faults
-from polder.testing.links import parse_links
 from polder.units import parse_bytes
 
 __all__ = ["DISKS", "TIERS", "EngineSettings", "engine_settings", "parse_disks", "read_settings"]

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polder.diskstore.disk import DiskConfig
+from polder.diskstore.engine import ThreadEngine
+from polder.diskstore.io import ALIGNMENT_BYTES, Arena, IoEngine
+from polder.diskstore.keys import Keys
+from polder.diskstore.layout import META
+from polder.diskstore.store import DiskStore, StoreConfig
+from polder.emulation.factory import Emulation
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError, EnvironmentFault
-from polder.swarm.disk import DiskConfig
-from polder.swarm.engine import ThreadEngine
-from polder.swarm.io import ALIGNMENT_BYTES, Arena, IoEngine
-from polder.swarm.keys import Keys
-from polder.swarm.layout import META
-from polder.swarm.store import DiskStore, StoreConfig
-from polder.testing.disks import DiskFaults, DiskModel, EmulatedDisk, EmulatedEngine
-from polder.testing.faulty_tier import parse_faults
-from polder.testing.links import parse_links
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import common_inventory, disk_capacity, inventory
 from polder.tiers.disk_slots import DiskSlots
@@ -124,18 +122,13 @@ def _directory(path: Path, ranks: int, rank: int) -> Path:
 def _io_engine(plan: DiskPlan) -> IoEngine:
     engine: IoEngine = ThreadEngine()
     if plan.io == "aio":
-        from polder.swarm.aio import AioEngine
+        from polder.diskstore.aio import AioEngine
 
         try:
             engine = AioEngine(ThreadEngine())
         except EnvironmentFault as error:
             logger.warning("%s", error)
-    rate, faults = parse_links(plan.links).get("disk"), parse_faults(plan.faults)
-    if rate is None and not faults.fail:
-        return engine
-    model = DiskModel(bandwidth_bytes_per_s=rate or float("inf"), latency_s=80e-6 if rate else 0.0)
-    disks = [EmulatedDisk(model, DiskFaults(fail=faults.fail, seed=faults.seed + n)) for n in range(len(plan.disks))]
-    return EmulatedEngine(engine, disks)
+    return Emulation(links=plan.links, faults=plan.faults).disk_engine(engine, disks=len(plan.disks))
 
 
 # ---------------------------------------------------------------- called by the core, in every worker

@@ -16,6 +16,8 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, Offloading
 
 from polder.broker.client import fetch_table, status
 from polder.broker.wire import FetchTable, Status
+from polder.diskstore.keys import Keys
+from polder.emulation.factory import Emulation
 from polder.engines.vllm import window_worker
 from polder.engines.vllm.host_region import HostRegion, adopt_pages
 from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks
@@ -23,9 +25,6 @@ from polder.engines.vllm.worker import WorkerMemory
 from polder.errors import EnvironmentFault, PolderError
 from polder.memory.backend import Mark
 from polder.memory.pool import ImportedPages
-from polder.swarm.keys import Keys
-from polder.testing.faulty_tier import EmulatedBatch, EmulatedMemory, FaultyMemory, parse_faults
-from polder.testing.links import EmulatedLink, parse_links
 from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.lending import open_table
@@ -191,9 +190,8 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
             tensor = kv_caches.tensors[ref.tensor_idx].tensor
             layers.append((tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), ref.page_size_bytes))
         groups.append(layers)
-    links, faults = parse_links(plan.links), parse_faults(plan.faults)
+    emulation = Emulation(links=plan.links, faults=plan.faults)
     host = HostRegion(memory, plan.host_pages[memory.rank]) if "host" in plan.tiers else None
-    emulated = {(name, d): EmulatedLink(rate) for name, rate in links.items() for d in ("load", "store")}
     reach = BrokerReach(lambda: status(memory.plan.broker))
     lanes: dict[tuple[int, Direction], TierMemory] = {}
     directions: tuple[Direction, ...] = ("load", "store")
@@ -207,11 +205,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
                 lane = HostMemory(host.address, plan.shard_bytes)
             else:
                 lane = _peer_memory(memory, plan, reach)
-            if name in links:
-                lane = EmulatedMemory(lane, emulated[name, direction])
-            if faults.fail or faults.corrupt:
-                lane = FaultyMemory(lane, faults)
-            lanes[tier, direction] = lane
+            lanes[tier, direction] = emulation.tier_memory(lane, name, direction)
     mover = CpuMover() if memory.device.startswith("cpu") else CudaMover(memory.backend)
 
     def open_tiers(disk_slots: int, disk: DiskMemory | None) -> TierWorker:
@@ -220,7 +214,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         if disk is not None:
             last = plan.tiers.index("disk")
             capacities[last] = disk_slots
-            batches[last] = EmulatedBatch(disk, emulated["host", "load"]) if "host" in links else disk
+            batches[last] = emulation.disk_memory(disk)
         return TierWorker(
             lanes,
             mover,

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from polder.emulation.factory import Emulation
 from polder.engines.vllm import worker
 from polder.engines.vllm.host_region import HostRegion
 from polder.engines.vllm.window import WindowPlan
@@ -28,13 +29,8 @@ from polder.engines.vllm.window_limits import check_runner
 from polder.engines.vllm.window_runner import blocks_of_step, hook_runner
 from polder.engines.vllm.worker import Outcome, WorkerMemory
 from polder.errors import EnvironmentFault, PolderError
-from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.memory.page import Indices
-from polder.testing.faulty import FaultyBackend, seeded_faults
-from polder.testing.faulty_tier import parse_faults
-from polder.testing.links import parse_links
-from polder.testing.paced import PacedBackend
 from polder.window.stream import BlockHomes, WindowStream
 
 __all__ = ["WorkerWindow", "bring_home", "close_units", "current", "figures", "install", "open_units"]
@@ -70,7 +66,7 @@ class WorkerWindow:
         )
         self.inner_backend = memory.backend
         self.backend, self.window_layers, self.fence = (
-            _emulated(memory.backend, plan, memory.rank),
+            Emulation(links=plan.links, faults=plan.faults).window_backend(memory.backend, rank=memory.rank),
             plan.window_layers,
             memory.backend.fence,
         )
@@ -234,16 +230,6 @@ class WorkerWindow:
         self.failures += 1
         self.doubtful = sorted({*self.doubtful, *self.stream.doubtful})
         logger.warning("the window lost %d blocks: %s", len(self.doubtful), error)
-
-
-def _emulated(backend: Backend, plan: WindowPlan, rank: int) -> Backend:
-    """For tests and benches: a slower link, or one that fails."""
-    rate, faults = parse_links(plan.links).get("window"), parse_faults(plan.faults)
-    if rate is not None:
-        backend = PacedBackend(backend, rate)
-    if faults.fail:
-        backend = FaultyBackend(backend, seeded_faults(faults.seed + rank, {"copy": faults.fail}, calls=100_000))
-    return backend
 
 
 _window: WorkerWindow | None = None

@@ -1,0 +1,236 @@
+"""Whole layouts to compare: blocks on units of reading, units on disks. `polder` is this package's own, `swarm` the paper's.
+
+A layout has a unit of reading, which is read whole: a page of k blocks, or a single block. Units side by side are one request.
+
+| name | unit | where |
+|---|---|---|
+| sequential | page of successive blocks | an equal range of them on each disk |
+| hash | page of successive blocks | any disk, by its speed |
+| raid0 | page of successive blocks | 128 KiB on each disk in turn |
+| fixed-blocks | `fixed_blocks` successive blocks | one on each disk in turn (InfLLM's blocks, read whole) |
+| no-cluster | a block | one on each disk in turn (only what is wanted is read) |
+| cluster-per-disk | a block | each of Swarm's clusters on one disk, the emptiest |
+| swarm | a block | Swarm's clusters striped over the disks, copies where they overlap: equation (7) |
+| polder-pages | page packed by co-activation | anti-affine, with second copies of the hottest |
+| polder | a block | the same pages, of which only what is wanted is read |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from polder.arrays import FloatArray, IntArray
+from polder.bench.sparse.medoids import Clusters, medoid_clusters
+from polder.bench.sparse.placements import Placement
+from polder.swarm.activations import Profile
+from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
+from polder.swarm.placement import anti_affine, with_replicas
+
+__all__ = [
+    "ARMS",
+    "ArmConfig",
+    "Layout",
+    "cluster_per_disk",
+    "cluster_striped",
+    "hashed",
+    "packed_stages",
+    "parts_of",
+    "sequential",
+    "stages",
+    "striped",
+]
+
+RAID0_CHUNK_BYTES = 128 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    profile: Profile
+    """Recorded sets of blocks."""
+    speeds: FloatArray
+    """[disks]: in pages, relative to each other."""
+    page_blocks: int
+    block_bytes: int
+    fixed_blocks: int | None = None
+    """Of the arm fixed-blocks; as many as a page has if None. InfLLM's have 128 tokens."""
+    replica_share: float = 0.10
+    radius: float = 0.6
+    """Of Swarm's clusters."""
+    seed: int = 0
+
+    @property
+    def disks(self) -> int:
+        return len(self.speeds)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_blocks * self.block_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    unit_of: IntArray
+    """[blocks]: the unit of each block."""
+    unit_bytes: int
+    placement: Placement
+    pages: Layout | None = None
+    """Of units that are parts of pages: how these are stored. Slot s of a disk is part s % k of its page s // k."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """With all copies."""
+        return int((self.placement.disk_of >= 0).sum()) * self.unit_bytes
+
+    def units(self, blocks: IntArray) -> IntArray:
+        """Units to read for these blocks, each once, in the order of blocks."""
+        units, first = np.unique(self.unit_of[blocks], return_index=True)
+        return units[np.argsort(first)]
+
+
+def sequential(units: int, disks: int) -> IntArray:
+    """[units]: a range of them on each disk."""
+    return np.arange(units) * disks // max(1, units)
+
+
+def striped(units: int, disks: int, *, chunk_units: int = 1) -> IntArray:
+    """[units]: `chunk_units` of them on each disk in turn."""
+    return np.arange(units) // chunk_units % disks
+
+
+def hashed(units: int, speeds: FloatArray, *, seed: int = 0) -> IntArray:
+    """[units]: a disk at random, in proportion to the speeds."""
+    return np.random.default_rng(seed).choice(len(speeds), units, p=speeds / speeds.sum()).astype(np.int64)
+
+
+def cluster_per_disk(clusters: Clusters, speeds: FloatArray, *, blocks: int) -> IntArray:
+    """[blocks]: all of a cluster on one disk, large clusters first, on the disk that is emptiest for its speed.
+
+    A block in several clusters is with its largest. What is in no cluster is striped.
+    """
+    disk_of = striped(blocks, len(speeds))
+    stored = np.zeros(blocks, dtype=np.bool_)
+    size = np.zeros(len(speeds))
+    for cluster in np.argsort(-clusters.sizes, kind="stable").tolist():
+        members = clusters.members[clusters.starts[cluster] : clusters.starts[cluster + 1]]
+        members = members[~stored[members]]
+        stored[members] = True
+        disk = int(((size + len(members)) / speeds).argmin())
+        disk_of[members] = disk
+        size[disk] += len(members)
+    return disk_of
+
+
+def cluster_striped(clusters: Clusters, disks: int, *, blocks: int) -> tuple[IntArray, IntArray]:
+    """Equation (7): one pointer goes round the disks, over the members of cluster after cluster; then over what is in none.
+
+    ([blocks, copies] disks, -1 where there is no copy; the order of blocks on the disks). A block of several clusters has a copy
+    from each, as far as they fall on different disks.
+    """
+    rest = np.ones(blocks, dtype=np.bool_)
+    rest[clusters.members] = False
+    written = np.concatenate([clusters.members, np.flatnonzero(rest)])
+    _, first = np.unique(written * disks + np.arange(len(written)) % disks, return_index=True)
+    first = np.sort(first)  # the same block on the same disk again is no copy
+    written, disk = written[first], first % disks
+    by_block = np.argsort(written, kind="stable")
+    copy = np.empty(len(written), dtype=np.int64)
+    sorted_blocks = written[by_block]
+    copy[by_block] = np.arange(len(written)) - np.searchsorted(sorted_blocks, sorted_blocks)
+    table = np.full((blocks, int(copy.max(initial=0)) + 1), -1, dtype=np.int64)
+    table[written, copy] = disk
+    return table, written[np.sort(np.unique(written, return_index=True)[1])]
+
+
+def _of_pages(config: ArmConfig, place: Callable[[int], IntArray], *, blocks: int | None = None) -> Layout:
+    page_blocks = blocks or config.page_blocks
+    unit_of = np.arange(config.profile.size) // page_blocks
+    return Layout(
+        unit_of=unit_of,
+        unit_bytes=page_blocks * config.block_bytes,
+        placement=Placement.of(place(int(unit_of[-1]) + 1), disks=config.disks),
+    )
+
+
+def _of_blocks(config: ArmConfig, disk_of: IntArray, order: IntArray | None = None) -> Layout:
+    return Layout(
+        unit_of=np.arange(config.profile.size),
+        unit_bytes=config.block_bytes,
+        placement=Placement.of(disk_of, disks=config.disks, order=order),
+    )
+
+
+def _raid0(config: ArmConfig) -> Layout:
+    chunk = max(1, RAID0_CHUNK_BYTES // config.page_bytes)
+    return _of_pages(config, lambda pages: striped(pages, config.disks, chunk_units=chunk))
+
+
+def _cluster_per_disk(config: ArmConfig) -> Layout:
+    clusters = medoid_clusters(config.profile, radius=config.radius)
+    disk_of = cluster_per_disk(clusters, config.speeds, blocks=config.profile.size)
+    return _of_blocks(config, disk_of, cluster_striped(clusters, config.disks, blocks=config.profile.size)[1])
+
+
+def _swarm(config: ArmConfig) -> Layout:
+    clusters = medoid_clusters(config.profile, radius=config.radius)
+    return _of_blocks(config, *cluster_striped(clusters, config.disks, blocks=config.profile.size))
+
+
+def parts_of(packed: Layout, packing: Packing) -> Layout:
+    """The same pages on the same disks, with a block as the unit of reading."""
+    pages, page_blocks = packed.placement, packing.members.shape[1]
+    column = np.zeros(len(packing.page_of), dtype=np.int64)
+    page, at = np.nonzero(packing.members >= 0)
+    column[packing.members[page, at]] = at
+    disk_of = pages.disk_of[packing.page_of]
+    slot_of = pages.slot_of[packing.page_of] * page_blocks + column[:, None]
+    return Layout(
+        unit_of=np.arange(len(packing.page_of)),
+        unit_bytes=packed.unit_bytes // page_blocks,
+        placement=Placement(disks=pages.disks, disk_of=disk_of, slot_of=np.where(disk_of < 0, -1, slot_of)),
+        pages=packed,
+    )
+
+
+def stages(config: ArmConfig) -> dict[str, Layout]:
+    """What makes `polder` out of striped pages of successive blocks, one step after another; the last is `polder` itself."""
+    packing = pack(config.profile, PackConfig(page_blocks=config.page_blocks))
+    of_pages = config.profile.mapped(packing.page_of, size=packing.pages)
+    return packed_stages(config, packing, of_pages, reading_order(of_pages))
+
+
+def packed_stages(config: ArmConfig, packing: Packing, of_pages: Profile, order: IntArray) -> dict[str, Layout]:
+    """`stages`, of what does not depend on the disks: pages, the profile of these, and their order on a disk."""
+    disk_of = anti_affine(of_pages, config.speeds)
+    copies = with_replicas(disk_of, of_pages.counts(), config.speeds, share=config.replica_share)
+    tables = {"packing": striped(packing.pages, config.disks), "placement": disk_of, "replicas": copies}
+    packed = {
+        name: Layout(
+            unit_of=packing.page_of,
+            unit_bytes=config.page_bytes,
+            placement=Placement.of(table, disks=config.disks, order=order),
+        )
+        for name, table in tables.items()
+    }
+    return {
+        "striped": _of_pages(config, lambda pages: striped(pages, config.disks)),
+        **packed,
+        "parts": parts_of(packed["replicas"], packing),
+    }
+
+
+ARMS: dict[str, Callable[[ArmConfig], Layout]] = {
+    "sequential": lambda config: _of_pages(config, lambda pages: sequential(pages, config.disks)),
+    "hash": lambda config: _of_pages(config, lambda pages: hashed(pages, config.speeds, seed=config.seed)),
+    "raid0": _raid0,
+    "fixed-blocks": lambda config: _of_pages(
+        config, lambda pages: striped(pages, config.disks), blocks=config.fixed_blocks
+    ),
+    "no-cluster": lambda config: _of_blocks(config, striped(config.profile.size, config.disks)),
+    "cluster-per-disk": _cluster_per_disk,
+    "swarm": _swarm,
+    "polder-pages": lambda config: stages(config)["replicas"],
+    "polder": lambda config: stages(config)["parts"],
+}

@@ -1,0 +1,296 @@
+"""One disk of a store while it runs: its books, its index, its faults.
+
+A page is written in this order: a slot is taken (its old page is forgotten), the bytes, the index, and only then can it be found.
+So whatever stops the process, a slot's record and its bytes either belong together or do not verify.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from polder.arrays import BoolArray, IntArray, UintArray
+from polder.diskstore.directory import OpenDirectory, open_directory
+from polder.diskstore.engine import Aside
+from polder.diskstore.health import DiskHealth, DiskStatistics
+from polder.diskstore.index import empty_records, row_bytes
+from polder.diskstore.io import OpenFile, Outcome
+from polder.diskstore.keys import Keys, distinct
+from polder.diskstore.layout import plan_layout, usage_bytes
+from polder.diskstore.pieces import DiskTransfer, PageFormat, one_a_page, verify, worst
+from polder.diskstore.slots import SlotBook
+from polder.errors import EnvironmentFault
+
+__all__ = ["Disk", "DiskConfig"]
+
+logger = logging.getLogger("polder.swarm")
+
+_Parts = IntArray | None
+
+_LEAST_PATIENCE_S = 5.0
+"""With an index that is written and with files that are closed: a busy machine makes any disk slow."""
+_ROWS_AT_ONCE = 1024  # of the index: a disk that answers takes them in far less than that
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskConfig:
+    directory: Path
+    """Must exist, on the disk that is to be used."""
+    limit_bytes: int
+    """What `du` of the directory may come to."""
+
+
+class Disk:
+    """Thread-safe. Only opening raises; a disk that cannot be opened is "out", with the reason."""
+
+    def __init__(
+        self,
+        number: int,
+        config: DiskConfig,
+        *,
+        page_bytes: int,
+        parts: int,
+        namespace: str,
+        errors_allowed: int,
+        timeout_s: float,
+        open_file: OpenFile,
+    ) -> None:
+        """Raises ConfigError or BudgetError when the directory, the limit or the size of pages or parts cannot be meant."""
+        self.number, self.config = number, config
+        self.health = DiskHealth(config.directory, errors_allowed)
+        self.device = ""
+        hashed = xxhash.xxh3_64_intdigest(namespace.encode())
+        self._pages = PageFormat(page_bytes=page_bytes, parts=parts, namespace=hashed)
+        self._lock = threading.Lock()  # of the books; never held during I/O
+        self._index_lock = threading.Lock()  # taken first
+        self._aside, self._patience_s = Aside(number), max(timeout_s, _LEAST_PATIENCE_S)
+        self._open: OpenDirectory | None = None
+        layout = plan_layout(config.limit_bytes, page_bytes, parts)
+        records = empty_records(0, parts)
+        try:
+            self._open = open_directory(config.directory, layout, namespace, open_file)
+            self.device, records = self._open.meta.device, self._open.records
+        except (EnvironmentFault, OSError) as error:
+            self.health.stop("out", str(error))
+        self.slots = len(records)
+        self._book = SlotBook(records)
+        # Rises over all runs, also when the last rows of the index were lost with the power.
+        self._generation = max(int(records["generation"].max(initial=0)) + 1, time.time_ns())
+
+    def find(self, keys: Keys) -> tuple[IntArray, UintArray]:
+        """Of each key the slot and the generation, -1 and 0 where it is absent."""
+        if self.health.state == "out":
+            return np.full(len(keys), -1, dtype=np.int64), np.zeros(len(keys), dtype=np.uint64)
+        with self._lock:
+            slots = self._book.find(keys)
+            there = slots >= 0
+            generations = np.zeros(len(keys), dtype=np.uint64)
+            generations[there] = self._book.records["generation"][slots[there]]
+        return slots, generations
+
+    @property
+    def free(self) -> int:
+        """Pages that can be written before one has to be evicted."""
+        with self._lock:
+            return self._book.free if self.health.state == "ok" else 0
+
+    @property
+    def room(self) -> int:
+        """Pages that the disk has or can take: without the slots that went bad, and none when it is out."""
+        with self._lock:
+            if self.health.state == "ok":
+                return self.slots - self._book.bad
+            return len(self._book) if self.health.state == "read-only" else 0
+
+    @property
+    def evicted(self) -> int:
+        """Pages since the disk was opened."""
+        return self._book.evicted
+
+    # ------------------------------------------------------------------ write
+
+    def begin_write(self, rows: IntArray, keys: Keys, addresses: IntArray) -> DiskTransfer | None:
+        """Takes slots for those of `keys` that are not here. None when there is nothing to write."""
+        if self._open is None or self.health.state != "ok":
+            return None
+        with self._lock:
+            known = self._book.find(keys)
+            self._book.touch(known[known >= 0])
+            fresh = distinct(keys)
+            fresh = fresh[known[fresh] < 0]
+            slots = self._book.take(len(fresh))
+            fresh = fresh[: len(slots)]
+            generations = self._generation + np.arange(len(slots), dtype=np.uint64)
+            self._generation += len(slots)
+        if not len(slots):
+            return None
+        return self._transfer(rows[fresh], slots, keys[fresh], generations, addresses[fresh], None)
+
+    def end_write(self, written: DiskTransfer, outcome: Outcome) -> None:
+        """Publishes the pages that were written as a whole and that the index took."""
+        slots, digests = written.slots, outcome.digests.reshape(-1, self._pages.parts)
+        errors = worst(outcome.errors.reshape(digests.shape))
+        good, failure = errors == 0, ""
+        with self._index_lock:
+            with self._lock:
+                spoiled = errors == errno.EIO
+                self._book.retire(slots[spoiled])
+                self._book.abandon(slots[~good & ~spoiled])
+                self._book.note(slots[good], written.keys[good], written.generations[good], digests[good])
+            try:
+                self._store_rows(self._book.dirty)
+            except EnvironmentFault as error:
+                failure = str(error)
+            with self._lock:
+                (self._book.abandon if failure else self._book.publish)(slots[good])
+        with self._lock:
+            self.health.did_write(errors, failure)
+
+    # ------------------------------------------------------------------ read
+
+    def begin_read(
+        self, rows: IntArray, keys: Keys, slots: IntArray, generations: UintArray, addresses: IntArray, parts: _Parts
+    ) -> DiskTransfer | None:
+        """Pins what is still as it was looked up. `parts`: as of DiskTransfer. None when there is nothing to read."""
+        if self._open is None or self.health.state == "out":
+            return None
+        with self._lock:
+            still = self._book.current(slots, generations)
+            self._book.pin(slots[still])
+        if not still.any():
+            return None
+        chosen = None if parts is None else parts[still]
+        return self._transfer(rows[still], slots[still], keys[still], generations[still], addresses[still], chosen)
+
+    def end_read(self, read: DiskTransfer, outcome: Outcome) -> BoolArray:
+        """Which rows arrived as they were written. Pages of others are dropped, but for those that only took too long."""
+        slots, parts = read.slots, read.parts
+        with self._lock:
+            digests = self._book.records["digest"]
+            digests = digests[slots] if parts is None else digests[slots, parts][:, None]
+            errors, torn = verify(outcome, digests)
+            still = self._book.current(slots, read.generations)  # a page that was forgotten meanwhile has no digest
+            good: BoolArray = (errors == 0) & ~torn & still
+            counted = still if parts is None else still & one_a_page(slots, errors, torn)
+            self.health.did_read(errors[counted], int(good[counted].sum()))
+            self.health.took(int(good.sum()) * digests.shape[1] / self._pages.parts, outcome.seconds)
+            self._book.touch(slots[good])  # before any of these is dropped, for another of its parts
+            bad = slots[still & ~good & (errors != errno.ETIMEDOUT)]
+            if len(bad) and self.health.state != "out":  # of a disk that is lost the books say what to copy again
+                self._book.drop(np.unique(bad))
+            self._book.unpin(slots)
+        return good
+
+    def forget(self, keys: Keys) -> int:
+        """Drops these pages, in the index too; returns how many there were."""
+        if self.health.state == "out":
+            return 0
+        with self._index_lock:
+            with self._lock:
+                slots = self._book.find(keys[distinct(keys)])
+                slots = slots[slots >= 0]
+                self._book.drop(slots)
+            try:
+                if len(slots):
+                    self._store_rows(self._book.dirty)
+            except EnvironmentFault as error:
+                logger.warning("%s: pages that were forgotten may come back: %s", self.config.directory, error)
+        return len(slots)
+
+    # ------------------------------------------------------------------
+
+    def by_recency(self) -> Keys:
+        """[m, 2] keys of all pages that are or, the disk being out, were here, the last used first."""
+        with self._lock:
+            keys: Keys = self._book.records["key"][self._book.by_recency()].copy()
+        return keys
+
+    def statistics(self) -> DiskStatistics:
+        try:
+            disk_bytes = usage_bytes(self.config.directory)
+        except OSError:
+            disk_bytes = 0
+        with self._lock:
+            return DiskStatistics(
+                directory=str(self.config.directory),
+                device=self.device,
+                state=self.health.state,
+                reason=self.health.reason,
+                slots=self.slots,
+                used=len(self._book),
+                limit_bytes=self.config.limit_bytes,
+                disk_bytes=disk_bytes,
+                read_pages=self.health.read_pages,
+                written_pages=self.health.written_pages,
+                evicted_pages=self._book.evicted,
+                corrupt_pages=self.health.corrupt_pages,
+                failed_reads=self.health.failed_reads,
+                failed_writes=self.health.failed_writes,
+                timeouts=self.health.timeouts,
+            )
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError."""
+        with self._lock:
+            self._book.check_integrity()
+
+    def settle(self) -> None:
+        """Stores what only changed the order of use, so that the next run evicts in the same order. Nothing may be under way."""
+        with self._index_lock:
+            if self._open is not None and self.health.state == "ok":
+                try:
+                    self._store_rows(self._book.dirty | self._book.touched)
+                except EnvironmentFault as error:
+                    logger.warning("%s: the order of use is lost: %s", self.config.directory, error)
+
+    def close(self) -> None:
+        """A disk that hangs is left open, to the end of the process."""
+        with self._index_lock:
+            opened, self._open = self._open, None
+            if opened is not None:
+                try:
+                    self._aside.call(lambda: _close(opened), self._patience_s)
+                except EnvironmentFault as error:
+                    logger.warning("%s: not closed: %s", self.config.directory, error)
+
+    def _transfer(
+        self, rows: IntArray, slots: IntArray, keys: Keys, generations: UintArray, addresses: IntArray, parts: _Parts
+    ) -> DiskTransfer:
+        assert self._open is not None
+        transfer = self._pages.transfer(self.number, self._open.file, slots, keys, generations, addresses, parts)
+        return DiskTransfer(rows=rows, slots=slots, keys=keys, generations=generations, parts=parts, transfer=transfer)
+
+    def _store_rows(self, marked: BoolArray) -> None:
+        """Rows of the index as they are now. Raises EnvironmentFault: they stay marked. Where the index hangs, it is asked no more
+        before it has answered, so nobody waits twice; and the disk is not written to."""
+        assert self._open is not None
+        every = np.flatnonzero(marked)
+        for numbers in (every[at : at + _ROWS_AT_ONCE] for at in range(0, len(every), _ROWS_AT_ONCE)):
+            with self._lock:
+                rows = {number: row_bytes(self._book.records, number) for number in numbers.tolist()}
+                self._book.dirty[numbers] = False
+            try:
+                self._aside.call(functools.partial(self._open.index.store, rows), self._patience_s)
+            except EnvironmentFault as error:
+                with self._lock:
+                    self._book.dirty[numbers] = True
+                    if self._aside.hangs:
+                        self.health.stop("read-only", f"writing the index: {error}")
+                raise
+            with self._lock:
+                self._book.touched[numbers] = False
+
+
+def _close(opened: OpenDirectory) -> None:
+    opened.index.close()
+    opened.file.close()
+    os.close(opened.lock_fd)

@@ -1,0 +1,118 @@
+"""What a disk did and how it fares: counters, and when it is used no more."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from polder.arrays import ErrorArray
+
+__all__ = ["DiskHealth", "DiskStatistics", "State"]
+
+logger = logging.getLogger("polder.swarm")
+
+State = Literal["ok", "read-only", "out"]
+
+_FORGIVEN_AFTER = 1000
+"""Good pages in a row after which a disk's errors are forgotten."""
+_SPEED_MEMORY_S = 2.0
+"""Time of reading over which a disk's measured speed forgets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskStatistics:
+    directory: str
+    device: str
+    state: State
+    """ "read-only": what is there is read, nothing is written; "out": all its pages are misses."""
+    reason: str
+    """Why it is not "ok"."""
+    slots: int
+    used: int
+    limit_bytes: int
+    disk_bytes: int
+    """What the directory takes now."""
+    read_pages: int
+    """A page of which parts were read counts once a batch, here and below."""
+    written_pages: int
+    evicted_pages: int
+    corrupt_pages: int
+    """That did not verify, and were dropped."""
+    failed_reads: int
+    """Pages, timeouts included, as `failed_writes`."""
+    failed_writes: int
+    timeouts: int
+
+
+class DiskHealth:
+    """Not thread-safe: the disk's lock is held around every call."""
+
+    def __init__(self, directory: Path, errors_allowed: int) -> None:
+        self.state: State = "ok"
+        self.reason = ""
+        self.read_pages = self.written_pages = self.corrupt_pages = 0
+        self.failed_reads = self.failed_writes = self.timeouts = 0
+        self._directory, self._allowed = directory, errors_allowed
+        self._reads, self._writes = _Streak(), _Streak()
+        self._pages = self._seconds = 0.0
+
+    def did_read(self, errors: ErrorArray, good: int) -> None:
+        """A batch was read: errno of each page, and how many verified."""
+        self.read_pages += good
+        self.corrupt_pages += int((errors == 0).sum()) - good
+        self.failed_reads += self._reads.count(errors)
+        self.timeouts += int((errors == errno.ETIMEDOUT).sum())
+        if self._reads.bad >= self._allowed:
+            self.stop("out", f"reading: {_name(errors)}")
+
+    def took(self, pages: float, seconds: float) -> None:
+        """A batch of so many good pages, or parts of them, was read in so long."""
+        if pages and seconds > 0:
+            keep = max(0.0, 1.0 - seconds / _SPEED_MEMORY_S)
+            self._pages, self._seconds = keep * self._pages + pages, keep * self._seconds + seconds
+
+    @property
+    def pages_per_s(self) -> float:
+        """As measured; 0 before anything was."""
+        return self._pages / self._seconds if self._seconds else 0.0
+
+    def did_write(self, errors: ErrorArray, index_failure: str) -> None:
+        """A batch was written: errno of each page, and what the index said, "" if it took them."""
+        if index_failure:
+            errors = np.where(errors == 0, errno.EIO, errors).astype(np.int32)
+        failed = self._writes.count(errors)
+        self.failed_writes += failed
+        self.written_pages += len(errors) - failed
+        self.timeouts += int((errors == errno.ETIMEDOUT).sum())
+        if self._writes.bad >= self._allowed:
+            self.stop("read-only", index_failure or f"writing: {_name(errors)}")
+
+    def stop(self, state: State, reason: str) -> None:
+        """From now on, until the disk is opened again. Said once."""
+        if state != self.state and self.state != "out":
+            self.state, self.reason = state, reason
+            logger.warning("%s: %s: %s", self._directory, state, reason)
+
+
+class _Streak:
+    """Errors since the last thousand good pages in a row."""
+
+    def __init__(self) -> None:
+        self.bad = self._good = 0
+
+    def count(self, errors: ErrorArray) -> int:
+        bad = int((errors != 0).sum())
+        self._good = 0 if bad else self._good + len(errors)
+        self.bad = 0 if self._good >= _FORGIVEN_AFTER else self.bad + bad
+        return bad
+
+
+def _name(errors: ErrorArray) -> str:
+    bad = errors[errors != 0]
+    return os.strerror(int(bad[0])) if len(bad) else "too many errors"
