@@ -36,6 +36,8 @@ from gpulike.forking import forked_engines  # noqa: E402
 from tests.engines.segments import segments_of  # noqa: E402
 
 MODELS = Path(os.environ.get("POLDER_TEST_MODELS", Path(__file__).parents[2] / "out" / "test-models"))
+ROUNDS = int(os.environ.get("POLDER_ROUNDS", "1"))
+"""How often some tests do on their engine what they do, with new prompts each time. More than once is for runs by hand."""
 _numbers = itertools.count()
 
 ENVIRONMENT = {
@@ -287,6 +289,7 @@ __all__ = [
     "CONNECTOR",
     "MODELS",
     "PAGE",
+    "ROUNDS",
     "Broker",
     "Engine",
     "Output",

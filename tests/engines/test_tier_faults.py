@@ -4,6 +4,7 @@ suffers."""
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, ORDINARY, PAGE, Broker, Engine, prompts, tokens_of
+from tests.engines.harness import A32, ORDINARY, PAGE, ROUNDS, Broker, Engine, prompts, tokens_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 CONVERSATIONS = prompts(6, 300, seed=31)
@@ -101,24 +102,40 @@ def test_a_cache_that_shrinks_and_grows_while_blocks_travel_loses_no_token(
     assert found["tier_failed_loads_total"] == 0
 
 
+@pytest.mark.timeout(600 + 120 * ROUNDS)
 def test_what_a_request_has_generated_while_its_blocks_moved_is_right_in_its_next_turn(
     resized: tuple[Engine, Broker], stock: Stock
 ) -> None:
-    """A block that moves before it is full is stored from where it is. Where it was there are zeros by then, or others' bytes."""
+    """A block that moves before it is full is stored from where it is. Where it was there are zeros by then, or others' bytes.
+
+    POLDER_ROUNDS says how often, and `-s` shows how many answers were compared.
+    """
     engine, broker = resized
-    asked, lengths = prompts(12, 150, seed=2), [4, 60] * 6
-    first = stock(A32, asked, lengths)
-    turns = [prompt + answer for prompt, answer, length in zip(asked, first, lengths, strict=True) if length == 60]
-    expected = stock(A32, turns, 24)
-    before = engine.utility("polder_check")
-    broker.resize("a", 40)
-    events = {20: lambda: (broker.resize("a", 13), broker.resize("a", 40))}
-    assert tokens_of(engine.generate(asked, lengths, events)) == first  # type: ignore[arg-type]
-    broker.resize("a", broker.engine("a").floor_units)
-    engine.generate(prompts(1, 960, seed=3), 1)  # takes the whole cache, so that all that is found comes from the tier
-    assert [tokens_of(engine.generate([turn]))[0] for turn in turns] == expected
-    after = engine.utility("polder_check")
-    assert after["migrated_blocks_total"] > before["migrated_blocks_total"]
-    found = after["tier_host_hit_tokens_total"] - before["tier_host_hit_tokens_total"]
-    assert found > sum(map(len, turns)) * 0.7
-    assert after["tier_host_corrupt_blocks_total"] == 0
+    lengths = [4, 60] * 6
+    counts: Counter[str] = Counter()
+    start: dict[str, Any] = engine.utility("polder_check")
+    for seed in range(2, 2 + ROUNDS):
+        asked = prompts(12, 150, seed)
+        first = stock(A32, asked, lengths)
+        turns = [prompt + answer for prompt, answer, length in zip(asked, first, lengths, strict=True) if length == 60]
+        expected = stock(A32, turns, 24)
+        before: dict[str, Any] = engine.utility("polder_check")
+        broker.resize("a", 40)
+        events = {20: lambda: (broker.resize("a", 13), broker.resize("a", 40))}
+        answers = tokens_of(engine.generate(asked, lengths, events))  # type: ignore[arg-type]
+        broker.resize("a", broker.engine("a").floor_units)
+        filler = prompts(1, 960, 1000 + seed)
+        engine.generate(filler, 1)  # takes the whole cache, so that all that is found comes from the tier
+        answers += [tokens_of(engine.generate([turn]))[0] for turn in turns]
+        after: dict[str, Any] = engine.utility("polder_check")
+        assert after["migrated_blocks_total"] > before["migrated_blocks_total"]
+        found = after["tier_host_hit_tokens_total"] - before["tier_host_hit_tokens_total"]
+        assert found > sum(map(len, turns)) * 0.7
+        counts["answers"] += len(answers)
+        counts["differing"] += sum(one != other for one, other in zip(answers, first + expected, strict=True))
+    end = engine.utility("polder_check")
+    for name in ("migrated_blocks_total", "tier_host_hit_tokens_total", "tier_host_corrupt_blocks_total"):
+        counts[name] = int(end[name] - start[name])
+    print(dict(counts))
+    assert counts["differing"] == 0
+    assert counts["tier_host_corrupt_blocks_total"] == 0

@@ -113,6 +113,11 @@ def fleet_text(port: int, paths: dict[str, Path]) -> str:
 async def soak(report: FleetReport, models: Path, logs: Path, folder: Path) -> None:
     paths = {name: ensure_model(recipe, models) for name, recipe in MODELS.items()}
     expected = {name: await stock_answers(name, path, logs) for name, path in paths.items()}
+    for name, answers in expected.items():
+        if dull := sum(2 * len(set(answer)) < ANSWER_TOKENS for answer in answers):
+            report.note(
+                f"{name}: {dull} of {len(answers)} answers of stock repeat themselves: their equality says little"
+            )
     port, socket = free_port(), folder / "s"
     file = folder / "fleet.toml"
     file.write_text(fleet_text(port, paths))
