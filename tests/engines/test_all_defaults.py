@@ -302,4 +302,4 @@ def test_under_all_gpu_defaults_every_answer_is_stocks_whatever_moves(fleet: Fle
     assert {name: engine.core_pid() for name, engine in fleet.engines.items()} == cores, "an engine has ended"
     assert all(number > 0 for number in happened.values()), happened
     assert happened["turns"] >= 2 * ROUNDS
-    assert a["tier_host_corrupt_blocks_total"] + a["tier_peer_corrupt_blocks_total"] + a["tier_failed_loads_total"] == 0
+    assert a["tier_host_corrupt_blocks_total"] + a["tier_peer_corrupt_blocks_total"] == 0

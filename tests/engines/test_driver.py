@@ -23,10 +23,9 @@ from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, token
 from tests.engines.test_window import DEEP, WINDOW
 from tests.memory.machines import build_fakecuda
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-
 LIKE = "async,uni,driver"
 SEEDS = int(os.environ.get("POLDER_DRIVER_SEEDS", "2"))
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900 + 60 * SEEDS)]
 A_PAGES, B_PAGES = 8, 4
 """Of a unit, which holds 128 tokens."""
 
