@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -160,6 +163,18 @@ def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:
     kinds = [(event["child"], event["event"]) for event in events if event["child"] == "b"]
     assert kinds == [("b", kind) for kind in ("started", "ready", "ended", "started", "ready", "stopped")]
     assert errors == ""
+
+
+def test_a_connection_on_which_nothing_is_asked_for_longer_than_clients_keep_theirs_stays_open(serve: Serve) -> None:
+    """Clients keep connections for 5 s and more: closed then, a request could meet a connection that is just being closed."""
+    serve.start()
+    wait_for(serve.ready, "the fleet", 120)
+    connection = http.client.HTTPConnection("127.0.0.1", serve.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().read()
+        assert connection.sock is not None
+        assert not select.select([connection.sock], [], [], 6.5)[0], "closed"
 
 
 def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_path: Path) -> None:

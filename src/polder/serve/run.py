@@ -31,6 +31,9 @@ __all__ = ["broker_spec", "run"]
 
 BROKER_SILENT_S = 60.0
 """A broker that hangs is replaced after so long: engines outlive that, and without one models that sleep cannot wake."""
+IDLE_S = 75
+"""A client's connection is closed after so long without a request: later than usual clients close it themselves (httpx 5 s, aiohttp
+15 s, most proxies 60 s). Who closes first cannot meet a request of the other."""
 DRAIN_S = 5  # open requests get this long once the fleet is told to stop
 
 
@@ -56,7 +59,13 @@ def run(
         teams: list[Supervisor] = []
         app = make_app(upstreams, socket=path, children=lambda: [child for team in teams for child in team.status()])
         server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S)
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=IDLE_S,
+                timeout_graceful_shutdown=DRAIN_S,
+            )
         )
         given_up: list[str] = []
         one_at_a_time = threading.Lock()
