@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.errors import ConfigError
-from polder.planner.sharing import Balance, Pattern, SharingConfig, WeightView, arrival_pattern, decide
+from polder.planner.sharing import Balance, Pattern, SharingConfig, WeightView, arrival_pattern, weight_moves
 
 TURNS = Pattern("round-robin", 1.0)
 IRREGULAR = Pattern("irregular", 0.5)
@@ -32,14 +32,14 @@ def ample(pages: int) -> Balance:
 def takes(
     balance: Balance, *views: WeightView, pattern: Pattern = TURNS, config: SharingConfig = CONFIG
 ) -> dict[str, int]:
-    moves = decide(balance, views, pattern, config)
+    moves = weight_moves(balance, views, pattern, config)
     assert not moves.gives
     assert all(move.reason for move in moves.takes.values())
     return {name: move.segments for name, move in moves.takes.items()}
 
 
 def gives(balance: Balance, *views: WeightView, config: SharingConfig = CONFIG) -> dict[str, int]:
-    moves = decide(balance, views, TURNS, config)
+    moves = weight_moves(balance, views, TURNS, config)
     assert not moves.takes
     return {name: move.segments for name, move in moves.gives.items()}
 
@@ -104,7 +104,7 @@ def waiting(s: float) -> Balance:
 def test_after_a_turns_length_one_that_serves_is_paused_for_one_that_waits() -> None:
     serving = view(idle_s=0.0, spare_segments=0)
     assert takes(waiting(2.9), serving) == {}
-    moves = decide(waiting(3.1), [serving], TURNS, CONFIG)
+    moves = weight_moves(waiting(3.1), [serving], TURNS, CONFIG)
     assert [(name, move.segments, move.preempt) for name, move in moves.takes.items()] == [("a", 10, True)]
 
 
@@ -176,7 +176,7 @@ views = st.builds(
 def test_any_decision_can_be_carried_out(engines: list[WeightView], lacking: int, much: int, pattern: Pattern) -> None:
     balance = Balance(total_pages=300, kv_missing_pages=lacking, ample_pages=much)
     config = SharingConfig(floor_ratio=0.2)
-    moves = decide(balance, engines, pattern, config)
+    moves = weight_moves(balance, engines, pattern, config)
     by_name = {engine.name: engine for engine in engines}
     assert not any(move.preempt for move in moves.takes.values())
     for name, move in moves.takes.items():
@@ -202,7 +202,7 @@ def test_a_load_that_swings_moves_each_engine_at_most_once_a_hold_time(loads: li
             view(name, segments=held[name], spare_segments=held[name], since_change_s=now - changed[name])
             for name in held
         ]
-        moves = decide(balance, engines, IRREGULAR, CONFIG)
+        moves = weight_moves(balance, engines, IRREGULAR, CONFIG)
         for sign, each in ((-1, moves.takes), (1, moves.gives)):
             for name, move in each.items():
                 held[name], changed[name], moved[name] = held[name] + sign * move.segments, now, moved[name] + 1

@@ -19,9 +19,8 @@ from rich.console import Console
 
 from polder.broker.wire import Decision, Resize
 from polder.cli.main import app, main
-from polder.cli.top import Snapshot
 from polder.cli.view import render
-from polder.serve.supervisor import ChildStatus
+from polder.serve.supervisor import ChildStatus, FleetStatus
 from tests.serve.fakes import canned_status, engine_status, fake_broker
 from tests.serve.test_fleet import GOOD, model, write
 
@@ -171,7 +170,7 @@ def test_no_broker_is_exit_code_3(short_dir: Path) -> None:
     assert polder("top", "--once", "--url", "http://127.0.0.1:9").returncode == 3
 
 
-def shown(snapshot: Snapshot) -> str:
+def shown(snapshot: FleetStatus) -> str:
     with open("/dev/null", "w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
         console.print(render(snapshot))
@@ -180,7 +179,7 @@ def shown(snapshot: Snapshot) -> str:
 
 def test_top_shows_who_holds_what_and_why() -> None:
     down = ChildStatus(name="b", state="down", pid=None, restarts=4, retry_in_s=2.0, last_exit="ended with code 137")
-    text = shown(Snapshot(broker=canned_status(), children=[down]))
+    text = shown(FleetStatus(broker=canned_status(), children=[down]))
     lines = text.splitlines()
     assert lines[0].count("█") == 54
     assert lines[0].count("░") == 6, "the bar has its length"
@@ -203,16 +202,16 @@ def test_top_shows_weights_and_what_was_decided_last() -> None:
     awake, asleep = engine_status("a", segments=9, **weights), engine_status("b", asleep=True, **weights)
     decision = Decision(uptime_s=51.5, engine="a", action="take", segments=3, reason="it can stream these")
     status = replace(canned_status(), engines=[awake, asleep], decisions=[decision] * 9)
-    text = shown(Snapshot(broker=status)).replace("\u00a0", "")
+    text = shown(FleetStatus(broker=status)).replace("\u00a0", "")
     rows = [line.split() for line in text.splitlines() if "a request came" in line]
     assert " ".join(rows[0]) == "a 9 of 12 108MiB 4 3 1 0.25s 0B 0.00s a request came"
     assert rows[1][:3] == ["b", "asleep", "0B"]
     assert text.count("10 s ago: a: take 3: it can stream these") == 3
-    assert "weights of" not in shown(Snapshot(broker=canned_status()))
+    assert "weights of" not in shown(FleetStatus(broker=canned_status()))
 
 
 def test_top_says_that_the_broker_is_away() -> None:
-    assert "the broker does not answer" in shown(Snapshot(broker=None))
+    assert "the broker does not answer" in shown(FleetStatus(broker=None))
 
 
 def test_ctl_resizes_and_explains(short_dir: Path) -> None:

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from polder.cli.top import Snapshot
 from polder.cli.view import render
 from polder.errors import BudgetError, ConfigError
 from polder.serve.fleet import load_fleet
+from polder.serve.supervisor import FleetStatus
 from tests.serve.fakes import canned_status
 from tests.serve.test_fleet import MIB, model, write
 
@@ -104,7 +104,7 @@ def test_top_shows_tiers_what_is_lent_and_the_verdict() -> None:
     }
     engines = [msgspec.structs.replace(status.engines[0], stats=tiers), *status.engines[1:]]
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(render(Snapshot(broker=msgspec.structs.replace(status, engines=engines), children=[])))
+    console.print(render(FleetStatus(broker=msgspec.structs.replace(status, engines=engines), children=[])))
     console.file.close()
     text = console.export_text()
     assert re.search(r"a +disk +96.GiB +100.GiB +0 +0.B +0.B +5 ", text)

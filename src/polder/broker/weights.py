@@ -33,7 +33,7 @@ from polder.broker.wire import (
     TakeSegments,
 )
 from polder.errors import ProtocolError
-from polder.planner.sharing import Balance, Move, Moves, Pattern, WeightView, arrival_pattern, decide
+from polder.planner.sharing import Balance, Move, Moves, Pattern, WeightView, arrival_pattern, weight_moves
 
 __all__ = ["Weights"]
 
@@ -248,7 +248,7 @@ class Weights:
 
     def _moves(self, device: str, balance: Balance, now: float) -> Moves:
         views = [self._view(engine, device, now) for engine in self._on(device) if self._can_move(engine, now)]
-        return decide(balance, views, self.pattern, self.config.sharing)
+        return weight_moves(balance, views, self.pattern, self.config.sharing)
 
     def _view(self, engine: Engine, device: str, now: float) -> WeightView:
         demand, weights = engine.demand, engine.weights

@@ -12,20 +12,11 @@ import msgspec
 import typer
 
 from polder.broker import client
-from polder.broker.wire import Status
 from polder.cli.options import AsJson, Socket, find_socket
 from polder.errors import BrokerUnavailable
-from polder.serve.supervisor import ChildStatus
+from polder.serve.supervisor import FleetStatus
 
-__all__ = ["Snapshot", "top"]
-
-
-class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """What --json prints, and what GET /polder/status answers."""
-
-    broker: Status | None
-    children: list[ChildStatus] = []
-    """Of the fleet, known through its URL only."""
+__all__ = ["top"]
 
 
 def top(
@@ -56,14 +47,14 @@ def top(
         watch(first, lambda: _look(path, url), interval)
 
 
-def _look(path: Path | None, url: str | None) -> Snapshot:
+def _look(path: Path | None, url: str | None) -> FleetStatus:
     """Raises BrokerUnavailable, or EnvironmentFault when no fleet answers at the URL."""
     if url is None:
         assert path is not None
-        return Snapshot(broker=client.status(path))
+        return FleetStatus(broker=client.status(path))
     address = url.rstrip("/").removesuffix("/v1") + "/polder/status"
     try:
         with urllib.request.urlopen(address, timeout=5) as answer:
-            return msgspec.json.decode(answer.read(), type=Snapshot)
+            return msgspec.json.decode(answer.read(), type=FleetStatus)
     except (urllib.error.URLError, OSError, ValueError, msgspec.MsgspecError) as error:
         raise BrokerUnavailable(f"no fleet answers at {address}: {error}") from error

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from polder.broker.wire import DeviceStatus, EngineStatus, Status
-from polder.cli.top import Snapshot
-from polder.engines.vllm.settings import TIERS
 from polder.errors import EnvironmentFault
+from polder.metrics import TIER_NAMES
 from polder.serve.metrics import unit_bytes
+from polder.serve.supervisor import FleetStatus
 from polder.tiers.statistics import verdict
 from polder.units import format_bytes
 
@@ -25,7 +25,7 @@ COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _MEMORY = ("held", "floor", "share", "ceiling", "busy", "waiting", "cached", "borrowed", "lent", "recalled", "target")
 
 
-def watch(first: Snapshot, look: Callable[[], Snapshot], interval_s: float) -> None:
+def watch(first: FleetStatus, look: Callable[[], FleetStatus], interval_s: float) -> None:
     """Shows updates until it is interrupted; an unreachable broker is said and asked again."""
     with Live(render(first), screen=True, auto_refresh=False) as live:
         while True:
@@ -36,9 +36,9 @@ def watch(first: Snapshot, look: Callable[[], Snapshot], interval_s: float) -> N
                 live.update(Text(f"{error}; asking again", style="red"), refresh=True)
 
 
-def render(snapshot: Snapshot) -> RenderableType:
+def render(fleet: FleetStatus) -> RenderableType:
     parts: list[RenderableType] = []
-    status = snapshot.broker
+    status = fleet.broker
     if status is None:
         parts.append(Text("the broker does not answer; engines serve on with what they hold", style="red"))
     else:
@@ -48,7 +48,7 @@ def render(snapshot: Snapshot) -> RenderableType:
         parts += [*_weights(status, colours), *_tiers(status.engines, colours)]
         parts += [Text(f"{name} serves as stock vLLM: {reason}") for name, reason in status.stock.items()]
         parts.append(_broker(status))
-    down = [child for child in snapshot.children if child.state != "ready"]
+    down = [child for child in fleet.children if child.state != "ready"]
     parts += [Text(f"{c.name} is {c.state}, restarts {c.restarts} {c.last_exit}", style="red") for c in down]
     return Group(*parts)
 
@@ -149,7 +149,7 @@ _TIER = (
 
 def _tiers(engines: list[EngineStatus], colours: dict[str, str]) -> list[RenderableType]:
     """What each engine's tiers hold and did, what it lends, and whether it pays; nothing where there are none."""
-    rows = [(e, tier) for e in engines for tier in TIERS if f"tier_{tier}_used_bytes" in e.stats]
+    rows = [(e, tier) for e in engines for tier in TIER_NAMES if f"tier_{tier}_used_bytes" in e.stats]
     parts: list[RenderableType] = []
     if rows:
         table = _table(

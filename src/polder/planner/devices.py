@@ -1,8 +1,8 @@
 """Devices and links for planning before anything is measured. A running Polder takes nothing from here: it measures its links.
 
-Speeds are what is sustained. Data sheets give peaks; what is reached of a peak is an assumption, the same for all devices, drawn
-from what is expected of an H200: 4.3 of 4.8 TB/s, matrix products at 0.7 of the dense bf16 peak, attention in prefill at 500 of 989
-TFLOP/s. Own figures replace all of it: `--device memory=...,bandwidth=...,flops=...` and `--link`.
+Speeds are what is sustained. Data sheets give peaks; the part of a peak that is reached is an assumption, the same for all devices,
+drawn from what is expected of an H200: 4.3 of 4.8 TB/s, matrix products at 0.7 of the dense bf16 peak, attention in prefill at 500
+of 989 TFLOP/s. Own figures replace all of it: `--device memory=...,bandwidth=...,flops=...` and `--link`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from dataclasses import dataclass, replace
 from polder.errors import ConfigError
 from polder.units import parse_bytes
 
-__all__ = ["DEVICES", "Device", "Link", "parse_device", "parse_links", "parse_rate"]
+__all__ = ["ATTENTION_PART", "DEVICES", "FLOPS_PART", "Device", "Link", "parse_device", "parse_links", "parse_rate"]
 
-MEMORY_PART = 0.9
-FLOPS_PART = 0.7
-ATTENTION_PART = 0.5
-GIB = 1 << 30
-_RATE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT]?)(i?)B/s\s*")
-_FLOPS = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([GTP])(?:FLOP/s)?\s*")
+MEMORY_PART, FLOPS_PART, ATTENTION_PART = 0.9, 0.7, 0.5
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGTP]?)(i?)(B/s|FLOP/s|)\s*")
 _STEPS = {"": 0, "k": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 
 
@@ -45,7 +41,7 @@ class Device:
     host_link: Link | None = None
     peer_link: Link | None = None
     source: str
-    """Where the figures come from, and which of them is assumed."""
+    """Where the figures come from, and which of them are assumed."""
 
 
 PCIE4 = Link(name="PCIe 4", bytes_per_s=25e9, source="measured peak of x16 (BaM, issue 54); 32 GB/s is the line rate")
@@ -59,12 +55,27 @@ C2C = Link(
 PCIE4_PEER = replace(PCIE4, name="PCIe 4 peer", source="assumption: as PCIe 4 to the host; no NVLink on this card")
 PCIE5_PEER = replace(PCIE5, name="PCIe 5 peer", source="assumption: as PCIe 5 to the host; no NVLink on this card")
 
-
-def _device(name: str, gib: float, tb_per_s: float, tflops: float, host: Link, peer: Link, source: str) -> Device:
-    """`tb_per_s` and `tflops` (dense bf16) are peaks."""
-    return Device(
+_ROWS = (  # name, GiB, peak TB/s, peak TFLOP/s (dense bf16), links, source
+    ("H20", 96, 4.0, 148, PCIE4, NVLINK4,
+     "96 GB, 4.0 TB/s, 148 TFLOP/s as published; PCIe 4 as in SwiftCache's servers, section 5"),
+    ("H100", 80, 3.35, 989, PCIE5, NVLINK4, "published figures of the SXM part: 80 GB, 3.35 TB/s, 989 TFLOP/s"),
+    ("H200", 140, 4.8, 989, PCIE5, NVLINK4,
+     "published figures: 141 GB (140 GiB seen), 4.8 TB/s, 989 TFLOP/s; here 4.3 TB/s, attention at 500 TFLOP/s"),
+    ("B200", 179, 8.0, 2250, PCIE5, NVLINK5, "HGX at 1 kW: 179 GB seen, 8 TB/s, 2250 TFLOP/s"),
+    ("A100-80", 80, 2.039, 312, PCIE4, NVLINK3, "published figures of the SXM part: 80 GB, 2039 GB/s, 312 TFLOP/s"),
+    ("L40S", 45, 0.864, 362, PCIE4, PCIE4_PEER,
+     "published figures: 48 GB (less 1/16 for ECC: assumption), 864 GB/s, 362 TFLOP/s"),
+    ("RTX4090", 24, 1.008, 165, PCIE4, PCIE4_PEER, "24 GB, 1008 GB/s, 165 TFLOP/s (bf16, float32 sums)"),
+    ("RTX5090", 32, 1.792, 209.5, PCIE5, PCIE5_PEER,
+     "32 GB, 1792 GB/s; 209.5 TFLOP/s assumed: a quarter of 838 (sparse, fp16 sums)"),
+    ("24GB", 24, 1.008, 165, PCIE4, PCIE4_PEER, "assumption: any card of 24 GB, with an RTX 4090's figures"),
+    ("GH200", 96, 4.0, 989, C2C, NVLINK4,
+     "96 GB HBM3 (Oneiros, section 5), 4 TB/s and 989 TFLOP/s as published; peer link assumed"),
+)  # fmt: skip
+DEVICES = {
+    name: Device(
         name=name,
-        memory_bytes=int(gib * GIB),
+        memory_bytes=gib << 30,
         memory_bytes_per_s=MEMORY_PART * tb_per_s * 1e12,
         flops_per_s=FLOPS_PART * tflops * 1e12,
         attention_flops_per_s=ATTENTION_PART * tflops * 1e12,
@@ -72,32 +83,9 @@ def _device(name: str, gib: float, tb_per_s: float, tflops: float, host: Link, p
         peer_link=peer,
         source=f"{source}; sustained {MEMORY_PART:.0%} of memory bandwidth, {FLOPS_PART:.0%} of FLOP/s: assumption",
     )
-
-
-DEVICES = {
-    device.name: device
-    for device in (
-        _device("H20", 96, 4.0, 148, PCIE4, NVLINK4,
-                "96 GB, 4.0 TB/s, 148 TFLOP/s as published; PCIe 4 as in SwiftCache's servers, section 5"),
-        _device("H100", 80, 3.35, 989, PCIE5, NVLINK4, "published figures of the SXM part: 80 GB, 3.35 TB/s, 989 TFLOP/s"),
-        replace(
-            _device("H200", 140, 4.8, 989, PCIE5, NVLINK4,
-                    "published figures: 141 GB (140 GiB seen), 4.8 TB/s, 989 TFLOP/s; here 4.3 TB/s, attention at 500 TFLOP/s"),
-            memory_bytes_per_s=4.3e12,
-            attention_flops_per_s=500e12,
-        ),
-        _device("B200", 179, 8.0, 2250, PCIE5, NVLINK5, "HGX at 1 kW: 179 GB seen, 8 TB/s, 2250 TFLOP/s"),
-        _device("A100-80", 80, 2.039, 312, PCIE4, NVLINK3, "published figures of the SXM part: 80 GB, 2039 GB/s, 312 TFLOP/s"),
-        _device("L40S", 45, 0.864, 362, PCIE4, PCIE4_PEER,
-                "published figures: 48 GB (less 1/16 for ECC: assumption), 864 GB/s, 362 TFLOP/s"),
-        _device("RTX4090", 24, 1.008, 165, PCIE4, PCIE4_PEER, "24 GB, 1008 GB/s, 165 TFLOP/s (bf16, float32 sums)"),
-        _device("RTX5090", 32, 1.792, 209.5, PCIE5, PCIE5_PEER,
-                "32 GB, 1792 GB/s; 209.5 TFLOP/s assumed: a quarter of 838 (sparse, fp16 sums)"),
-        _device("24GB", 24, 1.008, 165, PCIE4, PCIE4_PEER, "assumption: any card of 24 GB, with an RTX 4090's figures"),
-        _device("GH200", 96, 4.0, 989, C2C, NVLINK4,
-                "96 GB HBM3 (Oneiros, section 5), 4 TB/s and 989 TFLOP/s as published; peer link assumed"),
-    )
-}  # fmt: skip
+    for name, gib, tb_per_s, tflops, host, peer, source in _ROWS
+}
+DEVICES["H200"] = replace(DEVICES["H200"], memory_bytes_per_s=4.3e12, attention_flops_per_s=500e12)
 
 
 def parse_device(text: str) -> Device:
@@ -115,15 +103,17 @@ def parse_device(text: str) -> Device:
     given = _pairs(text, what="device", known=("memory", "bandwidth", "flops", "attention"))
     missing = [key for key in ("memory", "bandwidth", "flops") if key not in given]
     if missing:
-        raise ConfigError(f"device: {text!r} lacks {', '.join(missing)}")
-    flops = _parse_flops(given["flops"])
+        raise ConfigError(f"device: {text!r} lacks {', '.join(missing)}: add them")
+    flops = _amount(given["flops"], "FLOP/s", what="device: flops")
     attention = given.get("attention")
     return Device(
         name="own figures",
         memory_bytes=parse_bytes(given["memory"], what="device: memory"),
         memory_bytes_per_s=parse_rate(given["bandwidth"], what="device: bandwidth"),
         flops_per_s=flops,
-        attention_flops_per_s=_parse_flops(attention) if attention else flops * ATTENTION_PART / FLOPS_PART,
+        attention_flops_per_s=_amount(attention, "FLOP/s", what="device: attention")
+        if attention
+        else flops * ATTENTION_PART / FLOPS_PART,
         source=text,
     )
 
@@ -140,17 +130,15 @@ def parse_links(text: str, device: Device) -> Device:
 
 def parse_rate(text: str, *, what: str) -> float:
     """`"3.35TB/s"` -> 3.35e12 bytes a second; GiB/s and the like are powers of 1024. Raises ConfigError naming `what`."""
-    match = _RATE.fullmatch(text)
-    if match is None or float(match.group(1)) <= 0:
-        raise ConfigError(f"{what}: cannot read {text!r}; write a number above 0 and GB/s, TB/s or GiB/s, e.g. 55GB/s")
-    return float(match.group(1)) * float((1024 if match.group(3) else 1000) ** _STEPS[match.group(2)])
+    return _amount(text, "B/s", what=what)
 
 
-def _parse_flops(text: str) -> float:
-    match = _FLOPS.fullmatch(text)
-    if match is None or float(match.group(1)) <= 0:
-        raise ConfigError(f"device: flops: cannot read {text!r}; write a number above 0 and T or P, e.g. 600T")
-    return float(match.group(1)) * float(1000 ** _STEPS[match.group(2)])
+def _amount(text: str, unit: str, *, what: str) -> float:
+    """A number above 0 with a prefix from k to P. FLOP/s may be left out, B/s may not."""
+    match = _AMOUNT.fullmatch(text)
+    if match is None or float(match[1]) <= 0 or (match[4] or "FLOP/s") != unit:
+        raise ConfigError(f"{what}: cannot read {text!r}; write a number above 0 and a unit, e.g. 55GB/s, 600TFLOP/s")
+    return float(match[1]) * float((1024 if match[3] else 1000) ** _STEPS[match[2]])
 
 
 def _pairs(text: str, *, what: str, known: tuple[str, ...]) -> dict[str, str]:

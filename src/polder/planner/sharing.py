@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 from polder.errors import ConfigError
 
-__all__ = ["Balance", "Move", "Moves", "Pattern", "SharingConfig", "WeightView", "arrival_pattern", "decide"]
+__all__ = ["Balance", "Move", "Moves", "Pattern", "SharingConfig", "WeightView", "arrival_pattern", "weight_moves"]
 
 CYCLIC = 0.8  # a score from which the order of turns predicts well; turns in random order score 0.5
 
@@ -145,7 +145,7 @@ def arrival_pattern(turns: Sequence[str]) -> Pattern:
     return Pattern("round-robin" if cyclic else "irregular", score)
 
 
-def decide(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, config: SharingConfig) -> Moves:
+def weight_moves(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, config: SharingConfig) -> Moves:
     """The segments to take and to give now. Never both on one device."""
     if balance.waker_missing_pages + balance.kv_missing_pages > 0:
         return Moves(takes=_takes(balance, engines, pattern, config))

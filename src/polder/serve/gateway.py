@@ -34,7 +34,7 @@ from polder.broker.wire import Status
 from polder.errors import PolderError
 from polder.serve.metrics import merge, render
 from polder.serve.proxy import Proxy, error_response
-from polder.serve.supervisor import BROKER, ChildStatus
+from polder.serve.supervisor import BROKER, ChildStatus, FleetStatus
 
 __all__ = ["make_app"]
 
@@ -115,8 +115,8 @@ class _Gateway:
         return JSONResponse(body, status_code=200 if serving else 503)
 
     async def status(self, _: Request) -> Response:
-        body = {"broker": await self._broker_status(), "children": self._children()}
-        return Response(msgspec.json.encode(body), media_type="application/json")
+        found = FleetStatus(broker=await self._broker_status(), children=list(self._children()))
+        return Response(msgspec.json.encode(found), media_type="application/json")
 
     async def metrics(self, _: Request) -> Response:
         status, texts = await asyncio.gather(self._broker_status(), self._from_all("/metrics"))

@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
+from polder.broker.wire import Status
 from polder.errors import EnvironmentFault
 from polder.serve.process import ManagedProcess, ProcessSpec
 
-__all__ = ["BROKER", "Backoff", "ChildStatus", "Event", "Supervisor"]
+__all__ = ["BROKER", "Backoff", "ChildStatus", "Event", "FleetStatus", "Supervisor"]
 
 
 BROKER = "broker"
@@ -54,6 +57,15 @@ class ChildStatus:
     """Until the next start; 0 unless it is down."""
     last_exit: str
     """Why it ended the last time; empty if it never did."""
+
+
+class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What GET /polder/status answers, and `polder top --json` prints."""
+
+    broker: Status | None
+    """None: the broker does not answer."""
+    children: list[ChildStatus] = []
+    """Empty where only the broker was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)

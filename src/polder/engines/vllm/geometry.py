@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from polder.errors import ConfigError
 
-__all__ = ["KvGeometry", "TensorPlace", "unit_blocks"]
+__all__ = ["KvGeometry", "TensorPlace", "unit_blocks", "units_of_request"]
 
 Slots = npt.NDArray[np.int64]
 
@@ -45,6 +45,15 @@ class TensorPlace:
 def unit_blocks(places: Iterable[TensorPlace], page_bytes: int) -> int:
     """Blocks of one unit: the least number whose bytes are whole pages in every tensor."""
     return math.lcm(*(page_bytes // math.gcd(page_bytes, place.block_stride) for place in places))
+
+
+def units_of_request(tokens: int, block_tokens: Sequence[int], blocks_of_unit: int) -> int:
+    """Units without which a request of so many tokens would wait for ever: its blocks in every group, and the null block.
+
+    `block_tokens`: tokens of a block, for each KV cache group.
+    """
+    blocks = sum(-(-tokens // size) for size in block_tokens) + 1
+    return -(-blocks // blocks_of_unit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from polder.broker.server import BrokerServer
 from polder.broker.transport import Channel
 from polder.broker.wire import DeviceStatus, Hello, Refused, Welcome
 from polder.engines.vllm import worker
-from polder.engines.vllm.geometry import KvGeometry, unit_blocks
+from polder.engines.vllm.geometry import KvGeometry, unit_blocks, units_of_request
 from polder.engines.vllm.kv_limits import check_kv_cache
 from polder.engines.vllm.lender import lot_geometry
 from polder.engines.vllm.settings import EngineSettings
@@ -298,9 +298,7 @@ def _hello(
     unit_bytes = geometry.pages_per_unit * page_bytes
     sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
     max_model_len = vllm_config.model_config.max_model_len
-    # One request of the longest kind, in every group, and the null block: with less, it would wait for ever.
-    longest_blocks = sum(-(-max_model_len // size) for size in sizes) + 1
-    least = -(-longest_blocks // blocks_of_unit)
+    least = units_of_request(max_model_len, sizes, blocks_of_unit)
     if window is not None:
         least = window.least_held(least, regular_units, max_model_len)
     floor = least

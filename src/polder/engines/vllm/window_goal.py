@@ -15,7 +15,7 @@ from polder.engines.vllm.window import WindowAgreement
 from polder.engines.vllm.window_measure import Measured, measure
 from polder.errors import BudgetError
 from polder.metrics import WINDOW_POINTS
-from polder.planner.window_goal import StepFigures, decode_step_seconds, longest_within
+from polder.planner.window_steps import StepFigures, decode_step_seconds, longest_within
 from polder.units import format_bytes
 
 __all__ = ["keep_goal"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polder.planner.window_goal import StepFigures, decode_step_seconds, longest_within
+from polder.planner.window_steps import StepFigures, decode_step_seconds, longest_within
 from polder.window.regions import WindowShape
 
 FIGURES = st.builds(
