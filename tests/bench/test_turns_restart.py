@@ -23,7 +23,7 @@ from polder.bench.stages.restart import (
 )
 from polder.bench.turns_plan import RESTART_ARMS
 from polder.bench.workloads.models import MODEL_A
-from polder.engines.vllm.tier_disk import staged_pages
+from polder.engines.vllm.tiers.disk import staged_pages
 from polder.errors import EnvironmentFault
 from tests.bench.fake_server import FakeEngine, serving
 from tests.bench.test_turns_bench import sessions

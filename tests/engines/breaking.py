@@ -47,6 +47,6 @@ def mend(worker: Any) -> None:
 
 
 def _window() -> Any:
-    from polder.engines.vllm import window_worker
+    from polder.engines.vllm.window import worker as window_worker
 
     return window_worker.current()

@@ -137,7 +137,7 @@ def _(broken: Breaker) -> None:
 
 @_control("a load fills other blocks")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.tier_worker import PolderWorker
+    from polder.engines.vllm.tiers.worker import PolderWorker
 
     def submit_load(
         stock: Any, self: Any, job_id: int, src_spec: Any, dst_spec: Any, *more: Any, **options: Any
@@ -170,7 +170,7 @@ def _(broken: Breaker) -> None:
 @_control("given: units that were given up stay mapped, and blocks that moved have other bytes")
 def _(broken: Breaker) -> None:
     """Else who uses an old id ends by SIGSEGV, or finds what was there before."""
-    from polder.engines.vllm.worker import WorkerMemory
+    from polder.engines.vllm.rank.worker import WorkerMemory
 
     left: dict[int, int] = {}
 
@@ -197,28 +197,28 @@ def _(broken: Breaker) -> None:
 
 @_control("the workers' block tables keep old ids")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm import worker
+    from polder.engines.vllm.rank import worker
 
     broken(worker, "rewrite_block_tables", lambda stock, *args: None)
 
 
 @_control("the requests' lists keep old blocks")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.blocks import BlockUnits
+    from polder.engines.vllm.core.blocks import BlockUnits
 
     broken(BlockUnits, "_renumber_requests", lambda stock, *args: None)
 
 
 @_control("the connector's lists keep old blocks")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.tier_connector import PolderConnector
+    from polder.engines.vllm.tiers.connector import PolderConnector
 
     broken(PolderConnector, "renumber_blocks", lambda stock, *args: None)
 
 
 @_control("blocks that move leave their bytes behind")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.worker import WorkerMemory
+    from polder.engines.vllm.rank.worker import WorkerMemory
 
     broken(WorkerMemory, "move", lambda stock, *args: None)
 
@@ -266,7 +266,7 @@ def _(broken: Breaker) -> None:
 
 @_control("a block that was lent is not zeroed")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.lender import Lender
+    from polder.engines.vllm.core.lender import Lender
 
     broken(Lender, "take_dirty", lambda stock, self: stock(self) and [])
 
@@ -360,6 +360,6 @@ def _(broken: Breaker) -> None:
 
 @_control("windowed blocks come home without their bytes")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.window_worker import WorkerWindow
+    from polder.engines.vllm.window.worker import WorkerWindow
 
     broken(WorkerWindow, "move", lambda stock, *args: None)

@@ -16,8 +16,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.core import EngineCoreProc
 
 from polder.engines.vllm import plugin
-from polder.engines.vllm.adapters import AdapterEpochs
 from polder.engines.vllm.plugin import _patch_forgetting
+from polder.engines.vllm.tiers.adapters import AdapterEpochs
 from tests.engines.harness import A32, PAGE, Engine, prompts, wait_for
 
 RANK = 8

@@ -12,8 +12,8 @@ pytest.importorskip("vllm")
 import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from polder.engines.vllm import block_tables
-from polder.engines.vllm.block_tables import new_ids
+from polder.engines.vllm.rank import block_tables
+from polder.engines.vllm.rank.block_tables import new_ids
 from polder.errors import IntegrityError
 
 BLOCKS = 16

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 
 pytest.importorskip("vllm")
 from vllm.v1.core.block_pool import BlockPool

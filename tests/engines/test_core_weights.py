@@ -11,10 +11,9 @@ pytest.importorskip("vllm")
 from vllm.v1.core.sched.interface import PauseState
 
 from polder.broker.wire import Demand, GiveSegments, Grown, SegmentsReturned, TakeSegments, Wake
-from polder.engines.vllm import offloader
-from polder.engines.vllm.offloader import Taken
-from polder.engines.vllm.weights import SLOWDOWN, TOO_SLOW_S, CoreWeights
-from polder.engines.vllm.worker import Outcome, WeightsFound
+from polder.engines.vllm.rank.worker import Outcome, WeightsFound
+from polder.engines.vllm.weights.core import SLOWDOWN, TOO_SLOW_S, CoreWeights, offloader
+from polder.engines.vllm.weights.offloader import Taken
 from polder.planner.rotation_cost import pass_seconds
 
 LAYERS = 8

@@ -11,9 +11,9 @@ from vllm.utils.mem_utils import MemorySnapshot
 from vllm.v1.worker.utils import request_memory
 
 from polder.broker.wire import DeviceStatus
-from polder.engines.vllm import worker
-from polder.engines.vllm.negotiate import check_devices
 from polder.engines.vllm.plugin import _patch_memory
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.start.negotiate import check_devices
 from polder.errors import ConfigError
 
 GIB = 1 << 30

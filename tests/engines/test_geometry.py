@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polder.engines.vllm.geometry import KvGeometry, TensorPlace, unit_blocks
+from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace, unit_blocks
 from polder.errors import ConfigError
 
 PAGE = 4096

@@ -31,9 +31,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.holders import BlockHolders
-from polder.engines.vllm.tier_connector import TierScheduler
+from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.core.holders import BlockHolders
+from polder.engines.vllm.tiers.connector import TierScheduler
 from polder.errors import ConfigError, IntegrityError
 from tests.engines.test_window_lost import LLAMA as MODEL
 

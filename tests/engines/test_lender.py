@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("vllm")
-from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.geometry import KvGeometry, TensorPlace
-from polder.engines.vllm.lender import Lender, lot_geometry
+from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.core.lender import Lender, lot_geometry
+from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
 from polder.tiers.lending import table_bytes
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
 

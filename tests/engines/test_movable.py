@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 import torch
 import vllm
 
-from polder.engines.vllm import movable
+from polder.engines.vllm.weights import movable
 
 
 def named(name: str, module: str = "vllm.model_executor.kernels.linear.x", **attributes: Any) -> Any:

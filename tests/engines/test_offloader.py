@@ -18,8 +18,8 @@ pytest.importorskip("vllm")
 import torch
 import vllm
 
-from polder.engines.vllm import offloader
-from polder.engines.vllm.offloader import WeightOffloader
+from polder.engines.vllm.weights import offloader
+from polder.engines.vllm.weights.offloader import WeightOffloader
 from polder.errors import ConfigError, IntegrityError
 from polder.memory import _libc
 from polder.memory.backend import Backend

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polder.engines.vllm import onednn
-from polder.engines.vllm.onednn import PackedLinear, PackingUnsupported, pack
+from polder.engines.vllm.weights import onednn
+from polder.engines.vllm.weights.onednn import PackedLinear, PackingUnsupported, pack
 
 SHAPES = [(48, 64), (96, 40), (30, 33), (16, 7)]
 DTYPES = [torch.bfloat16, torch.float32]

@@ -18,8 +18,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from polder.bench.workloads.models import ensure_model
-from polder.engines.vllm import pacing
-from polder.engines.vllm.pacing import LEAST_TOKENS, Pacing
+from polder.engines.vllm.core import pacing
+from polder.engines.vllm.core.pacing import LEAST_TOKENS, Pacing
 
 from .harness import A32, BLOCK_TOKENS, MODELS, environment
 

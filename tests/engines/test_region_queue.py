@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 pytest.importorskip("vllm")
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from polder.engines.vllm.region_queue import RegionQueue
+from polder.engines.vllm.core.region_queue import RegionQueue
 
 BLOCKS = 14
 

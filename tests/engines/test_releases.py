@@ -14,8 +14,8 @@ from polder.tiers.statistics import TierStatistics
 pytest.importorskip("vllm")
 
 from polder.engines.vllm import plugin
-from polder.engines.vllm.prefetch import Prefetch
-from polder.engines.vllm.tiers import agree_on_tiers
+from polder.engines.vllm.core.prefetch import Prefetch
+from polder.engines.vllm.tiers.agreement import agree_on_tiers
 
 PLAIN = {
     "prefix_replay_tokens": 0,
@@ -53,7 +53,7 @@ def test_vllm_gets_the_arguments_of_its_own_release(
         return [configs("config", "specs", memory) for memory in (1, 2)], "agreed"
 
     module = SimpleNamespace(EngineCore=Core, get_kv_cache_configs=stock)
-    monkeypatch.setattr("polder.engines.vllm.negotiate.negotiate", negotiate)
+    monkeypatch.setattr("polder.engines.vllm.start.negotiate.negotiate", negotiate)
     settings: list[object] = [None]
     monkeypatch.setattr(plugin, "_settings", lambda _: settings[0])
     plugin._patch_start(module)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from polder.broker.wire import Grant, Grown, Returned
-from polder.engines.vllm.elastic import COUNTERS, ElasticCore
-from polder.engines.vllm.worker import Outcome
+from polder.engines.vllm.core.elastic import COUNTERS, ElasticCore
+from polder.engines.vllm.rank.worker import Outcome
 
 
 class Workers:

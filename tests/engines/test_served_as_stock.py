@@ -10,8 +10,8 @@ import pytest
 import transformers
 
 from polder.bench.workloads.models import ensure_model
-from polder.engines.vllm.tier_worker import caches_prefixes
-from polder.engines.vllm.tiers import check_caching
+from polder.engines.vllm.tiers.agreement import check_caching
+from polder.engines.vllm.tiers.worker import caches_prefixes
 from polder.errors import ConfigError
 from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, environment
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")  # the package it lies in imports vLLM
-from polder.engines.vllm.step_times import StepTimes
+from polder.engines.vllm.core.step_times import StepTimes
 from polder.planner.rates import PrefillRate
 
 TOKEN_S, FIXED_S = 34e-6, 3e-3

@@ -20,8 +20,8 @@ from vllm.v1.kv_offload.base import TransferResult
 
 from polder.engines.vllm import plugin
 from polder.engines.vllm.compat import installed_version
-from polder.engines.vllm.tier_connector import PolderConnector, TierScheduler, TierWorkerMetadata, complete_config
-from polder.engines.vllm.tier_worker import PolderWorker
+from polder.engines.vllm.tiers.connector import PolderConnector, TierScheduler, TierWorkerMetadata, complete_config
+from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.tiers.transfer import Finished
 
 

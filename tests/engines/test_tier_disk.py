@@ -17,9 +17,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from polder.diskstore.io import Arena
-from polder.engines.vllm import plugin, tier_worker
-from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
-from polder.engines.vllm.tier_worker import PolderWorker
+from polder.engines.vllm import plugin
+from polder.engines.vllm.tiers import worker as tier_worker
+from polder.engines.vllm.tiers.disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
+from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.pages import short_keys
 

@@ -23,10 +23,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from polder.engines.vllm import negotiate
+from polder.engines.vllm.rank.worker import geometry_of
 from polder.engines.vllm.settings import EngineSettings
-from polder.engines.vllm.window import WindowAgreement, agree_on_window, with_window
-from polder.engines.vllm.worker import geometry_of
+from polder.engines.vllm.start import negotiate
+from polder.engines.vllm.window.agreement import WindowAgreement, agree_on_window, with_window
 from polder.errors import BudgetError, ConfigError
 
 PAGE = 4096

@@ -13,7 +13,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 pytest.importorskip("vllm")
 from vllm.v1.core.kv_cache_utils import BlockHash
 
-from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Pool, Scheduler, cached
 
 WINDOWED = 3

@@ -11,11 +11,12 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
-from polder.engines.vllm import window_runner, window_worker
-from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.window import WindowAgreement
-from polder.engines.vllm.window_core import HOME_EVERY_S, RETRY_S, CoreWindow
-from polder.engines.vllm.worker import Outcome
+from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.rank.worker import Outcome
+from polder.engines.vllm.window import runner as window_runner
+from polder.engines.vllm.window import worker as window_worker
+from polder.engines.vllm.window.agreement import WindowAgreement
+from polder.engines.vllm.window.core import HOME_EVERY_S, RETRY_S, CoreWindow
 from polder.window.regions import WindowShape
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
 

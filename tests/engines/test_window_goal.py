@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from polder.engines.vllm.window import WindowAgreement
-from polder.engines.vllm.window_goal import keep_goal
-from polder.engines.vllm.window_measure import Measured
+from polder.engines.vllm.window.agreement import WindowAgreement
+from polder.engines.vllm.window.goal import keep_goal
+from polder.engines.vllm.window.measure import Measured
 from polder.errors import BudgetError
 from polder.window.regions import WindowShape
 

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 
-from polder.engines.vllm.window_limits import check_runner, check_window, limit_graphs
+from polder.engines.vllm.window.limits import check_runner, check_window, limit_graphs
 from polder.errors import ConfigError
 
 

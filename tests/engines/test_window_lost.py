@@ -25,10 +25,12 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from polder.engines.vllm import window_runner, window_worker, worker
-from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.window_core import CoreWindow
-from polder.engines.vllm.worker import Outcome
+from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.rank.worker import Outcome
+from polder.engines.vllm.window import runner as window_runner
+from polder.engines.vllm.window import worker as window_worker
+from polder.engines.vllm.window.core import CoreWindow
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS
 from tests.engines.test_window_core import AGREEMENT, REGULAR, WINDOWED
 

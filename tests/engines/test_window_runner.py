@@ -19,8 +19,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.gpu.block_table import BlockTables
 
-from polder.engines.vllm import block_tables, window_runner
-from polder.engines.vllm.window_runner import DOUBTFUL, BlockRows, blocks_of_step, hook_runner
+from polder.engines.vllm.rank import block_tables
+from polder.engines.vllm.window import runner as window_runner
+from polder.engines.vllm.window.runner import DOUBTFUL, BlockRows, blocks_of_step, hook_runner
 
 TOKENS = 16
 REQUESTS, WIDTH = 4, 12

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from polder.engines.vllm import window_worker
-from polder.engines.vllm.tier_worker import PolderWorker, TierJob
+from polder.engines.vllm.tiers.worker import PolderWorker, TierJob
+from polder.engines.vllm.window import worker as window_worker
 from polder.memory import _libc
 from polder.tiers.slots import Recipe
 from polder.tiers.transfer import Finished, Job, Part, Pieces

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polder.engines.vllm import window_worker
+from polder.engines.vllm.window import worker as window_worker
 from polder.memory import _libc
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polder.engines.vllm import window_worker, worker
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.window import worker as window_worker
 from polder.errors import EnvironmentFault, OutOfPages
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank

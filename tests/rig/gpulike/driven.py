@@ -95,8 +95,8 @@ class DrivenDevice(late.Device):
 def install() -> DrivenDevice:
     """Replaces what opens memory, copies blocks and touches the KV cache in this worker process."""
     import polder.broker.server as server
-    import polder.engines.vllm.tier_worker as tier_worker
-    import polder.engines.vllm.worker as worker
+    import polder.engines.vllm.rank.worker as worker
+    import polder.engines.vllm.tiers.worker as tier_worker
     from polder.memory.cuda import CudaBackend
     from polder.memory.cuda_stream import StreamJob
     from polder.tiers.places import CudaMover

@@ -30,7 +30,7 @@ from polder.bench.report.result import without_nan
 from polder.bench.turns_plan import LINKS_BYTES_PER_S, Links
 from polder.bench.workloads.agents import agents, parted
 from polder.bench.workloads.models import MODEL_A
-from polder.engines.vllm.tier_disk import staged_pages
+from polder.engines.vllm.tiers.disk import staged_pages
 
 __all__ = [
     *("RESTART_SUFFIXES", "RestartPlan", "describe_restart", "offload_file", "restart_engine", "restart_metrics"),

@@ -1,1 +1,2 @@
-"""Elastic KV memory for vLLM: plugin.py is the entry point, elastic.py the scheduler's side, worker.py the memory's side."""
+"""Elastic KV memory for vLLM. `plugin` is the entry point; each folder is one part of the work, in the engine core or in the
+workers."""

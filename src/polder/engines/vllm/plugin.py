@@ -101,7 +101,7 @@ def _patch() -> None:
     import vllm.v1.worker.gpu_model_runner as v1_runner
     import vllm.v1.worker.gpu_worker as gpu_worker
 
-    from polder.engines.vllm import worker
+    from polder.engines.vllm.rank import worker
 
     _patch_start(engine_core)
     _patch_loop(engine_core)
@@ -125,7 +125,7 @@ def _patch_executor() -> None:
     def init(self: Any, vllm_config: Any) -> None:
         settings = _settings(vllm_config)
         if settings is not None and settings.window_bytes:
-            from polder.engines.vllm.window_limits import limit_graphs
+            from polder.engines.vllm.window.limits import limit_graphs
 
             limit_graphs(vllm_config)
         stock_init(self, vllm_config)
@@ -143,7 +143,7 @@ def _patch_offloader(v1_runner: Any, v2_runner: Any, cpu_runner: Any) -> None:
         settings = _settings(vllm_config)
         if settings is None or settings.weights == "resident":
             return stock_create(offload_config)
-        from polder.engines.vllm.offloader import open_offloader
+        from polder.engines.vllm.weights.offloader import open_offloader
 
         return open_offloader(vllm_config, settings)
 
@@ -192,7 +192,7 @@ def _watched_update(stock: Callable[..., Any]) -> Callable[..., Any]:
                 "old ones. Start it anew, or serve it with resident weights"
             )
         if settings is not None and settings.disks:
-            from polder.engines.vllm.tier_worker import on_new_weights
+            from polder.engines.vllm.tiers.worker import on_new_weights
 
             on_new_weights()
         return stock(self, *args, **kwargs)
@@ -217,23 +217,23 @@ def _reader(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _register_connector() -> None:
     """By name, in every process: the API server rebuilds a connector's metrics from its registered class (see
-    tier_connector.py)."""
+    tiers/connector.py)."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-    from polder.engines.vllm.tiers import CONNECTOR, SPEC
+    from polder.engines.vllm.tiers.agreement import CONNECTOR, SPEC
 
     package = "polder.engines.vllm"
-    KVConnectorFactory.register_connector(CONNECTOR, f"{package}.tier_connector", CONNECTOR)
-    OffloadingSpecFactory.register_spec(SPEC, f"{package}.tier_manager", SPEC)
+    KVConnectorFactory.register_connector(CONNECTOR, f"{package}.tiers.connector", CONNECTOR)
+    OffloadingSpecFactory.register_spec(SPEC, f"{package}.tiers.manager", SPEC)
 
 
 def _patch_start(engine_core: Any) -> None:
     import vllm.v1.core.kv_cache_utils as kv_cache_utils
 
-    from polder.engines.vllm.adapters import AdapterEpochs
-    from polder.engines.vllm.elastic import ElasticCore
-    from polder.engines.vllm.negotiate import negotiate
+    from polder.engines.vllm.core.elastic import ElasticCore
+    from polder.engines.vllm.start.negotiate import negotiate
+    from polder.engines.vllm.tiers.adapters import AdapterEpochs
 
     core_class = engine_core.EngineCore
     stock_configs = engine_core.get_kv_cache_configs

@@ -11,7 +11,7 @@ from polder.broker.client import status
 from polder.broker.core import HOST
 from polder.broker.wire import Hello, Welcome
 from polder.engines.vllm.compat import installed_version
-from polder.engines.vllm.geometry import KvGeometry
+from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError
 from polder.tiers.namespace import Namespace, config_digest, cpu_isa, weights_fingerprint
@@ -39,9 +39,9 @@ def agree_on_tiers(
     """
     if not settings.tiers:
         return None
-    from polder.engines.vllm.tier_disk import disk_plan
-    from polder.engines.vllm.tier_manager import TierAgreement, agree
-    from polder.engines.vllm.tier_worker import TierPlan, caches_prefixes
+    from polder.engines.vllm.tiers.disk import disk_plan
+    from polder.engines.vllm.tiers.manager import TierAgreement, agree
+    from polder.engines.vllm.tiers.worker import TierPlan, caches_prefixes
 
     check_caching([vllm_config.cache_config.enable_prefix_caching, *rpc(caches_prefixes)])
     transfer = vllm_config.kv_transfer_config

@@ -33,10 +33,10 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from polder import metrics
 from polder.broker.client import fetch_table
 from polder.broker.wire import FetchTable, Neighbours
-from polder.engines.vllm import worker
-from polder.engines.vllm.tier_disk import agree_on_slots
-from polder.engines.vllm.tier_lenders import Lenders
-from polder.engines.vllm.tier_worker import TierJob, TierPlan, open_worker
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.tiers.disk import agree_on_slots
+from polder.engines.vllm.tiers.lenders import Lenders
+from polder.engines.vllm.tiers.worker import TierJob, TierPlan, open_worker
 from polder.errors import ConfigError
 from polder.tiers.borrowing import PeerSlots
 from polder.tiers.density import HitDensity

@@ -2,7 +2,7 @@
 
 `max_model_len` is then what is possible: with "auto" the engine lowers it, and vLLM's front end refuses longer requests with that
 number; one that was asked for and is too long ends the start with an error that says what is possible. As the copies of a step are
-bounded by what the longest request needs (window_core.py opens no more units), the promise holds for a batch of them, too.
+bounded by what the longest request needs (core.py opens no more units), the promise holds for a batch of them, too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from polder.engines.vllm.window import WindowAgreement
-from polder.engines.vllm.window_measure import Measured, measure
+from polder.engines.vllm.window.agreement import WindowAgreement
+from polder.engines.vllm.window.measure import Measured, measure
 from polder.errors import BudgetError
 from polder.metrics import WINDOW_POINTS
 from polder.planner.window_steps import StepFigures, decode_step_seconds, longest_within

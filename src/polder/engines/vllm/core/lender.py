@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from polder.engines.vllm.geometry import KvGeometry
-from polder.engines.vllm.holders import BlockHolders, NewIds
+from polder.engines.vllm.core.holders import BlockHolders, NewIds
+from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.tiers.lending import LendingTable, LotGeometry
 
 __all__ = ["Lender", "lot_geometry"]

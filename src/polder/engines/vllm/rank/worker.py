@@ -21,9 +21,9 @@ import numpy as np
 
 from polder.broker.client import fetch_handles
 from polder.broker.wire import MAX_FDS, Fetch
-from polder.engines.vllm import block_tables
-from polder.engines.vllm.block_tables import Ids
-from polder.engines.vllm.geometry import KvGeometry, TensorPlace
+from polder.engines.vllm.rank import block_tables
+from polder.engines.vllm.rank.block_tables import Ids
+from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
 from polder.errors import PolderError
 from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
@@ -33,8 +33,8 @@ from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
 
 if TYPE_CHECKING:
-    from polder.engines.vllm.tier_worker import TierPlan
-    from polder.engines.vllm.window import WindowPlan
+    from polder.engines.vllm.tiers.worker import TierPlan
+    from polder.engines.vllm.window.agreement import WindowPlan
 
 __all__ = [
     "Outcome",

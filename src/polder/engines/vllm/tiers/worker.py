@@ -18,10 +18,10 @@ from polder.broker.client import fetch_table, status
 from polder.broker.wire import FetchTable, Status
 from polder.diskstore.keys import Keys
 from polder.emulation.factory import Emulation
-from polder.engines.vllm import window_worker
-from polder.engines.vllm.host_region import HostRegion, adopt_pages
-from polder.engines.vllm.tier_disk import DiskPlan, OpenDisks
-from polder.engines.vllm.worker import WorkerMemory
+from polder.engines.vllm.rank.host_region import HostRegion, adopt_pages
+from polder.engines.vllm.rank.worker import WorkerMemory
+from polder.engines.vllm.tiers.disk import DiskPlan, OpenDisks
+from polder.engines.vllm.window import worker as window_worker
 from polder.errors import EnvironmentFault, PolderError
 from polder.memory.backend import Mark
 from polder.memory.pool import ImportedPages

@@ -24,15 +24,15 @@ from polder.broker.core import HOST
 from polder.broker.server import BrokerServer
 from polder.broker.transport import Channel
 from polder.broker.wire import DeviceStatus, Hello, Refused, Welcome
-from polder.engines.vllm import worker
-from polder.engines.vllm.geometry import KvGeometry, unit_blocks, units_of_request
-from polder.engines.vllm.kv_limits import check_kv_cache
-from polder.engines.vllm.lender import lot_geometry
+from polder.engines.vllm.core.lender import lot_geometry
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.rank.geometry import KvGeometry, unit_blocks, units_of_request
+from polder.engines.vllm.rank.worker import WeightsFound
 from polder.engines.vllm.settings import EngineSettings
-from polder.engines.vllm.tiers import CONNECTOR, agree_on_tiers
-from polder.engines.vllm.window import WindowAgreement, agree_on_window, with_window
-from polder.engines.vllm.window_limits import check_window
-from polder.engines.vllm.worker import WeightsFound
+from polder.engines.vllm.start.kv_limits import check_kv_cache
+from polder.engines.vllm.tiers.agreement import CONNECTOR, agree_on_tiers
+from polder.engines.vllm.window.agreement import WindowAgreement, agree_on_window, with_window
+from polder.engines.vllm.window.limits import check_window
 from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
 from polder.tiers.lending import table_bytes
 from polder.units import format_bytes
@@ -166,7 +166,7 @@ def negotiate(
 def _weights(core: Any, settings: EngineSettings) -> WeightsFound | None:
     if settings.weights == "resident":
         return None
-    from polder.engines.vllm import offloader
+    from polder.engines.vllm.weights import offloader
 
     ranks: list[WeightsFound | None] = core.model_executor.collective_rpc(offloader.describe)
     if ranks[0] is None or len({(rank.layers, rank.layer_pages) for rank in ranks if rank is not None}) > 1:

@@ -31,10 +31,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
-from polder.engines.vllm.holders import NewIds
-from polder.engines.vllm.tier_manager import TierManager
-from polder.engines.vllm.tier_worker import PolderWorker
-from polder.engines.vllm.tiers import SPEC
+from polder.engines.vllm.core.holders import NewIds
+from polder.engines.vllm.tiers.agreement import SPEC
+from polder.engines.vllm.tiers.manager import TierManager
+from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.errors import IntegrityError
 from polder.tiers.index import PENDING
 from polder.tiers.transfer import Finished, Job
@@ -68,7 +68,7 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
     """The stock scheduler half with look-ups in one batch."""
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        # Polder preempts between two steps (elastic.py, window_core.py), so the next one may load what was preempted.
+        # Polder preempts between two steps (core/elastic.py, window/core.py), so the next one may load what was preempted.
         preempted = scheduler_output.preempted_req_ids or set()
         again = {name for name in preempted if self._loads_of(name)}
         for name in again:

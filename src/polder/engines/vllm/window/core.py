@@ -23,10 +23,12 @@ import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from polder import metrics
-from polder.engines.vllm import window_runner, window_worker, worker
-from polder.engines.vllm.blocks import BlockUnits
-from polder.engines.vllm.holders import NewIds
-from polder.engines.vllm.window import WindowAgreement
+from polder.engines.vllm.core.blocks import BlockUnits
+from polder.engines.vllm.core.holders import NewIds
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.window import runner as window_runner
+from polder.engines.vllm.window import worker as window_worker
+from polder.engines.vllm.window.agreement import WindowAgreement
 from polder.errors import ConfigError
 
 __all__ = ["CoreWindow"]

@@ -1,4 +1,4 @@
-"""What a worker measures before its first request, for window_goal.py: a step's computing, and the window's copies without any."""
+"""What a worker measures before its first request, for goal.py: a step's computing, and the window's copies without any."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from polder.engines.vllm import window_worker
-from polder.engines.vllm.window_worker import WorkerWindow
+from polder.engines.vllm.window import worker as window_worker
+from polder.engines.vllm.window.worker import WorkerWindow
 from polder.errors import EnvironmentFault
 from polder.memory.copy import CopyEngine
 from polder.window.stream import WindowStream

@@ -31,9 +31,10 @@ from vllm.model_executor.offloader.base import BaseOffloader
 
 from polder.broker.client import status
 from polder.emulation.factory import Emulation
-from polder.engines.vllm import cpu_linear, host_copies, movable, worker
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.rank.worker import Outcome, WeightsFound
 from polder.engines.vllm.settings import EngineSettings
-from polder.engines.vllm.worker import Outcome, WeightsFound
+from polder.engines.vllm.weights import cpu_linear, host_copies, movable
 from polder.errors import ConfigError, PolderError
 from polder.memory.backend import Backend
 from polder.weights.rotation import Rotation

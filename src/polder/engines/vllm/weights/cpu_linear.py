@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from polder.engines.vllm import onednn
+from polder.engines.vllm.weights import onednn
 from polder.memory.cores import usable_cores
 
 __all__ = ["copy_share", "install"]

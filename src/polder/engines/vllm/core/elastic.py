@@ -32,18 +32,18 @@ from polder.broker.wire import (
     TakeSegments,
     Welcome,
 )
-from polder.engines.vllm import worker
-from polder.engines.vllm.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.demand import DemandReports
-from polder.engines.vllm.lender import Lender
-from polder.engines.vllm.link import BrokerLink, Down, Tick, Up
-from polder.engines.vllm.negotiate import Agreement
-from polder.engines.vllm.pacing import Pacing
-from polder.engines.vllm.prefetch import Prefetch
-from polder.engines.vllm.step_times import StepTimes
-from polder.engines.vllm.weights import CoreWeights
-from polder.engines.vllm.window_core import CoreWindow
-from polder.engines.vllm.window_goal import keep_goal
+from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.core.demand import DemandReports
+from polder.engines.vllm.core.lender import Lender
+from polder.engines.vllm.core.link import BrokerLink, Down, Tick, Up
+from polder.engines.vllm.core.pacing import Pacing
+from polder.engines.vllm.core.prefetch import Prefetch
+from polder.engines.vllm.core.step_times import StepTimes
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.start.negotiate import Agreement
+from polder.engines.vllm.weights.core import CoreWeights
+from polder.engines.vllm.window.core import CoreWindow
+from polder.engines.vllm.window.goal import keep_goal
 from polder.errors import PolderError
 from polder.planner.rates import PrefillRate
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from polder.broker.reuse import ReuseTracker
 from polder.broker.wire import Demand, Hello
-from polder.engines.vllm.blocks import BlockUnits
-from polder.engines.vllm.weights import CoreWeights
+from polder.engines.vllm.core.blocks import BlockUnits
+from polder.engines.vllm.weights.core import CoreWeights
 from polder.planner.rates import PrefillRate
 
 __all__ = ["DemandReports"]

@@ -6,7 +6,7 @@ called from within opaque ops: wrapped here, they are called by eager and by com
 of a piecewise CUDA graph. What a step reads and writes is taken from the model runner's own lists (window_runner.py).
 
 A copy that fails ends no engine: the pass runs on, its tokens are worth nothing, and the core is told which blocks are doubtful. It
-drops what came of them (engines/vllm/window_core.py).
+drops what came of them (engines/vllm/window/core.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polder.emulation.factory import Emulation
-from polder.engines.vllm import worker
-from polder.engines.vllm.host_region import HostRegion
-from polder.engines.vllm.window import WindowPlan
-from polder.engines.vllm.window_limits import check_runner
-from polder.engines.vllm.window_runner import blocks_of_step, hook_runner
-from polder.engines.vllm.worker import Outcome, WorkerMemory
+from polder.engines.vllm.rank import worker
+from polder.engines.vllm.rank.host_region import HostRegion
+from polder.engines.vllm.rank.worker import Outcome, WorkerMemory
+from polder.engines.vllm.window.agreement import WindowPlan
+from polder.engines.vllm.window.limits import check_runner
+from polder.engines.vllm.window.runner import blocks_of_step, hook_runner
 from polder.errors import EnvironmentFault, PolderError
 from polder.memory.copy import CopyEngine
 from polder.memory.page import Indices

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from polder.memory.page import Indices
 
 if TYPE_CHECKING:
-    from polder.engines.vllm.window_worker import WorkerWindow
+    from polder.engines.vllm.window.worker import WorkerWindow
 
 __all__ = ["DOUBTFUL", "BlockRows", "block_rows", "blocks_of_step", "hook_runner"]
 

@@ -136,7 +136,7 @@ def _io_engine(plan: DiskPlan) -> IoEngine:
 
 def found(worker_: Any) -> tuple[int, Keys]:
     """(slots, keys of the pages that can be read) of this rank."""
-    from polder.engines.vllm.tier_worker import current
+    from polder.engines.vllm.tiers.worker import current
 
     disks = current().disks
     assert disks is not None
@@ -145,7 +145,7 @@ def found(worker_: Any) -> tuple[int, Keys]:
 
 def adopt(worker_: Any, capacity: int, kept: Keys) -> None:
     """From now on jobs of this rank may name the disk."""
-    from polder.engines.vllm.tier_worker import current
+    from polder.engines.vllm.tiers.worker import current
 
     current().start(capacity, kept)
 

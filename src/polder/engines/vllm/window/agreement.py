@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polder.engines.vllm.geometry import KvGeometry, TensorPlace
+from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BudgetError, ConfigError
 from polder.units import format_bytes

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from polder.engines.vllm.compaction import Compaction, Ids, plan_compaction
-from polder.engines.vllm.holders import BlockHolders, NewIds
+from polder.engines.vllm.core.compaction import Compaction, Ids, plan_compaction
+from polder.engines.vllm.core.holders import BlockHolders, NewIds
 from polder.errors import IntegrityError
 
 __all__ = ["BlockUnits", "BusyBlocks", "Shrink"]
@@ -74,7 +74,7 @@ class BlockUnits:
         self.windowed: list[int] = []
         """Units whose blocks cost copies in every pass, in use now; their ids lie above all others."""
         if windowed_units:
-            from polder.engines.vllm.region_queue import RegionQueue
+            from polder.engines.vllm.core.region_queue import RegionQueue
 
             free = self._pool.free_block_queue.get_all_free_blocks()
             self._pool.free_block_queue = RegionQueue(free, self.first_windowed)

@@ -1,0 +1,1 @@
+"""A worker's side: the memory under one rank's KV cache."""

@@ -1,0 +1,1 @@
+"""Elastic weights: the engine core's half and the workers' half."""
