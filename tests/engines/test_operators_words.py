@@ -263,7 +263,12 @@ class Lives(RuleBasedStateMachine):
 
     def one_arrives(self, engine: Engine) -> None:
         if engine.outbox:
-            self.core.handle(engine.connection, engine.connection, engine.outbox.popleft(), self.now)
+            message = engine.outbox.popleft()
+            if isinstance(message, Demand) and message.asleep and message.idle_s > 0:
+                engine.due = (
+                    False  # for the broker it sleeps, as it was told; a request that was under way comes after that
+                )
+            self.core.handle(engine.connection, engine.connection, message, self.now)
             self.deliver()
 
     def deliver(self) -> None:

@@ -1,6 +1,7 @@
 """How much KV memory a model needs at least, from its config.json, before anything heavy is started.
 
-The arithmetic is the engine's own (engines/vllm/rank/geometry.py): the blocks of one request of max_model_len, in units of whole pages.
+The arithmetic is the engine's own (engines/vllm/rank/geometry.py): the blocks of one request of max_model_len, in units of whole
+pages.
 It knows plain full attention on one rank only (planner/model_shape.py). For any other model the answer is None, and the broker's
 exact check at the engine's start decides.
 """
