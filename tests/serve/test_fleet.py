@@ -100,8 +100,27 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
 def test_engines_run_on_the_fleets_device(tmp_path: Path, device: str, more: str, given: str | None) -> None:
     text = f'[memory]\nkv_budget = "320MiB"\ndevice = "{device}"\n[[model]]\nname = "a"\npath = "some/hub"\n{more}\n'
     fleet = load_fleet(write(tmp_path, text))
-    spec = _model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path)
+    spec = _model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path("/run/f"))
     assert option(spec.argv, "--device-ids") == given
+
+
+def test_vllms_own_sockets_lie_in_the_fleets_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folder(private: str, env: str = "{}") -> str | None:
+        text = (
+            f'[memory]\nkv_budget = "320MiB"\ndevice = "cpu:0"\n[[model]]\nname = "a"\npath = "some/hub"\nenv = {env}\n'
+        )
+        fleet = load_fleet(write(tmp_path, text))
+        return _model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path(private)).env.get(
+            "VLLM_RPC_BASE_PATH"
+        )
+
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    assert folder("/run/f") == "/run/f"
+    assert folder("/" + 69 * "f") is not None
+    assert folder("/" + 70 * "f") is None, "a socket's path has 107 bytes at most"
+    assert folder("/run/f", '{ VLLM_RPC_BASE_PATH = "/mine" }') == "/mine"
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/shells")
+    assert folder("/run/f") is None, "the engine gets the shell's"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ if "polder" in os.environ["VLLM_PLUGINS"]:
     from polder.broker.client import request
     from polder.broker.wire import Stock
     request(Path(os.environ["POLDER_BROKER"]), Stock(engine=name, reason="a test"))
+with open(f"{os.environ['VLLM_RPC_BASE_PATH']}/of-an-engine-{os.getpid()}", "w"):
+    pass  # a socket that nobody removes
 if os.fork() == 0:  # an engine core, as vLLM has one
     time.sleep(100)
 

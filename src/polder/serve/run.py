@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import uvicorn
 
@@ -35,6 +36,8 @@ IDLE_S = 75
 """A client's connection is closed after so long without a request: later than usual clients close it themselves (httpx 5 s, aiohttp
 15 s, most proxies 60 s). Who closes first cannot meet a request of the other."""
 DRAIN_S = 5  # open requests get this long once the fleet is told to stop
+VLLM_SOCKETS = "VLLM_RPC_BASE_PATH"
+"""vLLM's name for the folder of its own sockets, /tmp if not set. An engine that is killed leaves them there."""
 
 
 def run(
@@ -79,7 +82,7 @@ def run(
 
         broker = Supervisor([broker_spec(fleet.broker(path), logs / "broker.log")], hear, backoff=Backoff(most_s=2.0))
         models = Supervisor(
-            [_model_spec(model, fleet, ports[model.name], path, logs) for model in fleet.models],
+            [_model_spec(model, fleet, ports[model.name], path, logs, private) for model in fleet.models],
             hear,
             # Engines on one GPU that load together each take the other's allocations for their own.
             starts_at_once=1 if fleet.device.startswith("cuda") else None,
@@ -120,7 +123,7 @@ def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
     )
 
 
-def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: Path) -> ProcessSpec:
+def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: Path, private: Path) -> ProcessSpec:
     own_size = "--kv-cache-memory-bytes"
     sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
     # Without it each CPU engine plans for most of the machine's memory, and the second one refuses to start.
@@ -134,11 +137,20 @@ def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: 
         name=model.name,
         port=port,
         args=(*model.arguments(), *size, *gpu),
-        env=model.environment(socket_path),
+        env=_sockets_in(private) | model.environment(socket_path),
         cpus=model.cpus,
         log_path=logs / f"{model.name.replace('/', '%2F')}.log",
     )
     return replace(spec, is_ready=Presence(model.name, socket_path))
+
+
+def _sockets_in(private: Path) -> dict[str, str]:
+    """Puts the engines' own sockets into the fleet's directory, with which they go; not where a path would be too long for one."""
+    try:
+        client.check_socket_path(private / str(UUID(int=0)))
+    except ConfigError:
+        return {}
+    return {} if VLLM_SOCKETS in os.environ else {VLLM_SOCKETS: str(private)}
 
 
 def _listen(host: str, port: int) -> socket.socket:
