@@ -17,14 +17,15 @@ import mmap
 import multiprocessing
 import os
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CONTROLS", "PLUGIN", "Switches", "install"]
+__all__ = ["CONTROLS", "LATE_COPIES", "PLUGIN", "Switches", "install"]
 
 PLUGIN = Path(__file__).parent / "controls_plugin"
 """Has the entry point by which vLLM finds `install`."""
@@ -32,10 +33,13 @@ _VARIABLE = "POLDER_TEST_SWITCHES"
 
 NAN, GARBAGE = 0xFF, 0x3F
 """As each byte of a float32 or bfloat16: not a number, and 0.75."""
+LATE_S = 0.1
+"""Longer than computing the layers that share slots takes, so a layer that does not wait for a copy computes without it."""
 
 Breaker = Callable[[Any, str, Callable[..., Any]], None]
 """(class or module, name of its function, what is called in its place: the stock function, then its arguments)"""
 CONTROLS: dict[str, Callable[[Breaker], None]] = {}
+LATE_COPIES = "given: copies over an emulated link begin late"
 
 
 class Switches:
@@ -296,33 +300,45 @@ def _(broken: Breaker) -> None:
     broken(WeightStore, "rotate", rotate)
 
 
-@_control("given: copies over an emulated link begin late")
+@_control(LATE_COPIES)
 def _(broken: Breaker) -> None:
     from polder.emulation.backends import PacedQueue
 
-    broken(PacedQueue, "put", lambda stock, *args: _Late(lambda: stock(*args)))
+    stock = PacedQueue.put
+    threads: dict[int, ThreadPoolExecutor] = {}
+
+    def put_at_once(self: Any, *args: Any) -> Any:
+        if id(self) in threads:
+            threads.pop(id(self)).shutdown()  # copies that were late stay before those that are not
+        return stock(self, *args)
+
+    def put_late(_: Any, self: Any, *args: Any) -> Any:
+        due = time.perf_counter() + LATE_S
+
+        def begin() -> Any:
+            time.sleep(max(0.0, due - time.perf_counter()))
+            return stock(self, *args)
+
+        return _Late(threads.setdefault(id(self), ThreadPoolExecutor(1)).submit(begin))
+
+    PacedQueue.put = put_at_once  # type: ignore[method-assign]
+    broken(PacedQueue, "put", put_late)
 
 
 class _Late:
-    """A copy job that begins when all layers could have been computed."""
+    """A copy job that has not begun yet."""
 
-    def __init__(self, begin: Callable[[], Any]) -> None:
-        self._begin, self._begun, self._job = begin, threading.Event(), None
-        threading.Timer(0.5, self._start).start()
+    def __init__(self, job: Future[Any]) -> None:
+        self._job = job
 
     def done(self) -> bool:
-        return self._job is not None and bool(self._job.done())
+        return self._job.done() and bool(self._job.result().done())
 
     def wait(self) -> float:
-        self._begun.wait()
-        return float(self._job.wait())  # type: ignore[attr-defined]
+        return float(self._job.result().wait())
 
     def hold(self) -> None:
         self.wait()
-
-    def _start(self) -> None:
-        self._job = self._begin()
-        self._begun.set()
 
 
 @_control("a layer's weights are not awaited")

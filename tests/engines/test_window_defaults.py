@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from polder.bench.workloads.models import ModelRecipe
-from tests.engines.breaking import allowing_functions, broken, store_nothing_back
+from tests.engines.answers import varied
+from tests.engines.controls import LATE_COPIES, Switches
 from tests.engines.harness import Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -28,6 +29,7 @@ SMALL = ModelRecipe(
     kv_heads=2,
     vocab=VOCABULARY,
     dtype="float32",
+    spread=0.12,
     seed=7,
 )
 """A layer's block of 32 tokens is 32 KiB; a unit is two blocks in 8 pages: 512 KiB."""
@@ -41,9 +43,8 @@ SETTINGS = {
     "POLDER_WINDOW": "64MiB",
     "POLDER_TIERS": "host",
     "POLDER_HOST": "64MiB",
-    "POLDER_LINKS": "window=400MB/s",
+    "POLDER_LINKS": "window=400MB/s",  # an emulated link is what a control can make late
 }
-"""A slow link, so that a layer that is not awaited is not there."""
 Answers = Callable[[list[list[int]], int | list[int]], list[list[int]]]
 
 
@@ -59,14 +60,19 @@ SHORT = asked(3, 40, 33)
 def expected() -> Iterator[Answers]:
     """Answers of stock vLLM with memory for all."""
     engine = Engine.start("stock", SMALL, processes="forked", num_gpu_blocks_override=200, **OPTIONS)
-    yield lambda prompts, tokens: tokens_of(engine.generate(prompts, tokens))
+    yield lambda prompts, tokens: varied(tokens_of(engine.generate(prompts, tokens)))
     engine.stop()
 
 
 @pytest.fixture(scope="module")
-def windowed() -> Iterator[Engine]:
-    with allowing_functions():
-        engine = Engine.start("w", SMALL, SETTINGS, like=LIKE, processes="forked", **OPTIONS)
+def switches(tmp_path_factory: pytest.TempPathFactory) -> Switches:
+    return Switches(tmp_path_factory.mktemp("controls"))
+
+
+@pytest.fixture(scope="module")
+def windowed(switches: Switches) -> Iterator[Engine]:
+    with switches.reaching_engines() as more:
+        engine = Engine.start("w", SMALL, SETTINGS | more, like=LIKE, processes="forked", **OPTIONS)
         yield engine
         engine.stop()
 
@@ -106,9 +112,18 @@ def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_tur
     assert tokens_of(found) == expected(turn, 16)
 
 
-def test_tokens_differ_when_nothing_is_stored_back(windowed: Engine, expected: Answers) -> None:
-    prompts = asked(1, 800, 71)
-    with broken(windowed, store_nothing_back):
-        assert tokens_of(windowed.generate(prompts, 16)) != expected(prompts, 16)
-    others = asked(1, 800, 72)
-    assert tokens_of(windowed.generate(others, 16)) == expected(others, 16)
+@pytest.mark.parametrize(
+    ("given", "broken"),
+    [((), "a window's layer is not stored"), ((LATE_COPIES,), "a window's layer is not awaited")],
+    ids=["not stored", "not awaited"],
+)
+def test_tokens_differ_when_a_layer_is(
+    given: tuple[str, ...], broken: str, windowed: Engine, switches: Switches, expected: Answers
+) -> None:
+    """Each time other prompts, for what a broken run has cached is wrong."""
+    before, meanwhile, after = ([prompt] for prompt in asked(3, 700, 71 if given else 72))
+    with switches.on(*given):
+        assert tokens_of(windowed.generate(before, 16)) == expected(before, 16)
+    with switches.on(*given, broken):
+        assert tokens_of(windowed.generate(meanwhile, 16)) != expected(meanwhile, 16)
+    assert tokens_of(windowed.generate(after, 16)) == expected(after, 16)
