@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 
@@ -34,3 +35,7 @@ setproctitle.getproctitle()
 threads = len(os.listdir("/proc/self/task"))
 if threads != 1:
     raise RuntimeError(f"{threads} threads after the imports: forked engines would lack them")
+# What was imported here is never garbage in a forked process. To look through it would copy its pages, too.
+gc.collect()
+gc.freeze()
+gc.unfreeze = lambda: None  # vLLM's, before an engine ends
