@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from polder.bench.models import ModelRecipe
+from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.transport import Channel
 from polder.broker.wire import Grant, Grown, Hello, Recall, Returned, Sleep, Welcome
