@@ -273,21 +273,16 @@ def fleet(request: pytest.FixtureRequest, stocks: dict[str, Engine]) -> Iterator
             broker.stop()
 
 
-def test_under_all_gpu_defaults_every_answer_is_stocks_whatever_moves(fleet: Fleet) -> None:
-    cores = {name: engine.core_pid() for name, engine in fleet.engines.items()}
-    for _ in range(ROUNDS):
-        blocks_move(fleet)
-        memory_is_lent_and_taken_back(fleet)
-        memory_flows_by_demand(fleet)
-        models_sleep_and_wake(fleet)
-        models_take_turns(fleet)
+def happened(fleet: Fleet) -> dict[str, float]:
+    """How often each thing happened so far."""
     a, b = (fleet.figures(name) for name in "ab")
-    graphs = {name: engine.llm.collective_rpc("graph_figures")[0] for name, engine in fleet.engines.items()}
-    happened = {
+    graphs = [engine.llm.collective_rpc("graph_figures")[0] for engine in fleet.engines.values()]
+    return {
         "answers": fleet.counts["answers"],
         "blocks moved": a["migrated_blocks_total"] + b["migrated_blocks_total"],
         "grows": a["grows_total"],
         "shrinks": a["shrinks_total"],
+        "requests preempted": a["polder_preemptions_total"],
         "units recalled for requests": fleet.counts["units recalled for requests"],
         "tokens found in host memory": a["tier_host_hit_tokens_total"],
         "tokens found in b's memory": a["tier_peer_hit_tokens_total"],
@@ -295,11 +290,26 @@ def test_under_all_gpu_defaults_every_answer_is_stocks_whatever_moves(fleet: Fle
         "sleeps": a["sleeps_total"] + b["sleeps_total"],
         "wakes": a["wakes_total"] + b["wakes_total"],
         "turns": fleet.counts["turns"],
-        "graphs replayed": sum(each["replayed"] for each in graphs.values()),
+        "graphs replayed": sum(each["replayed"] for each in graphs),
     }
-    print(json.dumps(happened | {"differing": len(fleet.differing), "rounds": ROUNDS}))
-    assert not fleet.differing, f"{len(fleet.differing)} of {happened['answers']} answers differ"
+
+
+def test_under_all_gpu_defaults_every_answer_is_stocks_whatever_moves(fleet: Fleet) -> None:
+    cores = {name: engine.core_pid() for name, engine in fleet.engines.items()}
+    for number in range(1, ROUNDS + 1):
+        for part in (
+            blocks_move,
+            memory_is_lent_and_taken_back,
+            memory_flows_by_demand,
+            models_sleep_and_wake,
+            models_take_turns,
+        ):
+            part(fleet)
+        found = happened(fleet)
+        print(json.dumps({"rounds": number, "differing": len(fleet.differing)} | found), flush=True)
+        assert not fleet.differing, f"{len(fleet.differing)} of {found['answers']} answers differ"
     assert {name: engine.core_pid() for name, engine in fleet.engines.items()} == cores, "an engine has ended"
-    assert all(number > 0 for number in happened.values()), happened
-    assert happened["turns"] >= 2 * ROUNDS
+    assert all(times > 0 for times in found.values()), "not everything happened"
+    assert found["turns"] >= 2 * ROUNDS
+    a = fleet.figures("a")
     assert a["tier_host_corrupt_blocks_total"] + a["tier_peer_corrupt_blocks_total"] == 0

@@ -133,9 +133,8 @@ def test_what_a_request_has_generated_while_its_blocks_moved_is_right_in_its_nex
         assert found > sum(map(len, turns)) * 0.7
         counts["answers"] += len(answers)
         counts["differing"] += sum(one != other for one, other in zip(answers, first + expected, strict=True))
-    end = engine.utility("polder_check")
-    for name in ("migrated_blocks_total", "tier_host_hit_tokens_total", "tier_host_corrupt_blocks_total"):
-        counts[name] = int(end[name] - start[name])
-    print(dict(counts))
+        for name in ("migrated_blocks_total", "tier_host_hit_tokens_total", "tier_host_corrupt_blocks_total"):
+            counts[name] = int(after[name] - start[name])
+        print(seed - 1, dict(counts), flush=True)
     assert counts["differing"] == 0
     assert counts["tier_host_corrupt_blocks_total"] == 0

@@ -147,7 +147,7 @@ class ElasticCore:
                     if self.lender is not None:
                         self.lender.on_neighbours(message.cores)
                 case Up():
-                    self.link.send(self._hello_again())
+                    self.link.greet(message, self._hello_again())
                 case Welcome():
                     logger.info("back with the broker, %d units held", len(self.blocks.mapped))
                     new_broker = message.generation != self._generation

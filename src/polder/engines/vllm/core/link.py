@@ -5,6 +5,7 @@ Guarantees:
     thread's business, and what it receives waits in `inbox` until the core comes by between two steps;
   * messages of one connection are handed over in order; when the connection breaks, those not yet handled are dropped and `Down`
     is handed over, then `Up` with the new connection: what was promised on the old one is void, so the core reports what it holds;
+    what the core sends before it has done so goes nowhere;
   * a quiet line still wakes the core once a second, so that an idle engine's demand does not stay what it was when it was busy.
 """
 
@@ -32,7 +33,9 @@ RECONNECT_S = 0.2
 
 @dataclass(frozen=True)
 class Up:
-    """A new connection stands; say Hello."""
+    """A new connection stands; say Hello, with `BrokerLink.greet`."""
+
+    channel: Channel
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class BrokerLink:
         """Takes over `channel`, on which Hello was answered. `wake`, called by any thread, makes the core look into `inbox`."""
         self._path = socket
         self._channel: Channel | None = channel
+        self._greeted: Channel | None = channel
+        """The same, once Hello was said on it: the core may be a step behind, and speak before it knows of a new connection."""
         self._wake = wake
         self._closing = threading.Event()
         self.inbox: deque[FromBroker | Up | Down | Tick] = deque()
@@ -59,13 +64,19 @@ class BrokerLink:
 
     def send(self, message: Message) -> None:
         """Sends if there is a connection; otherwise the message is void, as everything else of that connection."""
-        channel = self._channel
+        channel = self._greeted
         if channel is None:
             return
         try:
             channel.send_now(message)
         except BrokerUnavailable:
             channel.shutdown()  # the listening thread sees the end and reconnects
+
+    def greet(self, up: Up, hello: Message) -> None:
+        """Sends the first message of a new connection, unless that has ended again. From now on `send` uses it."""
+        if up.channel is self._channel:
+            self._greeted = up.channel
+            self.send(hello)
 
     def drop(self) -> None:
         """Gives this connection up; a new one is made."""
@@ -86,7 +97,7 @@ class BrokerLink:
             except TimeoutError:
                 self._hand_over(Tick())
             except (BrokerUnavailable, ProtocolError) as error:
-                self._channel = None
+                self._channel = self._greeted = None
                 channel.close()
                 if self._closing.is_set():
                     return
@@ -95,7 +106,7 @@ class BrokerLink:
                 self._hand_over(Down())
                 self._channel = self._reconnect()
                 if self._channel is not None:
-                    self._hand_over(Up())
+                    self._hand_over(Up(self._channel))
 
     def _reconnect(self) -> Channel | None:
         while not self._closing.is_set():
