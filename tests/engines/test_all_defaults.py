@@ -282,7 +282,6 @@ def happened(fleet: Fleet) -> dict[str, float]:
         "blocks moved": a["migrated_blocks_total"] + b["migrated_blocks_total"],
         "grows": a["grows_total"],
         "shrinks": a["shrinks_total"],
-        "requests preempted": a["polder_preemptions_total"],
         "units recalled for requests": fleet.counts["units recalled for requests"],
         "tokens found in host memory": a["tier_host_hit_tokens_total"],
         "tokens found in b's memory": a["tier_peer_hit_tokens_total"],
