@@ -110,6 +110,13 @@ def fixed(units: int, pages: int) -> dict[str, str]:
     return {"POLDER_KV_FLOOR": size, "POLDER_KV_SHARE": size, "POLDER_KV_CEILING": size}
 
 
+def rounds(count: int = SEEDS) -> Iterator[int]:
+    """What is done in each round has other delays; `-s` shows how many were made."""
+    for number in range(count):
+        yield number
+        print(f"{number + 1} of {count} rounds", flush=True)
+
+
 def ask(engine: Engine, questions: list[list[int]]) -> list[list[int]]:
     """One after another."""
     return [tokens_of(engine.generate([question]))[0] for question in questions]
@@ -120,7 +127,7 @@ def test_memory_comes_and_goes_under_late_steps(stock: Stock, fleet: Fleet) -> N
     expected = stock(A32, questions, 32)
     broker = fleet.broker(40 * A_PAGES)
     engine = fleet.engine("a", A32, {})
-    for _ in range(SEEDS):
+    for _ in rounds():
         events = {
             3: lambda: broker.resize("a", 30),
             8: lambda: broker.resize("a", 14),
@@ -141,7 +148,7 @@ def test_blocks_that_go_to_the_host_while_steps_run_come_back_right(stock: Stock
     expected = stock(A32, CONVERSATIONS, 24)
     fleet.broker(A_FIXED * A_PAGES, host_pages=96)
     engine = fleet.engine("a", A32, TIERS | fixed(A_FIXED, A_PAGES))
-    for _ in range(1 + SEEDS):
+    for _ in rounds(1 + SEEDS):
         assert ask(engine, CONVERSATIONS) == expected
     found = check(engine)
     assert found["tier_host_hit_tokens_total"] > 0
@@ -166,7 +173,7 @@ def test_blocks_in_a_neighbours_memory_come_back_right_and_the_neighbours_are_it
     b = fleet.engine("b", B32, {"POLDER_LEND": f"{16 * B_PAGES * PAGE}B"} | fixed(40, B_PAGES))
     a = fleet.engine("a", A32, {"POLDER_TIERS": "peer"} | fixed(A_FIXED, A_PAGES))
     wait_for(lambda: b.utility("polder_check")["lent_offered_bytes"] >= 12 * B_PAGES * PAGE, "b to lend", 60.0)
-    for _ in range(SEEDS):
+    for _ in rounds():
         until_hits(a, expected, _hits(a))
         answers: list[list[int]] = []
         burst = {3: lambda into=answers: into.extend(tokens_of(b.generate(load)))}
@@ -197,7 +204,7 @@ def test_weights_leave_are_streamed_and_come_back_under_late_steps(stock: Stock,
         12: lambda: request(broker.socket, Rouse(engine="a")),
         18: lambda: engine.utility("polder_give_up", layers - 2),
     }
-    for _ in range(SEEDS):
+    for _ in rounds():
         for question, tokens in zip(questions, expected, strict=True):
             assert tokens_of(engine.generate([question], events=dict(events))) == [tokens]
             request(broker.socket, Rouse(engine="a"))
@@ -210,6 +217,6 @@ def test_windowed_contexts_have_stocks_tokens_under_late_steps(stock: Stock, fle
     asked, lengths = [short[0], long, short[1]], [24, 16, 20]
     expected = stock(DEEP, asked, lengths)
     engine = fleet.engine("w", DEEP, WINDOW, max_model_len=3600)
-    for _ in range(SEEDS):
+    for _ in rounds():
         assert tokens_of(engine.generate(asked, lengths)) == expected
     assert check(engine)["window_loaded_bytes_total"] > 0
