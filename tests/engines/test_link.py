@@ -12,7 +12,7 @@ import pytest
 
 from polder.broker.transport import Channel, to_broker
 from polder.broker.wire import Hello, Message, Returned
-from polder.engines.vllm.link import BrokerLink, Down, Up
+from polder.engines.vllm.core.link import BrokerLink, Down, Up
 
 HELLO = Hello(
     engine="a",
