@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("vllm")
 import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
+from vllm.v1.worker.gpu.block_table import BlockTables
 
-from polder.engines.vllm.rank import block_tables
+from polder.engines.vllm.rank import block_tables, worker
 from polder.engines.vllm.rank.block_tables import new_ids
 from polder.errors import IntegrityError
 
@@ -84,3 +85,22 @@ def test_the_token_of_a_preempted_request_is_not_taken_from_the_step_under_way()
     runner.input_batch.prev_req_id_to_index = None  # without async scheduling
     block_tables.forget_outputs(runner, ["r1"])
     block_tables.forget_outputs(v2_runner(), ["r1"])
+
+
+def test_the_block_ids_of_one_runners_warm_up_are_redirected_and_nobody_elses() -> None:
+    """By vLLM's own switch. A start that fails before the warm-up is over leaves nothing behind."""
+    staged: list[list[int]] = []
+    row = SimpleNamespace(gpu=torch.zeros(2, 8), stage_write=lambda request, start, ids: staged.append(ids))
+
+    def make() -> Any:
+        tables = BlockTables.__new__(BlockTables)
+        tables.num_kv_cache_groups, tables.block_tables = 1, [row]
+        tables.num_blocks = SimpleNamespace(np=np.zeros((1, 2), dtype=np.int32))
+        return SimpleNamespace(block_tables=tables)
+
+    starting, other = make(), make()
+    worker.redirect_warm_up(starting)
+    for runner in (starting, other, make()):
+        runner.block_tables.append_block_ids(0, ([5, 6],), overwrite=True)
+    assert staged == [[0, 0], [5, 6], [5, 6]]
+    worker.redirect_warm_up(v1_runner())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,3 +61,16 @@ def test_a_device_is_compared_by_its_uuid() -> None:
 
 def test_an_engine_on_the_cpu_has_no_uuid() -> None:
     assert worker.device_uuid(SimpleNamespace(device=SimpleNamespace(type="cpu"))) == ""
+
+
+def test_a_worker_may_have_many_files_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA each page that it gets is a descriptor at first."""
+    monkeypatch.setattr(worker, "_prepared", None)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    rank = SimpleNamespace(rank=0, device=SimpleNamespace(type="cpu"), model_runner=None)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        worker.prepare(rank, SimpleNamespace())
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

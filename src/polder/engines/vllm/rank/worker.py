@@ -54,6 +54,7 @@ __all__ = [
     "memory",
     "places_of",
     "prepare",
+    "redirect_warm_up",
     "reserve_bytes",
     "rewrite_block_tables",
     "unmap_units",
@@ -175,9 +176,18 @@ class WorkerMemory:
                 self.imported.discard(generation, pages)
 
 
-_plan: WorkerPlan | None = None
-_rank = 0
-_device = ""
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What `allocate_kv_cache` is to follow."""
+
+    plan: WorkerPlan
+    rank: int
+    device: str
+    runner: Any
+    """vLLM's model runner."""
+
+
+_prepared: _Prepared | None = None
 _memory: WorkerMemory | None = None
 
 
@@ -215,9 +225,9 @@ def device_uuid(worker: Any) -> str:
 
 def prepare(worker: Any, plan: WorkerPlan) -> None:
     """Notes the plan; the next `allocate_kv_cache` in this process follows it."""
-    global _plan, _rank, _device
+    global _prepared
     raise_open_files()
-    _plan, _rank, _device = plan, worker.rank, device_name(worker)
+    _prepared = _Prepared(plan=plan, rank=worker.rank, device=device_name(worker), runner=worker.model_runner)
 
 
 def geometry_of(kv_cache_config: Any, page_bytes: int, blocks_of_unit: int) -> KvGeometry:
@@ -252,11 +262,12 @@ def allocate_kv_cache(kv_cache_config: Any, device: Any, layout: Any, kernel_blo
     global _memory
     from vllm.v1.worker.utils import allocate_kv_cache as stock
 
-    if _plan is None or not kv_cache_config.kv_cache_tensors:
+    if _prepared is None or not kv_cache_config.kv_cache_tensors:
         return dict(stock(kv_cache_config, device, layout, kernel_block_sizes))
-    geometry = geometry_of(kv_cache_config, _plan.page_bytes, _plan.unit_blocks)
-    _memory = WorkerMemory(_plan, _rank, _device, geometry)
-    _begin_warm_up()
+    plan = _prepared.plan
+    geometry = geometry_of(kv_cache_config, plan.page_bytes, plan.unit_blocks)
+    _memory = WorkerMemory(plan, _prepared.rank, _prepared.device, geometry)
+    redirect_warm_up(_prepared.runner)
     return _views(_memory.span.tensor(), kv_cache_config, layout, kernel_block_sizes)
 
 
@@ -291,24 +302,17 @@ def _views(buffer: Any, kv_cache_config: Any, layout: Any, kernel_block_sizes: A
 def describe(worker: Any) -> dict[str, Any]:
     """What this rank can do: whether busy blocks may move, and the units it has mapped. The first call after the warm-up."""
     assert _memory is not None
-    _end_warm_up()
     if block_tables.is_v2(worker.model_runner):
+        worker.model_runner.block_tables.redirect_writes_to_null_block = False
         _memory.zero_blocks([0])  # where the warm-up has written
     return {"movable": block_tables.can_rewrite(worker.model_runner), "units": sorted(_memory.pages_of)}
 
 
-def _begin_warm_up() -> None:
-    """The V2 runner's warm-up makes block ids up, of which this engine may have none mapped: until it is over, all of them are the
+def redirect_warm_up(runner: Any) -> None:
+    """The V2 runner's warm-up makes block ids up, of which this engine may have none mapped: until `describe`, all of them are the
     null block. The switch is vLLM's own, for elastic expert parallelism; the V1 runner's warm-up writes nothing."""
-    from vllm.v1.worker.gpu.block_table import BlockTables
-
-    BlockTables.redirect_writes_to_null_block = True
-
-
-def _end_warm_up() -> None:
-    from vllm.v1.worker.gpu.block_table import BlockTables
-
-    BlockTables.redirect_writes_to_null_block = False
+    if block_tables.is_v2(runner):
+        runner.block_tables.redirect_writes_to_null_block = True
 
 
 def await_steps(worker: Any) -> None:
@@ -353,9 +357,9 @@ def map_units(worker: Any, generation: int, units: Sequence[int], pages: Sequenc
     assert _memory is not None
     started = time.perf_counter()
     try:
-        _memory.map(generation, units, pages[_rank])
+        _memory.map(generation, units, pages[_memory.rank])
     except (PolderError, OSError) as error:
-        return Outcome(seconds=time.perf_counter() - started, error=f"rank {_rank}: {error}")
+        return Outcome(seconds=time.perf_counter() - started, error=f"rank {_memory.rank}: {error}")
     return Outcome(seconds=time.perf_counter() - started)
 
 
