@@ -91,3 +91,11 @@ def test_who_would_store_a_block_that_is_lent_is_told(lending: Lending) -> None:
     lending.units.holders.register(lambda new: told.extend(i for i, now in enumerate(new.tolist()) if i and not now))
     lent = lending.lend(5)
     assert sorted(told) == lent
+
+
+def test_blocks_that_were_lent_when_the_broker_was_replaced_are_zeroed(lending: Lending) -> None:
+    lent = lending.lend(4)
+    lending.lender.close()  # a new broker knows nothing of the table
+    assert sorted(lending.lender.take_dirty()) == lent
+    assert not lending.lender._offered
+    lending.lender.check_integrity()

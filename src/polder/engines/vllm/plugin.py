@@ -352,6 +352,8 @@ def _patch_loop(engine_core: Any) -> None:
                 elastic.on_wake()
             elif request_type == kinds.ADD:
                 elastic.on_request()
+            elif request_type == kinds.ABORT:
+                elastic.on_abort()
 
     def process_engine_step(self: Any) -> bool:
         elastic = getattr(self, "polder", None)

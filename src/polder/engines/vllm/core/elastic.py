@@ -36,6 +36,7 @@ from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.demand import DemandReports
 from polder.engines.vllm.core.lender import Lender
 from polder.engines.vllm.core.link import BrokerLink, Down, Tick, Up
+from polder.engines.vllm.core.own_table import OwnTable
 from polder.engines.vllm.core.pacing import Pacing
 from polder.engines.vllm.core.prefetch import Prefetch
 from polder.engines.vllm.core.step_times import StepTimes
@@ -44,8 +45,8 @@ from polder.engines.vllm.start.negotiate import Agreement
 from polder.engines.vllm.weights.core import CoreWeights
 from polder.engines.vllm.window.core import CoreWindow
 from polder.engines.vllm.window.goal import keep_goal
-from polder.errors import PolderError
 from polder.planner.rates import PrefillRate
+from polder.tiers.reach import ASK_TIMEOUT_S
 
 __all__ = ["ElasticCore"]
 
@@ -84,7 +85,6 @@ class ElasticCore:
             self.window = CoreWindow(self._scheduler, self.blocks, agreement.window, self._rpc, ceiling)
             if agreement.tbt_goal_s is not None:
                 self.counters |= keep_goal(core, agreement.window, agreement.tbt_goal_s, ceiling, self._rpc)
-        self._socket = agreement.socket
         # The connector's manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do.
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
         self.weights: CoreWeights | None = None
@@ -98,6 +98,7 @@ class ElasticCore:
             Prefetch(self._scheduler, self.tiers.tiers.statistics)
         self._postponed: list[Recall] = []
         self.lender: Lender | None = None
+        self._own_table: OwnTable | None = None
         if agreement.lend_bytes:
             ranks_of = len(self._hello.devices)
             self.lender = Lender(
@@ -108,7 +109,10 @@ class ElasticCore:
                 agreement.lend_bytes,
                 before_offer=self._before_offer,
             )
-            self._open_table()
+            question = FetchTable(engine=self._hello.engine, lender=self._hello.engine)
+            fetch = functools.partial(fetch_table, agreement.socket, question, timeout_s=ASK_TIMEOUT_S)
+            self._own_table = OwnTable(fetch, wake)
+            self._own_table.ask()
         self.link = BrokerLink(agreement.socket, agreement.channel, wake)
         self._demand = DemandReports(
             self._scheduler,
@@ -156,8 +160,9 @@ class ElasticCore:
                     self._pages = self._by_unit(sorted(self._pages), message.pages)
                     if self.weights is not None:
                         self.weights.on_welcome(message.segments, time.monotonic())
-                    if new_broker and self.lender is not None:
-                        self._open_table()  # it knows nothing of what was lent
+                    if new_broker and self.lender is not None and self._own_table is not None:
+                        self.lender.close()  # it knows nothing of what was lent
+                        self._own_table.ask()
                 case Refused():
                     if message.reason != self._refusal:
                         logger.warning(
@@ -169,6 +174,10 @@ class ElasticCore:
                     pass
                 case _:
                     logger.warning("unexpected message %s", type(message).__name__)
+        if self.lender is not None and self._own_table is not None:
+            fd = self._own_table.take()
+            if fd is not None:
+                self.lender.open(fd, self._pages)
         self._settle()
         self._report(time.monotonic())
 
@@ -192,7 +201,13 @@ class ElasticCore:
         self._look_at_window()
         self._report(time.monotonic())
 
+    def on_abort(self) -> None:
+        """Requests were aborted. No step follows in an engine whose weights sleep, so the broker hears of it here."""
+        self._report(time.monotonic())
+
     def close(self) -> None:
+        if self._own_table is not None:
+            self._own_table.close()
         if self.lender is not None:
             self.lender.close()
         self.link.close()
@@ -241,16 +256,6 @@ class ElasticCore:
         self.window.look(time.monotonic())
         if tiers is not None:
             tiers.resume()
-
-    def _open_table(self) -> None:
-        """Lends by a table that the broker knows. Without one, nothing is lent."""
-        assert self.lender is not None
-        try:
-            fd = fetch_table(self._socket, FetchTable(engine=self._hello.engine, lender=self._hello.engine))
-        except PolderError as error:
-            logger.warning("nothing is lent: %s", error)
-            return
-        self.lender.open(fd, self._pages)
 
     def _before_offer(self, blocks: list[int]) -> None:
         """Free blocks are about to get others' bytes: returns when no step reads or writes them any more.

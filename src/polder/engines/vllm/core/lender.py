@@ -223,7 +223,9 @@ class Lender:
         self._table.check_integrity()
 
     def close(self) -> None:
+        """Lends no more. What was lent is zeroed before the engine uses it, as after any other end of lending."""
         if self._table is not None:
+            self.recall_all()
             self._table.retire()
             self._table.close()
             self._table = None
