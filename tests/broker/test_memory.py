@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from polder.broker import client, server, wire
-from polder.broker.transport import Channel
+from polder.broker.transport import Channel, encode
 from polder.errors import ConfigError, UsageError
 from polder.memory.cuda import CudaBackend
 from polder.memory.page import PAGE_BYTES
@@ -119,3 +123,63 @@ def test_a_budget_beyond_what_is_free_is_refused_at_the_start(
     with pytest.raises(ConfigError, match=r"48 MiB is more than the 46 MiB that are free: lower --device cuda:0"):
         server.BrokerServer(config(short_dir / "broker", devices=devices, page_bytes=PAGE_BYTES))
     assert not (short_dir / "broker").exists(), "the next start would take this for a broker that was killed"
+
+
+def test_descriptors_that_the_kernel_does_not_take_yet_are_sent_later(
+    broker: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It limits how many of one user are on their way, for users other than root."""
+    refused = []
+    send = socket.send_fds
+
+    def full_at_first(to: socket.socket, buffers: list[bytes], fds: list[int]) -> int:
+        if not refused:
+            refused.append(len(fds))
+            raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+        return send(to, buffers, fds)
+
+    monkeypatch.setattr(socket, "send_fds", full_at_first)
+    engine = Engine(broker, "a", 10)
+    assert engine.fetch() == 10
+    assert refused == [10]
+    engine.channel.close()
+
+
+def test_descriptors_do_not_pile_up_in_the_broker(broker: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many questions that came in one piece: each answer is sent before the next is made."""
+    engine = Engine(broker, "a", 10)
+    most, sent = [0], []
+    send, export = socket.send_fds, CudaBackend.export_many
+
+    def counted_send(to: socket.socket, buffers: list[bytes], fds: list[int]) -> int:
+        sent.append(len(fds))
+        return send(to, buffers, fds)
+
+    def counted_export(self: CudaBackend, handles: Any) -> Any:
+        found = export(self, handles)
+        made.append(len(found[0]))
+        most[0] = max(most[0], sum(made) - sum(sent))
+        return found
+
+    made: list[int] = []
+    monkeypatch.setattr(socket, "send_fds", counted_send)
+    monkeypatch.setattr(CudaBackend, "export_many", counted_export)
+    question = wire.Fetch(engine="a", rank=0, device="cuda:0", pages=engine.pages)
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(broker.path))
+        peer.sendall(encode(question) * 8)
+        wait_for(lambda: len(sent) == 8)
+    assert most == [10]
+    engine.channel.close()
+
+
+def test_the_broker_may_have_many_files_open(others: CudaBackend, short_dir: Path) -> None:
+    """Pages that are handed over are a descriptor each."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        made = server.BrokerServer(config(short_dir / "broker", devices={"cuda:0": PAGE_BYTES}, page_bytes=PAGE_BYTES))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
+        made.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -101,6 +101,25 @@ def test_tiers_forget_when_a_user_resets_the_prefix_cache(connector: bool, works
     assert len(calls) == 2 * told
 
 
+def test_an_adapter_is_noted_when_vllm_has_loaded_it() -> None:
+    noted: list[str] = []
+
+    class Core:
+        def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+            return True
+
+        def add_lora(self, lora_request: Any) -> bool:
+            return bool(lora_request != "broken")
+
+    _patch_forgetting(Core)
+    core: Any = Core()
+    assert core.add_lora("before there are tiers")
+    core.polder_adapters = SimpleNamespace(loaded=noted.append)
+    assert core.add_lora("a")
+    assert not core.add_lora("broken")
+    assert noted == ["a"]
+
+
 def test_vllm_still_decodes_what_its_front_end_sends(tmp_path: Path) -> None:
     """It looks at the annotations of the method that is called."""
     plugin.register()

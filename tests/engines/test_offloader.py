@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 import torch
 import vllm
 
+from polder.engines.vllm.rank import worker
 from polder.engines.vllm.weights import offloader
 from polder.engines.vllm.weights.offloader import WeightOffloader
 from polder.errors import ConfigError, IntegrityError
@@ -207,6 +208,18 @@ def test_a_model_that_streams_or_sleeps_is_never_replayed(make: Callable[..., We
     model.store.rotate(None)
     with pytest.raises(IntegrityError):
         model.offloader.sync_prev_onload()
+
+
+def test_a_worker_gives_no_single_layers_of_a_model_in_graphs_away(
+    make: Callable[..., WeightOffloader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(make, graphs=True)
+    model.offloader.post_init()
+    monkeypatch.setattr(worker, "_memory", SimpleNamespace(rank=0))
+    monkeypatch.setattr(offloader, "_given", {segment: (1, (at,)) for at, segment in enumerate(model.store.segments)})
+    assert "all of its layers or none" in offloader.take(None, 1, 1, 1).error
+    assert len(model.store.segments) == LAYERS
+    assert len(offloader.take(None, LAYERS, 0, 1).segments) == LAYERS
 
 
 def test_vllm_asks_before_every_replay_of_a_model() -> None:

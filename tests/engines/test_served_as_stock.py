@@ -10,7 +10,8 @@ import pytest
 import transformers
 
 from polder.bench.workloads.models import ensure_model
-from polder.engines.vllm.tiers.agreement import check_caching
+from polder.engines.vllm.settings import read_settings
+from polder.engines.vllm.tiers.agreement import agree_on_tiers, check_caching
 from polder.engines.vllm.tiers.worker import caches_prefixes
 from polder.errors import ConfigError
 from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, environment
@@ -73,3 +74,8 @@ def test_a_tier_is_refused_where_vllm_does_not_cache_prefixes(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="this engine does not cache prefixes"):
         check_caching([True, True, caches_prefixes(SimpleNamespace(vllm_config=engine))])
     check_caching([True, True])
+    settings = read_settings({"polder": {"kv_budget": "8MiB", "tiers": "host", "host": "8MiB"}}, default_name="a")
+    for core, ranks in ((False, [True, True]), (True, [True, False])):
+        config = SimpleNamespace(cache_config=SimpleNamespace(enable_prefix_caching=core))
+        with pytest.raises(ConfigError, match="this engine does not cache prefixes"):
+            agree_on_tiers(config, settings, None, None, None, None, None, lambda function, ranks=ranks: ranks)
