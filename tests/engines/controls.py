@@ -348,6 +348,13 @@ def _(broken: Breaker) -> None:
     broken(WeightStore, "before", lambda stock, self, layer: None)
 
 
+@_control("graphs are replayed before all layers are there")
+def _(broken: Breaker) -> None:
+    from polder.engines.vllm.weights.offloader import WeightOffloader
+
+    broken(WeightOffloader, "sync_prev_onload", lambda stock, self: None)
+
+
 @_control("a layer's weights are not copied")
 def _(broken: Breaker) -> None:
     from polder.stream.pipeline import Pieces

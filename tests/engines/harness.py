@@ -234,6 +234,10 @@ class Engine:
         name = name or f"{self.name}-{next(_numbers)}"
         self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
 
+    def abort(self, name: str) -> None:
+        """Of a request that was submitted by this name."""
+        self.llm.llm_engine.abort_request([name])
+
     def processes(self) -> list[psutil.Process]:
         self._segments |= segments_of(self._started)  # before a test kills them
         return [psutil.Process(pid) for pid in self._started if psutil.pid_exists(pid)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from polder.bench.workloads.models import ensure_model
+from polder.serve.process import ManagedProcess, ProcessSpec
 from tests.engines.conftest import Stock
 from tests.engines.harness import A32, ENVIRONMENT, MODELS, ORDINARY, Broker, Engine, prompts, tokens_of
 
@@ -72,8 +72,8 @@ def test_tensor_parallel_ranks_grow_move_and_shrink_together() -> None:
             broker.stop()
 
 
-def test_plain_vllm_serve_refuses_with_what_to_change() -> None:
-    """Two at a time: most of it is imports."""
+def test_plain_vllm_serve_refuses_with_what_to_change(tmp_path: Path, short_dir: Path) -> None:
+    """Two at a time: most of it is imports. They end with this process, whatever ends it."""
     wrong = {
         "give at least": {"POLDER_KV_BUDGET": "512MiB", "POLDER_KV_FLOOR": "16MiB"},
         "no broker answers on /nowhere/b": {"POLDER_BROKER": "/nowhere/b"},
@@ -90,17 +90,23 @@ def test_plain_vllm_serve_refuses_with_what_to_change() -> None:
         "--max-model-len",
         "1024",
     ]
-    started = {
-        words: subprocess.Popen(
-            [vllm, "serve", model, *options],
-            env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", **ENVIRONMENT, **settings},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for words, settings in wrong.items()
-    }
-    for words, process in started.items():
-        printed, _ = process.communicate(timeout=240)
-        assert process.returncode != 0
-        assert words in printed
+    own = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "VLLM_RPC_BASE_PATH": str(short_dir), **ENVIRONMENT}
+    started: dict[str, ManagedProcess] = {}
+    try:
+        for words, settings in wrong.items():
+            variables = [f"{name}={value}" for name, value in (own | settings).items()]
+            spec = ProcessSpec(
+                name=words,
+                argv=("env", "-i", *variables, vllm, "serve", model, *options),
+                log_path=tmp_path / f"{len(started)}.log",
+            )
+            started[words] = ManagedProcess(spec)
+            started[words].start()
+        for words, process in started.items():
+            assert process.wait(240), "it serves, or hangs"
+            assert process.returncode != 0
+            assert process.spec.log_path is not None
+            assert words in process.spec.log_path.read_text()
+    finally:
+        for process in started.values():
+            process.stop(grace_s=1.0)

@@ -11,6 +11,7 @@ import pytest
 from polder.broker.client import request
 from polder.broker.wire import Sleep, Stream
 from polder.errors import UsageError
+from tests.engines.controls import Switches
 from tests.engines.harness import Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
@@ -25,6 +26,10 @@ RECIPES = {
 ASKED = [[7], [1999], *prompts(2, 150, seed=31, vocabulary=VOCABULARY)]
 """A prompt of one token is computed in a graph from the first step on."""
 TOKENS = 10
+LATE = (
+    "given: weights that sleep leave other bytes behind",
+    "given: copies over an emulated link begin late",
+)
 PAGES = 110
 """Of 256 KiB: the weights of one model are 24, its KV floor is 54, and one that sleeps keeps 6."""
 
@@ -33,14 +38,20 @@ def one_by_one(engine: Engine) -> list[list[int]]:
     return [tokens_of(engine.generate([prompt], TOKENS))[0] for prompt in ASKED]
 
 
-def test_two_models_take_turns_and_graphs_are_replayed_only_over_all_layers() -> None:
+def sleeps(device: Broker, engine: Engine) -> None:
+    request(device.socket, Sleep(engine=engine.name))
+    wait_for(lambda: device.engine(engine.name).asleep, f"{engine.name} to sleep", 60)
+
+
+def test_two_models_take_turns_and_graphs_are_replayed_only_over_all_layers(tmp_path: Path) -> None:
     expected: dict[str, list[list[int]]] = {}
     for name, recipe in RECIPES.items():
         stock = Engine.start(f"stock-{name}", recipe, processes="forked", num_gpu_blocks_override=160)
         expected[name] = one_by_one(stock)
         stock.stop()
     engines: list[Engine] = []
-    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as folder:
+    switches = Switches(tmp_path)
+    with switches.reaching_engines() as more, tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as folder:
         device = Broker(Path(folder) / "b", pages=PAGES).start()
         try:
             for name, recipe in RECIPES.items():
@@ -50,7 +61,7 @@ def test_two_models_take_turns_and_graphs_are_replayed_only_over_all_layers() ->
                     "POLDER_WEIGHTS": "elastic",
                     "POLDER_LINKS": "weights=10MB/s",  # a layer takes longer than a step
                 }
-                engines.append(Engine.start(name, recipe, settings, like=LIKE, processes="forked"))
+                engines.append(Engine.start(name, recipe, settings | more, like=LIKE, processes="forked"))
             assert device.engine("b").asleep, "there was no room for its weights beside a's"
             a, b = engines
             for _ in range(2):
@@ -65,8 +76,13 @@ def test_two_models_take_turns_and_graphs_are_replayed_only_over_all_layers() ->
             assert device.engine("a").segments == LAYERS, "it has all layers or none"
             with pytest.raises(UsageError, match="--enforce-eager"):
                 request(device.socket, Stream(engine="a", segments=3))
-            request(device.socket, Sleep(engine="a"))
-            wait_for(lambda: device.engine("a").asleep, "a to sleep", 60)
+            with switches.on(*LATE):
+                sleeps(device, a)
+                assert one_by_one(a) == expected["a"]
+            with switches.on(*LATE, "graphs are replayed before all layers are there"):
+                sleeps(device, a)
+                wrong = tokens_of(a.generate(ASKED[:1], TOKENS))
+            assert wrong != expected["a"][:1], "nobody waits for layers, and no token shows it"
             assert one_by_one(a) == expected["a"]
         finally:
             for engine in engines:
