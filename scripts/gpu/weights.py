@@ -39,10 +39,14 @@ def _one(stage: Stage, model: str, device_bytes: int, length: int) -> None:
             held = broker.pages_of("a/weights")
             for turn in range(2 if stage.tiny else 4):
                 request(broker.socket, Sleep(engine="a"))
-                stage.note(f"{model}: asleep after", wait_until(lambda: broker.engine("a").asleep, "it to sleep"), "s")
+                stage.note(
+                    f"{model}: asleep after, turn {turn}",
+                    wait_until(lambda: broker.engine("a").asleep, "it to sleep"),
+                    "s",
+                )
                 stage.check(f"{model}: its pages are free", holds=broker.pages_of("a/weights") == 0)
                 fresh = prompts(1, length, seed=43 + turn)[0]
-                stage.note(f"{model}: first token, from sleep", engine.first_token_s(fresh), "s")
+                stage.note(f"{model}: first token, from sleep, turn {turn}", engine.first_token_s(fresh), "s")
                 compare(stage, "after a sleep", model, engine.ask(asked, tokens), expected)
             wait_until(lambda: broker.pages_of("a/weights") == held, "all layers to be back")
             stage.note(f"{model}: pages of weights", held)
