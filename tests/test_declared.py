@@ -13,7 +13,7 @@ from polder.engines.vllm.settings import engine_settings
 from polder.errors import IntegrityError
 from polder.serve.schema import MemoryTable, ModelTable, ServerTable
 from polder.settings import declared
-from polder.tiers.statistics import TierStatistics
+from polder.tiers.counters import TierCounters
 from scripts.generate_docs import DOCS, generated
 
 SOURCES = Path(metrics.__file__).parent
@@ -53,7 +53,7 @@ def test_no_metric_is_declared_twice() -> None:
 
 def test_each_declared_metric_is_emitted_somewhere() -> None:
     sources = "".join(path.read_text() for path in SOURCES.rglob("*.py") if path.name != "metrics.py")
-    of_tiers = TierStatistics(metrics.TIER_NAMES).figures(1)
+    of_tiers = TierCounters(metrics.TIER_NAMES).stats()
     for metric in metrics.ENGINE:
         literal = re.sub(r"\{\w+\}_", "{*}_", metric.key)
         written = re.sub(r"\{[^}\"]+\}_", "{*}_", sources)

@@ -101,7 +101,7 @@ def _delay(stage: Stage, copies: CopyEngine, device: int, host: int) -> None:
 
 def _sums(stage: Stage, gpu: Gpu, address: int) -> None:
     """Checksum of a block of an 8B model: 32 layers of 64 KiB."""
-    from polder.tiers.places import CudaMover
+    from polder.tiers.movers import CudaMover
 
     mover = CudaMover(gpu.backend)
     block = [(address + layer * (64 << 10), 64 << 10) for layer in range(32)]

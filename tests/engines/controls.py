@@ -114,7 +114,7 @@ def _fill(pieces: Sequence[tuple[int, int]], byte: int) -> None:
 
 @_control("a load copies nothing")
 def _(broken: Breaker) -> None:
-    from polder.tiers.places import HostMemory, PeerMemory
+    from polder.tiers.memories import HostMemory, PeerMemory
 
     for memory in (HostMemory, PeerMemory):
         broken(memory, "load", lambda stock, *args: True)
@@ -122,14 +122,14 @@ def _(broken: Breaker) -> None:
 
 @_control("checksums are not compared")
 def _(broken: Breaker) -> None:
-    from polder.tiers.places import CpuMover
+    from polder.tiers.movers import CpuMover
 
     broken(CpuMover, "checksum", lambda stock, *args: 0)
 
 
 @_control("given: loads bring other bytes")
 def _(broken: Breaker) -> None:
-    from polder.tiers.places import HostMemory
+    from polder.tiers.memories import HostMemory
 
     def load(stock: Any, self: Any, recipe: Any, row: int, block: Any, mover: Any) -> bool:
         done: bool = stock(self, recipe, row, block, mover)
@@ -256,7 +256,8 @@ def _fill_slots(span: Any, slots: Any, byte: int) -> None:
 
 @_control("given: a borrower writes what is not a number")
 def _(broken: Breaker) -> None:
-    from polder.tiers.places import CpuMover, PeerMemory
+    from polder.tiers.memories import PeerMemory
+    from polder.tiers.movers import CpuMover
 
     class NanMover(CpuMover):
         def copy(self, dst: Any, src: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from polder.errors import ConfigError
-from polder.tiers.statistics import TierStatistics
+from polder.tiers.counters import TierCounters
 
 pytest.importorskip("vllm")
 
@@ -73,14 +73,14 @@ def scheduler(**more: object) -> SimpleNamespace:
 def test_a_plain_scheduler_is_watched_in_either_release() -> None:
     for more in ({}, {"defer_async_loads": False}):
         watched = scheduler(**more)
-        Prefetch(watched, TierStatistics(("host",)))
+        Prefetch(watched, TierCounters(("host",)))
         assert watched.schedule is not print
 
 
 @pytest.mark.parametrize("special", [{"aux_output_connector": object()}, {"defer_async_loads": True}])
 def test_requests_that_vllm_loads_in_another_way_are_left_to_it(special: dict[str, object]) -> None:
     left = scheduler(**special)
-    Prefetch(left, TierStatistics(("host",)))
+    Prefetch(left, TierCounters(("host",)))
     assert left.schedule is print
     assert left.add_request is print
 

@@ -22,7 +22,7 @@ from polder.engines.vllm import plugin
 from polder.engines.vllm.compat import installed_version
 from polder.engines.vllm.tiers.connector import PolderConnector, TierScheduler, TierWorkerMetadata, complete_config
 from polder.engines.vllm.tiers.worker import PolderWorker
-from polder.tiers.transfer import Finished
+from polder.tiers.transfer import JobResult
 
 
 class OneFailedLoad:
@@ -35,8 +35,8 @@ class OneFailedLoad:
 class OneFailedJob:
     """In the place of our TierWorker: job number 1 failed in its first row."""
 
-    def poll(self) -> list[Finished]:
-        return [Finished(number=1, failed={0: "corrupt"}, moved={0: (4096, 0.001)})]
+    def poll(self) -> list[JobResult]:
+        return [JobResult(number=1, failed={0: "corrupt"}, moved={0: (4096, 0.001)})]
 
 
 def stock_worker(worker: Any) -> OffloadingConnectorWorker:
@@ -60,7 +60,7 @@ def test_a_failed_load_ends_a_stock_engine_and_is_reported_by_ours() -> None:
     meta = connector.build_connector_worker_meta()
     assert isinstance(meta, TierWorkerMetadata)
     assert [report.number for report in meta.reports] == [1]
-    both = meta.aggregate(TierWorkerMetadata(completed_jobs={5: 1}, reports=[Finished(number=1)]))
+    both = meta.aggregate(TierWorkerMetadata(completed_jobs={5: 1}, reports=[JobResult(number=1)]))
     assert both.completed_jobs == {5: 2}
     assert len(both.reports) == 2, "every rank's outcome arrives"
 

@@ -22,11 +22,11 @@ from polder.engines.vllm.tiers import worker as tier_worker
 from polder.engines.vllm.tiers.disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
 from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.tiers.disk_memory import DiskMemory
-from polder.tiers.pages import short_keys
+from polder.tiers.slots import block_ids
 
 PAGE = 64 << 10
 LIMIT = 16 << 20
-KEYS = short_keys([b"%032d" % n for n in range(12)])
+KEYS = block_ids([b"%032d" % n for n in range(12)])
 
 
 def plan_of(folder: Path, ranks: int) -> DiskPlan:
@@ -159,10 +159,10 @@ def test_new_weights_stop_the_disks_and_leave_their_pages(
     assert updated(SimpleNamespace(vllm_config=None)) == "updated"
     memory = one._disk
     assert memory is not None
-    assert memory.tend(1).size_bytes == 0
+    assert memory.replicate(1).size_bytes == 0
     memory.drop()
-    assert memory.news().figures["disks_ok"] == 0
-    part: Any = SimpleNamespace(pages=SimpleNamespace(keys=KEYS[:2]), rows=np.arange(2))
+    assert memory.state().gauges["disks_ok"] == 0
+    part: Any = SimpleNamespace(ids=KEYS[:2], rows=np.arange(2))
     assert set(memory.load_part(part, [[], []], None).failed.values()) == {"error"}  # type: ignore[arg-type]
     assert one.disks is not None
     assert one.disks.store.lookup(KEYS[:2]).present.any(axis=1).all(), "the next run with the old weights finds them"

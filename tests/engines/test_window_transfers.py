@@ -16,8 +16,7 @@ pytest.importorskip("vllm")
 from polder.engines.vllm.tiers.worker import PolderWorker, TierJob
 from polder.engines.vllm.window import worker as window_worker
 from polder.memory import _libc
-from polder.tiers.slots import Recipe
-from polder.tiers.transfer import Finished, Job, Part, Pieces
+from polder.tiers.transfer import Job, JobResult, Part, Pieces
 from tests.window.rank import Rank
 from tests.window.test_stream_faults import LAST_STORE
 
@@ -33,7 +32,7 @@ class Tiers:
         for address, size in (piece for block in blocks for piece in block if job.direction == "load"):
             ctypes.memset(address, 0x5A, size)
 
-    def poll(self) -> list[Finished]:
+    def poll(self) -> list[JobResult]:
         return []
 
 
@@ -47,15 +46,14 @@ class Beside:
 
     def submit(self, direction: Any, blocks: list[int]) -> None:
         """Job 5. Each block has two places, in two tiers: so there are twice as many rows as blocks."""
-        count, none = len(blocks), np.empty(0, np.int64)
+        count = len(blocks)
         parts = tuple(
             Part(
                 tier=tier,
                 rows=np.arange(tier * count, (tier + 1) * count),
                 blocks=np.arange(count),
                 slots=np.arange(count),
-                seeds=np.zeros(count, np.uint64),
-                recipe=Recipe(lender="", slots=np.arange(count), chunks=none, epochs=none),
+                ids=np.zeros((count, 2), np.uint64),
             )
             for tier in range(2)
         )

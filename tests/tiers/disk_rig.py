@@ -18,11 +18,12 @@ from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import disk_capacity, inventory
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import EvictionPolicy, Lru
-from polder.tiers.places import CpuMover, HostMemory
+from polder.tiers.memories import HostMemory
+from polder.tiers.movers import CpuMover
 from polder.tiers.slots import HostSlots
 from polder.tiers.spill import SpillConfig
 from polder.tiers.tierset import TierSet
-from polder.tiers.transfer import Finished, Job, Pieces, TierWorker
+from polder.tiers.transfer import Job, JobResult, Pieces, TierWorker
 
 PAGE = 64 << 10
 LAYERS, BYTES = 3, 1024
@@ -112,7 +113,7 @@ class Rig:
 
     # ------------------------------------------------------------------ what the connector does
 
-    def run(self, job: Job, blocks: Sequence[Pieces] = ()) -> Finished:
+    def run(self, job: Job, blocks: Sequence[Pieces] = ()) -> JobResult:
         self.worker.submit(job, blocks)
         self.worker.wait([job.number])
         ended = {finished.number: finished for finished in self.worker.poll()}  # spills may have ended meanwhile
@@ -131,7 +132,7 @@ class Rig:
             self.kv[:, at] = content(keys[at], self.weights)
         self.run(job, [self.pieces(at) for at in positions.tolist()])
 
-    def spill(self) -> list[Finished]:
+    def spill(self) -> list[JobResult]:
         """To the end."""
         done = []
         while (job := self.tiers.plan_spills()) is not None:
@@ -151,12 +152,12 @@ class Rig:
         self.tiers.asked(keys, tokens=16 * len(keys))
         return found
 
-    def load(self, keys: Sequence[bytes]) -> Finished:
+    def load(self, keys: Sequence[bytes]) -> JobResult:
         """Loads those that are there. Every block that is not reported as failed has the right bytes."""
         self.tiers.refresh()
         wanted = [key for key, tier in zip(keys, self.tiers.find(keys).tolist(), strict=True) if tier >= 0]
         if not wanted:
-            return Finished(number=0)
+            return JobResult(number=0)
         self.kv[:] = 0xEE
         job = self.tiers.prepare_load(wanted, tokens=16 * len(wanted))
         finished = self.run(job, [self.pieces(at) for at in range(len(wanted))])

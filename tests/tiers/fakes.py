@@ -1,15 +1,23 @@
-"""Slots of borrowed memory whose owners take single ones back whenever the test says so."""
+"""Slots of borrowed memory whose owners take single ones back whenever the test says so; and block ids of small numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from polder.arrays import IntArray
+from polder.arrays import IntArray, UintArray
 from polder.errors import IntegrityError
-from polder.tiers.slots import Recipe, SlotStatistics
+from polder.tiers.slots import Slots, SlotStats
 
 
-class LosingSlots:
+def ids_of(numbers: Sequence[int]) -> UintArray:
+    """[n, 2]"""
+    words = np.array(numbers, dtype=np.uint64)
+    return np.column_stack([words, words])
+
+
+class LosingSlots(Slots):
     def __init__(self, *, name: str, capacity: int) -> None:
         self.name, self.capacity, self.slot_bytes = name, capacity, 64
         self.exists = set(range(capacity))
@@ -50,16 +58,9 @@ class LosingSlots:
         self.reported += len(lost)
         return np.array(lost, dtype=np.int64)
 
-    def recipes(self, slots: IntArray) -> list[tuple[IntArray, Recipe]]:
-        return []
-
-    def statistics(self) -> SlotStatistics:
-        return SlotStatistics(
-            slots=len(self.exists), used=len(self.taken), slot_bytes=self.slot_bytes, lost=self.reported
-        )
+    def stats(self) -> SlotStats:
+        return SlotStats(slots=len(self.exists), used=len(self.taken), slot_bytes=self.slot_bytes, lost=self.reported)
 
     def check_integrity(self) -> None:
         if not self.taken <= self.exists | set(self.unreported):
             raise IntegrityError("a slot is taken that does not exist")
-
-    def close(self) -> None: ...

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from polder.tiers.borrowing import ChunkGeometry, PeerSlots
 from polder.tiers.lending import LendingTable, LotGeometry
-from polder.tiers.slots import Recipe
+from polder.tiers.slots import LentChunks
 
 CAPACITY = 200
 
@@ -148,7 +148,7 @@ class Lives(RuleBasedStateMachine):
         found = borrower.slots.take(count).tolist()
         assert len(set(found)) == len(found) <= count
         assert not borrower.held & set(found), "a slot is taken twice, or before it was told as lost"
-        for slot, (name, recipe, row) in self.recipes(borrower, found).items():
+        for slot, (name, recipe, row) in self.located(borrower, found).items():
             per_lot = self.cut(borrower, name).per_lot
             borrower.held.add(slot)
             borrower.lots[slot] = {(name, lot) for lot in np.unique(recipe.chunks[row] // per_lot).tolist()}
@@ -160,7 +160,7 @@ class Lives(RuleBasedStateMachine):
         """Nothing that is on offer stays unused."""
         borrower = data.draw(st.sampled_from(self.borrowers))
         self.look(borrower)
-        for slot, (name, recipe, row) in self.recipes(borrower, borrower.slots.take(CAPACITY).tolist()).items():
+        for slot, (name, recipe, row) in self.located(borrower, borrower.slots.take(CAPACITY).tolist()).items():
             borrower.held.add(slot)
             lots = np.unique(recipe.chunks[row] // self.cut(borrower, name).per_lot)
             borrower.lots[slot] = {(name, lot) for lot in lots.tolist()}
@@ -215,7 +215,7 @@ class Lives(RuleBasedStateMachine):
     def books_add_up(self) -> None:
         for borrower in self.borrowers:
             borrower.slots.check_integrity()
-            assert borrower.slots.statistics().used == len(borrower.held)
+            assert borrower.slots.stats().used == len(borrower.held)
         for lender in self.lenders.values():
             lender.table.check_integrity()
 
@@ -223,7 +223,7 @@ class Lives(RuleBasedStateMachine):
     def valid_slots_are_apart_and_inside_what_is_lent(self) -> None:
         used: dict[tuple[str, int, int, int], set[int]] = {}
         for borrower in self.borrowers:
-            for slot, (name, recipe, row) in self.recipes(borrower, sorted(borrower.held)).items():
+            for slot, (name, recipe, row) in self.located(borrower, sorted(borrower.held)).items():
                 valid = self.valid(borrower, name, recipe, row)
                 assert valid == (slot not in borrower.dead), (
                     "a slot is lost if and only if one of its lots was taken back"
@@ -263,16 +263,17 @@ class Lives(RuleBasedStateMachine):
     def cut(self, borrower: Borrower, name: str) -> ChunkGeometry:
         return next(lender.cut for lender in borrower.slots._lenders if lender.name == name)
 
-    def recipes(self, borrower: Borrower, slots: list[int]) -> dict[int, tuple[str, Recipe, int]]:
-        found: dict[int, tuple[str, Recipe, int]] = {}
-        for positions, recipe in borrower.slots.recipes(np.array(slots, dtype=np.int64)):
+    def located(self, borrower: Borrower, slots: list[int]) -> dict[int, tuple[str, LentChunks, int]]:
+        found: dict[int, tuple[str, LentChunks, int]] = {}
+        for positions, recipe in borrower.slots.locate(np.array(slots, dtype=np.int64)):
+            assert recipe is not None
             for row, position in enumerate(positions.tolist()):
                 assert slots[position] not in found
                 found[slots[position]] = (recipe.lender, recipe, row)
-        assert sorted(found) == sorted(slots), "recipes do not cover all slots"
+        assert sorted(found) == sorted(slots), "not all slots are located"
         return found
 
-    def valid(self, borrower: Borrower, name: str, recipe: Recipe, row: int) -> bool:
+    def valid(self, borrower: Borrower, name: str, recipe: LentChunks, row: int) -> bool:
         """As a worker finds out."""
         if not name:
             return False

@@ -13,12 +13,10 @@ from hypothesis.stateful import precondition, rule
 from polder.arrays import IntArray
 from polder.errors import ConfigError
 from polder.tiers.density import HitDensity
-from polder.tiers.disk_index import DiskIndex, Spill
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import Lru
-from polder.tiers.index import ABSENT, BlockIndex, Places
-from polder.tiers.pages import short_keys
-from polder.tiers.slots import HostSlots
+from polder.tiers.index import ABSENT, BlockIndex, Spill
+from polder.tiers.slots import HostSlots, block_ids
 from tests.tiers.test_index import KEYS, Lives, rows, some_keys
 
 DISK = 6
@@ -28,6 +26,7 @@ HOST_TIER, DISK_TIER = 1, 2
 @dataclass
 class Spilling:
     spill: Spill
+    keys: list[bytes]
     lost: set[int]
     """Rows whose slots were reported lost since."""
     found: list[bytes]
@@ -36,7 +35,7 @@ class Spilling:
 
 class DiskLives(Lives):
     def make_index(self) -> BlockIndex:
-        self.disk = DiskSlots(name="disk", capacity=DISK, slot_bytes=64, inventory=short_keys(KEYS[-3:]))
+        self.disk = DiskSlots(name="disk", capacity=DISK, slot_bytes=64, inventory=block_ids(KEYS[-3:]))
         tell = self.disk.lost
 
         def lost() -> IntArray:
@@ -47,48 +46,40 @@ class DiskLives(Lives):
         self.disk.lost = lost  # type: ignore[method-assign]
         self.spills: list[Spilling] = []
         self.void_spills: list[Spill] = []
-        return DiskIndex([self.peer, self.host, self.disk], Lru(self.peer.capacity + self.host.capacity + DISK))
+        return BlockIndex([self.peer, self.host, self.disk], Lru(self.peer.capacity + self.host.capacity + DISK))
 
     def __init__(self) -> None:
         super().__init__()
         self.holds = {(DISK_TIER, slot): key for slot, key in enumerate(KEYS[-3:])}
 
-    @property
-    def disk_index(self) -> DiskIndex:
-        assert isinstance(self.index, DiskIndex)
-        return self.index
-
     def no_second_copy_was_left(self, keys: set[bytes]) -> None:
-        """Among the faster tiers: what is on disk, too, does not count."""
-        for key, entry in self.index._entry_of.items():
-            idle = self.index._locks[entry] == 0 and key not in keys
-            fast = int((self.index._place[entry, :DISK_TIER] >= 0).sum())
-            assert not idle or fast < 2, "a block was evicted while another one had two copies"
+        super().no_second_copy_was_left(keys.union(*(job.keys for job in self.spills)))
 
     # ------------------------------------------------------------------ what may happen
 
     @rule(keys=some_keys)
     def ask_for_what_a_former_run_left(self, keys: list[bytes]) -> None:
         before = self.index.find(keys)
-        self.disk_index.adopt(keys, self.now)
+        self.index.adopt(keys, self.now)
         found = self.index.find(keys)
         assert (found[before != ABSENT] == before[before != ABSENT]).all()
         self.committed |= {key for key, tier in zip(keys, found.tolist(), strict=True) if tier == DISK_TIER}
 
     @rule(data=st.data())
     def spill(self, data: st.DataObject) -> None:
-        index = self.disk_index
+        index = self.index
         entries = index.spillable(np.arange(index.capacity))
         if not len(entries):
             return
         chosen = data.draw(st.lists(st.sampled_from(entries.tolist()), min_size=1, unique=True))
-        known = {key for key, entry in index._entry_of.items() if index._place[entry, DISK_TIER] >= 0}
-        left = index.settle_known(np.array(chosen, dtype=np.int64))
+        known = {key for key in KEYS if index.slot(key, DISK_TIER) >= 0}
+        left = index.adopt_entries(np.array(chosen, dtype=np.int64))
         prepared = index.prepare_spill(left)
         if prepared is None:
             self.note_absent()
             return
         spill, _ = prepared
+        names = index.keys(spill.targets.entries)
         for tier, slot in rows(spill.targets):
             assert tier == DISK_TIER
             busy = {place for job in (*self.stores, *self.loads) for place in self.alive(job)}
@@ -96,27 +87,26 @@ class DiskLives(Lives):
             assert (tier, slot) not in busy, "a slot is given away while a transfer uses it"
         for row, (tier, slot) in enumerate(rows(spill.sources)):
             assert tier == HOST_TIER
-            assert self.holds[tier, slot] == spill.sources.keys[row], "a spill reads something else"
-            assert self.index._pins[tier, slot] > 0
-            self.holds[rows(spill.targets)[row]] = b"half of " + spill.targets.keys[row]
-        assert not known & set(spill.targets.keys), "what is on disk is written again"
-        self.spills.append(Spilling(spill, set(), [self.holds[place] for place in rows(spill.sources)]))
+            assert self.holds[tier, slot] == names[row], "a spill reads something else"
+            self.holds[rows(spill.targets)[row]] = b"half of " + names[row]
+        assert not known & set(names), "what is on disk is written again"
+        self.spills.append(Spilling(spill, names, set(), [self.holds[place] for place in rows(spill.sources)]))
         self.note_absent()
 
     @precondition(lambda self: self.spills)
     @rule(data=st.data(), corrupt=st.booleans())
     def spill_ends(self, data: st.DataObject, corrupt: bool) -> None:
         job = self.spills.pop(data.draw(st.integers(0, len(self.spills) - 1)))
-        count = len(job.spill.targets.keys)
+        count = len(job.keys)
         for row, place in enumerate(rows(job.spill.sources)):
             assert self.holds[place] == job.found[row], "a host slot was overwritten while it was spilled"
         failed = data.draw(st.sets(st.integers(0, count - 1)))
         bad = data.draw(st.sets(st.sampled_from(sorted(failed)))) if corrupt and failed else set()
         for row, place in enumerate(rows(job.spill.targets)):
             if row not in job.lost and row not in failed:
-                self.holds[place] = job.spill.targets.keys[row]
-                self.committed.add(job.spill.targets.keys[row])
-        self.disk_index.complete_spill(job.spill, sorted(failed), sorted(bad))
+                self.holds[place] = job.keys[row]
+                self.committed.add(job.keys[row])
+        self.index.complete_spill(job.spill, sorted(failed), sorted(bad))
         self.note_absent()
 
     @rule(slots=st.sets(st.integers(0, DISK - 1), min_size=1), seen=st.booleans())
@@ -137,20 +127,20 @@ class DiskLives(Lives):
     @rule(room=st.integers(0, DISK))
     def disks_come_and_go(self, room: int) -> None:
         self.disk.set_room(room)
-        assert self.disk.statistics().slots >= room or self.disk.overcommitted == 0
+        assert self.disk.stats().slots >= room or self.disk.overcommitted == 0
 
     def drop_everything(self, ended: bool) -> None:
         self.void_spills += [] if ended else [job.spill for job in self.spills]
         self.spills = []
         super().drop_everything(ended)
-        assert self.disk.statistics().used == self.disk.unbound == 0
+        assert self.disk.stats().used == self.disk.unclaimed == 0
 
     @precondition(lambda self: self.void_spills)
     @rule(failed=st.booleans())
     def a_spill_that_was_dropped_ends(self, failed: bool) -> None:
         spill = self.void_spills.pop()
-        bad = list(range(len(spill.targets.keys))) if failed else []
-        self.disk_index.complete_spill(spill, bad, bad)
+        bad = list(range(len(spill.targets))) if failed else []
+        self.index.complete_spill(spill, bad, bad)
 
     # ------------------------------------------------------------------
 
@@ -158,8 +148,8 @@ class DiskLives(Lives):
         targets = {place for row, place in enumerate(rows(job.spill.targets)) if row not in job.lost}
         return targets | set(rows(job.spill.sources))
 
-    def being_written(self) -> list[Places]:
-        return [*super().being_written(), *(job.spill.targets for job in self.spills)]
+    def being_written(self) -> list[list[bytes]]:
+        return [*super().being_written(), *(job.keys for job in self.spills)]
 
 
 TestDiskLives = DiskLives.TestCase
@@ -169,26 +159,26 @@ TestDiskLives.settings = settings(max_examples=250, stateful_step_count=50, dead
 # ---------------------------------------------------------------- what a disk changes
 
 
-def stored(index: DiskIndex, keys: list[bytes], now: float) -> None:
+def stored(index: BlockIndex, keys: list[bytes], now: float) -> None:
     index.complete_store(index.prepare_store(keys, np.arange(len(keys)), now), [])
 
 
-def spilled(index: DiskIndex) -> None:
+def spilled(index: BlockIndex) -> None:
     prepared = index.prepare_spill(index.spillable(np.arange(index.capacity)))
     assert prepared is not None
     index.complete_spill(prepared[0], [], [])
 
 
-def make(host: int, disk: int, former: list[bytes] | None = None) -> DiskIndex:
-    slots = DiskSlots(name="disk", capacity=disk, slot_bytes=64, inventory=short_keys(former or []))
-    return DiskIndex([HostSlots(name="host", size_bytes=host * 64, slot_bytes=64), slots], HitDensity(host + disk))
+def make(host: int, disk: int, former: list[bytes] | None = None) -> BlockIndex:
+    slots = DiskSlots(name="disk", capacity=disk, slot_bytes=64, inventory=block_ids(former or []))
+    return BlockIndex([HostSlots(name="host", size_bytes=host * 64, slot_bytes=64), slots], HitDensity(host + disk))
 
 
 def test_nothing_is_stored_to_disk_but_from_the_host_tier() -> None:
     index = make(4, 8)
     places = index.prepare_store(KEYS[:6], np.arange(6), 0.0)
     assert set(places.tiers.tolist()) == {0}
-    assert len(places.keys) == 4
+    assert len(places) == 4
 
 
 def test_what_is_on_disk_leaves_the_host_tier_without_being_lost() -> None:
@@ -216,8 +206,8 @@ def test_a_block_on_disk_alone_gets_its_place_in_the_host_tier_back() -> None:
 def test_a_page_of_a_former_run_is_not_written_again() -> None:
     index = make(4, 8, former=KEYS[:2])
     stored(index, KEYS[:3], 0.0)
-    assert index._keys[int(index.settle_known(index.spillable(np.arange(12)))[0])] == KEYS[2]
-    assert (index._place[[index._entry_of[key] for key in KEYS[:2]], 1] >= 0).all()
+    assert index.keys(index.adopt_entries(index.spillable(np.arange(12)))) == [KEYS[2]]
+    assert all(index.slot(key, 1) >= 0 for key in KEYS[:2])
     index.check_integrity()
 
 
@@ -226,4 +216,4 @@ def test_a_disk_needs_host_memory_right_before_it() -> None:
     host = HostSlots(name="host", size_bytes=256, slot_bytes=64)
     for tiers in ([disk], [disk, host], [host, disk, host]):
         with pytest.raises(ConfigError, match="host tier"):
-            DiskIndex(tiers, Lru(12))  # type: ignore[arg-type]
+            BlockIndex(tiers, Lru(12))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from polder.diskstore.model import DiskModel
 from polder.emulation.disks import EmulatedDisk, emulated_files
 from polder.errors import ConfigError
-from polder.tiers.pages import short_keys
+from polder.tiers.slots import block_ids
 from polder.tiers.transfer import Job
 from tests.tiers.disk_rig import DISK, Rig, content, names
 
@@ -121,7 +121,7 @@ class DiskTierLives(RuleBasedStateMachine):
     @rule(which=prefixes, other=st.integers(0, 2))
     def a_page_changes_on_disk(self, which: tuple[int, int], other: int) -> None:
         self.spills_end()
-        places = self.rig.store.lookup(short_keys(prefix(which)))
+        places = self.rig.store.lookup(block_ids(prefix(which)))
         directory = self.directories[other]
         slots = places.slots[places.slots[:, other] >= 0, other]
         if len(slots):
@@ -133,7 +133,7 @@ class DiskTierLives(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.spills_end()
-        held = self.rig.store.lookup(short_keys(self.all_keys())).present.any(axis=1)
+        held = self.rig.store.lookup(block_ids(self.all_keys())).present.any(axis=1)
         whole = not self.had_faults and not self.disturbed
         self.end()
         self.begin()
@@ -182,8 +182,7 @@ class DiskTierLives(RuleBasedStateMachine):
         self.weights += 1
         self.rig.weights = self.weights
         self.rig.spill()
-        assert self.rig.tiers.spills is not None
-        self.rig.tiers.spills.resume()
+        self.rig.tiers.unseal()
 
     # ------------------------------------------------------------------ what must hold
 

@@ -18,10 +18,10 @@ from polder.emulation.disks import DiskFaults, EmulatedDisk, EmulatedEngine, Vir
 from polder.errors import ConfigError
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import common_inventory, inventory
-from polder.tiers.pages import short_keys
+from polder.tiers.slots import block_ids
 from polder.tiers.spill import SpillConfig
 from polder.tiers.striping import Striping
-from polder.tiers.transfer import Finished
+from polder.tiers.transfer import JobResult
 from tests.tiers.disk_rig import BLOCK, DISK, HOST, PAGE, SLOT, Rig, names
 
 FAST = DiskModel(bytes_per_s=1e12, latency_s=0.0)
@@ -47,7 +47,7 @@ def test_blocks_that_left_the_host_tier_come_back_from_disk(rig: Rig) -> None:
     assert found.count(DISK) == 24
     assert found.count(HOST) == 16
     assert not rig.load(keys).failed
-    assert rig.tiers.figures()["disk_written_bytes_total"] == 40 * PAGE
+    assert rig.tiers.stats()["disk_written_bytes_total"] == 40 * PAGE
     rig.check()
 
 
@@ -57,7 +57,7 @@ def test_a_spill_needs_no_block_of_the_engine(rig: Rig) -> None:
     rig.kv[:] = 0x55
     rig.spill()
     assert (rig.kv == 0x55).all()
-    assert int(rig.store.lookup(short_keys(keys)).present.sum()) == 8
+    assert int(rig.store.lookup(block_ids(keys)).present.sum()) == 8
 
 
 def test_a_part_larger_than_the_arena_comes_in_chunks(two: list[Path]) -> None:
@@ -76,7 +76,7 @@ def test_a_restart_keeps_hits_and_bytes(two: list[Path]) -> None:
     rig.keep(keys)
     rig.close()
     rig = Rig(two)
-    assert rig.slots.unbound == 40
+    assert rig.slots.unclaimed == 40
     assert len(rig.tiers.index) == 0, "nothing is entered before it is asked for"
     assert rig.ask(keys[:10]) == [DISK] * 10
     assert not rig.load(keys[:10]).failed
@@ -96,9 +96,9 @@ def test_what_a_restart_was_not_asked_for_makes_room_from_the_least_recent_end(t
     rig.load(used)
     rig.close()
     rig = Rig(two, limit_bytes=3 << 20)
-    assert rig.slots.unbound == capacity
+    assert rig.slots.unclaimed == capacity
     rig.keep(names(1000, capacity - len(used)))
-    assert rig.slots.unbound == len(used)
+    assert rig.slots.unclaimed == len(used)
     assert [key for key, tier in zip(keys, rig.tiers.find(keys).tolist(), strict=True) if tier == DISK] == used
     rig.check()
     assert rig.store.evicted == 0
@@ -133,7 +133,7 @@ def test_bytes_that_changed_in_host_memory_are_not_written(rig: Rig) -> None:
     (finished,) = rig.spill()
     assert finished.failed == {3: "corrupt"}
     assert rig.tiers.find(keys).tolist() == [HOST, HOST, HOST, ABSENT, HOST, HOST, HOST, HOST]
-    assert not rig.store.lookup(short_keys(keys)).present[3].any()
+    assert not rig.store.lookup(block_ids(keys)).present[3].any()
     rig.check()
 
 
@@ -149,7 +149,7 @@ def test_a_corrupt_page_is_a_miss_and_said_so(two: list[Path]) -> None:
     assert set(finished.failed.values()) == {"corrupt"}
     assert len(finished.failed) == 8
     assert rig.tiers.find(keys[:8]).tolist() == [ABSENT] * 8
-    assert rig.tiers.figures()["tier_disk_corrupt_blocks_total"] == 8
+    assert rig.tiers.stats()["tier_disk_corrupt_blocks_total"] == 8
     rig.check()
     rig.close()
 
@@ -168,15 +168,15 @@ def test_a_disk_that_dies_takes_its_pages_and_its_room_along(two: list[Path]) ->
     assert 0 < len(finished.failed) < 20
     assert rig.store.states == ("out", "ok")
     found = np.array(rig.ask(keys))
-    here = rig.store.lookup(short_keys(keys)).present.any(axis=1)
+    here = rig.store.lookup(block_ids(keys)).present.any(axis=1)
     assert (here[found == DISK]).all(), "what the disk took along is told, also what nobody has tried to load"
     assert (found == ABSENT).sum() > len(finished.failed)
-    assert rig.slots.statistics().slots < 0.6 * capacity
+    assert rig.slots.stats().slots < 0.6 * capacity
     assert not rig.load(keys).failed
     rig.keep(names(500, capacity))
     rig.check()
     assert rig.store.evicted == 0
-    assert rig.tiers.figures()["disk_disks_ok"] == 1
+    assert rig.tiers.stats()["disk_disks_ok"] == 1
     rig.close()
 
 
@@ -236,7 +236,7 @@ def test_disks_that_refuse_writes_still_serve_and_nothing_makes_room_for_nothing
         disk.refuse_writes(number)
     rig.keep(names(1000, 200))
     kept = rig.ask(keys).count(DISK)
-    assert kept >= rig.slots.statistics().slots - 40, "a few batches were evicted for writes that failed, not all"
+    assert kept >= rig.slots.stats().slots - 40, "a few batches were evicted for writes that failed, not all"
     assert set(rig.store.states) == {"read-only"}
     assert rig.tiers.plan_spills() is None
     assert not rig.load(keys).failed
@@ -279,7 +279,7 @@ def test_later_turns_go_on_where_the_prefix_ended(two: list[Path]) -> None:
     for end in (5, 6, 13, 24):
         rig.compute(keys[:end])
         rig.spill()
-    present = rig.store.lookup(short_keys(keys)).present
+    present = rig.store.lookup(block_ids(keys)).present
     assert present.sum(axis=0).tolist() == [12, 12]
     assert (present.argmax(axis=1)[1:] != present.argmax(axis=1)[:-1]).all()
     rig.close()
@@ -296,7 +296,7 @@ def test_reads_follow_the_speeds_that_were_measured(two: list[Path]) -> None:
     rig.load(keys[:16])
     assert rig.memory._reader.speeds()[0] == pytest.approx(2 * rig.memory._reader.speeds()[1], rel=0.05)
     rig.keep(names(100, 27))
-    present = rig.store.lookup(short_keys(names(100, 27))).present
+    present = rig.store.lookup(block_ids(names(100, 27))).present
     assert abs(int(present[:, 0].sum()) - 18) <= 2, "two of three pages on the disk that is twice as fast"
     rig.close()
 
@@ -311,9 +311,9 @@ def test_pages_that_are_read_most_get_second_copies_within_the_budget_and_outliv
         rig.ask(keys[:4])
         assert not rig.load(keys[:4]).failed
         rig.spill()
-    present = rig.store.lookup(short_keys(keys)).present
+    present = rig.store.lookup(block_ids(keys)).present
     assert present.sum(axis=1).tolist() == [2] * 4 + [1] * 36
-    figures = rig.tiers.figures()
+    figures = rig.tiers.stats()
     assert figures["disk_copied_bytes_total"] == 4 * PAGE
     assert figures["disk_written_bytes_total"] == 44 * PAGE
     disks[two[0]].die()
@@ -331,7 +331,7 @@ def test_copies_make_way_when_pages_need_the_room(two: list[Path]) -> None:
     rig.keep(keys)
     rig.memory._mirror.reads[:] = 9.0
     room = int(rig.store.free.sum())
-    assert rig.memory.tend(100).size_bytes > 0
+    assert rig.memory.replicate(100).size_bytes > 0
     assert int(rig.memory._mirror.twice.sum()) <= max(1, room)
     rig.keep(names(1000, 3 * rig.slots.capacity))
     rig.check()
@@ -342,13 +342,13 @@ def test_copies_make_way_when_pages_need_the_room(two: list[Path]) -> None:
 # ---------------------------------------------------------------- keys, the inventory, everything forgotten
 
 
-def test_short_keys_differ_by_group_and_by_every_byte() -> None:
+def test_block_ids_differ_by_group_and_by_every_byte() -> None:
     key = bytes(range(32))
     variants = [key + group.to_bytes(4, "big") for group in range(8)]
     variants += [bytes([*key[:at], key[at] ^ 1, *key[at + 1 :]]) + b"\0\0\0\0" for at in range(32)]
     variants += [key[:16], key[:17]]
-    assert len({tuple(row) for row in short_keys(variants).tolist()}) == len(variants)
-    assert short_keys([]).shape == (0, 2)
+    assert len({tuple(row) for row in block_ids(variants).tolist()}) == len(variants)
+    assert block_ids([]).shape == (0, 2)
 
 
 def test_the_inventory_is_what_can_be_read_once_each_most_recent_first(two: list[Path]) -> None:
@@ -358,7 +358,7 @@ def test_the_inventory_is_what_can_be_read_once_each_most_recent_first(two: list
     rig.load(keys[:4])
     kept = inventory(rig.store, 100)
     assert len(kept) == 16
-    assert {tuple(row) for row in kept[:4].tolist()} == {tuple(row) for row in short_keys(keys[:4]).tolist()}
+    assert {tuple(row) for row in kept[:4].tolist()} == {tuple(row) for row in block_ids(keys[:4]).tolist()}
     assert len(inventory(rig.store, 5)) == 5
     rig.close()
 
@@ -375,17 +375,17 @@ def test_pages_beyond_the_agreed_inventory_are_forgotten(two: list[Path]) -> Non
     rig = Rig(two, host_slots=8)
     keys = names(0, 16)
     rig.keep(keys)
-    agreed = short_keys(keys[:10])
+    agreed = block_ids(keys[:10])
     arena = Arena(6, PAGE)
     memory = DiskMemory(
         rig.store, arena, host_address=rig.region.ctypes.data, host_slot_bytes=SLOT, capacity=20, inventory=agreed
     )
-    assert rig.store.lookup(short_keys(keys)).present.any(axis=1).tolist() == [True] * 10 + [False] * 6
-    lost = np.concatenate((agreed, short_keys(names(90, 1))))
+    assert rig.store.lookup(block_ids(keys)).present.any(axis=1).tolist() == [True] * 10 + [False] * 6
+    lost = np.concatenate((agreed, block_ids(names(90, 1))))
     memory = DiskMemory(
         rig.store, arena, host_address=rig.region.ctypes.data, host_slot_bytes=SLOT, capacity=20, inventory=lost
     )
-    assert memory.news().lost.tolist() == [10], "what the store has not is told"
+    assert memory.state().lost.tolist() == [10], "what the store has not is told"
     rig.close()
 
 
@@ -399,9 +399,8 @@ def test_everything_dropped_is_gone_for_good_and_other_bytes_never_come_back_und
     rig.weights = 1
     rig.compute(keys[:8])
     assert len(rig.spill()) == 1, "the job that empties the disks, and nothing after it"
-    assert not rig.store.lookup(short_keys(keys)).present.any()
-    assert rig.tiers.spills is not None
-    rig.tiers.spills.resume()
+    assert not rig.store.lookup(block_ids(keys)).present.any()
+    rig.tiers.unseal()
     rig.keep(keys)
     assert not rig.load(keys).failed
     rig.check()
@@ -412,23 +411,22 @@ def test_new_weights_leave_the_pages_where_they_are_and_end_the_spills(two: list
     rig = Rig(two, host_slots=8)
     keys = names(0, 24)
     rig.keep(keys)
-    kept = rig.store.lookup(short_keys(keys)).present.sum()
+    kept = rig.store.lookup(block_ids(keys)).present.sum()
     rig.memory.stop()
     rig.tiers.drop_all()
-    assert rig.tiers.spills is not None
-    rig.tiers.spills.resume()  # as the manager does: it is for the workers to know of the weights
+    rig.tiers.unseal()  # as the manager does: it is for the workers to know of the weights
     rig.weights = 1
     assert [finished.failed for finished in rig.spill()] == [{}], (
         "the job that would empty the disks tells that they are stopped"
     )
-    written = rig.tiers.figures()["disk_written_bytes_total"]
+    written = rig.tiers.stats()["disk_written_bytes_total"]
     rig.keep(names(100, 40))
     assert rig.tiers.plan_spills() is None
-    assert not rig.tiers.spills.busy
-    figures = rig.tiers.figures()
+    assert not rig.tiers.spilling
+    figures = rig.tiers.stats()
     assert figures["disk_written_bytes_total"] == written
     assert figures["tier_disk_failed_blocks_total"] == figures["disk_disks_ok"] == 0
-    assert rig.store.lookup(short_keys(keys)).present.sum() == kept
+    assert rig.store.lookup(block_ids(keys)).present.sum() == kept
     rig.close()
     rig = Rig(two, host_slots=8)  # with the old weights again
     assert not rig.load(keys).failed
@@ -443,7 +441,7 @@ def test_a_page_in_a_new_slot_outlives_its_old_one(two: list[Path]) -> None:
     rig.keep(keys, at_once=4)
     rig.keep(names(100, 4), at_once=4)
     job = rig.tiers.prepare_load(keys, tokens=64)
-    rig.tiers.report(Finished(number=job.number, failed=dict.fromkeys(range(4), "error")))
+    rig.tiers.report(JobResult(number=job.number, failed=dict.fromkeys(range(4), "error")))
     for key in (keys[1], keys[2], keys[0], keys[3]):  # so each gets a slot that another of them had
         rig.keep([key])
     rig.keep(names(300, 20), at_once=4)
@@ -456,7 +454,7 @@ def test_a_page_in_a_new_slot_outlives_its_old_one(two: list[Path]) -> None:
 def test_a_page_that_the_store_has_already_is_written_anew(rig: Rig) -> None:
     """It may be of a time before everything was dropped, by a scheduler that this worker has not heard of."""
     keys = names(0, 8)
-    short = short_keys(keys)
+    short = block_ids(keys)
     rig.arena.bytes[:8] = 0xAB
     assert rig.store.write(short, rig.arena.addresses[:8]).all()
     rig.keep(keys)

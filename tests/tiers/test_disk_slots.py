@@ -28,30 +28,30 @@ class Lives(RuleBasedStateMachine):
     def begin(self, former: int) -> None:
         self.keys = numbered(CAPACITY + 2)
         self.slots = DiskSlots(name="disk", capacity=CAPACITY, slot_bytes=64, inventory=self.keys[:former])
-        self.unbound = set(range(min(former, CAPACITY)))
+        self.unclaimed = set(range(min(former, CAPACITY)))
         self.taken: set[int] = set()
         self.lost: set[int] = set()
         self.room = CAPACITY
 
     @rule(count=st.integers(0, CAPACITY))
     def take(self, count: int) -> None:
-        spare = CAPACITY - len(self.taken) - len(self.unbound)
+        spare = CAPACITY - len(self.taken) - len(self.unclaimed)
         slots = self.slots.take(count).tolist()
         assert len(set(slots)) == len(slots) <= count
         assert not set(slots) & self.taken, "a slot is taken twice"
         assert len(self.taken) + len(slots) <= max(self.room, len(self.taken)), "more than there is room for"
-        gone = self.unbound - set(np.flatnonzero(self.slots._state == 2).tolist())
-        assert gone == set(sorted(self.unbound)[len(self.unbound) - len(gone) :]), "not those used longest ago"
+        gone = self.unclaimed - set(np.flatnonzero(self.slots._state == 2).tolist())
+        assert gone == set(sorted(self.unclaimed)[len(self.unclaimed) - len(gone) :]), "not those used longest ago"
         assert not gone or len(slots) > spare - (CAPACITY - self.room) or len(slots) < count
-        self.unbound -= gone
+        self.unclaimed -= gone
         self.taken |= set(slots)
 
     @rule(rows=st.lists(st.integers(0, CAPACITY + 1), max_size=6))
     def claim(self, rows: list[int]) -> None:
         slots = self.slots.claim(self.keys[rows].reshape(-1, 2))
-        want = [row if row in self.unbound and row not in rows[:at] else -1 for at, row in enumerate(rows)]
+        want = [row if row in self.unclaimed and row not in rows[:at] else -1 for at, row in enumerate(rows)]
         assert slots.tolist() == want
-        self.unbound -= set(rows)
+        self.unclaimed -= set(rows)
         self.taken |= {slot for slot in want if slot >= 0}
 
     @rule(slots=some_slots)
@@ -68,7 +68,7 @@ class Lives(RuleBasedStateMachine):
     def report_lost(self, slots: set[int]) -> None:
         self.slots.report_lost(np.array(sorted(slots), dtype=np.int64))
         self.lost |= slots & self.taken
-        self.unbound -= slots
+        self.unclaimed -= slots
 
     @rule()
     def tell(self) -> None:
@@ -80,23 +80,23 @@ class Lives(RuleBasedStateMachine):
     def set_room(self, room: int) -> None:
         self.slots.set_room(room)
         self.room = min(room, CAPACITY)
-        over = len(self.taken) + len(self.unbound) - self.room
+        over = len(self.taken) + len(self.unclaimed) - self.room
         if over > 0:
-            self.unbound = set(sorted(self.unbound)[: max(0, len(self.unbound) - over)])
+            self.unclaimed = set(sorted(self.unclaimed)[: max(0, len(self.unclaimed) - over)])
 
     @rule(rarely=st.integers(0, 9))
-    def forget_inventory(self, rarely: int) -> None:
+    def forget_unclaimed(self, rarely: int) -> None:
         if not rarely:
-            self.slots.forget_inventory()
-            self.unbound = set()
+            self.slots.forget_unclaimed()
+            self.unclaimed = set()
 
     @invariant()
     def books_add_up(self) -> None:
         if hasattr(self, "slots"):
             self.slots.check_integrity()
-            assert self.slots.statistics().used == len(self.taken)
-            assert self.slots.unbound == len(self.unbound)
-            assert self.slots.overcommitted == 0 or self.slots.statistics().slots == len(self.taken)
+            assert self.slots.stats().used == len(self.taken)
+            assert self.slots.unclaimed == len(self.unclaimed)
+            assert self.slots.overcommitted == 0 or self.slots.stats().slots == len(self.taken)
 
 
 TestLives = Lives.TestCase
@@ -116,7 +116,7 @@ def test_a_million_pages_of_a_former_run_cost_a_second_and_some_megabytes_at_the
     assert held < 80 << 20
     assert (slots.claim(keys[:1000]) == np.arange(1000)).all()
     assert len(slots.take(5000)) == 5000
-    assert slots.unbound == 994_000
+    assert slots.unclaimed == 994_000
 
 
 def test_a_key_that_comes_twice_is_refused() -> None:
@@ -131,5 +131,5 @@ def test_a_disk_that_dies_is_told_of_in_parts() -> None:
     slots.set_room(2000)
     told = [len(slots.lost()) for _ in range(4)]
     assert told == [4096, 4096, 1808, 0]
-    assert slots.statistics().slots == 2000
+    assert slots.stats().slots == 2000
     assert len(slots.take(3000)) == 2000

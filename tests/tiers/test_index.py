@@ -35,6 +35,8 @@ def spans(tiers: list[Slots]) -> BlockIndex:
 @dataclass
 class Job:
     places: Places
+    keys: list[bytes]
+    """One for each row."""
     lost: set[int]
     """Rows whose slots were taken back since."""
 
@@ -72,34 +74,36 @@ class Lives(RuleBasedStateMachine):
         busy = {slot for job in (*self.stores, *self.loads) for slot in self.alive(job)}
         assert len(set(rows(places))) == len(rows(places)), "a slot is given to two blocks"
         assert not busy & set(rows(places)), "a slot is given away while a transfer uses it"
-        assert [keys[i] for i in places.positions.tolist()] == list(places.keys)
+        names = self.index.keys(places.entries)
+        assert [keys[i] for i in places.positions.tolist()] == names
         for row, slot in enumerate(rows(places)):
-            self.holds[slot] = FOREIGN if row % 2 else b"half of " + places.keys[row]
+            self.holds[slot] = FOREIGN if row % 2 else b"half of " + names[row]
         gone = {key for key in before if self.index.find([key])[0] == ABSENT}
         assert not gone & set(keys), "a block of the prefix made room for another one of it"
         if gone:
             self.no_second_copy_was_left(set(keys))
-        self.stores.append(Job(places, set()))
+        self.stores.append(Job(places, names, set()))
         self.note_absent()
 
     def no_second_copy_was_left(self, keys: set[bytes]) -> None:
-        for key, entry in self.index._entry_of.items():
-            idle = self.index._locks[entry] == 0 and key not in keys
-            assert not idle or self.index._copies[entry] < 2, "a block was evicted while another one had two copies"
+        busy = keys.union(*(job.keys for job in (*self.stores, *self.loads)))
+        for key in set(KEYS) - busy:
+            copies = sum(self.index.slot(key, tier) >= 0 for tier in (0, 1))
+            assert copies < 2, "a block was evicted while another one had two copies"
 
     @precondition(lambda self: self.stores)
     @rule(data=st.data())
     def store_ends(self, data: st.DataObject) -> None:
         job = self.stores.pop(data.draw(st.integers(0, len(self.stores) - 1)))
-        failed = data.draw(st.sets(st.integers(0, len(job.places.keys) - 1))) if job.places.keys else set()
+        failed = data.draw(st.sets(st.integers(0, len(job.keys) - 1))) if job.keys else set()
         self.end_store(job, failed | (job.lost if data.draw(st.booleans()) else set()))
 
     def end_store(self, job: Job, failed: set[int]) -> None:
         for row, slot in enumerate(rows(job.places)):
             if row not in job.lost:
-                self.holds[slot] = job.places.keys[row]
+                self.holds[slot] = job.keys[row]
             if row not in failed:  # what is lost after it was written may be found until the index looks
-                self.committed.add(job.places.keys[row])
+                self.committed.add(job.keys[row])
         self.index.complete_store(job.places, sorted(failed))
         self.note_absent()
 
@@ -112,7 +116,8 @@ class Lives(RuleBasedStateMachine):
         keys = [key for key, tier in zip(keys, found.tolist(), strict=True) if tier >= 0]
         places = self.index.prepare_load(keys)
         assert places.tiers.tolist() == found[found >= 0].tolist()
-        job = Job(places, {row for row, (tier, slot) in enumerate(rows(places)) if tier == 0 and self.vanished(slot)})
+        lost = {row for row, (tier, slot) in enumerate(rows(places)) if tier == 0 and self.vanished(slot)}
+        job = Job(places, keys, lost)
         if keys:
             self.loads.append(job)
 
@@ -126,13 +131,13 @@ class Lives(RuleBasedStateMachine):
     def load_ends(self, data: st.DataObject, fails: bool) -> None:
         job = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
         failed = set(job.lost)
-        if fails and job.places.keys:
-            failed |= data.draw(st.sets(st.integers(0, len(job.places.keys) - 1)))
+        if fails and job.keys:
+            failed |= data.draw(st.sets(st.integers(0, len(job.keys) - 1)))
         self.index.complete_load(job.places, sorted(failed))
         for row in failed:
             tier, slot = rows(job.places)[row]
             if row not in job.lost:
-                assert self.index._owner[tier, slot] == -1, "a place that gave wrong bytes is still there"
+                assert self.index.slot(job.keys[row], tier) != slot, "a place that gave wrong bytes is still there"
         self.note_absent()
 
     @rule(keys=some_keys)
@@ -172,14 +177,14 @@ class Lives(RuleBasedStateMachine):
         self.loads, self.stores, self.committed = [], [], set()
         assert len(self.index) == 0
         assert (self.index.find(KEYS) == ABSENT).all()
-        assert self.host.statistics().used == 0
+        assert self.host.stats().used == 0
         assert not self.peer.taken
 
     @precondition(lambda self: self.void)
     @rule(failed=st.booleans())
     def what_was_dropped_under_way_ends(self, failed: bool) -> None:
         kind, places = self.void.pop()
-        rows = list(range(len(places.keys))) if failed else []
+        rows = list(range(len(places))) if failed else []
         (self.index.complete_load if kind == "load" else self.index.complete_store)(places, rows)
 
     # ------------------------------------------------------------------ what must hold
@@ -188,37 +193,31 @@ class Lives(RuleBasedStateMachine):
     def books_add_up(self) -> None:
         self.index.check_integrity()
         assert len(self.index) <= self.index.capacity
-        writing = (self.index._writing != -1).sum(axis=1)
-        pinned = np.zeros(self.index.capacity, dtype=np.int64)
-        for tier in range(len(self.index._tiers)):
-            for slot in np.flatnonzero(self.index._owner[tier] != -1):
-                pinned[self.index._owner[tier, slot]] += self.index._pins[tier, slot]
-        assert np.array_equal(self.index._locks, writing + pinned)
 
     @invariant()
     def what_is_found_was_committed_and_its_slot_still_holds_it(self) -> None:
         for key, tier in zip(KEYS, self.index.find(KEYS).tolist(), strict=True):
             if tier >= 0:
                 assert key in self.committed
-                slot = int(self.index._place[self.index._entry_of[key], tier])
+                slot = self.index.slot(key, tier)
                 lost = tier == 0 and self.vanished(slot)
                 assert lost or self.holds[tier, slot] == key
             elif tier == PENDING:
-                assert any(key in places.keys for places in self.being_written())
+                assert any(key in keys for keys in self.being_written())
 
     @invariant()
     def what_is_loaded_stays_until_it_is_or_is_lost(self) -> None:
         for job in self.loads:
             for row, slot in enumerate(rows(job.places)):
-                assert row in job.lost or self.holds[slot] == job.places.keys[row]
+                assert row in job.lost or self.holds[slot] == job.keys[row]
 
     # ------------------------------------------------------------------
 
     def vanished(self, slot: int) -> bool:
         return slot in self.peer.unreported
 
-    def being_written(self) -> list[Places]:
-        return [job.places for job in self.stores]
+    def being_written(self) -> list[list[bytes]]:
+        return [job.keys for job in self.stores]
 
     def alive(self, job: Job) -> set[Slot]:
         return {slot for row, slot in enumerate(rows(job.places)) if row not in job.lost}
@@ -237,14 +236,15 @@ def test_a_prefix_that_does_not_fit_loses_its_end() -> None:
     host = HostSlots(name="host", size_bytes=3 * 64, slot_bytes=64)
     index = spans([host])
     places = index.prepare_store(KEYS[:5], np.arange(5, dtype=np.int64), 0.0)
-    assert list(places.keys) == KEYS[:3]
+    assert index.keys(places.entries) == KEYS[:3]
 
 
 def test_known_blocks_get_their_copies_in_all_tiers_with_room() -> None:
     tiers: list[Slots] = [LosingSlots(name="peer", capacity=2), HostSlots(name="host", size_bytes=128, slot_bytes=64)]
     index = spans(tiers)
     places = index.prepare_store(KEYS[:2], np.arange(2, dtype=np.int64), 0.0)
-    assert sorted(zip(places.keys, places.tiers.tolist(), strict=True)) == [(k, t) for k in KEYS[:2] for t in (0, 1)]
+    found = zip(index.keys(places.entries), places.tiers.tolist(), strict=True)
+    assert sorted(found) == [(k, t) for k in KEYS[:2] for t in (0, 1)]
 
 
 def test_a_block_in_two_tiers_gives_up_its_faster_copy_first() -> None:
@@ -269,6 +269,6 @@ def test_a_load_from_a_slot_that_was_lost_leaves_the_block_that_came_after_alone
     new = index.prepare_load(KEYS[1:2])
     index.complete_load(old, [0])
     assert index.find(KEYS[:2]).tolist() == [ABSENT, 0]
-    assert not len(index.prepare_store(KEYS[:1], one, 2.0).keys), "the slot is given away while it is read"
+    assert not len(index.prepare_store(KEYS[:1], one, 2.0)), "the slot is given away while it is read"
     index.complete_load(new, [])
     index.check_integrity()

@@ -21,11 +21,13 @@ from polder.memory.cpu import CpuBackend
 from polder.tiers import transfer
 from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.lending import open_table
-from polder.tiers.places import CpuMover, HostMemory, Lent, PeerMemory
+from polder.tiers.memories import HostMemory, Lent, PeerMemory
+from polder.tiers.movers import CpuMover
 from polder.tiers.reach import ASK_TIMEOUT_S, BrokerReach
-from polder.tiers.slots import Recipe
+from polder.tiers.slots import LentChunks
 from polder.tiers.transfer import Job, Mover, Part, Pieces, TierWorker
 from tests.serve.fakes import wait_for
+from tests.tiers.fakes import ids_of
 
 ROWS, BYTES = 32, 512
 
@@ -59,8 +61,8 @@ def broker(short_dir: Path) -> Iterator[tuple[Path, int]]:
 def job(number: int, rows: int = ROWS, lender: str = "b") -> Job:
     numbers = np.arange(rows)
     chunks = np.zeros((rows, 1, 1), dtype=np.int64)
-    recipe = Recipe(lender=lender, slots=numbers, chunks=chunks, epochs=chunks)
-    part = Part(tier=0, rows=numbers, blocks=numbers, slots=numbers, seeds=numbers.astype(np.uint64), recipe=recipe)
+    lent = LentChunks(lender=lender, chunks=chunks, epochs=chunks)
+    part = Part(tier=0, rows=numbers, blocks=numbers, slots=numbers, ids=ids_of(range(rows)), lent=lent)
     return Job(number=number, direction="store", parts=(part,))
 
 
@@ -126,11 +128,11 @@ def test_who_waits_for_jobs_waits_for_the_row_that_is_copied_and_no_more(monkeyp
     stored: list[int] = []
 
     class Slow(HostMemory):
-        def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
             begun.set()
             go_on.wait(30.0)
             stored.append(row)
-            return super().store(recipe, row, block, mover)
+            return super().store(part, row, block, mover)
 
     region, kv = np.zeros(ROWS * BYTES, dtype=np.uint8), np.ones(BYTES, dtype=np.uint8)
     worker = TierWorker({(0, "store"): Slow(region.ctypes.data, BYTES)}, CpuMover(), seed=1, capacities={0: ROWS})

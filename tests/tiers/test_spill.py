@@ -13,11 +13,11 @@ from polder.errors import ConfigError
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import Lru
 from polder.tiers.index import ABSENT
-from polder.tiers.pages import short_keys
-from polder.tiers.slots import HostSlots, Slots
+from polder.tiers.slots import HostSlots, Slots, block_ids
 from polder.tiers.spill import SpillConfig
 from polder.tiers.tierset import TierSet
-from polder.tiers.transfer import Finished, Job
+from polder.tiers.transfer import Job, JobResult
+from polder.tiers.write_admission import WriteAdmission
 from tests.tiers.disk_rig import Clock, names
 
 SLOT, PAGE = 1 << 16, 1 << 16
@@ -46,13 +46,13 @@ class Machine:
 
     def end(self, job: Job, failed: dict[int, str] | None = None, *, seconds: float = 0.01, ok: int = 2) -> None:
         for _ in range(self.ranks):
-            finished = Finished(number=job.number, failed=failed or {})  # type: ignore[arg-type]
+            finished = JobResult(number=job.number, failed=failed or {})  # type: ignore[arg-type]
             for part in job.parts:
                 count = len(part.rows) + job.copies - len(failed or {})
                 finished.moved[part.tier] = (count * PAGE, seconds)
                 if part.tier == DISK:
                     finished.room[DISK] = self.disk.capacity
-                    finished.figures["disks_ok"] = ok
+                    finished.gauges["disks_ok"] = ok
             self.tiers.report(pickle.loads(pickle.dumps(finished)))
         self.tiers.check_integrity()
 
@@ -61,8 +61,8 @@ class Machine:
         assert job is not None
         return pickle.loads(pickle.dumps(job))  # type: ignore[no-any-return]
 
-    def figure(self, name: str) -> float:
-        return self.tiers.figures()[name]
+    def stat(self, name: str) -> float:
+        return self.tiers.stats()[name]
 
 
 def test_few_spills_are_under_way_and_each_is_bounded() -> None:
@@ -80,10 +80,9 @@ def test_a_job_says_what_the_worker_needs() -> None:
     keys = names(0, 5)
     machine.store(keys)
     part = machine.plan().parts[0]
-    assert part.pages is not None
-    assert np.array_equal(part.pages.keys, short_keys(keys))
-    assert np.diff(part.pages.stripes).tolist() == [1] * 4
-    assert len(set(part.slots.tolist())) == len(set(part.pages.sources.tolist())) == 5
+    assert np.array_equal(part.ids, block_ids(keys))
+    assert np.diff(part.stripes).tolist() == [1] * 4
+    assert len(set(part.slots.tolist())) == len(set(part.sources.tolist())) == 5
 
 
 def test_a_block_that_is_being_spilled_is_not_evicted() -> None:
@@ -101,25 +100,24 @@ def test_what_failed_is_not_on_disk_and_what_was_corrupt_is_nowhere() -> None:
     machine.store(names(0, 4))
     machine.end(machine.plan(), {1: "error", 2: "corrupt"})
     assert machine.tiers.find(names(0, 4)).tolist() == [HOST, HOST, ABSENT, HOST]
-    assert machine.disk.statistics().used == 2
-    assert machine.figure("tier_disk_failed_blocks_total") == 1
-    assert machine.figure("tier_host_corrupt_blocks_total") == 1
-    assert machine.figure("disk_spilled_blocks_total") == 2
+    assert machine.disk.stats().used == 2
+    assert machine.stat("tier_disk_failed_blocks_total") == 1
+    assert machine.stat("tier_host_corrupt_blocks_total") == 1
+    assert machine.stat("disk_spilled_blocks_total") == 2
 
 
 def test_every_rank_must_have_written_a_page_before_it_is_found() -> None:
     machine = Machine(host=4, ranks=2)
     machine.store(names(0, 4))
     job = machine.plan()
-    finished = Finished(number=job.number, moved={DISK: (4 * PAGE, 0.1)})
+    finished = JobResult(number=job.number, moved={DISK: (4 * PAGE, 0.1)})
     machine.tiers.report(finished)
-    assert machine.disk.statistics().used == 4
-    assert machine.tiers.spills is not None
-    assert machine.tiers.spills.busy
-    machine.tiers.report(Finished(number=job.number, failed={0: "error"}, moved={DISK: (3 * PAGE, 0.1)}))
-    assert machine.disk.statistics().used == 3
-    assert machine.figure("disk_written_bytes_total") == 7 * PAGE
-    assert machine.figure("tier_disk_store_seconds_total") == pytest.approx(0.2)
+    assert machine.disk.stats().used == 4
+    assert machine.tiers.spilling
+    machine.tiers.report(JobResult(number=job.number, failed={0: "error"}, moved={DISK: (3 * PAGE, 0.1)}))
+    assert machine.disk.stats().used == 3
+    assert machine.stat("disk_written_bytes_total") == 7 * PAGE
+    assert machine.stat("tier_disk_store_seconds_total") == pytest.approx(0.2)
     machine.tiers.check_integrity()
 
 
@@ -132,7 +130,7 @@ def test_the_budget_bounds_what_is_written_and_says_what_it_refused() -> None:
         machine.end(job)
     assert machine.tiers.plan_spills() is None
     assert written == 10, "an hour's worth"
-    assert machine.figure("disk_budget_refused_blocks_total") == 20
+    assert machine.stat("disk_budget_refused_blocks_total") == 20
     machine.clock.now += 1900.0
     machine.tiers.asked(names(0, 30), tokens=1)
     machine.end(machine.tiers.prepare_load(names(0, 30), tokens=30 * 16))
@@ -149,13 +147,13 @@ def test_what_is_not_admitted_is_written_when_it_is_used_again() -> None:
         machine.store(keys)
         while (job := machine.tiers.plan_spills()) is not None:
             machine.end(job)
-    refused = machine.figure("disk_admission_refused_blocks_total")
+    refused = machine.stat("disk_admission_refused_blocks_total")
     assert refused > 800
     machine.tiers.asked(keys, tokens=16 * 16)
     machine.end(machine.tiers.prepare_load(keys, tokens=16 * 16))
     assert len(machine.plan().parts[0].rows) == 8
     assert len(machine.plan().parts[0].rows) == 8
-    assert machine.figure("disk_admission_refused_blocks_total") == refused
+    assert machine.stat("disk_admission_refused_blocks_total") == refused
 
 
 def test_nothing_is_spilled_while_blocks_are_about_to_move_or_no_disk_can_be_written() -> None:
@@ -178,12 +176,12 @@ def test_copies_are_paid_from_the_budget_and_what_is_not_used_is_given_back() ->
     assert machine.tiers.plan_spills() is None, "nothing was read from disk"
     machine.end(machine.tiers.prepare_load(keys, tokens=64))
     job = machine.plan()
-    assert (job.direction, job.copies) == ("tend", 4), "what is left of the hour"
+    assert (job.direction, job.copies) == ("replicate", 4), "what is left of the hour"
     assert machine.tiers.plan_spills() is None
     machine.tiers.report(
-        Finished(number=job.number, moved={DISK: (PAGE, 0.1)}, room={DISK: 64}, figures={"disks_ok": 2})
+        JobResult(number=job.number, moved={DISK: (PAGE, 0.1)}, room={DISK: 64}, gauges={"disks_ok": 2})
     )
-    assert machine.figure("disk_copied_bytes_total") == PAGE
+    assert machine.stat("disk_copied_bytes_total") == PAGE
     machine.clock.now += 2.0
     machine.end(machine.tiers.prepare_load(keys, tokens=64))
     assert machine.plan().copies == 3
@@ -202,8 +200,7 @@ def test_everything_dropped_empties_the_disk_once_and_stops_writing() -> None:
     machine.end(late)
     machine.end(job)
     assert machine.tiers.plan_spills() is None
-    assert machine.tiers.spills is not None
-    machine.tiers.spills.resume()
+    machine.tiers.unseal()
     assert len(machine.plan().parts[0].rows) == 8
 
 
@@ -226,29 +223,29 @@ def test_a_disk_that_is_slower_than_recomputing_is_refused_and_a_fast_one_is_use
     for _ in range(400):
         machine.end(machine.tiers.prepare_load(keys, tokens=128), seconds=0.002)
     assert machine.tiers.plan_load(tiers).blocks == 8
-    assert machine.figure("tier_disk_hit_tokens_total") > 0
+    assert machine.stat("tier_disk_hit_tokens_total") > 0
 
 
-def test_figures_name_the_disk_as_every_other_tier() -> None:
+def test_stats_name_the_disk_as_every_other_tier() -> None:
     machine = Machine()
     machine.store(names(0, 8))
     machine.end(machine.plan())
-    figures = machine.tiers.figures()
-    assert figures["tier_disk_used_bytes"] == 8 * PAGE
-    assert figures["tier_disk_size_bytes"] == 64 * PAGE
-    assert figures["tier_disk_stored_bytes_total"] == 8 * PAGE
-    assert figures["disk_disks_ok"] == 2
-    assert {name for name in figures if name.startswith("disk_")} == {metric.key for metric in metrics.DISKS}
-    assert figures["disk_written_bytes_per_day"] == pytest.approx(24 * 8 * PAGE)
+    stats = machine.tiers.stats()
+    assert stats["tier_disk_used_bytes"] == 8 * PAGE
+    assert stats["tier_disk_size_bytes"] == 64 * PAGE
+    assert stats["tier_disk_stored_bytes_total"] == 8 * PAGE
+    assert stats["disk_disks_ok"] == 2
+    assert {name for name in stats if name.startswith("disk_")} == {metric.key for metric in metrics.DISKS}
+    assert stats["disk_written_bytes_per_day"] == pytest.approx(24 * 8 * PAGE)
     machine.clock.now += 3600.0
-    assert machine.figure("disk_written_bytes_per_day") == pytest.approx(24 * 8 * PAGE / np.e)
+    assert machine.stat("disk_written_bytes_per_day") == pytest.approx(24 * 8 * PAGE / np.e)
 
 
 def test_a_disk_that_cannot_be_used_at_the_start_is_a_tier_without_slots() -> None:
     machine = Machine(disk=0)
     machine.store(names(0, 8))
     assert machine.tiers.plan_spills() is None
-    assert machine.figure("tier_disk_size_bytes") == 0
+    assert machine.stat("tier_disk_size_bytes") == 0
     machine.tiers.check_integrity()
 
 
@@ -267,12 +264,11 @@ def test_what_is_written_counts_although_everything_was_dropped_meanwhile() -> N
     machine.store(names(0, 8))
     job = machine.plan()
     machine.tiers.drop_all()
-    assert machine.tiers.spills is not None
-    machine.tiers.spills.resume()
+    machine.tiers.unseal()
     machine.end(job)
     machine.end(machine.plan())  # the drop
-    assert machine.figure("disk_written_bytes_total") == 8 * PAGE
-    assert machine.figure("disk_spilled_blocks_total") == 0
+    assert machine.stat("disk_written_bytes_total") == 8 * PAGE
+    assert machine.stat("disk_spilled_blocks_total") == 0
     machine.store(names(8, 16))
     assert len(machine.plan().parts[0].rows) == 2, "of the ten pages of this hour"
 
@@ -283,29 +279,27 @@ def test_a_host_copy_that_one_rank_found_corrupt_is_dropped_whatever_others_say(
     machine.store(names(0, 2))
     job = machine.plan()
     for reason in reasons:
-        machine.tiers.report(Finished(number=job.number, failed={0: reason}))  # type: ignore[dict-item]
+        machine.tiers.report(JobResult(number=job.number, failed={0: reason}))  # type: ignore[dict-item]
     assert machine.tiers.find(names(0, 2)).tolist() == [ABSENT, HOST]
 
 
 def test_while_candidates_are_left_the_engine_goes_on_stepping(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(host=128)
-    spills = machine.tiers.spills
-    assert spills is not None
     looked_at = 0
 
-    def refuse_the_first(numbers: npt.NDArray[np.uint64], now: float) -> npt.NDArray[np.bool_]:
+    def refuse_the_first(_: WriteAdmission, numbers: npt.NDArray[np.uint64], now: float) -> npt.NDArray[np.bool_]:
         nonlocal looked_at
         looked_at += len(numbers)
         return np.arange(looked_at - len(numbers), looked_at) >= 70
 
-    monkeypatch.setattr(spills.admission, "judge", refuse_the_first)
+    monkeypatch.setattr(WriteAdmission, "judge", refuse_the_first)
     machine.store(names(0, 100))
     assert machine.tiers.plan_spills() is None, "eight batches were refused"
     steps = 0
-    while spills.busy:
+    while machine.tiers.spilling:
         job = machine.tiers.plan_spills()
         steps += 1
         if job is not None:
             machine.end(job)
-    assert machine.figure("disk_spilled_blocks_total") == 30
+    assert machine.stat("disk_spilled_blocks_total") == 30
     assert steps < 16

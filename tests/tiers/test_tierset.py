@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from polder.tiers.admission import ReuseGate
+from polder.tiers.counters import verdict
 from polder.tiers.disk_slots import DiskSlots
 from polder.tiers.eviction import Lru
 from polder.tiers.index import ABSENT, PENDING
-from polder.tiers.pages import short_keys
-from polder.tiers.slots import HostSlots
-from polder.tiers.statistics import verdict
+from polder.tiers.slots import HostSlots, block_ids
 from polder.tiers.tierset import TierSet
-from polder.tiers.transfer import Finished, Job
+from polder.tiers.transfer import Job, JobResult
 
 SLOT = 1 << 20
 
@@ -46,7 +45,7 @@ def tiers(clock: Clock) -> TierSet:
 
 def done(tiers: TierSet, job: Job, seconds: float = 0.001, failed: dict[int, str] | None = None) -> bool:
     moved = {part.tier: (len(part.rows) * SLOT, seconds) for part in job.parts}
-    return tiers.report(Finished(number=job.number, failed=failed or {}, moved=moved))  # type: ignore[arg-type]
+    return tiers.report(JobResult(number=job.number, failed=failed or {}, moved=moved))  # type: ignore[arg-type]
 
 
 def store(tiers: TierSet, names: list[bytes]) -> None:
@@ -82,8 +81,8 @@ def test_a_load_that_fails_is_reported_dropped_and_counted(tiers: TierSet) -> No
     job = tiers.prepare_load(names, tokens=32 * len(names))
     assert done(tiers, job, failed={1: "corrupt"})
     assert tiers.find(names).tolist() == [0, 1, 0], "its copy in the other tier is left"
-    assert tiers.figures()["tier_peer_corrupt_blocks_total"] == 1
-    assert tiers.figures()["tier_failed_loads_total"] == 1
+    assert tiers.stats()["tier_peer_corrupt_blocks_total"] == 1
+    assert tiers.stats()["tier_failed_loads_total"] == 1
     tiers.check_integrity()
 
 
@@ -100,7 +99,7 @@ def test_a_slow_link_is_refused_and_tried_again_now_and_then(tiers: TierSet, clo
     assert tiers.plan_load(slow).blocks == 1, "a probe"
     assert tiers.plan_load(slow).blocks == 0, "not twice at once"
     tiers.refused(8)
-    assert tiers.figures()["tier_refused_tokens_total"] == 8 * 32
+    assert tiers.stats()["tier_refused_tokens_total"] == 8 * 32
 
 
 def test_everything_is_forgotten_when_the_weights_change_and_late_reports_are_void(tiers: TierSet) -> None:
@@ -124,10 +123,10 @@ def test_jobs_that_a_reset_has_forgotten_are_under_way_until_every_rank_has_repo
     names = keys("a", 2)
     writing = tiers.prepare_store(names, np.arange(2))
     assert writing is not None
-    tiers.report(Finished(number=writing[1].number))
+    tiers.report(JobResult(number=writing[1].number))
     tiers.drop_all()
     assert tiers.busy
-    tiers.report(Finished(number=writing[1].number))
+    tiers.report(JobResult(number=writing[1].number))
     assert not tiers.busy
 
 
@@ -166,7 +165,7 @@ def test_the_verdict_is_one_line_of_what_was_saved_and_paid(tiers: TierSet) -> N
     store(tiers, names)
     tiers.prefill.observe(1000, 1.0)
     done(tiers, tiers.prepare_load(names, tokens=32 * len(names)))
-    line = verdict(tiers.figures())
+    line = verdict(tiers.stats())
     assert line.startswith("tiers saved 0.128 s of prefill, cost ")
     assert "written never read" in line
 
@@ -174,7 +173,7 @@ def test_the_verdict_is_one_line_of_what_was_saved_and_paid(tiers: TierSet) -> N
 def test_what_a_step_has_found_it_can_load_whatever_is_lost_meanwhile(clock: Clock) -> None:
     """A disk takes thousands of pages along; look-ups of one step must not see them go one after another."""
     count = 6000
-    disk = DiskSlots(name="disk", capacity=count, slot_bytes=64, inventory=short_keys(keys("p", count)))
+    disk = DiskSlots(name="disk", capacity=count, slot_bytes=64, inventory=block_ids(keys("p", count)))
     tiers = TierSet(
         [HostSlots(name="host", size_bytes=64, slot_bytes=1), disk],
         Lru(count + 64),
@@ -185,7 +184,7 @@ def test_what_a_step_has_found_it_can_load_whatever_is_lost_meanwhile(clock: Clo
     assert (tiers.find(keys("p", count)) >= 0).all()
     job = tiers.prepare_load(keys("p", 4), tokens=64)
     lost = np.arange(0, count, 2)
-    tiers.report(Finished(number=job.number, lost={1: lost}, room={1: count // 2}, figures={"disks_ok": 1.0}))
+    tiers.report(JobResult(number=job.number, lost={1: lost}, room={1: count // 2}, gauges={"disks_ok": 1.0}))
     wanted = keys("p", 200)
     for _ in range(3):  # as often as a look-up asks
         assert (tiers.find(wanted) >= 0).all()
@@ -210,9 +209,9 @@ def test_ranks_load_at_the_same_time_so_a_load_takes_as_long_with_many_as_with_o
     job = prepared[1]
     for _ in range(2):  # it is stored, and loaded
         for _ in range(ranks):
-            tiers.report(Finished(number=job.number, moved={0: (32, 0.1)}))
+            tiers.report(JobResult(number=job.number, moved={0: (32, 0.1)}))
         job = tiers.prepare_load(keys("a", 32), tokens=512)
     for _ in range(ranks):
-        tiers.report(Finished(number=job.number, moved={0: (32, 0.1)}))
+        tiers.report(JobResult(number=job.number, moved={0: (32, 0.1)}))
     tiers.prefill.observe(512, 0.154)
     assert tiers.plan_load(tiers.find(keys("a", 32))).blocks == 32

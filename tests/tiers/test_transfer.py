@@ -15,9 +15,10 @@ from polder.emulation.options import Faults
 from polder.errors import EnvironmentFault
 from polder.memory.backend import Mark
 from polder.tiers import transfer
-from polder.tiers.places import CpuMover, CudaMover, HostMemory, pair
-from polder.tiers.slots import Recipe
-from polder.tiers.transfer import Carried, Direction, Job, Mover, News, Part, Pieces, TierMemory, TierWorker
+from polder.tiers.memories import HostMemory
+from polder.tiers.movers import CpuMover, CudaMover, pair
+from polder.tiers.transfer import Direction, Job, Mover, Part, PartResult, Pieces, TierMemory, TierState, TierWorker
+from tests.tiers.fakes import ids_of
 
 LAYERS, BYTES, BLOCKS, SLOTS = 4, 512, 16, 32
 SLOT_BYTES = LAYERS * BYTES
@@ -53,11 +54,7 @@ class Machine:
         self._number += 1
         rows = np.arange(len(slots))
         numbers = np.array(slots, dtype=np.int64)
-        none = np.empty((len(slots), 0, 0), dtype=np.int64)
-        recipe = Recipe(lender="", slots=numbers, chunks=none, epochs=none)
-        part = Part(
-            tier=0, rows=rows, blocks=rows, slots=numbers, seeds=np.array(seeds, dtype=np.uint64), recipe=recipe
-        )
+        part = Part(tier=0, rows=rows, blocks=rows, slots=numbers, ids=ids_of(seeds))
         job = Job(number=self._number, direction=direction, parts=(part,))
         self.worker.submit(job, [self.pieces(b) for b in blocks], after)
         return self._number
@@ -172,24 +169,22 @@ def test_a_load_does_not_wait_for_stores() -> None:
     gate = threading.Event()
 
     class Slow(HostMemory):
-        def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+        def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
             gate.wait(10.0)
-            return super().store(recipe, row, block, mover)
+            return super().store(part, row, block, mover)
 
     machine = Machine()
     machine.run("store", [0], [0], [1])
     machine.worker._memories = dict(machine.worker._memories) | {
         (0, "store"): Slow(machine.region.ctypes.data, SLOT_BYTES)
     }  # type: ignore[dict-item]
-    none = np.empty((1, 0, 0), dtype=np.int64)
     slot = np.array([1], dtype=np.int64)
     part = Part(
         tier=0,
         rows=np.arange(1),
         blocks=np.arange(1),
         slots=slot,
-        seeds=np.array([5], dtype=np.uint64),
-        recipe=Recipe(lender="", slots=slot, chunks=none, epochs=none),
+        ids=ids_of([5]),
     )
     machine.worker.submit(Job(number=99, direction="store", parts=(part,)), [machine.pieces(1)])
     assert machine.run("load", [0], [0], [1]) == {}
@@ -206,13 +201,13 @@ def test_a_disk_that_keeps_its_lane_keeps_nobody_from_closing(
     class Hanging:
         stopped = closed = False
 
-        def tend(self, copies: int) -> Carried:
+        def replicate(self, copies: int) -> PartResult:
             begun.set()
             answers.wait(10.0)
-            return Carried(failed={}, size_bytes=0)
+            return PartResult(failed={}, size_bytes=0)
 
-        def news(self) -> News:
-            return News(lost=np.empty(0, dtype=np.int64), room=0, figures={})
+        def state(self) -> TierState:
+            return TierState(lost=np.empty(0, dtype=np.int64), room=0, gauges={})
 
         def stop(self) -> None:
             self.stopped = True
@@ -224,9 +219,8 @@ def test_a_disk_that_keeps_its_lane_keeps_nobody_from_closing(
     monkeypatch.setattr(transfer, "_CLOSE_S", 0.1)
     worker = TierWorker({}, CpuMover(), seed=7, capacities={0: 1}, batches={0: memory})  # type: ignore[dict-item]
     none = np.empty(0, dtype=np.int64)
-    recipe = Recipe(lender="", slots=none, chunks=none, epochs=none)
-    part = Part(tier=0, rows=none, blocks=none, slots=none, seeds=none.astype(np.uint64), recipe=recipe)
-    worker.submit(Job(number=1, direction="tend", parts=(part,)), [])
+    part = Part(tier=0, rows=none, slots=none, ids=ids_of([]))
+    worker.submit(Job(number=1, direction="replicate", parts=(part,)), [])
     assert begun.wait(10.0)
     started = time.monotonic()
     worker.close()

@@ -15,7 +15,7 @@ from polder.errors import EnvironmentFault
 from polder.metrics import TIER_NAMES
 from polder.serve.metrics import unit_bytes
 from polder.serve.supervisor import FleetStatus
-from polder.tiers.statistics import verdict
+from polder.tiers.counters import verdict
 from polder.units import format_bytes
 
 __all__ = ["render", "watch"]

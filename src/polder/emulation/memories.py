@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from polder.emulation.links import EmulatedLink
 from polder.emulation.options import Faults
-from polder.tiers.slots import Recipe
-from polder.tiers.transfer import BatchMemory, Carried, HostRows, Mover, News, Part, Pieces, TierMemory
+from polder.tiers.transfer import BatchMemory, HostRows, Mover, Part, PartResult, Pieces, TierMemory, TierState
 
 __all__ = ["FaultyMemory", "PacedBatch", "PacedMemory"]
 
@@ -20,13 +19,13 @@ class FaultyMemory:
     def __init__(self, inner: TierMemory, faults: Faults) -> None:
         self._inner, self._faults, self._random = inner, faults, random.Random(faults.seed)
 
-    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        return self._inner.store(recipe, row, block, mover)
+    def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        return self._inner.store(part, row, block, mover)
 
-    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
+    def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
         if self._random.random() < self._faults.fail:
             raise OSError("injected fault")
-        there = self._inner.load(recipe, row, block, mover)
+        there = self._inner.load(part, row, block, mover)
         if there and self._random.random() < self._faults.corrupt:
             address, size = block[self._random.randrange(len(block))]
             at = self._random.randrange(size - 1)
@@ -47,11 +46,11 @@ class PacedMemory:
     def __init__(self, inner: TierMemory, link: EmulatedLink) -> None:
         self._inner, self._link = inner, link
 
-    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        return self._inner.store(recipe, row, block, mover)
+    def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        return self._inner.store(part, row, block, mover)
 
-    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        return self._inner.load(recipe, row, block, mover)
+    def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        return self._inner.load(part, row, block, mover)
 
     def finish(self, size_bytes: int, started: float) -> None:
         self._inner.finish(size_bytes, started)
@@ -67,20 +66,20 @@ class PacedBatch:
     def __init__(self, inner: BatchMemory, link: EmulatedLink) -> None:
         self._inner, self._link = inner, link
 
-    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> Carried:
+    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> PartResult:
         return self._inner.load_part(part, blocks, _PacedMover(mover, self._link))
 
-    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> Carried:
+    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> PartResult:
         return self._inner.spill_part(part, host, mover)
 
-    def tend(self, copies: int) -> Carried:
-        return self._inner.tend(copies)
+    def replicate(self, copies: int) -> PartResult:
+        return self._inner.replicate(copies)
 
-    def drop(self) -> Carried:
+    def drop(self) -> PartResult:
         return self._inner.drop()
 
-    def news(self) -> News:
-        return self._inner.news()
+    def state(self) -> TierState:
+        return self._inner.state()
 
     def stop(self) -> None:
         self._inner.stop()

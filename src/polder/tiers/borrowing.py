@@ -18,7 +18,7 @@ import numpy as np
 from polder.arrays import IntArray
 from polder.errors import IntegrityError
 from polder.tiers.lending import LendingTable, LotGeometry
-from polder.tiers.slots import Recipe, SlotStatistics
+from polder.tiers.slots import LentChunks, Slots, SlotStats
 
 __all__ = ["ChunkGeometry", "PeerSlots"]
 
@@ -139,7 +139,7 @@ class _Lender:
             self.free.append(slot)
 
 
-class PeerSlots:
+class PeerSlots(Slots):
     """Slots in what the neighbours lend at the moment. `number`: this borrower's, its process id."""
 
     def __init__(self, *, name: str, number: int, shard_bytes: int, ranks: int, capacity: int) -> None:
@@ -205,8 +205,9 @@ class PeerSlots:
         self._lost += sum(map(len, lost))
         return np.concatenate(lost) if lost else np.empty(0, dtype=np.int64)
 
-    def recipes(self, slots: IntArray) -> list[tuple[IntArray, Recipe]]:
-        found, rest = [], np.ones(len(slots), dtype=np.bool_)
+    def locate(self, slots: IntArray) -> list[tuple[IntArray, LentChunks | None]]:
+        found: list[tuple[IntArray, LentChunks | None]] = []
+        rest = np.ones(len(slots), dtype=np.bool_)
         for lender, positions, local in self._split(slots):
             local = local[made := lender.made[local]]
             positions = positions[made]
@@ -214,15 +215,14 @@ class PeerSlots:
             shape = (len(local), self._ranks, lender.cut.per_rank)
             chunks = lender.chunks[local].reshape(shape)
             epochs = lender.lot_epoch[chunks // lender.cut.per_lot]
-            found.append((positions, Recipe(lender=lender.name, slots=local, chunks=chunks, epochs=epochs)))
+            found.append((positions, LentChunks(lender=lender.name, chunks=chunks, epochs=epochs)))
         if rest.any():  # lost already: no table has epoch 0, and no lender this name
             nowhere = np.zeros((int(rest.sum()), self._ranks, 1), dtype=np.int64)
-            gone = Recipe(lender="", slots=np.full(len(nowhere), -1), chunks=nowhere, epochs=nowhere)
-            found.append((np.flatnonzero(rest), gone))
+            found.append((np.flatnonzero(rest), LentChunks(lender="", chunks=nowhere, epochs=nowhere)))
         return found
 
-    def statistics(self) -> SlotStatistics:
-        return SlotStatistics(
+    def stats(self) -> SlotStats:
+        return SlotStats(
             slots=sum(int(lender.made.sum()) for lender in self._lenders),
             used=sum(int(lender.taken.sum()) for lender in self._lenders) + sum(map(len, self._gone)),
             slot_bytes=self.slot_bytes,

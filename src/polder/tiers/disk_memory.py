@@ -8,7 +8,7 @@ copied; the rest for spills. Memory that a hung request may still use (`DiskStor
 
 The scheduler decides which page has to go: a slot of its own (disk_slots.py) stands for each page, and here is noted which
 (`SlotMirror`), so that the page that had a slot is forgotten before another gets it. As long as that adds up the store evicts
-nothing by itself; what it loses nevertheless, with a disk, is reported (`news`).
+nothing by itself; what it loses nevertheless, with a disk, is reported (`state`).
 
 Nothing raises for what a disk does, and no part waits much longer than the store's timeout for a disk that hangs: a disk that let
 one read of a part time out is not read by it again.
@@ -32,7 +32,7 @@ from polder.memory import _libc
 from polder.tiers.disk_mirror import COPIES, SlotMirror, disk_capacity
 from polder.tiers.disk_reads import Chunk, PageReader
 from polder.tiers.striping import Striping
-from polder.tiers.transfer import Carried, HostRows, Mover, News, Part, Pieces, Reason
+from polder.tiers.transfer import HostRows, Mover, Part, PartResult, Pieces, Reason, TierState
 
 __all__ = ["DiskMemory"]
 
@@ -85,11 +85,10 @@ class DiskMemory:
 
     # ------------------------------------------------------------------ load
 
-    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> Carried:
-        assert part.pages is not None
+    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> PartResult:
         failed: dict[int, Reason] = {}
         size = 0
-        for chunk in () if self._stopped else self._reader.read(part.pages.keys):
+        for chunk in () if self._stopped else self._reader.read(part.ids):
             failed |= chunk.failed
             if self._stopped:  # the engine's blocks may be gone
                 break
@@ -100,14 +99,14 @@ class DiskMemory:
                 size += moved
         if self._stopped:
             failed = dict.fromkeys(range(len(part.rows)), "error")
-        lost = part.pages.keys[[at for at, why in failed.items() if why != "error"]]
+        lost = part.ids[[at for at, why in failed.items() if why != "error"]]
         with self._lock:
-            ours = self._mirror.find(part.pages.keys)
+            ours = self._mirror.find(part.ids)
             self._mirror.was_read(ours[ours >= 0])
             # Looked for again: a spill may have brought a page back meanwhile.
             gone = self._mirror.find(lost[~_anywhere(self._store.lookup(lost))])
             self._mirror.unbind(np.unique(gone[gone >= 0]))
-        return Carried(failed=failed, size_bytes=size)
+        return PartResult(failed=failed, size_bytes=size)
 
     def _copy_out(self, chunk: Chunk, blocks: Sequence[Pieces], mover: Mover) -> int | None:
         """All pages of a chunk in one call. Returns the bytes, None where it failed."""
@@ -124,7 +123,7 @@ class DiskMemory:
 
     # ------------------------------------------------------------------ spill
 
-    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> Carried:
+    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> PartResult:
         failed: dict[int, Reason] = {}
         at = 0
         while at < len(part.rows):
@@ -136,18 +135,17 @@ class DiskMemory:
             failed |= self._spill_some(part, rows, usable[: len(rows)], host, mover)
             at += len(rows)
         written = len(part.rows) - len(failed)
-        return Carried(failed=failed, size_bytes=written * self._arena.page_bytes)
+        return PartResult(failed=failed, size_bytes=written * self._arena.page_bytes)
 
     def _spill_some(
         self, part: Part, rows: IntArray, staging: IntArray, host: HostRows, mover: Mover
     ) -> dict[int, Reason]:
-        assert part.pages is not None
         failed: dict[int, Reason] = {}
         for row, page in zip(rows.tolist(), staging.tolist(), strict=True):
-            reason = self._copy_in(int(part.pages.sources[row]), page, host, row, mover)
+            reason = self._copy_in(int(part.sources[row]), page, host, row, mover)
             if reason is not None:
                 failed[row] = reason
-        keys, slots = part.pages.keys[rows], part.slots[rows]
+        keys, slots = part.ids[rows], part.slots[rows]
         with self._lock:
             # The pages that had these slots; and those of these keys, if there are any, may be of a time before `drop`.
             known = self._mirror.find(keys)
@@ -157,7 +155,7 @@ class DiskMemory:
         self._forget(np.concatenate((leaving, keys[_anywhere(self._store.lookup(keys))])))
         good = np.array([row not in failed for row in rows.tolist()], dtype=np.bool_)
         disks = np.full(len(rows), -1, dtype=np.int64)
-        disks[good] = self._choose_disks(part.pages.stripes[rows[good]])
+        disks[good] = self._choose_disks(part.stripes[rows[good]])
         written = good & self._store.write(keys, self._arena.addresses[staging], disks)
         with self._lock:
             self._mirror.bind(slots[written], keys[written])
@@ -187,11 +185,11 @@ class DiskMemory:
 
     # ------------------------------------------------------------------ second copies
 
-    def tend(self, copies: int) -> Carried:
+    def replicate(self, copies: int) -> PartResult:
         """Pages that were read most get one, also those that lost theirs with a disk; those read least lose theirs for it."""
         staging = self._usable_rows()[:copies]
         if self._stopped or not len(staging) or int(self._store.writable.sum()) < 2:
-            return Carried(failed={}, size_bytes=0)
+            return PartResult(failed={}, size_bytes=0)
         with self._lock:
             mirror = self._mirror
             hot = np.flatnonzero(mirror.bound & ~mirror.twice & (mirror.reads >= _LEAST_READS))
@@ -211,7 +209,7 @@ class DiskMemory:
         with self._lock:
             twice = hot[here][written]
             self._mirror.twice[twice] = self._mirror.bound[twice]
-        return Carried(failed={}, size_bytes=int(written.sum()) * self._arena.page_bytes)
+        return PartResult(failed={}, size_bytes=int(written.sum()) * self._arena.page_bytes)
 
     def _drop_copies(self, count: int, *, below: float) -> int:
         """Up to `count` pages that were read less than `below` lose their second copies, those read least first."""
@@ -227,23 +225,23 @@ class DiskMemory:
 
     # ------------------------------------------------------------------ the rest
 
-    def drop(self) -> Carried:
+    def drop(self) -> PartResult:
         """Forgets everything, for good; once stopped, it leaves the pages on the disks to a run that can use them."""
         with self._lock:
             self._mirror = SlotMirror(self._capacity)
         if not self._stopped:
             self._forget(self._mirror.strays(self._store))
-        return Carried(failed={}, size_bytes=0)
+        return PartResult(failed={}, size_bytes=0)
 
-    def news(self) -> News:
+    def state(self) -> TierState:
         with self._lock:
             condition = self._condition()
             if condition != self._seen:
                 self._seen = condition
                 self._lost = np.concatenate((self._lost, self._mirror.compare(self._store)))
             lost, self._lost = self._lost, self._lost[:0]
-        figures = {"disks_ok": 0.0 if self._stopped else float(self._store.writable.sum())}
-        return News(lost=lost, room=min(self._capacity, disk_capacity(self._store)), figures=figures)
+        gauges = {"disks_ok": 0.0 if self._stopped else float(self._store.writable.sum())}
+        return TierState(lost=lost, room=min(self._capacity, disk_capacity(self._store)), gauges=gauges)
 
     def stop(self) -> None:
         self._stopped = True

@@ -4,11 +4,11 @@ Which disk a page lies on is the workers' business (disk_memory.py): a slot here
 every rank. Some slots have pages from a former run at the start: the **inventory**. Their blocks have no entry in the index before
 somebody asks for them (`claim`), so a million of them cost no Python object; where nobody does they make room first.
 
-    free -> take -> taken -> give -> free          unbound -> claim -> taken
-    taken, reported lost -> `lost` -> free         unbound -> take -> taken      (its page is forgotten)
-    free or unbound -> retired, while the disks have less room than there are slots; and back
+    free -> take -> taken -> give -> free          unclaimed -> claim -> taken
+    taken, reported lost -> `lost` -> free         unclaimed -> take -> taken      (its page is forgotten)
+    free or unclaimed -> retired, while the disks have less room than there are slots; and back
 
-free + taken + unbound + retired = capacity.
+free + taken + unclaimed + retired = capacity.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import numpy as np
 from polder.arrays import IntArray
 from polder.diskstore.keys import Keys, KeyTable, distinct
 from polder.errors import ConfigError, IntegrityError
-from polder.tiers.slots import Recipe, SlotStatistics
+from polder.tiers.slots import Slots, SlotStats
 
 __all__ = ["DiskSlots"]
 
-_FREE, _TAKEN, _UNBOUND, _RETIRED = range(4)
+_FREE, _TAKEN, _UNCLAIMED, _RETIRED = range(4)
 _LOST_AT_ONCE = 4096
 """A disk that dies takes many pages along: the index is told of so many a step."""
 
 
-class DiskSlots:
-    """See above. Not thread-safe: it lives in the scheduler's thread."""
+class DiskSlots(Slots):
+    """See the module's docstring. Not thread-safe: it belongs to the scheduler's thread."""
+
+    behind = True
 
     def __init__(self, *, name: str, capacity: int, slot_bytes: int, inventory: Keys | None = None) -> None:
         """`slot_bytes`: what a block takes of the disks, over all ranks. `inventory`: [n, 2] distinct keys of pages that every
@@ -45,8 +47,8 @@ class DiskSlots:
         self._table = KeyTable(self._keys)
         self._table.add(np.arange(count))
         self._state = np.full(capacity, _FREE, dtype=np.uint8)
-        self._state[:count] = _UNBOUND
-        self._last = count  # unbound slots are below
+        self._state[:count] = _UNCLAIMED
+        self._last = count  # unclaimed slots are below
         self._stack = np.arange(capacity - 1, count - 1, -1, dtype=np.int64)  # the last one is taken first
         self._stack = np.concatenate((self._stack, np.zeros(count, dtype=np.int64)))
         self._free = capacity - count
@@ -58,7 +60,7 @@ class DiskSlots:
     # ------------------------------------------------------------------ what a former run left
 
     @property
-    def unbound(self) -> int:
+    def unclaimed(self) -> int:
         """Pages of the inventory that nobody has asked for."""
         return self._table.count
 
@@ -76,15 +78,15 @@ class DiskSlots:
                 self._taken += len(found)
         return slots
 
-    def forget_inventory(self) -> None:
+    def forget_unclaimed(self) -> None:
         """What nobody has asked for is not valid any more."""
-        self._unbind(self._table.count)
+        self._give_up(self._table.count)
 
     # ------------------------------------------------------------------ Slots
 
     def take(self, count: int) -> IntArray:
         if count > self._free:
-            self._unbind(count - self._free)
+            self._give_up(count - self._free)
         count = min(count, self._free)
         taken = self._stack[self._free - count : self._free][::-1].copy()
         self._free -= count
@@ -108,31 +110,25 @@ class DiskSlots:
             self.give(lost)
         return lost
 
-    def recipes(self, slots: IntArray) -> list[tuple[IntArray, Recipe]]:
-        if not len(slots):
-            return []
-        none = np.empty((len(slots), 0, 0), dtype=np.int64)
-        return [(np.arange(len(slots)), Recipe(lender="", slots=slots, chunks=none, epochs=none))]
-
-    def statistics(self) -> SlotStatistics:
-        return SlotStatistics(
+    def stats(self) -> SlotStats:
+        return SlotStats(
             slots=self.capacity - self._retired, used=self._taken, slot_bytes=self.slot_bytes, lost=self._lost_ever
         )
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless free + taken + unbound + retired = capacity, by the books and by the slots' states."""
+        """Raises IntegrityError unless free + taken + unclaimed + retired = capacity, by the books and by the slots' states."""
         counts = np.bincount(self._state, minlength=4).tolist()
         booked = [self._free, self._taken, self._table.count, self._retired]
         if counts != booked or sum(booked) != self.capacity:
             raise IntegrityError(
-                f"{self.name}: booked as free, taken, unbound, retired {booked}, but {counts} of {self.capacity}"
+                f"{self.name}: booked as free, taken, unclaimed, retired {booked}, but {counts} of {self.capacity}"
             )
         free = self._stack[: self._free]
         if len(np.unique(free)) != len(free) or (self._state[free] != _FREE).any():
             raise IntegrityError(f"{self.name}: a slot on the stack is not free, or there twice")
-        unbound = np.flatnonzero(self._state == _UNBOUND)
-        if not np.array_equal(self._table.find(self._keys[unbound]), unbound):
-            raise IntegrityError(f"{self.name}: an unbound slot is not found by its key")
+        unclaimed = np.flatnonzero(self._state == _UNCLAIMED)
+        if not np.array_equal(self._table.find(self._keys[unclaimed]), unclaimed):
+            raise IntegrityError(f"{self.name}: an unclaimed slot is not found by its key")
         if any(self._state[slot] != _TAKEN for slot in self._lost):
             raise IntegrityError(f"{self.name}: a slot is lost that was not taken")
 
@@ -144,18 +140,18 @@ class DiskSlots:
     def report_lost(self, slots: IntArray) -> None:
         """A rank has lost the pages of these slots: evicted, or their disk died."""
         slots = np.unique(slots)
-        unbound = slots[self._state[slots] == _UNBOUND]
-        if len(unbound):
-            self._table.remove(unbound)
-            self._put_back(unbound)
+        unclaimed = slots[self._state[slots] == _UNCLAIMED]
+        if len(unclaimed):
+            self._table.remove(unclaimed)
+            self._put_back(unclaimed)
         taken = slots[self._state[slots] == _TAKEN].tolist()
-        self._lost_ever += len(unbound) + sum(slot not in self._lost for slot in taken)
+        self._lost_ever += len(unclaimed) + sum(slot not in self._lost for slot in taken)
         self._lost.update(dict.fromkeys(taken))
 
-    def set_room(self, pages: int) -> None:
+    def set_room(self, blocks: int) -> None:
         """What the rank with the least room can hold now. Slots beyond that are retired as they become free."""
-        self._room = max(0, min(pages, self.capacity))
-        self._unbind(self.overcommitted - self._free)
+        self._room = max(0, min(blocks, self.capacity))
+        self._give_up(self.overcommitted - self._free)
         count = min(self.overcommitted, self._free)
         self._free -= count
         self._state[self._stack[self._free : self._free + count]] = _RETIRED
@@ -189,11 +185,11 @@ class DiskSlots:
         self._stack[self._free : self._free + len(slots)] = slots[::-1]
         self._free += len(slots)
 
-    def _unbind(self, count: int) -> None:
+    def _give_up(self, count: int) -> None:
         """Gives up pages of the inventory, those used longest ago first."""
         while count > 0 and self._table.count:
             first = max(0, self._last - max(count, 1024))
-            slots = (first + np.flatnonzero(self._state[first : self._last] == _UNBOUND))[-count:]
+            slots = (first + np.flatnonzero(self._state[first : self._last] == _UNCLAIMED))[-count:]
             # All behind the first that is given up are none of the inventory's any more.
             self._last = int(slots[0]) if len(slots) == count else first
             if len(slots):

@@ -1,12 +1,20 @@
-"""The index of one engine's tiers: from block hash to places.
+"""The index of one engine's tiers: which blocks lie in which slots.
 
-A block has an entry while it lies in some tier, and at most one place in each. Tiers are numbered from the fastest (0) to the
-slowest. The eviction policy sees entries, not places, so there is one order of worth over all tiers together; what is in two tiers
-is the first to make room, by losing its faster copy, so that together the tiers hold as many different blocks as they have slots.
+A block has an **entry** while it lies in some tier, and at most one **place** (a slot) in each tier. Tiers are numbered from the
+fastest (0) to the slowest. There is one eviction policy for all tiers together; it orders entries, not places. To make room, blocks
+that lie in two tiers lose their faster copy first, so together the tiers hold as many different blocks as they have slots.
 
-All arrays have one row an entry or a slot and are made once. Between `prepare_store` and `complete_store` a place is written: it
-can be neither loaded nor evicted. Between `prepare_load` and `complete_load` a place is pinned: it can be lost (its owner took the
-memory back: the load will fail) or dropped, but its slot is not used again before.
+A place is in one of these states:
+
+    absent -> prepare_store -> written -> complete_store -> loadable -> prepare_load -> pinned -> complete_load -> loadable
+
+A place that is being written can be neither loaded nor evicted. A pinned place can be lost (its owner took the memory back, so the
+load will fail) or dropped, but its slot is not used again before the load has ended.
+
+The last tier may be written **behind** the one before it, in the background (see `Slots.behind`; the disk is). The engine's blocks
+are never copied there directly: `prepare_spill` copies what lies in the tier before it. So a block may lie in the last tier alone.
+When the engine computes or loads such a block again, it may get a place in the direct tiers back; and a block that has to leave
+the direct tiers is not lost if it lies in the last one. Blocks that an earlier run left there get entries when they are asked for.
 """
 
 from __future__ import annotations
@@ -15,108 +23,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from polder.arrays import IntArray
+from polder.arrays import IntArray, UintArray
 from polder.errors import IntegrityError
-from polder.tiers.eviction import EvictionPolicy
-from polder.tiers.slots import Slots
+from polder.tiers.slots import block_ids
+from polder.tiers.table import ABSENT, NOWHERE, PENDING, BlockTable, Places, Row
 
-__all__ = ["ABSENT", "PENDING", "BlockIndex", "Places", "key_numbers"]
+__all__ = ["ABSENT", "PENDING", "BlockIndex", "Places", "Spill"]
 
-ABSENT = -1
-PENDING = -2
-_NOWHERE = -1
+_RESERVE_SHARE = 32
+"""Victims are chosen in bulk, so that this many choices replace the whole content of the direct tiers."""
+_CLEARED_AT_ONCE = 1024
+"""When a disk dies, the others may have too many pages: each spill evicts at most this many of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Places of blocks that a transfer reads or writes; row i is about `keys[i]`, and a key may come several times."""
+class Spill:
+    """A transfer from the host tier to the disk. Row i of both tables is the same block."""
 
-    keys: tuple[bytes, ...]
-    positions: IntArray
-    """Which of the caller's keys."""
-    entries: IntArray
-    tiers: IntArray
-    slots: IntArray
-    generations: IntArray
+    sources: Places
+    targets: Places
 
 
-def key_numbers(keys: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    """64 bits of each key: what policies and checksums know blocks by. Both ends count: vLLM puts the hash first and the group
-    last."""
-    words = np.frombuffer(b"".join(key[:8] + key[-8:] for key in keys), dtype="<u8").reshape(-1, 2)
-    numbers: npt.NDArray[np.uint64] = words[:, 0] ^ words[:, 1]
-    return numbers
+class BlockIndex(BlockTable):
+    """Decides where blocks go, and which blocks make room for them."""
 
-
-class BlockIndex:
-    """See above. Not thread-safe: it lives in the scheduler's thread."""
-
-    def __init__(self, tiers: Sequence[Slots], policy: EvictionPolicy) -> None:
-        """`policy` has a capacity of at least the sum of the tiers'."""
-        self._tiers, self._policy = tuple(tiers), policy
-        self._written = self._tiers
-        """Those that `prepare_store` writes to: all but one that is written behind another, see disk_index.py."""
-        count, widest = sum(t.capacity for t in tiers), max((t.capacity for t in tiers), default=0)
-        self.capacity = count
-        self._entry_of: dict[bytes, int] = {}
-        self._keys: list[bytes] = [b""] * count
-        self._free = list(range(count - 1, -1, -1))
-        self._place = np.full((count, len(tiers)), _NOWHERE, dtype=np.int64)
-        self._writing = np.full((count, len(tiers)), _NOWHERE, dtype=np.int64)
-        self._copies = np.zeros(count, dtype=np.int64)  # places of each entry
-        self._locks = np.zeros(count, dtype=np.int64)  # and how often one of them is written or pinned
-        self.was_read = np.zeros(count, dtype=np.bool_)
-        self._owner = np.full((len(tiers), widest), _NOWHERE, dtype=np.int64)
-        self._pins = np.zeros((len(tiers), widest), dtype=np.int64)
-        self._doomed = np.zeros((len(tiers), widest), dtype=np.bool_)
-        self._generation = np.zeros((len(tiers), widest), dtype=np.int64)
-        self.evicted = self.evicted_unread = 0
-
-    def __len__(self) -> int:
-        return len(self._entry_of)
-
-    # ------------------------------------------------------------------ look up
-
-    def find(self, keys: Sequence[bytes]) -> IntArray:
-        """For each key the fastest tier that it can be loaded from, PENDING while it is only being written, or ABSENT."""
-        get = self._entry_of.get
-        entries = np.array([get(key, _NOWHERE) for key in keys], dtype=np.int64)
-        found = np.full(len(keys), ABSENT, dtype=np.int64)
-        known = entries >= 0
-        found[known] = PENDING
-        for tier in range(len(self._tiers) - 1, -1, -1):
-            found[known & (self._place[entries, tier] != _NOWHERE)] = tier
-        return found
-
-    def touch(self, keys: Sequence[bytes], now: float) -> None:
-        """A request has asked for these blocks, first block of the prefix first."""
-        get = self._entry_of.get
-        entries = [get(key, _NOWHERE) for key in keys]
-        known = np.array([entry for entry in entries if entry != _NOWHERE], dtype=np.int64)
-        if len(known):
-            self._policy.touch(known, now)
-        if len(known) < len(keys):
-            self._policy.missed(key_numbers([k for k, e in zip(keys, entries, strict=True) if e == _NOWHERE]), now)
+    def adopt(self, keys: Sequence[bytes], now: float) -> None:
+        """Gives entries to blocks that are unknown here but were left in a tier by an earlier run."""
+        for tier, slots in enumerate(self._tiers):
+            if not slots.unclaimed:
+                continue
+            unknown = [key for key in keys if key not in self._entry_of]
+            ids = block_ids(unknown)
+            claimed = slots.claim(ids)
+            found = np.flatnonzero(claimed >= 0)
+            if len(found):
+                entries = np.array([self._new_entry(unknown[row], ids[row]) for row in found.tolist()], dtype=np.int64)
+                self._lay(entries, tier, claimed[found])
+                self._policy.insert(entries, ids[found, 0], found, now)
 
     # ------------------------------------------------------------------ load
 
     def prepare_load(self, keys: Sequence[bytes]) -> Places:
-        """Pins the fastest place of each key. All must be loadable; raises IntegrityError otherwise."""
+        """Pins the fastest place of each block. Raises IntegrityError unless all of them can be loaded."""
         tiers = self.find(keys)
         if (tiers < 0).any():
             raise IntegrityError(f"{int((tiers < 0).sum())} of {len(keys)} blocks cannot be loaded")
         entries = np.array([self._entry_of[key] for key in keys], dtype=np.int64)
         slots = self._place[entries, tiers]
-        np.add.at(self._pins, (tiers, slots), 1)
-        np.add.at(self._locks, entries, 1)
+        self._pin(entries, tiers, slots)
         self.was_read[entries] = True
-        return self._places(tuple(keys), np.arange(len(keys)), entries, tiers, slots)
+        return self._places(np.arange(len(keys)), entries, tiers, slots)
 
     def complete_load(self, places: Places, failed: Sequence[int]) -> None:
-        """The bytes are read. Places whose rows are in `failed` gave none, or wrong ones: they are dropped."""
-        self._drop_places(places, failed)
+        """The bytes were read. The places of rows in `failed` gave none, or wrong ones: they are dropped."""
+        for row in failed:
+            entry, tier, slot = int(places.entries[row]), int(places.tiers[row]), int(places.slots[row])
+            if self._generation[tier, slot] == places.generations[row] and self._owner[tier, slot] == entry:
+                self._locks[entry] -= self._pins[tier, slot]
+                self._vacate(entry, tier)
+                self._release(tier, slot)
+                self._forget_if_empty(entry)
         for row, (entry, tier, slot) in enumerate(_rows(places)):
             if self._generation[tier, slot] != places.generations[row]:
                 continue  # lost meanwhile
@@ -129,214 +96,214 @@ class BlockIndex:
     # ------------------------------------------------------------------ store
 
     def prepare_store(self, keys: Sequence[bytes], depths: IntArray, now: float) -> Places:
-        """Chooses where blocks that the engine holds are to be written, making room for new ones.
+        """Chooses where blocks that the engine has are to be written, and makes room for new ones.
 
-        New blocks go where slots are free, fastest tier first, or where one is made free. Every block, new or known, also gets a
-        copy in each tier that has free slots and lacks it: a faster one serves it sooner, a slower one saves it when lent memory is
-        recalled.
+        New blocks go to free slots, the fastest tier first, or to slots that are freed for them. Every block, new or known, also
+        gets a copy in each direct tier that has free slots and lacks it: a faster one serves it sooner, a slower one keeps it when
+        lent memory is recalled.
         """
         self.refresh()
         first = {key: i for i, key in reversed(list(enumerate(keys)))}  # a key that comes twice is written once
         fresh = [i for i in sorted(first.values()) if keys[i] not in self._entry_of]
-        rows: list[tuple[int, int, int, int]] = []  # position, entry, tier, slot
-        placed = self._place_new(keys, depths, fresh, now)
-        rows.extend(placed)
+        start = self._stripe_start(keys)
+        rows = self._place_new(keys, depths, fresh, now)
         known = [(i, self._entry_of[keys[i]]) for i in sorted(first.values()) if keys[i] in self._entry_of]
-        for tier, slots in enumerate(self._written):
+        for tier, slots in enumerate(self._direct):
             lacking = [
                 (i, entry)
                 for i, entry in known
-                if self._place[entry, tier] == _NOWHERE and self._writing[entry, tier] == _NOWHERE
+                if self._place[entry, tier] == NOWHERE and self._writing[entry, tier] == NOWHERE
             ]
             for (i, entry), slot in zip(lacking, slots.take(len(lacking)).tolist(), strict=False):
                 rows.append(self._write(i, entry, tier, slot))
         rows.extend(self._promote(known))
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        table = table[np.argsort(table[:, 0], kind="stable")]
-        positions, entries, tiers, slots_ = table.T
-        return self._places(tuple(keys[i] for i in positions.tolist()), positions, entries, tiers, slots_)
+        positions, entries, tiers, slots_ = table[np.argsort(table[:, 0], kind="stable")].T
+        new = (self._place[entries] == NOWHERE).all(axis=1)
+        self.stripes[entries[new]] = start + positions[new]
+        return self._places(positions, entries, tiers, slots_)
 
     def complete_store(self, places: Places, failed: Sequence[int]) -> None:
-        """The bytes are written, but for the rows in `failed`; those places are given back."""
+        """The bytes were written, except for the rows in `failed`: their slots are given back."""
         bad = set(failed)
         for row, (entry, tier, slot) in enumerate(_rows(places)):
             if self._generation[tier, slot] != places.generations[row] or self._writing[entry, tier] != slot:
                 continue  # lost meanwhile
-            self._writing[entry, tier] = _NOWHERE
+            self._writing[entry, tier] = NOWHERE
             self._locks[entry] -= 1
             if row in bad:
                 self._release(tier, slot)
                 self._forget_if_empty(entry)
             else:
                 self._place[entry, tier] = slot
-                self._copies[entry] += 1
+                self._copies[entry] += tier < self.behind
 
-    # ------------------------------------------------------------------ drop
+    # ------------------------------------------------------------------ spill: from the host tier to the disk
 
-    def refresh(self) -> int:
-        """Forgets places whose memory was taken back by its owner. Returns how many."""
-        count = 0
-        for tier, slots in enumerate(self._tiers):
-            for slot in slots.lost().tolist():
-                count += 1
-                self._lose(tier, slot)
-        return count
+    def spillable(self, entries: IntArray) -> IntArray:
+        """Which of these entries lie in the host tier, and neither lie on the disk nor are being written there."""
+        host, disk = self._place[entries, self.source], self._place[entries, self.behind]
+        chosen: IntArray = entries[(host >= 0) & (disk < 0) & (self._writing[entries, self.behind] < 0)]
+        return chosen
 
-    def drop_all(self) -> None:
-        """Forgets everything, transfers under way included: the caller sees to it that they end before any later one begins."""
-        for tier, slots in enumerate(self._tiers):
-            busy = np.flatnonzero((self._owner[tier] != _NOWHERE) | self._doomed[tier])
-            slots.give(busy)
-            self._generation[tier, busy] += 1
-            self._owner[tier, busy] = _NOWHERE
-            self._pins[tier, busy] = 0
-            self._doomed[tier, busy] = False
-        entries = np.array(sorted(self._entry_of.values()), dtype=np.int64)
-        if len(entries):
-            self._policy.remove(entries)
-        self._place[entries] = self._writing[entries] = _NOWHERE
-        self._copies[entries] = self._locks[entries] = 0
-        self._free.extend(entries.tolist())
-        self._entry_of.clear()
+    def adopt_entries(self, entries: IntArray) -> IntArray:
+        """Gives spillable entries their places among the pages that an earlier run left. Returns those that have none there."""
+        slots = self._tiers[self.behind]
+        if not slots.unclaimed:
+            return entries
+        claimed = slots.claim(self.ids[entries])
+        known = claimed >= 0
+        self._lay(entries[known], self.behind, claimed[known])
+        return entries[~known]
 
-    def check_integrity(self) -> None:
-        """Raises IntegrityError unless entries, places, owners and the tiers' own books agree."""
-        if len(self._entry_of) + len(self._free) != self.capacity:
-            raise IntegrityError(f"{len(self._entry_of)} entries and {len(self._free)} free ones of {self.capacity}")
-        for key, entry in self._entry_of.items():
-            here = np.concatenate([self._place[entry], self._writing[entry]])
-            if self._keys[entry] != key or (here == _NOWHERE).all():
-                raise IntegrityError(f"entry {entry} lies nowhere, or under another key")
-        copies, writing = (self._place != _NOWHERE).sum(axis=1), (self._writing != _NOWHERE).sum(axis=1)
-        if not np.array_equal(copies, self._copies) or (self._locks < writing).any():
-            raise IntegrityError("the entries' counts of copies or locks are wrong")
-        for tier, slots in enumerate(self._tiers):
-            placed = np.concatenate([self._place[:, tier], self._writing[:, tier]])
-            placed = placed[placed != _NOWHERE]
-            doomed = int(self._doomed[tier].sum())
-            if len(np.unique(placed)) != len(placed) or (self._owner[tier, placed] == _NOWHERE).any():
-                raise IntegrityError(f"{slots.name}: two blocks in one slot, or a slot without an owner")
-            if slots.statistics().used != len(placed) + doomed:
-                raise IntegrityError(
-                    f"{slots.name}: {slots.statistics().used} slots taken, {len(placed)} + {doomed} in use"
-                )
-            slots.check_integrity()
-        self._policy.check_integrity()
+    def prepare_spill(self, entries: IntArray) -> tuple[Spill, IntArray] | None:
+        """Pins distinct entries in the host tier and gives them slots on the disk. The worst blocks on the disk make room.
 
-    # ------------------------------------------------------------------ inside
-
-    def _places(
-        self, keys: tuple[bytes, ...], positions: IntArray, entries: IntArray, tiers: IntArray, slots: IntArray
-    ) -> Places:
-        generations = self._generation[tiers, slots].copy()
-        return Places(
-            keys=keys, positions=positions, entries=entries, tiers=tiers, slots=slots, generations=generations
+        Returns the spill, which may have fewer rows than `entries`, and the slots that were evicted for it; None when there is no
+        room at all.
+        """
+        entries = self.spillable(entries)
+        disk = self._tiers[self.behind]
+        slots = disk.take(len(entries))
+        evicted = np.empty(0, dtype=np.int64)
+        if len(slots) < len(entries):
+            missing = len(entries) - len(slots) + min(disk.overcommitted, _CLEARED_AT_ONCE)
+            # On a large disk some more: to look through all of it costs as much for one block as for a thousand.
+            evicted = self._clear_disk(max(missing, disk.capacity >> 12))
+            slots = np.concatenate((slots, disk.take(len(entries) - len(slots))))
+        entries = entries[: len(slots)]
+        if not len(entries):
+            return None
+        at = np.arange(len(entries))
+        host, target = np.full(len(entries), self.source), np.full(len(entries), self.behind)
+        sources = self._place[entries, self.source]
+        self._pin(entries, host, sources)
+        for row, (entry, slot) in enumerate(zip(entries.tolist(), slots.tolist(), strict=True)):
+            self._write(row, entry, self.behind, slot)
+        spill = Spill(
+            sources=self._places(at, entries, host, sources), targets=self._places(at, entries, target, slots)
         )
+        return spill, evicted
 
-    def _place_new(
-        self, keys: Sequence[bytes], depths: IntArray, fresh: list[int], now: float
-    ) -> list[tuple[int, int, int, int]]:
-        """Entries and slots for new blocks, in the order of the prefix: what does not fit is its end."""
-        rows: list[tuple[int, int, int, int]] = []
+    def complete_spill(self, spill: Spill, failed: Sequence[int], corrupt: Sequence[int]) -> None:
+        """The pages were written, except for the rows in `failed`. `corrupt`: those of them whose host copy was wrong."""
+        self.complete_store(spill.targets, failed)
+        self.complete_load(spill.sources, corrupt)
+
+    # ------------------------------------------------------------------ new and known blocks
+
+    def _place_new(self, keys: Sequence[bytes], depths: IntArray, fresh: Sequence[int], now: float) -> list[Row]:
+        """Entries and slots for new blocks, in the order of the prefix: what does not fit is its end. `fresh`: their positions."""
+        rows: list[Row] = []
+        ids = dict(zip(fresh, block_ids([keys[i] for i in fresh]), strict=True))
         todo = list(fresh)
-        for tier, slots in enumerate(self._written):
+        for tier, slots in enumerate(self._direct):
             taken = slots.take(len(todo)).tolist()
-            rows.extend(self._enter(keys[i], i, tier, slot) for i, slot in zip(todo, taken, strict=False))
+            rows.extend(self._enter(keys[i], ids[i], i, (tier, slot)) for i, slot in zip(todo, taken, strict=False))
             todo = todo[len(taken) :]
         if todo:
-            numbers = key_numbers([keys[i] for i in todo])
-            wanted = self._policy.admits(numbers, depths[todo], now)
+            wanted = self._policy.admits(np.array([ids[i][0] for i in todo], dtype=np.uint64), depths[todo], now)
             todo = [i for i, wants in zip(todo, wanted.tolist(), strict=True) if wants]
             # No block of this prefix makes room for one behind it.
             keep = {self._entry_of[key] for key in keys if key in self._entry_of}
-            for i, (tier, slot) in zip(todo, self._make_room(len(todo), keep), strict=False):
-                rows.append(self._enter(keys[i], i, tier, slot))
+            room = self._make_room(len(todo), keep)
+            rows.extend(self._enter(keys[i], ids[i], i, place) for i, place in zip(todo, room, strict=False))
         if rows:
             at = np.array([row[0] for row in rows], dtype=np.int64)
             entries = np.array([row[1] for row in rows], dtype=np.int64)
-            self._policy.insert(entries, key_numbers([keys[i] for i in at.tolist()]), depths[at], now)
+            self._policy.insert(entries, self.ids[entries, 0], depths[at], now)
         return rows
 
-    def _promote(self, known: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-        """Rows for (position, entry) of known blocks for which room has to be made: without a disk there are none."""
-        return []
+    def _promote(self, known: list[tuple[int, int]]) -> list[Row]:
+        """Makes room in the direct tiers for some of the known blocks, given as (position, entry), that lie on the disk alone.
+
+        A block is promoted if it would have been found in the direct tiers had it been promoted at its last use: fewer blocks have
+        come there since than these tiers hold. Where more than that is used in turn, each promotion would cost a copy and the place
+        of a block that is as good.
+        """
+        nowhere = (
+            (self._place[entry, : self.behind] < 0).all() and (self._writing[entry, : self.behind] < 0).all()
+            for _, entry in known
+        )
+        alone = [row for row, is_alone in zip(known, nowhere, strict=True) if is_alone]
+        if not alone:
+            return []
+        room = sum(tier.capacity for tier in self._direct)
+        worth = [(at, entry) for at, entry in alone if self._entered - int(self._entered_when_used[entry]) < room]
+        self._entered_when_used[[entry for _, entry in alone]] = self._entered
+        freed = self._make_room(len(worth), {entry for _, entry in known})
+        self._entered += len(freed)
+        return [self._write(at, entry, *place) for (at, entry), place in zip(worth, freed, strict=False)]
+
+    def _stripe_start(self, keys: Sequence[bytes]) -> int:
+        """The stripe number of the first of these blocks: where a part of the prefix is known, its numbers continue."""
+        for at, key in enumerate(keys):
+            if (entry := self._entry_of.get(key)) is not None:
+                return int(self.stripes[entry]) - at
+        return int(block_ids(keys[:1])[0, 0]) & 0xFFFF if keys else 0
+
+    # ------------------------------------------------------------------ room
 
     def _make_room(self, count: int, keep: set[int]) -> list[tuple[int, int]]:
-        """Frees `count` slots, or fewer: first the faster copies of what is in two tiers, then the worst blocks."""
+        """Frees up to `count` places (tier, slot) in the direct tiers: first the faster copies of blocks that lie in two of them,
+        then the places of the worst blocks. `keep`: entries that stay."""
         freed: list[tuple[int, int]] = []
-        busy = self._locks > 0
-        busy[list(keep)] = True
-        twice = ~busy & (self._copies > 1)
-        for entry in self._policy.victims(count, ~twice).tolist() if twice.any() else ():
-            tier = int(np.flatnonzero(self._place[entry] != _NOWHERE)[0])
-            freed.append(self._vacate(entry, tier))
+        for entry in self._worst(count, keep, least_copies=2) if self.behind > 1 else ():
+            freed.append(self._vacate(entry, int(np.flatnonzero(self._place[entry] != NOWHERE)[0])))
         if len(freed) < count:
-            for entry in self._policy.victims(count - len(freed), busy).tolist():
-                freed.extend(
-                    self._vacate(entry, tier) for tier in np.flatnonzero(self._place[entry] != _NOWHERE).tolist()
-                )
+            for entry in self._victims(count - len(freed), keep):
+                tiers = np.flatnonzero(self._place[entry, : self.behind] != NOWHERE).tolist()
+                freed.extend(self._vacate(entry, tier) for tier in tiers)
                 self._forget_if_empty(entry)
         for tier, slot in freed[count:]:
             self._release(tier, slot)
         return sorted(freed[:count])
 
-    def _enter(self, key: bytes, position: int, tier: int, slot: int) -> tuple[int, int, int, int]:
-        entry = self._free.pop()
-        self._entry_of[key], self._keys[entry] = entry, key
-        self.was_read[entry] = False
-        return self._write(position, entry, tier, slot)
+    def _victims(self, count: int, keep: set[int]) -> list[int]:
+        """Up to `count` entries in the direct tiers that are not in use, the worst first.
 
-    def _write(self, position: int, entry: int, tier: int, slot: int) -> tuple[int, int, int, int]:
-        self._writing[entry, tier], self._owner[tier, slot] = slot, entry
-        self._locks[entry] += 1
-        return position, entry, tier, slot
+        With a disk the policy orders far more entries than lie in the direct tiers, so victims are chosen in bulk there.
+        """
+        if self.behind == len(self._tiers):
+            return self._worst(count, keep, least_copies=1)
+        chosen = self._from_reserve(count, keep)
+        if len(chosen) < count:
+            some = max(count, sum(tier.capacity for tier in self._direct) // _RESERVE_SHARE)
+            self._reserve = self._worst(some, set(), least_copies=1)[::-1]
+            self._reserved[self._reserve] = True
+            chosen = self._from_reserve(count, keep)
+        return chosen if len(chosen) == count else self._worst(count, keep, least_copies=1)
 
-    def _drop_places(self, places: Places, rows: Sequence[int]) -> None:
-        for row in rows:
-            entry, tier, slot = int(places.entries[row]), int(places.tiers[row]), int(places.slots[row])
-            if self._generation[tier, slot] == places.generations[row] and self._owner[tier, slot] == entry:
-                self._locks[entry] -= self._pins[tier, slot]
-                self._vacate(entry, tier)
-                self._release(tier, slot)
-                self._forget_if_empty(entry)
+    def _from_reserve(self, count: int, keep: set[int]) -> list[int]:
+        """`count` reserved entries that were not asked for since they were chosen; none when there are too few."""
+        chosen: list[int] = []
+        while self._reserve and len(chosen) < count:
+            entry = self._reserve.pop()
+            if self._reserved[entry] and self._copies[entry] and not self._locks[entry] and entry not in keep:
+                chosen.append(entry)
+            self._reserved[entry] = False
+        return chosen if len(chosen) == count else []
 
-    def _vacate(self, entry: int, tier: int) -> tuple[int, int]:
-        """Takes a place from an entry; the slot is nobody's then."""
-        slot = int(self._place[entry, tier])
-        self._place[entry, tier] = self._owner[tier, slot] = _NOWHERE
-        self._copies[entry] -= 1
-        return tier, slot
+    def _worst(self, count: int, keep: set[int], *, least_copies: int) -> list[int]:
+        pinned = (self._copies < least_copies) | (self._locks > 0)
+        pinned[list(keep)] = True
+        worst: list[int] = [] if pinned.all() else self._policy.victims(count, pinned).tolist()
+        return worst
 
-    def _forget_if_empty(self, entry: int) -> None:
-        if not self._copies[entry] and not self._locks[entry]:
-            del self._entry_of[self._keys[entry]]
-            self._policy.remove(np.array([entry], dtype=np.int64))
-            self.evicted += 1
-            self.evicted_unread += not self.was_read[entry]
-            self._free.append(entry)
-
-    def _release(self, tier: int, slot: int) -> None:
-        """The slot has no block any more; it is given back when nobody reads it."""
-        self._owner[tier, slot] = _NOWHERE
-        self._doomed[tier, slot] = self._pins[tier, slot] > 0
-        if not self._doomed[tier, slot]:
-            self._tiers[tier].give(np.array([slot], dtype=np.int64))
-
-    def _lose(self, tier: int, slot: int) -> None:
-        """The slot ceased to exist: whatever refers to it refers to an older generation."""
-        entry = int(self._owner[tier, slot])
-        if entry != _NOWHERE:
-            if self._writing[entry, tier] == slot:
-                self._writing[entry, tier] = _NOWHERE
-                self._locks[entry] -= 1
-            else:
-                self._locks[entry] -= self._pins[tier, slot]
-                self._vacate(entry, tier)
+    def _clear_disk(self, count: int) -> IntArray:
+        """Evicts up to `count` blocks from the disk, the worst that nobody uses. Returns their slots."""
+        pinned = (self._place[:, self.behind] < 0) | (self._locks > 0)
+        freed = []
+        for entry in self._policy.victims(count, pinned).tolist():
+            _, slot = self._vacate(entry, self.behind)
             self._forget_if_empty(entry)
-        self._generation[tier, slot] += 1
-        self._owner[tier, slot] = _NOWHERE
-        self._pins[tier, slot] = 0
-        self._doomed[tier, slot] = False
+            self._release(self.behind, slot)
+            freed.append(slot)
+        return np.array(freed, dtype=np.int64)
+
+    def _enter(self, key: bytes, id_: UintArray, position: int, place: tuple[int, int]) -> Row:
+        self._entered += 1
+        return self._write(position, self._new_entry(key, id_), *place)
 
 
 def _rows(places: Places) -> list[tuple[int, int, int]]:

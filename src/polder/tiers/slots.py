@@ -1,82 +1,140 @@
-"""Slots: places of one block each, in one tier. What a tier has to be able to do, and the tier that is plain memory.
+"""The scheduler's half of a tier: which slots it has, and which of them are free, taken or gone.
 
-The contract of a tier has two halves, because vLLM has two. The half here lives in the scheduler's process and decides: which
-slots are there, which are gone. The other half (transfer.py) lives in every worker and moves bytes: load from slots, store into
-slots. Between them travel **recipes**: arrays that say where the bytes of slots are, one row a slot, opaque to everybody else.
+A **slot** is room for one KV block. A tier has two halves, because vLLM has two: this half lives in the scheduler's process and
+decides; the other half (transfer.py) lives in every worker and copies bytes. `TierSet` works with any list of `Slots`; to add a
+tier, derive a class from `Slots` here and a memory from `TierMemory` or `BatchMemory` there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+import xxhash
 
 from polder.arrays import IntArray
+from polder.diskstore.keys import Keys
 from polder.errors import IntegrityError
 
-__all__ = ["HostSlots", "Recipe", "SlotStatistics", "Slots"]
+__all__ = ["HostSlots", "LentChunks", "SlotStats", "Slots", "block_ids"]
+
+
+def block_ids(keys: Sequence[bytes]) -> Keys:
+    """[n, 2] the 128-bit ids that tiers use for vLLM's block keys: a hash of the key, which includes its KV cache group.
+
+    The disk store uses both words of an id. Eviction policies and checksums use the first.
+    """
+    digest = xxhash.xxh3_128_digest
+    words = np.frombuffer(b"".join([digest(key) for key in keys]), dtype="<u8") if keys else np.empty(0)
+    return words.reshape(-1, 2).astype(np.uint64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Where the bytes of n slots are. For one worker's rank when it is carried out; for all ranks when it travels."""
+class LentChunks:
+    """Where the bytes of n slots lie in a lender's memory; see borrowing.py."""
 
     lender: str
-    """Empty for a tier that is plain memory."""
-    slots: IntArray
-    """[n]: numbers of the slots."""
+    """Empty where the memory was taken back already."""
     chunks: IntArray
-    """[n, ranks, k]: the lender's chunks that make up each slot, see borrowing.py. [n, 0, 0] for plain memory."""
+    """[n, ranks, k] the lender's chunks that make up each slot."""
     epochs: IntArray
-    """[n, ranks, k]: the epoch of each chunk's lot when the slot was made."""
+    """[n, ranks, k] the epoch that each chunk's block had when the slot was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotStatistics:
+class SlotStats:
     slots: int
-    """That exist now."""
+    """Slots that exist now."""
     used: int
     slot_bytes: int
     lost: int
-    """Taken back by their owner since the start."""
+    """Slots that their owner took back, since the start."""
 
 
-class Slots(Protocol):
-    """The slots of one tier, numbered 0 .. capacity - 1. Not all need to exist at a time: memory that is borrowed comes and
-    goes."""
+class Slots:
+    """The slots of one tier, numbered from 0 to capacity - 1. Not all of them exist all the time: lent memory comes and goes."""
 
     name: str
     capacity: int
     slot_bytes: int
+    behind = False
+    """Whether blocks come here from the tier before, in the background. Otherwise they are copied here from the engine's cache."""
+    permanent = False
+    """Whether the memory stays where it is for the engine's whole life, so that it can be read in the background."""
 
     def take(self, count: int) -> IntArray:
-        """Up to `count` free slots; they are the caller's until `give`, or until they are among `lost`."""
+        """Takes up to `count` free slots. They are the caller's until `give`, or until `lost` returns them."""
+        raise NotImplementedError
 
     def give(self, slots: IntArray) -> None:
-        """These are free again. Slots that were lost meanwhile are passed over."""
+        """Frees these slots. Slots that were lost meanwhile are ignored."""
+        raise NotImplementedError
 
     def lost(self) -> IntArray:
-        """Slots, taken and not given back, that ceased to exist since the last call. They are not the caller's any more."""
+        """The taken slots that ceased to exist since the last call. They are no longer the caller's."""
+        return np.empty(0, dtype=np.int64)
 
-    def recipes(self, slots: IntArray) -> list[tuple[IntArray, Recipe]]:
-        """Where they are: (positions in `slots`, recipe) pairs that together cover all of them."""
+    def locate(self, slots: IntArray) -> list[tuple[IntArray, LentChunks | None]]:
+        """Where the bytes of these slots are: (positions in `slots`, location) pairs that together cover all of them.
 
-    def statistics(self) -> SlotStatistics: ...
+        A location of None means that the slots' numbers say it all.
+        """
+        return [(np.arange(len(slots)), None)] if len(slots) else []
 
-    def check_integrity(self) -> None: ...
+    def stats(self) -> SlotStats:
+        raise NotImplementedError
 
-    def close(self) -> None: ...
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless every slot is accounted for exactly once."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Returns what belongs to others."""
+
+    # ------------------------------------------------------------------ tiers that outlive the engine
+
+    @property
+    def unclaimed(self) -> int:
+        """Blocks that an earlier run left here and nobody has asked for yet."""
+        return 0
+
+    def claim(self, ids: Keys) -> IntArray:
+        """[n] the slots of these blocks among the unclaimed ones, -1 where there is none. These slots are taken now."""
+        return np.full(len(ids), -1, dtype=np.int64)
+
+    def forget_unclaimed(self) -> None:
+        """The blocks that an earlier run left are not valid any more."""
+
+    # ------------------------------------------------------------------ tiers whose workers lose blocks
+
+    @property
+    def overcommitted(self) -> int:
+        """Slots that must be freed before `take` returns any, because there is less room than there are slots."""
+        return 0
+
+    @property
+    def losing(self) -> bool:
+        """Whether `lost` has more to return."""
+        return False
+
+    def report_lost(self, slots: IntArray) -> None:
+        """A worker has lost the blocks in these slots."""
+
+    def set_room(self, blocks: int) -> None:
+        """The worker with the least room can hold so many blocks now."""
 
 
-class HostSlots:
-    """Slots in memory that is this engine's until it ends: its quota of the host region."""
+class HostSlots(Slots):
+    """Slots in host memory that belongs to this engine until it ends."""
+
+    permanent = True
 
     def __init__(self, *, name: str, size_bytes: int, slot_bytes: int) -> None:
         self.name, self.slot_bytes = name, slot_bytes
         self.capacity = size_bytes // slot_bytes if slot_bytes else 0
         self._taken = np.zeros(self.capacity, dtype=np.bool_)
-        # A stack: what was used last is in the caches, and memory that was never touched stays untouched.
+        # A stack: a slot that was used recently is in the CPU's caches, and memory that was never touched stays untouched.
         self._free = list(range(self.capacity - 1, -1, -1))
 
     def take(self, count: int) -> IntArray:
@@ -92,19 +150,8 @@ class HostSlots:
         self._taken[slots] = False
         self._free.extend(slots.tolist())
 
-    def lost(self) -> IntArray:
-        return np.empty(0, dtype=np.int64)
-
-    def recipes(self, slots: IntArray) -> list[tuple[IntArray, Recipe]]:
-        if not len(slots):
-            return []
-        none = np.empty((len(slots), 0, 0), dtype=np.int64)
-        return [(np.arange(len(slots)), Recipe(lender="", slots=slots, chunks=none, epochs=none))]
-
-    def statistics(self) -> SlotStatistics:
-        return SlotStatistics(
-            slots=self.capacity, used=self.capacity - len(self._free), slot_bytes=self.slot_bytes, lost=0
-        )
+    def stats(self) -> SlotStats:
+        return SlotStats(slots=self.capacity, used=self.capacity - len(self._free), slot_bytes=self.slot_bytes, lost=0)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless free + taken = all."""
@@ -112,6 +159,3 @@ class HostSlots:
             raise IntegrityError(
                 f"{self.name}: {len(self._free)} slots free, {int(self._taken.sum())} taken of {self.capacity}"
             )
-
-    def close(self) -> None:
-        """The memory is the broker's."""

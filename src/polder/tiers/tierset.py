@@ -21,14 +21,13 @@ from polder.arrays import IntArray
 from polder.planner.gate import Cut, best_cut
 from polder.planner.rates import LinkRate, PrefillRate
 from polder.tiers.admission import ReuseGate
-from polder.tiers.disk_index import DiskIndex
-from polder.tiers.disk_slots import DiskSlots
+from polder.tiers.counters import TierCounters
 from polder.tiers.eviction import EvictionPolicy
-from polder.tiers.index import ABSENT, BlockIndex, Places, key_numbers
+from polder.tiers.index import BlockIndex
 from polder.tiers.slots import Slots
-from polder.tiers.spill import SpillConfig, Spills, load_pages
-from polder.tiers.statistics import TierStatistics
-from polder.tiers.transfer import Direction, Finished, Job, Part
+from polder.tiers.spill import SpillConfig, Spiller
+from polder.tiers.table import ABSENT, Places
+from polder.tiers.transfer import Direction, Job, JobResult, Part
 
 __all__ = ["TierSet"]
 
@@ -74,8 +73,7 @@ class TierSet:
         Raises ConfigError for a disk that is not the last tier, or without a host tier before it.
         """
         self._tiers, self._ranks, self._block_tokens, self._clock = tuple(tiers), ranks, block_tokens, clock
-        disks = [tier for tier in self._tiers if isinstance(tier, DiskSlots)]
-        self.index = DiskIndex(self._tiers, policy) if disks else BlockIndex(self._tiers, policy)
+        self.index = BlockIndex(self._tiers, policy)
         self.reuse = ReuseGate(
             remembered=min(MOST_REMEMBERED, max(1024, 2 * self.index.capacity)),
             trial=min(MOST_TRIAL, max(LEAST_TRIAL, self.index.capacity // 2)),
@@ -84,11 +82,13 @@ class TierSet:
         self.links: dict[tuple[int, Direction], LinkRate] = {
             (tier, direction): LinkRate() for tier in range(len(tiers)) for direction in ("load", "store")
         }
-        self.statistics = TierStatistics([tier.name for tier in tiers])
-        self.spills: Spills | None = None
-        if isinstance(self.index, DiskIndex):
-            link, config = self.links[len(tiers) - 1, "store"], spilling or SpillConfig()
-            self.spills = Spills(self.index, disks[0], config, self.statistics, link, ranks=ranks)
+        self.counters = TierCounters([tier.name for tier in tiers])
+        self._spillers = [
+            Spiller(self.index, slots, spilling or SpillConfig(), self.counters, self.links[tier, "store"], ranks=ranks)
+            for tier, slots in enumerate(tiers)
+            if slots.behind
+        ]
+        """Write the tiers that are written behind another one."""
         self._open: dict[int, _Open] = {}
         self._dropped: dict[int, int] = {}
         """Jobs that `drop_all` has forgotten and workers still carry out -> ranks that have reported."""
@@ -101,12 +101,11 @@ class TierSet:
 
     def refresh(self) -> None:
         """Forgets blocks whose places are gone. Never within a step: what a look-up has found there a load may still name."""
-        self.statistics.lost_blocks += self.index.refresh()
+        self.counters.lost_blocks += self.index.refresh()
 
     def find(self, keys: Sequence[bytes]) -> IntArray:
         """As BlockIndex.find: the tier of each block, PENDING or ABSENT."""
-        if isinstance(self.index, DiskIndex):
-            self.index.adopt(keys, self._clock())
+        self.index.adopt(keys, self._clock())
         return self.index.find(keys)
 
     def asked(self, keys: Sequence[bytes], *, tokens: int) -> None:
@@ -118,9 +117,9 @@ class TierSet:
         self.reuse.asked(keys, {key for key, tier in zip(keys, tiers, strict=True) if tier != ABSENT})
         now = self._clock()
         self.index.touch(keys, now)
-        if self.spills is not None:
-            self.spills.asked(keys, now)
-        self.statistics.asked_tokens += tokens
+        for spiller in self._spillers:
+            spiller.asked(keys, now)
+        self.counters.asked_tokens += tokens
 
     def plan_load(self, tiers: IntArray) -> Cut:
         """How many of a prefix's blocks to load, given each one's tier. A link that is too slow is tried now and then."""
@@ -153,8 +152,8 @@ class TierSet:
 
     def refused(self, blocks: int) -> None:
         """Once for each request whose load was cut: this many blocks are recomputed although a tier has them."""
-        self.statistics.refused_loads += 1
-        self.statistics.refused_tokens += blocks * self._block_tokens
+        self.counters.refused_loads += 1
+        self.counters.refused_tokens += blocks * self._block_tokens
 
     def prepare_load(self, keys: Sequence[bytes], *, tokens: int) -> Job:
         """All keys must have a tier. The job's blocks are the keys, in this order; they stand for `tokens` tokens."""
@@ -162,7 +161,7 @@ class TierSet:
         counts = np.bincount(places.tiers, minlength=len(self._tiers))
         self._queued += counts * float(self._tiers[0].slot_bytes)
         for tier, count in enumerate(counts.tolist()):
-            self.statistics.tiers[tier].hit_tokens += tokens * count // len(keys)
+            self.counters.tiers[tier].hit_tokens += tokens * count // len(keys)
         return self._job("load", places, tokens=tokens)
 
     # ------------------------------------------------------------------ the engine has blocks
@@ -186,10 +185,10 @@ class TierSet:
     def prepare_store(self, keys: Sequence[bytes], depths: IntArray) -> tuple[IntArray, Job] | None:
         """Which keys are to be written (rising positions), and the job, whose blocks are those keys. None: nothing is."""
         self.reuse.computed(keys)
-        if self.spills is not None:
-            self.spills.computed(keys, self._clock())
+        for spiller in self._spillers:
+            spiller.computed(keys, self._clock())
         if self._held or not self.reuse.open:
-            self.statistics.unwritten_blocks += len(keys)
+            self.counters.unwritten_blocks += len(keys)
             return None
         places = self.index.prepare_store(keys, depths, self._clock())
         if not len(places.positions):
@@ -200,46 +199,43 @@ class TierSet:
     def plan_spills(self) -> Job | None:
         """The next job that moves blocks from the host tier to the disk; it touches no block of the engine. To be called in every
         step until it says None. Every rank reports it as any other job."""
-        if self.spills is None or self._held:
-            return None
-        job = self.spills.plan(self._next, self._clock())
-        self._next += job is not None
-        return job
+        for spiller in self._spillers if not self._held else ():
+            job = spiller.plan(self._next, self._clock())
+            if job is not None:
+                self._next += 1
+                return job
+        return None
+
+    @property
+    def spilling(self) -> bool:
+        """Whether `plan_spills` will have something to do, or to wait for, although no request comes."""
+        return any(spiller.busy for spiller in self._spillers)
 
     def _job(self, direction: Direction, places: Places, *, tokens: int = 0, blocks: IntArray | None = None) -> Job:
         number, self._next = self._next, self._next + 1
         self._open[number] = _Open(direction=direction, places=places, tokens=tokens, began=self._clock())
-        seeds = key_numbers(places.keys)
-        blocks = np.arange(len(places.keys)) if blocks is None else blocks
+        ids = self.index.ids[places.entries]
+        blocks = np.arange(len(places)) if blocks is None else blocks
         parts = []
         for tier, slots in enumerate(self._tiers):
             mine = np.flatnonzero(places.tiers == tier)
-            for chosen, recipe in slots.recipes(places.slots[mine]):
+            for chosen, lent in slots.locate(places.slots[mine]):
                 rows = mine[chosen]
-                part = Part(
-                    tier=tier,
-                    rows=rows,
-                    blocks=blocks[rows],
-                    slots=places.slots[rows],
-                    seeds=seeds[rows],
-                    recipe=recipe,
-                    pages=load_pages([places.keys[row] for row in rows.tolist()])
-                    if self.spills is not None and tier == self.spills.tier
-                    else None,
-                )
-                parts.append(part)
+                slots_ = places.slots[rows]
+                parts.append(Part(tier=tier, rows=rows, blocks=blocks[rows], slots=slots_, ids=ids[rows], lent=lent))
         return Job(number=number, direction=direction, parts=tuple(parts))
 
     # ------------------------------------------------------------------ the workers report
 
-    def report(self, finished: Finished) -> bool:
+    def report(self, finished: JobResult) -> bool:
         """One rank has ended a job. Returns whether it was a load that failed on this rank; the job is closed by the last rank."""
         job = self._open.get(finished.number)
         now = self._clock()
-        if self.spills is not None and (job is not None or self.spills.owns(finished.number)):
-            self.spills.notice(finished)
-            if job is None:
-                self.spills.report(finished, now)
+        for spiller in self._spillers:
+            if job is not None or spiller.owns(finished.number):
+                spiller.notice(finished)
+            if spiller.owns(finished.number):
+                spiller.report(finished, now)
         if finished.number in self._dropped:
             self._dropped[finished.number] += 1
             if self._dropped[finished.number] == self._ranks:
@@ -248,9 +244,9 @@ class TierSet:
             return False  # a spill, or from before everything was dropped
         for tier, (size, seconds) in finished.moved.items():
             self.links[tier, job.direction].observe(size, seconds, now)
-            self.statistics.moved(tier, job.direction, size, seconds)
+            self.counters.moved(tier, job.direction, size, seconds)
         for row, reason in finished.failed.items():
-            self.statistics.failed(int(job.places.tiers[row]), job.direction, reason)
+            self.counters.failed(int(job.places.tiers[row]), job.direction, reason)
         job.failed = {**(job.failed or {}), **finished.failed}
         job.acks += 1
         if job.acks == self._ranks:
@@ -262,48 +258,58 @@ class TierSet:
         failed = sorted(job.failed or ())
         if job.direction == "store":
             self.index.complete_store(job.places, failed)
-            if self.spills is not None:
-                self.spills.moved(job.places)
-            self.statistics.stored(job.places.tiers, self._tiers[0].slot_bytes)
+            self.counters.stored_blocks += len(job.places)
+            for spiller in self._spillers:
+                spiller.moved(job.places)
             return
         np.subtract.at(self._queued, job.places.tiers, float(self._tiers[0].slot_bytes))
         self.index.complete_load(job.places, failed)
-        if self.spills is not None:
-            self.spills.moved(job.places)
+        for spiller in self._spillers:
+            spiller.moved(job.places)
         elapsed = now - job.began
-        self.statistics.load_wait_seconds += elapsed
+        self.counters.load_wait_seconds += elapsed
         if failed:
-            self.statistics.failed_loads += 1
+            self.counters.failed_loads += 1
             return
         computing = self.prefill.seconds(job.tokens) or 0.0
-        self.statistics.saved_prefill_seconds += computing
+        self.counters.saved_prefill_seconds += computing
         if computing and elapsed > computing:
-            self.statistics.late_loads += 1
-            self.statistics.late_tokens += job.tokens
+            self.counters.late_loads += 1
+            self.counters.late_tokens += job.tokens
 
     def drop_all(self) -> None:
-        """Forgets everything, jobs under way included. A disk is emptied by the next `plan_spills`, and nothing is written to it
-        any more in this run: its namespace may not name the weights any longer (`spills.resume` says that it does)."""
+        """Forgets everything, jobs under way included. The next `plan_spills` empties the disks. Nothing is written to them any
+        more in this run, because their namespace may not name the weights any longer; `unseal` says that it still does."""
         self._dropped |= {number: job.acks for number, job in self._open.items()}
         self._open.clear()
         self._queued[:] = 0
         self.index.drop_all()
-        if self.spills is not None:
-            self.spills.drop_all()
+        self.seal()
 
-    def figures(self) -> dict[str, float]:
-        """All counters and gauges, by the names in statistics.py."""
-        self.statistics.unread_blocks = self.index.evicted_unread
+    def seal(self) -> None:
+        """Empties the disks and writes nothing to them from now on."""
+        for spiller in self._spillers:
+            spiller.drop_all()
+
+    def unseal(self) -> None:
+        """The weights are those that the disks' namespace names, although everything was dropped."""
+        for spiller in self._spillers:
+            spiller.unseal()
+
+    def stats(self) -> dict[str, float]:
+        """All counters and gauges, by the names in polder/metrics.py."""
+        self.counters.unread_bytes = self.index.evicted_unread * self._tiers[0].slot_bytes
         gauges = {}
         for tier, slots in enumerate(self._tiers):
-            state, rate = slots.statistics(), self.links[tier, "load"].bytes_per_s
+            state, rate = slots.stats(), self.links[tier, "load"].bytes_per_s
             gauges[f"tier_{slots.name}_used_bytes"] = float(state.used * state.slot_bytes)
             gauges[f"tier_{slots.name}_size_bytes"] = float(state.slots * state.slot_bytes)
             gauges[f"tier_{slots.name}_load_bytes_per_second"] = rate or 0.0
         gauges["tier_prefill_seconds_per_token"] = self.prefill.seconds_per_token or 0.0
         gauges["tier_writing_pays"] = float(self.reuse.open)
-        of_disk = self.spills.figures(self._clock()) if self.spills is not None else {}
-        return self.statistics.figures(self._tiers[0].slot_bytes) | gauges | of_disk
+        for spiller in self._spillers:
+            gauges |= spiller.stats(self._clock())
+        return self.counters.stats() | gauges
 
     def check_integrity(self) -> None:
         self.index.check_integrity()

@@ -31,16 +31,27 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from polder.arrays import IntArray
+from polder.diskstore.keys import Keys
 from polder.memory.backend import Mark
 from polder.memory.cores import leave_bound_core
-from polder.tiers.pages import Pages
-from polder.tiers.slots import Recipe
+from polder.tiers.slots import LentChunks
 
 __all__ = [
-    *("BatchMemory", "Carried", "Direction", "Finished", "HostRows", "Job", "Mover", "News", "Part", "Piece", "Pieces"),
+    *(
+        "BatchMemory",
+        "PartResult",
+        "Direction",
+        "JobResult",
+        "HostRows",
+        "Job",
+        "Mover",
+        "TierState",
+        "Part",
+        "Piece",
+        "Pieces",
+    ),
     *("Reason", "TierMemory", "TierWorker"),
 ]
 
@@ -54,26 +65,34 @@ _CLOSE_S = 15.0
 Piece = tuple[int, int]
 """(address, bytes)"""
 Pieces = Sequence[Piece]
-Direction = Literal["load", "store", "spill", "tend", "drop"]
+Direction = Literal["load", "store", "spill", "replicate", "drop"]
 """The last three are the disk tier's: from host to disk, second copies, forget everything."""
 Reason = Literal["lost", "corrupt", "error"]
 
 
+def _no_numbers() -> IntArray:
+    return np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The rows of a job that concern one tier and one lender."""
+    """The rows of a job that concern one tier, and one lender where the tier is lent memory."""
 
     tier: int
     rows: IntArray
-    """Which rows of the job's Places."""
-    blocks: IntArray
-    """For each row which of the job's blocks."""
+    """[n] which rows of the job's places these are."""
     slots: IntArray
-    """For each row the slot, in the tier's numbers."""
-    seeds: npt.NDArray[np.uint64]
-    recipe: Recipe
-    pages: Pages | None = None
-    """What a disk has to know beside."""
+    """[n] the tier's slots."""
+    ids: Keys
+    """[n, 2] the blocks' ids, see `block_ids`."""
+    blocks: IntArray = field(default_factory=_no_numbers)
+    """[n] which of the job's blocks each row copies. Empty where no block of the engine takes part."""
+    lent: LentChunks | None = None
+    """Where the slots are, where their numbers do not say it."""
+    sources: IntArray = field(default_factory=_no_numbers)
+    """[n] of a spill: the slots of the host tier to write from."""
+    stripes: IntArray = field(default_factory=_no_numbers)
+    """[n] of a spill: consecutive numbers for consecutive blocks of a prefix; they decide which disk each page goes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,35 +101,35 @@ class Job:
     direction: Direction
     parts: tuple[Part, ...]
     copies: int = 0
-    """Of "tend": pages that may be written."""
+    """For "replicate": how many pages may be written."""
 
 
 @dataclass(kw_only=True)
-class Finished:
+class JobResult:
     """What became of a job on one rank."""
 
     number: int
     failed: dict[int, Reason] = field(default_factory=dict)
-    """Rows that did not succeed."""
+    """The rows that did not succeed."""
     moved: dict[int, tuple[int, float]] = field(default_factory=dict)
-    """Tier -> (bytes, seconds that its lane was busy with them)."""
+    """By tier: bytes, and the seconds that its thread was busy with them."""
     lost: dict[int, IntArray] = field(default_factory=dict)
-    """Tier -> slots whose blocks are gone although nobody forgot them."""
+    """By tier: slots whose blocks are gone although nobody forgot them."""
     room: dict[int, int] = field(default_factory=dict)
-    """Tier -> slots that there is room for now."""
-    figures: dict[str, float] = field(default_factory=dict)
+    """By tier: the number of slots that there is room for now."""
+    gauges: dict[str, float] = field(default_factory=dict)
     """Gauges of this rank."""
 
 
 class TierMemory(Protocol):
     """The memory of one tier, as one rank sees it."""
 
-    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        """Copies the engine's block into a slot. False: the slot is not ours any more, and nothing was written after it ceased
-        to be."""
+    def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        """Copies the engine's block into the slot of this row. False: the slot is not ours any more, and nothing was written after
+        it was taken back."""
 
-    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        """Copies a slot into the engine's block. False: the slot was lost; the block's bytes are anything."""
+    def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        """Copies the slot of this row into the engine's block. False: the slot was lost, and the block's bytes are undefined."""
 
     def finish(self, size_bytes: int, started: float) -> None:
         """A part of a job is carried out, `size_bytes` since `started` (time.perf_counter); returns when the link is done with
@@ -143,7 +162,7 @@ class HostRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Carried:
+class PartResult:
     """What became of a part."""
 
     failed: dict[int, Reason]
@@ -153,31 +172,31 @@ class Carried:
 
 
 @dataclass(frozen=True, kw_only=True)
-class News:
-    """How a tier fares; see the fields of Finished."""
+class TierState:
+    """How a tier fares; the fields are those of JobResult."""
 
     lost: IntArray
     room: int
-    figures: Mapping[str, float]
+    gauges: Mapping[str, float]
 
 
 class BatchMemory(Protocol):
     """A tier that carries out whole parts. Loads come from one thread, the others from another one, at the same time."""
 
-    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> Carried:
+    def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> PartResult:
         """Row i of the part goes into `blocks[i]`."""
 
-    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> Carried:
+    def spill_part(self, part: Part, host: HostRows, mover: Mover) -> PartResult:
         """Copies slots of the host tier."""
 
-    def tend(self, copies: int) -> Carried:
+    def replicate(self, copies: int) -> PartResult:
         """Writes up to so many second copies."""
 
-    def drop(self) -> Carried:
+    def drop(self) -> PartResult:
         """Forgets everything."""
 
-    def news(self) -> News:
-        """Asked after each part."""
+    def state(self) -> TierState:
+        """How the tier fares; asked after each part."""
 
     def stop(self) -> None:
         """From now on every part fails at once."""
@@ -195,7 +214,7 @@ class _Work:
         """Parts that no lane has begun."""
         self.cut_short = False
         """Rows that are not begun fail."""
-        self.finished = Finished(number=job.number)
+        self.finished = JobResult(number=job.number)
 
 
 class TierWorker:
@@ -224,7 +243,7 @@ class TierWorker:
         self._threads: dict[int, list[threading.Thread]] = {}  # by tier
         self._changed = threading.Condition()
         self._open: dict[int, _Work] = {}
-        self._done: list[Finished] = []
+        self._done: list[JobResult] = []
 
     def submit(self, job: Job, blocks: Sequence[Pieces], after: Mark | None = None) -> None:
         """Begins a job; `blocks[i]` is where the engine keeps its i-th block. Sources and destinations must stay until it is
@@ -239,7 +258,7 @@ class TierWorker:
             lane = job.direction if job.direction in ("load", "store") else "spill"
             self._lane(part.tier, lane).put((work, at))
 
-    def poll(self) -> list[Finished]:
+    def poll(self) -> list[JobResult]:
         """Jobs that ended since the last call."""
         with self._changed:
             done, self._done = self._done, []
@@ -305,11 +324,11 @@ class TierWorker:
             started = time.perf_counter()
             failed: dict[int, Reason] = {}
             size = 0
-            news: News | None = None
+            state: TierState | None = None
             if not ordered:
                 failed = dict.fromkeys(part.rows.tolist(), "error")
             elif part.tier in self._batches:
-                carried, news = self._batch(work, part)
+                carried, state = self._batch(work, part)
                 size, failed = carried.size_bytes, {int(part.rows[at]): why for at, why in carried.failed.items()}
             else:
                 for at, row in enumerate(part.rows.tolist()):
@@ -321,9 +340,9 @@ class TierWorker:
             seconds = time.perf_counter() - started
             with self._changed:
                 finished = work.finished
-                if news is not None:
-                    finished.lost[part.tier], finished.room[part.tier] = news.lost, news.room
-                    finished.figures |= news.figures
+                if state is not None:
+                    finished.lost[part.tier], finished.room[part.tier] = state.lost, state.room
+                    finished.gauges |= state.gauges
                 before = finished.moved.get(part.tier, (0, 0.0))
                 finished.moved[part.tier] = before[0] + size, before[1] + seconds
                 self._end_part(work, failed)
@@ -344,7 +363,7 @@ class TierWorker:
             self._done.append(work.finished)
             self._changed.notify_all()
 
-    def _batch(self, work: _Work, part: Part) -> tuple[Carried, News | None]:
+    def _batch(self, work: _Work, part: Part) -> tuple[PartResult, TierState | None]:
         memory, direction = self._batches[part.tier], work.job.direction
         try:
             if direction == "load":
@@ -352,24 +371,22 @@ class TierWorker:
             elif direction == "spill":
                 carried = memory.spill_part(part, self._host_rows(part), self._mover)
             else:
-                carried = memory.tend(work.job.copies) if direction == "tend" else memory.drop()
+                carried = memory.replicate(work.job.copies) if direction == "replicate" else memory.drop()
         except Exception:  # as for a row
             logger.exception("tier %d: a part failed; its blocks are misses", part.tier)
-            carried = Carried(failed=dict.fromkeys(range(len(part.rows)), "error"), size_bytes=0)
+            carried = PartResult(failed=dict.fromkeys(range(len(part.rows)), "error"), size_bytes=0)
         try:
-            return carried, memory.news()
+            return carried, memory.state()
         except Exception:
             logger.exception("tier %d: how it fares is not known", part.tier)
             return carried, None
 
     def _host_rows(self, part: Part) -> HostRows:
-        assert part.pages is not None
         assert self._host is not None
-        slots = part.pages.sources
         return HostRows(
-            seeds=(part.seeds ^ self._seed).tolist(),
-            sums=self._sums[self._host][slots].tolist(),
-            sizes=[self._sizes[row] for row in self._sizes_of[slots].tolist()],
+            seeds=(part.ids[:, 0] ^ self._seed).tolist(),
+            sums=self._sums[self._host][part.sources].tolist(),
+            sizes=[self._sizes[row] for row in self._sizes_of[part.sources].tolist()],
         )
 
     def _note_sizes(self, slot: int, block: Pieces) -> None:
@@ -382,17 +399,17 @@ class TierWorker:
         """One block. Returns why it failed, and the bytes that went over the link."""
         block = work.blocks[int(part.blocks[at])]
         memory = self._memories[part.tier, work.job.direction]
-        slot, seed = int(part.slots[at]), int(part.seeds[at] ^ self._seed)
+        slot, seed = int(part.slots[at]), int(part.ids[at, 0] ^ self._seed)
         size = sum(length for _, length in block)
         try:
             if work.job.direction == "store":
-                if not memory.store(part.recipe, at, block, self._mover):
+                if not memory.store(part, at, block, self._mover):
                     return "lost", 0
                 self._sums[part.tier][slot] = self._mover.checksum(block, seed)
                 if part.tier == self._host:
                     self._note_sizes(slot, block)
                 return None, size
-            if not memory.load(part.recipe, at, block, self._mover):
+            if not memory.load(part, at, block, self._mover):
                 return "lost", size
             if self._mover.checksum(block, seed) != int(self._sums[part.tier][slot]):
                 return "corrupt", size

@@ -99,7 +99,7 @@ def install() -> DrivenDevice:
     import polder.engines.vllm.tiers.worker as tier_worker
     from polder.memory.cuda import CudaBackend
     from polder.memory.cuda_stream import StreamJob
-    from polder.tiers.places import CudaMover
+    from polder.tiers.movers import CudaMover
     from polder.weights.store import WeightStore
 
     device = DrivenDevice()

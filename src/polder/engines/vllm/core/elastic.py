@@ -95,7 +95,7 @@ class ElasticCore:
             self.weights.start(self._generation, agreement.welcome.segments)
         self._prefill: PrefillRate = PrefillRate() if self.tiers is None else self.tiers.tiers.prefill
         if self.tiers is not None:
-            Prefetch(self._scheduler, self.tiers.tiers.statistics)
+            Prefetch(self._scheduler, self.tiers.tiers.counters)
         self._postponed: list[Recall] = []
         self.lender: Lender | None = None
         self._own_table: OwnTable | None = None
@@ -369,7 +369,7 @@ class ElasticCore:
             lent |= self.weights.stats(time.monotonic())
         if self.window is not None:
             lent |= self.window.stats()
-        return lent | (self.tiers.tiers.figures() if self.tiers is not None else {})
+        return lent | (self.tiers.tiers.stats() if self.tiers is not None else {})
 
     # ------------------------------------------------------------------ plumbing
 

@@ -20,7 +20,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.metrics.stats import KV_FETCH_IN_PROGRESS
 from vllm.v1.request import RequestStatus
 
-from polder.tiers.statistics import TierStatistics
+from polder.tiers.counters import TierCounters
 
 __all__ = ["Prefetch"]
 
@@ -28,9 +28,9 @@ __all__ = ["Prefetch"]
 class Prefetch:
     """Listens in on one scheduler object with a connector: what arrives, and when it schedules."""
 
-    def __init__(self, scheduler: Any, statistics: TierStatistics) -> None:
-        """Counts its loads in `statistics.early_loads`."""
-        self._scheduler, self._statistics = scheduler, statistics
+    def __init__(self, scheduler: Any, counters: TierCounters) -> None:
+        """Counts its loads in `counters.early_loads`."""
+        self._scheduler, self._counters = scheduler, counters
         self._arrived: list[Any] = []
         plain = not (
             scheduler.prefix_replay_tokens
@@ -92,7 +92,7 @@ class Prefetch:
         )
         if allocated is None:
             return
-        self._statistics.early_loads += 1
+        self._counters.early_loads += 1
         connector.update_state_after_alloc(request, manager.get_blocks(request.request_id), found)
         if scheduler.connector_prefix_cache_stats is not None:
             scheduler.connector_prefix_cache_stats.record(

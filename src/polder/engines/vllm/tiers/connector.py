@@ -37,7 +37,7 @@ from polder.engines.vllm.tiers.manager import TierManager
 from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.errors import IntegrityError
 from polder.tiers.index import PENDING
-from polder.tiers.transfer import Finished, Job
+from polder.tiers.transfer import Job, JobResult
 
 __all__ = ["PolderConnector", "complete_config"]
 
@@ -46,7 +46,7 @@ __all__ = ["PolderConnector", "complete_config"]
 class TierWorkerMetadata(OffloadingWorkerMetadata):  # type: ignore[misc]
     """What the workers report up, with the outcome of each job."""
 
-    reports: list[Finished] = field(default_factory=list)
+    reports: list[JobResult] = field(default_factory=list)
 
     def aggregate(self, other: Any) -> TierWorkerMetadata:
         merged = super().aggregate(other)

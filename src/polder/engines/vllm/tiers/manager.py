@@ -158,7 +158,7 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         jobs = []
         while (job := self.tiers.plan_spills()) is not None:
             jobs.append(job)
-        self._more_to_spill = bool(jobs) or (self.tiers.spills is not None and self.tiers.spills.busy)
+        self._more_to_spill = bool(jobs) or self.tiers.spilling
         return jobs
 
     def has_pending_work(self) -> bool:
@@ -172,14 +172,12 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
 
     def reset_cache(self) -> None:
         self.tiers.drop_all()
-        if self.tiers.spills is not None:
-            self.tiers.spills.resume()  # new weights stop the disks in the workers (plugin.py), so the namespace still holds
+        self.tiers.unseal()  # new weights stop the disks in the workers (plugin.py), so the namespace still holds
 
     def seal_disks(self) -> None:
         """After `reset_cache`, when it is not known whether the weights are still those that the disks' namespace names: nothing
         is written to them any more in this run."""
-        if self.tiers.spills is not None:
-            self.tiers.spills.drop_all()
+        self.tiers.seal()
 
     def get_stats(self) -> OffloadingConnectorStats | None:
         """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as a
@@ -189,7 +187,7 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
             return None
         self._sent_at = now
         stats = OffloadingConnectorStats()
-        for name, value in self.tiers.figures().items():
+        for name, value in self.tiers.stats().items():
             published, labels, metric = _METRICS[name]
             if metric.kind == "gauge":
                 stats.set_gauge(published, value, labels)

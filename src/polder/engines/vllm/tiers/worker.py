@@ -28,9 +28,10 @@ from polder.memory.pool import ImportedPages
 from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.lending import open_table
-from polder.tiers.places import CpuMover, CudaMover, HostMemory, Lent, PeerMemory, wait_for_end
+from polder.tiers.memories import HostMemory, Lent, PeerMemory, wait_for_end
+from polder.tiers.movers import CpuMover, CudaMover
 from polder.tiers.reach import ASK_TIMEOUT_S, BrokerReach
-from polder.tiers.transfer import BatchMemory, Direction, Finished, Job, Pieces, TierMemory, TierWorker
+from polder.tiers.transfer import BatchMemory, Direction, Job, JobResult, Pieces, TierMemory, TierWorker
 
 __all__ = ["PolderWorker", "TierJob", "TierPlan", "caches_prefixes", "current", "on_new_weights", "open_worker"]
 
@@ -87,9 +88,9 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         self.tiers: TierWorker
         if disks is None:
             self.tiers = open_tiers(0, None)
-        self._unsent: list[Finished] = []
+        self._unsent: list[JobResult] = []
         self._numbers: dict[int, int] = {}  # job number -> vLLM's job id
-        self._reports: list[Finished] = []
+        self._reports: list[JobResult] = []
         self.failed_loads: set[int] = set()
 
     def start(self, capacity: int, kept: Keys) -> None:
@@ -138,7 +139,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
             results.append(TransferResult(job_id, success=True, transfer_size=size, transfer_time=seconds))
         return results
 
-    def take_reports(self) -> list[Finished]:
+    def take_reports(self) -> list[JobResult]:
         """What ended since the last call, for the scheduler's half."""
         reports, self._reports = self._reports, []
         return reports
@@ -157,7 +158,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         """Not begun: all of it has failed."""
         self._numbers[job.number] = job_id
         rows = [row for part in job.parts for row in part.rows.tolist()]
-        self._unsent.append(Finished(number=job.number, failed=dict.fromkeys(rows, "error")))
+        self._unsent.append(JobResult(number=job.number, failed=dict.fromkeys(rows, "error")))
         return True
 
     def _submit(self, job_id: int, spec: TierJob, blocks: Any) -> bool:

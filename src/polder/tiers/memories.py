@@ -1,145 +1,25 @@
-"""Memory that tiers are made of, as a worker sees it: the host region, and the lenders' KV caches."""
+"""The memory of tiers as a worker sees it: this rank's part of the host region, and the KV caches of lenders."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from polder.arrays import IntArray
 from polder.errors import EnvironmentFault
-from polder.memory import _libc
-from polder.memory.addresses import bytes_at, rows_at
 from polder.memory.backend import Backend
-from polder.memory.copy import CopyEngine
 from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
-from polder.memory.tensor import tensor_over
 from polder.tiers.borrowing import ChunkGeometry
 from polder.tiers.lending import LendingTable
-from polder.tiers.slots import Recipe
-from polder.tiers.transfer import Mover, Pieces
+from polder.tiers.transfer import Mover, Part, Pieces
 
-__all__ = ["CpuMover", "CudaMover", "HostMemory", "Lent", "PeerMemory", "pair", "wait_for_end"]
-
-
-_FACTOR = 0x9E3779B97F4A7C15
-"""Of CudaMover's sum, from piece to piece."""
-
-
-def pair(dst: Pieces, src: Pieces) -> tuple[list[int], list[int], list[int]]:
-    """Cuts two lists of pieces where either has a border: (destinations, sources, lengths). `dst` may be the longer one."""
-    targets, sources, lengths = [], [], []
-    to, room, ahead = 0, 0, iter(dst)
-    for start, size in src:
-        while size:
-            if not room:
-                to, room = next(ahead)
-            part = min(size, room)
-            targets.append(to)
-            sources.append(start)
-            lengths.append(part)
-            to, room, start, size = to + part, room - part, start + part, size - part
-    return targets, sources, lengths
-
-
-class CpuMover:
-    """Copies by numpy, with the GIL released, and xxh3.
-
-    The pieces of a block lie at equal distances, layer by layer, on both sides mostly, so one call copies them all. That
-    matters: the engine's own thread runs beside this one, and each call is a fight for the GIL.
-    """
-
-    def copy(self, dst: Pieces, src: Pieces) -> None:
-        to, start, sizes = pair(dst, src)
-        first = 0
-        while first < len(to):
-            last = first + 1
-            size = sizes[first]
-            if last < len(to):
-                steps = to[last] - to[first], start[last] - start[first]
-                while (
-                    last < len(to)
-                    and sizes[last] == size
-                    and (to[last] - to[last - 1], start[last] - start[last - 1]) == steps
-                ):
-                    last += 1
-            rows = last - first
-            if rows == 1:
-                _libc.copy_bytes(to[first], start[first], size)
-            else:
-                target = rows_at(to[first], (rows, size), steps[0])
-                target[:] = rows_at(start[first], (rows, size), steps[1])
-            first = last
-
-    def checksum(self, pieces: Pieces, seed: int) -> int:
-        digest = xxhash.xxh3_64(seed=seed)
-        for address, size in pieces:
-            digest.update(bytes_at(address, size))
-        return digest.intdigest()
-
-    checksum_in_host = checksum
-
-
-class CudaMover:
-    """The copy engine's stream, and a sum that the device computes itself: fetching the bytes to hash them would cost more than
-    recomputing them. The sum is not xxh3, but every bit counts and so does its place: words times odd numbers, modulo 2^64.
-
-    The sum is computed in a stream of its own for each thread. The thread's default would be the legacy stream, in which the sum
-    would wait for the engine's steps where the engine computes there, and be ordered with nothing where it does not.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._copies = CopyEngine(backend)
-        self._streams = threading.local()
-
-    def copy(self, dst: Pieces, src: Pieces) -> None:
-        to, start, sizes = pair(dst, src)
-        addresses = np.array(to, dtype=np.uint64), np.array(start, dtype=np.uint64)
-        self._copies.wait(self._copies.submit(*addresses, np.array(sizes, dtype=np.int64)))
-
-    def checksum(self, pieces: Pieces, seed: int) -> int:
-        import torch
-
-        with self._stream():
-            total = torch.tensor(_signed(seed), dtype=torch.int64, device=self._backend.device)
-            for address, size in pieces:
-                words = tensor_over(address, size, self._backend.device, None).view(torch.int64)
-                weights = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=words.device)
-                total = total * _signed(_FACTOR) + (words * weights).sum()
-            return int(total) & (2**64 - 1)
-
-    def _stream(self) -> contextlib.AbstractContextManager[object]:
-        """What torch launches within runs in this thread's own stream."""
-        import torch
-
-        if not self._backend.device.startswith("cuda"):
-            return contextlib.nullcontext()
-        if not hasattr(self._streams, "own"):
-            self._streams.own = torch.cuda.Stream(self._backend.device)
-        own: contextlib.AbstractContextManager[object] = torch.cuda.stream(self._streams.own)
-        return own
-
-    def checksum_in_host(self, pieces: Pieces, seed: int) -> int:
-        total = seed
-        for address, size in pieces:
-            words = np.frombuffer(bytes_at(address, size), dtype=np.uint64)
-            weights = np.arange(1, 2 * len(words), 2, dtype=np.uint64)
-            total = (total * _FACTOR + int((words * weights).sum(dtype=np.uint64))) & (2**64 - 1)
-        return total
-
-
-def _signed(word: int) -> int:
-    """The number that a signed 64-bit integer has where an unsigned one has `word`."""
-    return word - (word >> 63 << 64)
+__all__ = ["HostMemory", "Lent", "PeerMemory", "wait_for_end"]
 
 
 class HostMemory:
@@ -148,12 +28,12 @@ class HostMemory:
     def __init__(self, address: int, slot_bytes: int) -> None:
         self._address, self._slot_bytes = address, slot_bytes
 
-    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        mover.copy(self._slot(recipe, row), block)
+    def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        mover.copy(self._slot(part, row), block)
         return True
 
-    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        address, _ = self._slot(recipe, row)[0]
+    def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        address, _ = self._slot(part, row)[0]
         mover.copy(block, [(address, sum(size for _, size in block))])
         return True
 
@@ -163,8 +43,8 @@ class HostMemory:
     def close(self) -> None:
         """The pages belong to whoever mapped them."""
 
-    def _slot(self, recipe: Recipe, row: int) -> Pieces:
-        return [(self._address + int(recipe.slots[row]) * self._slot_bytes, self._slot_bytes)]
+    def _slot(self, part: Part, row: int) -> Pieces:
+        return [(self._address + int(part.slots[row]) * self._slot_bytes, self._slot_bytes)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,9 +109,10 @@ class PeerMemory:
         self._mirrors: dict[str, _Mirror] = {}
         self._refused_until: dict[str, float] = {}  # lender -> time.monotonic()
 
-    def store(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        mirror = self._mirror(recipe.lender)
-        chunks, epochs = recipe.chunks[row, self._rank], recipe.epochs[row, self._rank]
+    def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        assert part.lent is not None
+        mirror = self._mirror(part.lent.lender)
+        chunks, epochs = part.lent.chunks[row, self._rank], part.lent.epochs[row, self._rank]
         lots, first = np.unique(chunks // mirror.lent.cut.per_lot, return_index=True)
         table = mirror.lent.table
         if not table.valid(lots, epochs[first]):
@@ -243,9 +124,10 @@ class PeerMemory:
                 mover.copy(target, block)
         return ours
 
-    def load(self, recipe: Recipe, row: int, block: Pieces, mover: Mover) -> bool:
-        mirror = self._mirror(recipe.lender)
-        chunks, epochs = recipe.chunks[row, self._rank], recipe.epochs[row, self._rank]
+    def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
+        assert part.lent is not None
+        mirror = self._mirror(part.lent.lender)
+        chunks, epochs = part.lent.chunks[row, self._rank], part.lent.epochs[row, self._rank]
         lots = chunks // mirror.lent.cut.per_lot
         if not mirror.lent.table.valid(lots, epochs):
             return False
