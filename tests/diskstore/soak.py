@@ -180,7 +180,7 @@ def _last_look(directories: Sequence[Path], report: SoakReport) -> None:
         arena = Arena(BATCH, PAGE_BYTES)
         for disk, state in enumerate(store.states):
             if state != "ok":
-                report.problems.append(f"{directories[disk]}: {store.statistics()[disk].reason}")
+                report.problems.append(f"{directories[disk]}: {store.stats()[disk].reason}")
             keys = store.by_recency(disk)
             for at in range(0, len(keys), BATCH):
                 part = keys[at : at + BATCH]

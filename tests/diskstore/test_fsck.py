@@ -28,7 +28,7 @@ def there(disk: Path) -> int:
     shelf = Shelf([disk])
     ok = shelf.read(range(PAGES))
     assert shelf.wrong(range(PAGES), ok) == 0
-    assert shelf.store.statistics()[0].corrupt_pages == 0
+    assert shelf.store.stats()[0].corrupt_pages == 0
     shelf.check()
     shelf.store.close()
     return int(ok.sum())

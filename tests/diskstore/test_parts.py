@@ -67,7 +67,7 @@ def test_a_corrupt_part_is_a_miss_its_page_is_dropped_and_parts_of_other_pages_a
     assert ok.tolist() == [False, True] * 80
     assert shelf.wrong_parts(range(160), parts.tolist(), ok) == 0
     assert shelf.store.lookup(names(range(160))).present[:, 0].tolist() == [False, True] * 80
-    stats = shelf.store.statistics()[0]
+    stats = shelf.store.stats()[0]
     assert (stats.corrupt_pages, stats.failed_reads, stats.state) == (80, 0, "ok")
     shelf.check()
     shelf.store.close()
@@ -83,7 +83,7 @@ def test_of_a_page_that_is_read_whole_every_part_has_to_verify(tmp_path: Path) -
     ok = shelf.read(range(PARTS + 1))
     assert ok.tolist() == [False] * PARTS + [True]
     assert shelf.wrong(range(PARTS + 1), ok) == 0
-    assert shelf.store.statistics()[0].corrupt_pages == PARTS
+    assert shelf.store.stats()[0].corrupt_pages == PARTS
     shelf.store.close()
 
 
@@ -94,7 +94,7 @@ def test_parts_that_change_places_within_their_page_do_not_verify(tmp_path: Path
     slab[slot] = slab[slot, ::-1].copy()
     slab.flush()
     assert not shelf.read_parts([0] * PARTS, range(PARTS)).any()
-    assert shelf.store.statistics()[0].corrupt_pages == 1, "it is one page"
+    assert shelf.store.stats()[0].corrupt_pages == 1, "it is one page"
     assert shelf.read_parts([1] * PARTS, range(PARTS)).all()
     shelf.check()
     shelf.store.close()
@@ -173,7 +173,7 @@ def test_a_page_of_which_no_part_can_be_read_is_one_failed_page(tmp_path: Path) 
     numbers, parts = [n for n in range(4) for _ in range(PARTS)], [*range(PARTS)] * 4
     ok = shelf.read_parts(numbers, parts)
     assert ok.tolist() == [number != 2 for number in numbers]
-    stats = shelf.store.statistics()[0]
+    stats = shelf.store.stats()[0]
     assert (stats.failed_reads, stats.read_pages, stats.corrupt_pages, stats.state) == (1, 3, 0, "ok")
     assert not shelf.store.lookup(names([2])).present.any()
     shelf.store.close()
@@ -213,11 +213,11 @@ def test_a_page_with_late_parts_stays_unless_another_part_is_bad(tmp_path: Path)
     engine.errors = [errno.ETIMEDOUT] * 3
     assert not shelf.read([0]).any()
     assert shelf.read_parts([0] * 5, range(5)).tolist() == [False] * 3 + [True] * 2
-    assert shelf.store.statistics()[0].timeouts == 2, "pages, each batch"
+    assert shelf.store.stats()[0].timeouts == 2, "pages, each batch"
     assert shelf.store.lookup(names([0])).present.all()
     slab_of(shelf)[shelf.store.lookup(names([0])).slots[0, 0], 9, 0] ^= 1
     assert not shelf.read([0]).any()
-    stats = shelf.store.statistics()[0]
+    stats = shelf.store.stats()[0]
     assert (stats.timeouts, stats.failed_reads, stats.corrupt_pages) == (2, 2, 1)
     assert not shelf.store.lookup(names([0])).present.any()
     room = int(shelf.store.room[0])
@@ -230,7 +230,7 @@ def test_a_page_with_late_parts_stays_unless_another_part_is_bad(tmp_path: Path)
 
 def test_a_page_of_which_a_part_was_read_is_evicted_later(tmp_path: Path) -> None:
     shelf = shelf_of_parts(tmp_path / "a", limit_bytes=4 << 20)
-    slots = shelf.store.statistics()[0].slots
+    slots = shelf.store.stats()[0].slots
     assert shelf.write(range(slots)[::-1]).all()  # the last in a batch goes first
     assert shelf.read_parts([0, 1, 1], [3, 3, 4]).all()
     assert shelf.write([1000, 1001]).all()

@@ -44,7 +44,7 @@ def test_a_store_of_parts_uses_its_limit_and_never_a_byte_more(tmp_path: Path) -
         assert usage_bytes(tmp_path / "a") <= limit
         shelf.store.forget(names(numbers[::7]))
         assert usage_bytes(tmp_path / "a") <= limit
-    stats = shelf.store.statistics()[0]
+    stats = shelf.store.stats()[0]
     assert stats.used > 0.8 * stats.slots
     assert stats.disk_bytes > 0.8 * limit
     shelf.store.close()

@@ -102,7 +102,7 @@ def test_memory_of_a_page_is_named_by_its_address_while_any_part_of_it_may_chang
     held = shelf.store.unsettled()
     assert 0 < len(held) == len(np.unique(held)) <= 40
     assert np.isin(held, shelf.target.addresses).all()
-    assert shelf.store.statistics()[0].timeouts == 40, "pages"
+    assert shelf.store.stats()[0].timeouts == 40, "pages"
     emulated.recover()
     until = time.monotonic() + 10
     while len(shelf.store.unsettled()) and time.monotonic() < until:

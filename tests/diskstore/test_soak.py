@@ -13,7 +13,7 @@ import pytest
 
 from polder.diskstore.io import Arena
 from polder.diskstore.keys import Keys
-from polder.diskstore.store import DiskStore, Places
+from polder.diskstore.store import DiskStore, PageLocations
 from polder.memory.addresses import bytes_at
 from tests.diskstore import soak
 from tests.diskstore.soak import PAGE_BYTES, SoakReport
@@ -51,7 +51,7 @@ def test_a_page_tells_what_it_is(page: np.ndarray) -> None:
 class Lying(DiskStore):
     """Vouches for pages that changed, and forgets nothing."""
 
-    def read(self, places: Places, addresses: np.ndarray, disks: np.ndarray | None = None) -> np.ndarray:
+    def read(self, places: PageLocations, addresses: np.ndarray, disks: np.ndarray | None = None) -> np.ndarray:
         ok = super().read(places, addresses, disks)
         for address in addresses[ok]:
             bytes_at(int(address) + 100, 1)[0] ^= 1

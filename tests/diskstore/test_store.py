@@ -204,7 +204,7 @@ def test_a_store_uses_its_limit_and_never_a_byte_more(tmp_path: Path) -> None:
         assert usage_bytes(tmp_path / "a") <= limit
         shelf.store.forget(names(numbers[::7]))
         assert usage_bytes(tmp_path / "a") <= limit
-    stats = shelf.store.statistics()[0]
+    stats = shelf.store.stats()[0]
     assert stats.used > 0.8 * stats.slots
     assert stats.disk_bytes > 0.9 * limit
     assert stats.evicted_pages > 1500
@@ -215,7 +215,7 @@ def test_a_store_uses_its_limit_and_never_a_byte_more(tmp_path: Path) -> None:
 def test_a_batch_larger_than_the_disk_is_accepted_as_far_as_it_fits(tmp_path: Path) -> None:
     shelf = Shelf([tmp_path / "a"], SMALL)
     accepted = shelf.write(range(100))
-    assert accepted.sum() == shelf.store.statistics()[0].slots
+    assert accepted.sum() == shelf.store.stats()[0].slots
     assert np.array_equal(shelf.read(range(100)), accepted)
     shelf.store.close()
 
@@ -241,7 +241,7 @@ def test_a_limit_or_page_size_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 def test_after_a_restart_the_first_look_up_hits_and_eviction_goes_on_in_order(tmp_path: Path) -> None:
     shelf = Shelf([tmp_path / "a"], SMALL)
-    slots = shelf.store.statistics()[0].slots
+    slots = shelf.store.stats()[0].slots
     shelf.write(range(slots))
     assert shelf.read([0, 1]).all()
     shelf.store.close()
@@ -322,7 +322,7 @@ def test_threads_that_read_write_and_forget_at_once_see_whole_pages(tmp_path: Pa
         thread.join()
     assert errors == []
     assert wrong == []
-    stats = shelf.store.statistics()
+    stats = shelf.store.stats()
     assert sum(s.evicted_pages for s in stats) > 50
     assert sum(s.corrupt_pages for s in stats) == 0, "nothing is overwritten while it is read"
     shelf.check()
@@ -371,7 +371,7 @@ def test_the_copy_that_was_chosen_is_read_and_another_one_where_it_fails(tmp_pat
     assert shelf.write(range(20), disks=[0] * 20).all()
     assert shelf.write(range(10), disks=[1] * 10).all()
     assert shelf.read(range(20), disks=[1] * 10 + [0] * 10).all()
-    assert [s.read_pages for s in shelf.store.statistics()] == [10, 10]
+    assert [s.read_pages for s in shelf.store.stats()] == [10, 10]
     assert shelf.read(range(4), disks=[-1, 0, -1, 1]).tolist() == [False, True, False, True], "-1: not asked for"
     assert shelf.read(range(12), disks=[1] * 12).all(), "two have no copy there"
     assert shelf.store.forget(names(range(20)), np.array([1] * 20)) == 10
@@ -400,6 +400,6 @@ def test_namespace_and_device_are_noted(tmp_path: Path) -> None:
     shelf = Shelf([tmp_path / "a"])
     meta = read_meta(tmp_path / "a")
     assert meta is not None
-    assert (meta.namespace, meta.page_bytes, meta.slots) == ("tests", PAGE, shelf.store.statistics()[0].slots)
-    assert meta.device == shelf.store.statistics()[0].device
+    assert (meta.namespace, meta.page_bytes, meta.slots) == ("tests", PAGE, shelf.store.stats()[0].slots)
+    assert meta.device == shelf.store.stats()[0].device
     shelf.store.close()

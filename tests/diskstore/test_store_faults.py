@@ -71,8 +71,8 @@ def test_a_thousand_corrupt_pages_are_a_thousand_misses(tmp_path: Path, engine: 
         wrong += shelf.wrong(part, ok)
         assert not np.intersect1d(np.array(part)[ok], spoiled).size
     assert (fine, wrong) == (200, 0)
-    assert sum(s.corrupt_pages for s in shelf.store.statistics()) == 1000
-    assert all(s.state == "ok" for s in shelf.store.statistics()), "bad pages are no bad disk"
+    assert sum(s.corrupt_pages for s in shelf.store.stats()) == 1000
+    assert all(s.state == "ok" for s in shelf.store.stats()), "bad pages are no bad disk"
     assert shelf.store.lookup(names(numbers.tolist())).present.sum() == 200, "and are looked for once"
     shelf.check()
     shelf.store.close()
@@ -81,7 +81,7 @@ def test_a_thousand_corrupt_pages_are_a_thousand_misses(tmp_path: Path, engine: 
 def test_an_index_that_is_older_than_the_slab_gives_no_stale_page(tmp_path: Path) -> None:
     """As after a loss of power: the last commits are gone, their slots are in use again."""
     shelf = Shelf([tmp_path / "a"], 4 << 20)
-    slots = shelf.store.statistics()[0].slots
+    slots = shelf.store.stats()[0].slots
     assert shelf.write(range(slots)).all()
     shelf.store.close()
     shutil.copy(tmp_path / "a" / "index.db", tmp_path / "old.db")
@@ -153,7 +153,7 @@ def test_twenty_kills_in_the_middle_of_writing_leave_no_wrong_page(tmp_path: Pat
             found += int(ok.sum())
             # At most the slots that were being written, whose old records the index still had.
             assert (present[at : at + 150] & ~ok).sum() <= 16
-        assert all(s.state == "ok" for s in shelf.store.statistics())
+        assert all(s.state == "ok" for s in shelf.store.stats())
         shelf.check()
         shelf.store.close()
     assert found > 1000
@@ -177,7 +177,7 @@ def test_a_disk_that_dies_loses_its_own_pages_only(tmp_path: Path, caplog: pytes
     assert ok.tolist() == [False] * 40 + [True] * 60, "twenty came from their copies"
     assert shelf.wrong(range(100), ok) == 0
     assert "out: reading: Input/output error" in caplog.text
-    a, b = shelf.store.statistics()
+    a, b = shelf.store.stats()
     assert (a.state, a.reason, b.state) == ("out", "reading: Input/output error", "ok")
     assert not shelf.store.lookup(names(range(100))).present[:, 0].any()
     assert shelf.write(range(100)).all(), "what it had is written elsewhere"
@@ -192,7 +192,7 @@ def test_a_few_errors_are_misses_and_the_disk_stays(tmp_path: Path) -> None:
     failing = EmulatedDisk(FAST, DiskFaults(fail=0.04, seed=2))
     shelf = Shelf([tmp_path / "a", tmp_path / "b"], open_file=emulated_files({tmp_path / "a": failing}))
     ok = np.concatenate([shelf.read([n, n + 40]) for n in range(0, 60, 2)])
-    stats = shelf.store.statistics()[0]
+    stats = shelf.store.stats()[0]
     assert 0 < stats.failed_reads < 8
     assert stats.state == "ok"
     assert ok.sum() >= len(ok) - stats.failed_reads
@@ -211,7 +211,7 @@ def test_a_disk_that_hangs_holds_nobody_up_and_its_memory_is_named(tmp_path: Pat
     assert np.isin(held, shelf.target.addresses).all()
     assert ok.tolist() == [False] * 40 + (~np.isin(shelf.target.addresses[40:100], held)).tolist()
     assert ok[60:].all()
-    assert shelf.store.statistics()[0].state == "out"
+    assert shelf.store.stats()[0].state == "out"
     places, others = shelf.store.lookup(names(range(40, 100))), shelf.source.addresses[:60]
     assert shelf.store.read(places, others).all(), "the other disk's threads are free, and it has twenty copies"
     assert not shelf.read(range(40, 50)).any(), "what hangs may write here"
@@ -232,7 +232,7 @@ def test_a_read_that_lands_late_changes_no_page_that_was_vouched_for(tmp_path: P
     assert (shelf.target.bytes[40:60] == 0xAB).any(), "there a copy would have been read to"
     assert ok[60:].all()
     assert shelf.wrong(range(100), ok) == 0
-    assert shelf.store.statistics()[1].read_pages == ok.sum(), "and no copy was"
+    assert shelf.store.stats()[1].read_pages == ok.sum(), "and no copy was"
     shelf.store.close()
 
 
@@ -243,7 +243,7 @@ def test_a_write_that_hangs_is_not_accepted_and_what_lands_late_is_never_taken_f
     shelf.source.bytes[:] = 0x55  # against the rules: `unsettled` names this memory
     emulated.recover()
     time.sleep(0.1)
-    assert shelf.store.statistics()[0].state == "read-only"
+    assert shelf.store.stats()[0].state == "read-only"
     ok = shelf.read(range(60))
     assert ok.all()
     assert shelf.wrong(range(60), ok) == 0
@@ -262,7 +262,7 @@ def test_a_disk_that_cannot_be_written_to_is_still_read(
     shelf, emulated = two_disks(tmp_path)
     emulated.refuse_writes(number)
     assert not shelf.write(range(300, 320), disks=[0] * 20).any()
-    stats = shelf.store.statistics()[0]
+    stats = shelf.store.stats()[0]
     assert (stats.state, stats.reason) == ("read-only", f"writing: {os.strerror(number)}")
     assert f"read-only: writing: {os.strerror(number)}" in caplog.text
     assert shelf.read(range(100)).all()
@@ -322,7 +322,7 @@ def test_a_directory_that_is_missing_in_use_or_too_small_is_out_with_a_message(
     store = DiskStore(StoreConfig(disks=disks, page_bytes=PAGE, namespace="tests"))
     assert "make it on the disk that is to be used" in caplog.text
     assert "cannot be allocated" in caplog.text
-    assert [s.state for s in store.statistics()] == ["out", "out"]
+    assert [s.state for s in store.stats()] == ["out", "out"]
     assert not store.lookup(names(range(3))).present.any()
     store.close()
     assert shutil.disk_usage(tmp_path).free > free - (1 << 30), "what was got of it was given back"
@@ -334,7 +334,7 @@ def test_a_directory_that_is_removed_while_in_use_is_a_new_one_afterwards(tmp_pa
     assert shelf.wrong(range(100), shelf.read(range(100))) == 0
     shelf.write(range(600, 640))
     assert shelf.read(range(60, 100)).all()
-    assert shelf.store.statistics()[0].disk_bytes == 0
+    assert shelf.store.stats()[0].disk_bytes == 0
     shelf.store.close()
     again = Shelf([tmp_path / "a", tmp_path / "b"])
     assert again.read(range(40, 100)).all()

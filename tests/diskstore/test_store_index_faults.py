@@ -55,7 +55,7 @@ def test_an_index_that_cannot_be_written_makes_the_disk_read_only(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert shelf.store.statistics()[0].state == "read-only"
+    assert shelf.store.stats()[0].state == "read-only"
     assert "index.db" in caplog.text
     assert shelf.read(range(20)).all()
     shelf.check()
@@ -102,7 +102,7 @@ def test_an_index_that_hangs_is_waited_for_once_and_its_disk_is_still_read(
         assert not shelf.store.lookup(names(range(400, 420))).present[:, 0].any()
         shelf.check()
     until = time.monotonic() + 10
-    while shelf.store._disks[0]._aside.hangs and time.monotonic() < until:
+    while shelf.store._disks[0]._timed.hangs and time.monotonic() < until:
         time.sleep(0.01)
     assert shelf.store.forget(names([20])) == 1, "and now all of it is noted"
     shelf.store.close()

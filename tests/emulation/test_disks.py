@@ -97,7 +97,7 @@ def test_a_page_that_comes_too_late_is_a_miss_and_stays(tmp_path: Path) -> None:
     assert shelf.write(range(10, 14)).all()
     ok = shelf.read(range(0, 14, 2))  # seven requests of 0.1 s
     assert ok.tolist() == [True] * 5 + [False] * 2
-    assert shelf.store.statistics()[0].timeouts == 2
+    assert shelf.store.stats()[0].timeouts == 2
     assert shelf.read([10, 12]).all()
     shelf.store.close()
 

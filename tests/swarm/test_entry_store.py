@@ -187,13 +187,13 @@ def test_a_later_process_on_the_same_disks_finds_nothing_of_an_earlier_one(
     one.store.close()  # as if it had been killed
     monkeypatch.setattr(entry_map, "_PROCESS", np.uint64(1))
     other = Rig(tmp_path, entries=64)
-    assert sum(disk.used for disk in other.store.statistics()) == 0, "what it left takes no room"
+    assert sum(disk.used for disk in other.store.stats()) == 0, "what it left takes no room"
     fill(other, 64)
     beside = EntryStore(other.store, other.entries.config, entries=8)
     assert other.check(np.arange(64)).all(), "what another one of this process has stays"
     beside.close()
     other.entries.close()
-    assert sum(disk.used for disk in other.store.statistics()) == 0
+    assert sum(disk.used for disk in other.store.stats()) == 0
     other.store.close()
 
 

@@ -97,7 +97,7 @@ class DiskTierLives(RuleBasedStateMachine):
 
     @property
     def had_faults(self) -> bool:
-        stats = self.rig.store.statistics()
+        stats = self.rig.store.stats()
         return any(s.state != "ok" or s.failed_reads or s.failed_writes for s in stats)
 
     @rule(disk=st.integers(0, 2), kind=st.sampled_from(["die", "hang", "full", "read-only"]), rarely=st.integers(0, 3))

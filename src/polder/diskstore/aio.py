@@ -1,10 +1,12 @@
-"""Kernel AIO: half the CPU time of threads for single pages, where it is allowed. Asked for, never needed.
+"""An I/O engine over Linux kernel AIO. For single pages it takes half the CPU time of threads. It is optional (disk_io
+= "aio").
 
-One thread hands the kernel many requests at once and sums the pieces as they come: no thread switch and no fight for the GIL each
-time. Unlike io_uring it passes the usual container profiles. Its weakness: handing over a request may itself wait, when the file
-system has to read where the file lies, and that wait has no limit. `ThreadEngine` keeps its promise of time on any disk.
+One thread submits many requests at once and computes the checksums as they complete, without a thread switch and a
+contended GIL for each. Unlike io_uring, the usual container profiles allow it. Its weakness: a submission may block
+without a time limit, when the file system has to look up where the file lies. `ThreadEngine` keeps its time limit on
+any disk.
 
-Files without O_DIRECT, and memory that is not aligned, are left to a `ThreadEngine`.
+Files without O_DIRECT and memory that is not aligned are left to a `ThreadEngine`.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from polder.memory.addresses import bytes_at
 __all__ = ["AioEngine"]
 
 _DEPTH = 32
-"""Requests of one disk that the kernel has at a time."""
+"""Requests of one disk that are submitted at a time."""
 _EVENTS = 256
 _MACHINE = platform.machine()
 _CALLS = {"x86_64": (206, 209, 208, 207), "aarch64": (0, 2, 4, 1)}
-"""Numbers of io_setup, io_submit, io_getevents, io_destroy."""
+"""System call numbers of io_setup, io_submit, io_getevents and io_destroy."""
 _PREADV, _PWRITEV = 7, 8
 _IOCB = np.dtype(
     [
@@ -55,10 +57,11 @@ _c.syscall.argtypes = (ctypes.c_long, *[ctypes.c_void_p] * 5)
 
 
 class AioEngine:
-    """See above and `polder.diskstore.io.IoEngine`."""
+    """See the module's docstring. An IoEngine."""
 
     def __init__(self, threads: ThreadEngine | None = None) -> None:
-        """`threads` does what this cannot; it is closed with it. Raises EnvironmentFault where the kernel has no AIO for us."""
+        """`threads` does what AIO cannot, and is closed with this engine. Raises EnvironmentFault where AIO is not
+        available."""
         self._threads = threads or ThreadEngine()
         self._lock = threading.Lock()
         self._idle = [_open_context()]
@@ -80,7 +83,7 @@ class AioEngine:
         return np.unique(np.concatenate([self._threads.unsettled(), *held]))
 
     def close(self) -> None:
-        """A context in which a request hangs is left to the end of the process: to end it would wait for that."""
+        """A context in which a request hangs is left to the end of the process, because destroying it would wait."""
         self.unsettled()
         with self._lock:
             for context in self._idle:
@@ -95,7 +98,7 @@ class AioEngine:
         try:
             with self._lock:
                 context = self._idle.pop() if self._idle else _open_context()
-        except EnvironmentFault:  # the system has no more of them
+        except EnvironmentFault:  # no more contexts
             return otherwise(transfers, timeout_s)
         call = _Call(context, transfers, opcode)
         while call.submit() and (wait := until - time.monotonic()) > 0:
@@ -109,16 +112,16 @@ class AioEngine:
                 self._idle.append(call.context)
         for transfer, outcome in zip(transfers, outcomes, strict=True):
             rows = np.flatnonzero(~np.isin(outcome.errors, (0, errno.ETIMEDOUT)))
-            if len(rows):  # of a run with one bad piece all are reported: the threads find out which
+            if len(rows):  # AIO reports one error for a whole run: the threads find out which piece is bad
                 again = otherwise([_part(transfer, rows)], timeout_s)[0]
                 outcome.errors[rows], outcome.digests[rows] = again.errors, again.digests
         return outcomes
 
 
 class _Call:
-    """The requests of one batch: those that wait, those that the kernel has, and what became of them.
+    """The requests of one batch: those to submit, those in flight, and the results.
 
-    Pieces are counted over all transfers, of each in the order of its offsets; a request is a run of them.
+    Pieces are numbered over all transfers, within each in the order of its offsets. A request is a run of pieces.
     """
 
     def __init__(self, context: int, transfers: Sequence[Transfer], opcode: int) -> None:
@@ -146,7 +149,7 @@ class _Call:
             first_piece += len(mine)
         self._runs, self._in_flight = runs, [0] * len(transfers)
         self._sent, self._over = set[int](), set[int]()
-        self._vectors = np.empty(len(self._seeds), dtype=_IOVEC)  # the kernel reads them, and the requests
+        self._vectors = np.empty(len(self._seeds), dtype=_IOVEC)  # the kernel reads these two arrays
         self._vectors["address"], self._vectors["bytes"] = addresses, self._piece_bytes
         self._requests = np.zeros(len(runs), dtype=_IOCB)
         spans = np.array(runs, dtype=np.int64).reshape(-1, 2)
@@ -162,7 +165,7 @@ class _Call:
                 self._sum(piece)
 
     def submit(self) -> bool:
-        """Hands over what the disks have room for. False when nothing is left to wait for."""
+        """Submits what fits into the disks' queues. False when nothing is left to wait for."""
         for disk, limits in enumerate(self._limits):
             count = min(self._depth - self._in_flight[disk], limits[1] - limits[0])
             if count <= 0:
@@ -181,7 +184,7 @@ class _Call:
         return self.flying > 0 or any(at < end for at, end in self._limits)
 
     def reap(self, least: int, wait_s: float) -> None:
-        """Waits for `least` requests, for `wait_s` at most."""
+        """Waits for `least` requests to complete, for `wait_s` at most."""
         until = np.array([int(wait_s), int(wait_s % 1 * 1e9)], dtype=np.int64)
         least = min(least, self.flying)
         count = _c.syscall(

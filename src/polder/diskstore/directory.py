@@ -1,4 +1,5 @@
-"""Opens a disk's directory: takes its lock, compares what it is with what is asked for, makes, resizes or mends its files."""
+"""Opens a disk's directory: takes its lock, compares it with what is asked for, and creates, resizes or mends its
+files."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from polder.errors import ConfigError, EnvironmentFault
 
 __all__ = ["OpenDirectory", "lock_directory", "open_directory", "rebuild"]
 
-logger = logging.getLogger("polder.swarm")
+logger = logging.getLogger("polder.diskstore")
 
 OURS = frozenset(
     (META, SLAB, INDEX, f"{META}.new", f"{INDEX}.new", f"{INDEX}-wal", f"{INDEX}-shm", f"{INDEX}-journal", "lost+found")
@@ -33,11 +34,14 @@ class OpenDirectory:
 
 
 def lock_directory(directory: Path) -> int:
-    """A descriptor; the lock ends with it or with the process. Raises EnvironmentFault when the directory is missing or in use."""
+    """Locks the directory until the returned descriptor is closed or the process ends.
+
+    Raises EnvironmentFault when the directory is missing or in use.
+    """
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        # Not made here: on a disk that is not mounted it would be made on the disk beneath, and fill that.
+        # It is not created here: if its disk is not mounted, it would be created on the disk below, and fill that one.
         raise EnvironmentFault(
             f"{directory}: {error.strerror}: make it on the disk that is to be used, and see that it is mounted"
         ) from None
@@ -50,10 +54,10 @@ def lock_directory(directory: Path) -> int:
 
 
 def open_directory(directory: Path, layout: Layout, namespace: str, open_file: OpenFile) -> OpenDirectory:
-    """Makes it if it is empty, resizes it if it was of another size.
+    """Opens a disk's directory. An empty one is initialised, one of another size is resized.
 
-    Raises ConfigError when it holds something else, or pages of another namespace or size or of other parts; EnvironmentFault and
-    OSError when it cannot be used now.
+    Raises ConfigError when it holds something else, or pages of another namespace, page size or number of parts. Raises
+    EnvironmentFault and OSError when it cannot be used now.
     """
     with contextlib.ExitStack() as undo:
         lock_fd = lock_directory(directory)
@@ -77,13 +81,13 @@ def open_directory(directory: Path, layout: Layout, namespace: str, open_file: O
 
 
 def rebuild(directory: Path, meta: Meta, records: Records) -> Records:
-    """Gives the directory the size that `meta` says and a new index of these records, as far as they fit; returns those."""
+    """Gives the directory the size that `meta` says, and a new index with the records that fit. Returns these records."""
     kept = empty_records(meta.slots, meta.parts)
     count = min(len(kept), len(records))
     kept[:count] = records[:count]
     slab, size = directory / SLAB, meta.slots * meta.page_bytes
     growing = not slab.exists() or slab.stat().st_size < size
-    if growing:  # physical first, then logical; to shrink the other way round
+    if growing:  # to grow, the slab comes before the index; to shrink, after it
         preallocate(slab, size)
     create_index(directory / INDEX, kept, meta.device)
     write_meta(directory, meta)
@@ -93,7 +97,7 @@ def rebuild(directory: Path, meta: Meta, records: Records) -> Records:
 
 
 def _make(directory: Path, layout: Layout, namespace: str) -> Meta:
-    """meta.json comes last: what is there without it was never used."""
+    """meta.json is written last: files without it were never used."""
     strange = sorted(set(os.listdir(directory)) - OURS)
     if strange:
         raise ConfigError(f"{directory}: is not a Polder disk and holds {strange[0]!r}: name an empty directory")
@@ -118,7 +122,7 @@ def _compare(directory: Path, meta: Meta, layout: Layout, namespace: str) -> Non
 
 
 def _open_index(directory: Path, meta: Meta) -> tuple[SlotIndex, Records]:
-    """A damaged index keeps the rows that can be read: it is a cache, and a wrong row does not verify."""
+    """Of a damaged index the readable rows are kept: the store is a cache, and a page with a wrong row does not verify."""
     path = directory / INDEX
     try:
         index = SlotIndex(path, meta)

@@ -1,7 +1,8 @@
-"""One disk of a store while it runs: its books, its index, its faults.
+"""One disk of a running store: its slots, its index and its faults.
 
-A page is written in this order: a slot is taken (its old page is forgotten), the bytes, the index, and only then can it be found.
-So whatever stops the process, a slot's record and its bytes either belong together or do not verify.
+A page is written in this order: take a slot (its old page is forgotten), write the bytes, store the index, and only
+then publish the page. So whatever stops the process, the record and the bytes of a slot either belong together or do
+not verify.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import xxhash
 
 from polder.arrays import BoolArray, IntArray, UintArray
 from polder.diskstore.directory import OpenDirectory, open_directory
-from polder.diskstore.engine import Aside
-from polder.diskstore.health import DiskHealth, DiskStatistics
+from polder.diskstore.engine import TimedCall
+from polder.diskstore.health import DiskHealth, DiskStats
 from polder.diskstore.index import empty_records, row_bytes
 from polder.diskstore.io import OpenFile, Outcome
 from polder.diskstore.keys import Keys, distinct
@@ -32,25 +33,25 @@ from polder.errors import EnvironmentFault
 
 __all__ = ["Disk", "DiskConfig"]
 
-logger = logging.getLogger("polder.swarm")
+logger = logging.getLogger("polder.diskstore")
 
 _Parts = IntArray | None
 
 _LEAST_PATIENCE_S = 5.0
-"""With an index that is written and with files that are closed: a busy machine makes any disk slow."""
-_ROWS_AT_ONCE = 1024  # of the index: a disk that answers takes them in far less than that
+"""The least time that storing the index and closing files may take: a busy machine makes any disk slow."""
+_ROWS_AT_ONCE = 1024  # rows of the index; a disk that answers takes far less than the patience for them
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskConfig:
     directory: Path
-    """Must exist, on the disk that is to be used."""
+    """An existing directory on the disk that is to be used."""
     limit_bytes: int
-    """What `du` of the directory may come to."""
+    """What `du` of the directory may reach."""
 
 
 class Disk:
-    """Thread-safe. Only opening raises; a disk that cannot be opened is "out", with the reason."""
+    """Thread-safe. Only the constructor raises. A disk that cannot be used is "out"; `health` says why."""
 
     def __init__(
         self,
@@ -64,15 +65,15 @@ class Disk:
         timeout_s: float,
         open_file: OpenFile,
     ) -> None:
-        """Raises ConfigError or BudgetError when the directory, the limit or the size of pages or parts cannot be meant."""
+        """Raises ConfigError or BudgetError when the directory, the limit or the sizes are invalid."""
         self.number, self.config = number, config
         self.health = DiskHealth(config.directory, errors_allowed)
         self.device = ""
         hashed = xxhash.xxh3_64_intdigest(namespace.encode())
         self._pages = PageFormat(page_bytes=page_bytes, parts=parts, namespace=hashed)
-        self._lock = threading.Lock()  # of the books; never held during I/O
+        self._lock = threading.Lock()  # of the slot book; never held during I/O
         self._index_lock = threading.Lock()  # taken first
-        self._aside, self._patience_s = Aside(number), max(timeout_s, _LEAST_PATIENCE_S)
+        self._timed, self._patience_s = TimedCall(number), max(timeout_s, _LEAST_PATIENCE_S)
         self._open: OpenDirectory | None = None
         layout = plan_layout(config.limit_bytes, page_bytes, parts)
         records = empty_records(0, parts)
@@ -83,11 +84,11 @@ class Disk:
             self.health.stop("out", str(error))
         self.slots = len(records)
         self._book = SlotBook(records)
-        # Rises over all runs, also when the last rows of the index were lost with the power.
+        # Rises over all runs, even when a power loss took the last rows of the index.
         self._generation = max(int(records["generation"].max(initial=0)) + 1, time.time_ns())
 
     def find(self, keys: Keys) -> tuple[IntArray, UintArray]:
-        """Of each key the slot and the generation, -1 and 0 where it is absent."""
+        """The slot and the generation of each key; -1 and 0 where it is absent."""
         if self.health.state == "out":
             return np.full(len(keys), -1, dtype=np.int64), np.zeros(len(keys), dtype=np.uint64)
         with self._lock:
@@ -99,13 +100,13 @@ class Disk:
 
     @property
     def free(self) -> int:
-        """Pages that can be written before one has to be evicted."""
+        """The number of pages that can be written before one has to be evicted."""
         with self._lock:
             return self._book.free if self.health.state == "ok" else 0
 
     @property
     def room(self) -> int:
-        """Pages that the disk has or can take: without the slots that went bad, and none when it is out."""
+        """The number of pages that the disk can hold: without bad slots, and 0 when it is out."""
         with self._lock:
             if self.health.state == "ok":
                 return self.slots - self._book.bad
@@ -113,13 +114,13 @@ class Disk:
 
     @property
     def evicted(self) -> int:
-        """Pages since the disk was opened."""
+        """The number of pages evicted since the disk was opened."""
         return self._book.evicted
 
     # ------------------------------------------------------------------ write
 
     def begin_write(self, rows: IntArray, keys: Keys, addresses: IntArray) -> DiskTransfer | None:
-        """Takes slots for those of `keys` that are not here. None when there is nothing to write."""
+        """Takes slots for those of `keys` that are not on this disk. None when there is nothing to write."""
         if self._open is None or self.health.state != "ok":
             return None
         with self._lock:
@@ -136,7 +137,7 @@ class Disk:
         return self._transfer(rows[fresh], slots, keys[fresh], generations, addresses[fresh], None)
 
     def end_write(self, written: DiskTransfer, outcome: Outcome) -> None:
-        """Publishes the pages that were written as a whole and that the index took."""
+        """Publishes the pages whose bytes were fully written and whose rows the index accepted."""
         slots, digests = written.slots, outcome.digests.reshape(-1, self._pages.parts)
         errors = worst(outcome.errors.reshape(digests.shape))
         good, failure = errors == 0, ""
@@ -160,7 +161,8 @@ class Disk:
     def begin_read(
         self, rows: IntArray, keys: Keys, slots: IntArray, generations: UintArray, addresses: IntArray, parts: _Parts
     ) -> DiskTransfer | None:
-        """Pins what is still as it was looked up. `parts`: as of DiskTransfer. None when there is nothing to read."""
+        """Pins the pages that are still as they were looked up. `parts`: see DiskTransfer. None when there is nothing
+        to read."""
         if self._open is None or self.health.state == "out":
             return None
         with self._lock:
@@ -172,26 +174,29 @@ class Disk:
         return self._transfer(rows[still], slots[still], keys[still], generations[still], addresses[still], chosen)
 
     def end_read(self, read: DiskTransfer, outcome: Outcome) -> BoolArray:
-        """Which rows arrived as they were written. Pages of others are dropped, but for those that only took too long."""
+        """[n] which rows arrived as they were written. The pages of other rows are dropped, except those that only
+        timed out."""
         slots, parts = read.slots, read.parts
         with self._lock:
             digests = self._book.records["digest"]
             digests = digests[slots] if parts is None else digests[slots, parts][:, None]
             errors, torn = verify(outcome, digests)
-            still = self._book.current(slots, read.generations)  # a page that was forgotten meanwhile has no digest
+            still = self._book.current(
+                slots, read.generations
+            )  # a page that was forgotten meanwhile has no digest any more
             good: BoolArray = (errors == 0) & ~torn & still
             counted = still if parts is None else still & one_a_page(slots, errors, torn)
             self.health.did_read(errors[counted], int(good[counted].sum()))
             self.health.took(int(good.sum()) * digests.shape[1] / self._pages.parts, outcome.seconds)
-            self._book.touch(slots[good])  # before any of these is dropped, for another of its parts
+            self._book.touch(slots[good])  # before a page is dropped because another of its parts is bad
             bad = slots[still & ~good & (errors != errno.ETIMEDOUT)]
-            if len(bad) and self.health.state != "out":  # of a disk that is lost the books say what to copy again
+            if len(bad) and self.health.state != "out":  # the book of a lost disk is kept: it says what to copy again
                 self._book.drop(np.unique(bad))
             self._book.unpin(slots)
         return good
 
     def forget(self, keys: Keys) -> int:
-        """Drops these pages, in the index too; returns how many there were."""
+        """Drops these pages, in the index too. Returns how many there were."""
         if self.health.state == "out":
             return 0
         with self._index_lock:
@@ -209,18 +214,18 @@ class Disk:
     # ------------------------------------------------------------------
 
     def by_recency(self) -> Keys:
-        """[m, 2] keys of all pages that are or, the disk being out, were here, the last used first."""
+        """[m, 2] keys of all pages on this disk, the most recently used first; also of a disk that is out."""
         with self._lock:
             keys: Keys = self._book.records["key"][self._book.by_recency()].copy()
         return keys
 
-    def statistics(self) -> DiskStatistics:
+    def stats(self) -> DiskStats:
         try:
             disk_bytes = usage_bytes(self.config.directory)
         except OSError:
             disk_bytes = 0
         with self._lock:
-            return DiskStatistics(
+            return DiskStats(
                 directory=str(self.config.directory),
                 device=self.device,
                 state=self.health.state,
@@ -244,7 +249,7 @@ class Disk:
             self._book.check_integrity()
 
     def settle(self) -> None:
-        """Stores what only changed the order of use, so that the next run evicts in the same order. Nothing may be under way."""
+        """Stores the order of use, so that the next run evicts in the same order. Nothing may be under way."""
         with self._index_lock:
             if self._open is not None and self.health.state == "ok":
                 try:
@@ -253,12 +258,12 @@ class Disk:
                     logger.warning("%s: the order of use is lost: %s", self.config.directory, error)
 
     def close(self) -> None:
-        """A disk that hangs is left open, to the end of the process."""
+        """Closes the disk. One that hangs stays open until the process ends."""
         with self._index_lock:
             opened, self._open = self._open, None
             if opened is not None:
                 try:
-                    self._aside.call(lambda: _close(opened), self._patience_s)
+                    self._timed.call(lambda: _close(opened), self._patience_s)
                 except EnvironmentFault as error:
                     logger.warning("%s: not closed: %s", self.config.directory, error)
 
@@ -270,8 +275,11 @@ class Disk:
         return DiskTransfer(rows=rows, slots=slots, keys=keys, generations=generations, parts=parts, transfer=transfer)
 
     def _store_rows(self, marked: BoolArray) -> None:
-        """Rows of the index as they are now. Raises EnvironmentFault: they stay marked. Where the index hangs, it is asked no more
-        before it has answered, so nobody waits twice; and the disk is not written to."""
+        """Stores the marked rows of the index. Raises EnvironmentFault; the rows stay marked then.
+
+        An index that hangs makes the disk read-only, and is not called again before it has answered, so nobody waits
+        twice.
+        """
         assert self._open is not None
         every = np.flatnonzero(marked)
         for numbers in (every[at : at + _ROWS_AT_ONCE] for at in range(0, len(every), _ROWS_AT_ONCE)):
@@ -279,11 +287,11 @@ class Disk:
                 rows = {number: row_bytes(self._book.records, number) for number in numbers.tolist()}
                 self._book.dirty[numbers] = False
             try:
-                self._aside.call(functools.partial(self._open.index.store, rows), self._patience_s)
+                self._timed.call(functools.partial(self._open.index.store, rows), self._patience_s)
             except EnvironmentFault as error:
                 with self._lock:
                     self._book.dirty[numbers] = True
-                    if self._aside.hangs:
+                    if self._timed.hangs:
                         self.health.stop("read-only", f"writing the index: {error}")
                 raise
             with self._lock:

@@ -1,13 +1,13 @@
-"""Carries out batches of reads and writes on several disks at a time, and sums every piece on its way.
+"""Reads and writes batches of pieces on several disks at a time, and computes the checksum of every piece.
 
-`ThreadEngine` needs nothing but the kernel: some threads a disk, one task a thread and batch, one preadv for pieces that lie side
-by side. Another engine (io_uring, NIXL) takes its place by having the same three methods.
+`ThreadEngine` needs only the kernel: some threads for each disk, one task for each thread and batch, and one preadv for
+pieces that lie side by side. Another engine (io_uring, NIXL) can take its place; see `IoEngine`.
 
-A system call on a disk that hangs cannot be called off. The engine waits for a batch until its time is over and reports what is
-not done as ETIMEDOUT; a thread that hangs may still write to the memory that it was given. `unsettled` lists that memory: it must
-not be used for anything else until it is listed no more.
+A system call on a disk that hangs cannot be cancelled. The engine waits for a batch until its time is over, and reports
+what is not done as ETIMEDOUT. A thread that hangs may still write to the memory that it was given. `unsettled` lists
+that memory: it must not be used for anything else until it is no longer listed.
 
-`Aside` is for the few other calls on a disk that may hang as well: on its index, and to close its files.
+`TimedCall` is for the other calls on a disk that may hang: storing its index and closing its files.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from polder.errors import EnvironmentFault
 from polder.memory.addresses import bytes_at
 from polder.memory.cores import leave_bound_core
 
-__all__ = ["Aside", "ThreadEngine", "side_by_side"]
+__all__ = ["ThreadEngine", "TimedCall", "side_by_side"]
 
-logger = logging.getLogger("polder.swarm")
+logger = logging.getLogger("polder.diskstore")
 
 
 RUN_PIECES, RUN_BYTES = 16, 1 << 20
-"""At most so many pieces or bytes, whichever is more, that lie side by side on the disk are moved by one system call. That is 256
-pieces at most, for none has less than 4096 bytes; the kernel takes 1024."""
+"""One system call moves at most so many pieces or bytes, whichever is more, that lie side by side on the disk. As a
+piece has 4096 bytes or more, that is at most 256 pieces; the kernel accepts 1024."""
 LEAST_RUN_BYTES = 256 << 10
-"""No run is cut into shorter ones than that for workers that are idle: four such requests at a time keep a disk as busy as sixteen
-of 64 KiB, and a batch of 64 pages takes a third less of the host."""
+"""Runs are not cut shorter than this to occupy idle workers: four such requests at a time keep a disk as busy as
+sixteen of 64 KiB, and a batch of 64 pages costs a third less CPU time."""
 _JOIN_S = 2.0
 
 
@@ -49,7 +49,7 @@ _Move = Callable[["_Batch", int, int, Arena | None], None]
 
 
 class _Latch:
-    """Opened by the last of so many."""
+    """Opens when it was counted down `count` times."""
 
     def __init__(self, count: int) -> None:
         self._left = itertools.count(count - 1, -1)
@@ -65,7 +65,7 @@ class _Latch:
 
 
 class _Batch:
-    """A transfer in the order of its offsets, as lists: the threads index them one by one."""
+    """A transfer in the order of its offsets. The threads index its rows one by one, so they are lists."""
 
     def __init__(self, transfer: Transfer, workers: int, move: _Move) -> None:
         self.order = np.argsort(transfer.offsets, kind="stable")
@@ -89,14 +89,14 @@ class _Batch:
     def outcome(self) -> Outcome:
         errors = np.empty(len(self.errors), dtype=np.int32)
         digests = np.empty(len(self.errors), dtype=np.uint64)
-        # A thread that hung notes the digest first and the success last.
+        # A thread that hangs has noted the digest before the success.
         errors[self.order] = self.errors
         digests[self.order] = np.array(self.digests, dtype=np.uint64)
         return Outcome(errors=errors, digests=digests, seconds=self.ended - self.started)
 
 
 class _Task:
-    """Every so-many-th run of a batch: what one thread does of it."""
+    """The runs of a batch that one thread moves."""
 
     def __init__(self, batch: _Batch, runs: Sequence[tuple[int, int]]) -> None:
         self.batch, self.runs = batch, runs
@@ -107,7 +107,8 @@ class _Task:
     def carry_out(self, bounce: Arena | None) -> None:
         batch, move = self.batch, self.batch.move
         for run in self.runs:
-            # In this order: who abandons a batch looks at `current` next, so it sees this run, or this thread sees it abandoned.
+            # In this order: who abandons a batch reads `current` afterwards. So it sees this run, or this thread sees
+            # `abandoned`.
             self.current = run
             if batch.abandoned:
                 break
@@ -127,7 +128,7 @@ class _Task:
         self.latch.count_down()
 
     def _one_by_one(self, first: int, last: int) -> None:
-        """One piece of the run is bad: which?"""
+        """Finds out which piece of the run is bad."""
         for row in range(first, last):
             if self.batch.abandoned:
                 return
@@ -138,7 +139,7 @@ class _Task:
 
 
 class ThreadEngine:
-    """See above. Its threads start with the first transfer of a disk, so that a process may fork before."""
+    """See the module's docstring. Threads start with the first transfer of a disk, so that a process may fork before."""
 
     def __init__(self, workers_per_disk: int = 8) -> None:
         self._workers = workers_per_disk
@@ -161,7 +162,7 @@ class ThreadEngine:
         return np.unique(np.concatenate(memory)) if memory else np.empty(0, dtype=np.int64)
 
     def close(self) -> None:
-        """Ends the threads, but for those that hang in the kernel: they are left to the end of the process."""
+        """Ends the threads, except those that hang in the kernel: they end with the process."""
         with self._lock:
             for tasks in self._tasks.values():
                 for _ in range(self._workers):
@@ -199,7 +200,7 @@ class ThreadEngine:
                 self._tasks[disk] = tasks
                 for number in range(self._workers):
                     name = f"polder-disk{disk}-{number}"
-                    # A daemon, and no executor: a thread that hangs in the kernel must not keep the process from ending.
+                    # A daemon thread and no executor: a thread that hangs in the kernel must not keep the process from ending.
                     thread = threading.Thread(target=_work, args=(tasks,), name=name, daemon=True)
                     self._threads.append(thread)
                     thread.start()
@@ -215,7 +216,7 @@ def _work(tasks: queue.SimpleQueue[_Task | None]) -> None:
         try:
             task.carry_out(bounce)
         except Exception:
-            logger.exception("a disk thread failed; its pages are misses")
+            logger.exception("a disk thread failed; its pages count as misses")
         task.finish()
 
 
@@ -244,21 +245,27 @@ def _write(batch: _Batch, first: int, last: int, bounce: Arena | None) -> None:
     batch.errors[first:last] = [0] * (last - first)
 
 
-class Aside:
-    """Calls on one disk, one at a time, each in a thread of its own: who asks does not wait for ever. Not thread-safe."""
+class TimedCall:
+    """Makes calls that may hang, one at a time, each in a thread of its own, so that the caller waits only for a while.
+
+    Not thread-safe.
+    """
 
     def __init__(self, disk: int) -> None:
-        self._name = f"polder-disk{disk}-aside"
+        self._name = f"polder-disk{disk}-call"
         self._last: Future[None] | None = None
 
     @property
     def hangs(self) -> bool:
-        """Whether a call that took too long has not returned yet."""
+        """Whether an earlier call has not returned yet."""
         return self._last is not None and not self._last.done()
 
     def call(self, function: Callable[[], None], timeout_s: float) -> None:
-        """Raises what `function` raises. Raises EnvironmentFault when it takes longer, though it goes on then; and at once, without
-        a call, as long as an earlier one hangs."""
+        """Raises what `function` raises.
+
+        Raises EnvironmentFault when the function takes longer than `timeout_s`; it goes on in its thread. While an
+        earlier call hangs, raises EnvironmentFault at once and calls nothing.
+        """
         if not self.hangs:
             done = Future[None]()
 
@@ -270,10 +277,10 @@ class Aside:
                 else:
                     done.set_result(None)
 
-            thread = threading.Thread(target=carry_out, name=self._name, daemon=True)  # a daemon, as those above
+            thread = threading.Thread(target=carry_out, name=self._name, daemon=True)  # a daemon thread, as above
             try:
                 thread.start()
-            except RuntimeError:  # the system has no more of them, or the interpreter ends
+            except RuntimeError:  # no more threads, or the interpreter is ending
                 return function()
             self._last = done
             with contextlib.suppress(TimeoutError):
@@ -282,7 +289,7 @@ class Aside:
 
 
 def side_by_side(offsets: Sequence[int], piece_bytes: int, workers: int) -> list[tuple[int, int]]:
-    """Cuts sorted offsets, in bytes, into runs (first, end) of pieces side by side, so that every worker has something to do."""
+    """Cuts sorted offsets, in bytes, into runs (first, end) of adjacent pieces, short enough to occupy all workers."""
     count = len(offsets)
     longest = min(max(RUN_PIECES, RUN_BYTES // piece_bytes), max(-(-count // workers), LEAST_RUN_BYTES // piece_bytes))
     runs, first = [], 0

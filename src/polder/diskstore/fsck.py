@@ -1,4 +1,5 @@
-"""Checks a disk's directory while no store uses it: sizes, index, and every page against its checksum; and mends what can be."""
+"""Checks a disk's directory that no store uses: sizes, index, and the checksum of every page. Repairs what can be
+repaired."""
 
 from __future__ import annotations
 
@@ -34,23 +35,23 @@ class Report:
     namespace: str = ""
     slots: int = 0
     pages: int = 0
-    """That the index knows."""
+    """Pages in the index."""
     corrupt_pages: int = 0
-    """Of which the bytes do not verify."""
+    """Pages whose bytes do not verify."""
     unreadable_pages: int = 0
     doubled_pages: int = 0
-    """In two slots: the older one is of no use."""
+    """Pages that are in two slots; the older copy is of no use."""
     limit_bytes: int = 0
     disk_bytes: int = 0
     problems: list[str]
-    """Everything that is not as it should be, in words."""
+    """A sentence for each thing that is wrong."""
     repaired: bool = False
-    """All problems are gone."""
+    """Whether a repair has removed all problems."""
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """No store opens the directory meanwhile. Raises EnvironmentFault when it is missing or in use."""
+    """Keeps stores from opening the directory. Raises EnvironmentFault when it is missing or in use."""
     fd = lock_directory(directory)
     try:
         yield
@@ -59,10 +60,10 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def check_directory(directory: Path, open_file: OpenFile = open_page_file) -> tuple[Report, Records]:
-    """Reads everything, changes no page. Returns also the records of the pages that are as they were written.
+    """Reads everything and changes nothing. Also returns the records of the pages that verify.
 
-    To be called while the directory is `locked`. Raises ConfigError when it is no Polder disk, EnvironmentFault when it cannot be
-    read at all.
+    The directory must be `locked`. Raises ConfigError when it is not a Polder disk, EnvironmentFault when it cannot be
+    read.
     """
     meta = _meta(directory)
     report = Report(
@@ -80,7 +81,7 @@ def check_directory(directory: Path, open_file: OpenFile = open_page_file) -> tu
 
 
 def repair_directory(directory: Path, report: Report, good: Records) -> None:
-    """Makes a new index of the good pages and gives the slab its size; to be called while the directory is still `locked`.
+    """Makes a new index of the good pages and gives the slab its right size. The directory must still be `locked`.
 
     Raises EnvironmentFault when that fails.
     """

@@ -1,4 +1,4 @@
-"""What a disk did and how it fares: counters, and when it is used no more."""
+"""The health of a disk: counters, its measured speed, and the rule by which it is used no more."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ import numpy as np
 
 from polder.arrays import ErrorArray
 
-__all__ = ["DiskHealth", "DiskStatistics", "State"]
+__all__ = ["DiskHealth", "DiskStats", "State"]
 
-logger = logging.getLogger("polder.swarm")
+logger = logging.getLogger("polder.diskstore")
 
 State = Literal["ok", "read-only", "out"]
 
 _FORGIVEN_AFTER = 1000
-"""Good pages in a row after which a disk's errors are forgotten."""
+"""After so many good pages in a row a disk's errors are forgotten."""
 _SPEED_MEMORY_S = 2.0
-"""Time of reading over which a disk's measured speed forgets."""
+"""The measured speed is an average over so much time spent reading."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiskStatistics:
+class DiskStats:
     directory: str
     device: str
     state: State
-    """ "read-only": what is there is read, nothing is written; "out": all its pages are misses."""
+    """ "read-only": pages are read but not written. "out": all pages are misses."""
     reason: str
-    """Why it is not "ok"."""
+    """Why the state is not "ok"."""
     slots: int
     used: int
     limit_bytes: int
     disk_bytes: int
-    """What the directory takes now."""
+    """What `du` of the directory reports now."""
     read_pages: int
-    """A page of which parts were read counts once a batch, here and below."""
+    """A page counts once in each batch, however many of its parts were read. So it does in the counters below."""
     written_pages: int
     evicted_pages: int
     corrupt_pages: int
-    """That did not verify, and were dropped."""
+    """Pages that did not verify and were dropped."""
     failed_reads: int
-    """Pages, timeouts included, as `failed_writes`."""
+    """Pages that could not be read, timeouts included. `failed_writes` likewise."""
     failed_writes: int
     timeouts: int
 
 
 class DiskHealth:
-    """Not thread-safe: the disk's lock is held around every call."""
+    """Not thread-safe: the caller holds the disk's lock."""
 
     def __init__(self, directory: Path, errors_allowed: int) -> None:
         self.state: State = "ok"
@@ -63,7 +63,7 @@ class DiskHealth:
         self._pages = self._seconds = 0.0
 
     def did_read(self, errors: ErrorArray, good: int) -> None:
-        """A batch was read: errno of each page, and how many verified."""
+        """Counts a batch that was read: the errno of each page, and how many verified."""
         self.read_pages += good
         self.corrupt_pages += int((errors == 0).sum()) - good
         self.failed_reads += self._reads.count(errors)
@@ -72,18 +72,18 @@ class DiskHealth:
             self.stop("out", f"reading: {_name(errors)}")
 
     def took(self, pages: float, seconds: float) -> None:
-        """A batch of so many good pages, or parts of them, was read in so long."""
+        """Notes the time of a batch. `pages`: good pages, where a part of a page counts as a fraction."""
         if pages and seconds > 0:
             keep = max(0.0, 1.0 - seconds / _SPEED_MEMORY_S)
             self._pages, self._seconds = keep * self._pages + pages, keep * self._seconds + seconds
 
     @property
     def pages_per_s(self) -> float:
-        """As measured; 0 before anything was."""
+        """The measured speed; 0 before the first read."""
         return self._pages / self._seconds if self._seconds else 0.0
 
     def did_write(self, errors: ErrorArray, index_failure: str) -> None:
-        """A batch was written: errno of each page, and what the index said, "" if it took them."""
+        """Counts a batch that was written: the errno of each page, and why the index refused it ("" if it did not)."""
         if index_failure:
             errors = np.where(errors == 0, errno.EIO, errors).astype(np.int32)
         failed = self._writes.count(errors)
@@ -94,14 +94,14 @@ class DiskHealth:
             self.stop("read-only", index_failure or f"writing: {_name(errors)}")
 
     def stop(self, state: State, reason: str) -> None:
-        """From now on, until the disk is opened again. Said once."""
+        """Sets the state until the disk is opened again. Logged once."""
         if state != self.state and self.state != "out":
             self.state, self.reason = state, reason
             logger.warning("%s: %s: %s", self._directory, state, reason)
 
 
 class _Streak:
-    """Errors since the last thousand good pages in a row."""
+    """Counts errors since the last thousand good pages in a row."""
 
     def __init__(self) -> None:
         self.bad = self._good = 0

@@ -1,11 +1,13 @@
-"""index.db of one disk: SQLite, up to 100 slots a row, every row there from the start and always of the same size.
+"""index.db of one disk: an SQLite table with up to 100 slots a row. All rows exist from the start and never change
+their size.
 
-So the file has its final size when it is made, its tree never changes, and a batch of pages that lie side by side is one row. A
-transaction makes a batch known as a whole, also when the process is killed. Nothing is synchronised: after a loss of power each row
-is an old one or a new one, and an old row about a slot with other bytes does not verify.
+So the file has its final size when it is created, its tree never changes, and a batch of adjacent pages changes one
+row. A transaction stores a batch as a whole, even when the process is killed. Nothing is synchronised to the disk:
+after a power loss each row is an old or a new one, and a page whose slot holds other bytes than its old row says does
+not verify.
 
-The log (WAL) is copied into the file whenever it might outgrow its share. The file is locked as long as it is open, which also
-spares the shared-memory file.
+The log (WAL) is copied into the file before it outgrows its share. The file is locked while it is open, so SQLite needs
+no shared-memory file.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from polder.errors import EnvironmentFault
 __all__ = ["Records", "SlotIndex", "create_index", "empty_records", "per_row", "remove_index", "row_bytes"]
 
 Records = npt.NDArray[np.void]
-"""Fields "key" (2 words), "generation" (0: nothing is there), "digest" (one a part), "used", which orders the pages by their last
-use."""
+"""[slots] with the fields "key" (2 words), "generation" (0 in an empty slot), "digest" (one for each part) and "used"
+(orders the pages by their last use)."""
 
 _ROWS_AT_ONCE = 96
 _FRAME_BYTES = SQLITE_PAGE_BYTES + 24
@@ -37,12 +39,12 @@ def empty_records(slots: int, parts: int) -> Records:
 
 
 def per_row(records: Records) -> int:
-    """How many of them a row of the index holds."""
+    """How many of these records one row of the index holds."""
     return records_per_row(records["digest"].shape[1])
 
 
 def create_index(path: Path, records: Records, device: str) -> None:
-    """Makes index.db anew, whole or not at all. Raises EnvironmentFault."""
+    """Creates index.db anew, completely or not at all. Raises EnvironmentFault."""
     fresh = path.with_name(path.name + ".new")
     try:
         fresh.unlink(missing_ok=True)
@@ -69,7 +71,7 @@ def create_index(path: Path, records: Records, device: str) -> None:
 
 
 def remove_index(path: Path) -> None:
-    """With its log. Raises OSError."""
+    """Removes index.db and its log. Raises OSError."""
     for suffix in ("-wal", "-shm", "-journal", ""):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
@@ -81,10 +83,11 @@ def row_bytes(records: Records, row: int) -> bytes:
 
 
 class SlotIndex:
-    """An open index.db. `store` and `close` may be called from any thread, one at a time."""
+    """An open index.db. `store` and `close` may be called from any thread, one call at a time."""
 
     def __init__(self, path: Path, meta: Meta) -> None:
-        """Opens what `create_index` made. Raises EnvironmentFault when it is damaged, missing, in use, or another disk's."""
+        """Opens a file that `create_index` made. Raises EnvironmentFault when it is damaged, missing, in use, or
+        another disk's."""
         self._path, self._slots, self._parts = path, meta.slots, meta.parts
         self._wal = path.with_name(path.name + "-wal")
         try:
@@ -98,7 +101,7 @@ class SlotIndex:
             self._db.execute(f"PRAGMA max_page_count={index_pages(meta.slots, meta.parts)}")
             self._db.execute("PRAGMA wal_autocheckpoint=0")
             identity = self._db.execute("PRAGMA application_id").fetchone()[0]
-            self._db.execute("BEGIN IMMEDIATE")  # takes the lock for good
+            self._db.execute("BEGIN IMMEDIATE")  # takes the lock until the file is closed
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             self._db.close()
@@ -108,7 +111,7 @@ class SlotIndex:
             raise EnvironmentFault(f"{path}: is the index of another disk")
 
     def load(self) -> tuple[Records, bool]:
-        """The records of all slots, and whether they are all there: what cannot be read is empty."""
+        """The records of all slots, and whether all could be read; records that cannot be read are empty."""
         width = records_per_row(self._parts)
         count = -(-self._slots // width)
         try:
@@ -125,7 +128,7 @@ class SlotIndex:
         return records[: self._slots].copy(), whole
 
     def _salvage(self, count: int) -> list[tuple[int, bytes]]:
-        """Row by row: a damaged page of the file holds one."""
+        """Reads row by row: a damaged page of the file holds only one row."""
         rows = []
         for number in range(count):
             with contextlib.suppress(sqlite3.Error):
@@ -133,7 +136,7 @@ class SlotIndex:
         return rows
 
     def damage(self) -> str:
-        """What SQLite finds wrong with the file, "" if nothing."""
+        """What SQLite finds wrong with the file; "" if nothing."""
         try:
             found = [str(row[0]) for row in self._db.execute("PRAGMA quick_check")]
         except sqlite3.Error as error:
@@ -141,7 +144,10 @@ class SlotIndex:
         return "" if found == ["ok"] else "; ".join(found)
 
     def store(self, rows: dict[int, bytes]) -> None:
-        """Rows by number (see `row_bytes`), in transactions of 96. Raises EnvironmentFault: the last of them is not stored."""
+        """Stores rows, given by number (see `row_bytes`), in transactions of 96.
+
+        Raises EnvironmentFault when a transaction fails; earlier ones are stored.
+        """
         items = [(data, number) for number, data in rows.items()]
         try:
             for at in range(0, len(items), _ROWS_AT_ONCE):
@@ -157,12 +163,12 @@ class SlotIndex:
             raise EnvironmentFault(f"{self._path}: {error}") from None
 
     def close(self) -> None:
-        """Copies the log into the file. Never raises."""
+        """Copies the log into the file and closes it. Never raises."""
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
 
     def _make_room(self, rows: int) -> None:
-        """Empties the log if these rows may not fit into its share."""
+        """Empties the log if these rows might exceed its share."""
         with contextlib.suppress(FileNotFoundError):
             if os.stat(self._wal).st_size + (rows + 8) * _FRAME_BYTES > WAL_BYTES:
                 busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()

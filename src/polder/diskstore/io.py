@@ -1,5 +1,5 @@
-"""What disk I/O needs of memory and of files: aligned arenas, views of bare addresses, files opened past the page cache; and what
-an engine is that moves pieces between them (`ThreadEngine` in engine.py)."""
+"""What disk I/O needs: aligned memory, files that bypass the page cache, and the interface of the engines that move
+pieces between them (`ThreadEngine` in engine.py, `AioEngine` in aio.py)."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ __all__ = [
 ]
 
 ALIGNMENT_BYTES = 4096
-"""Of addresses, offsets and lengths. Some disks do with 512, all with this."""
+"""Alignment of addresses, offsets and lengths. Some disks accept 512; all accept this."""
 
 _HUGE_PAGE_BYTES = 2 << 20
 
 
 class PageFile(Protocol):
-    """One disk's slab as the engines use it, from several threads at once."""
+    """One disk's slab. The engines use it from several threads at once."""
 
     alignment_bytes: int
-    """What memory addresses have to be multiples of: 1 if any will do."""
+    """Memory addresses must be multiples of this; 1 if every address will do."""
 
     def preadv(self, buffers: Sequence[memoryview], offset: int, /) -> int:
         """Fills `buffers` from `offset` on; returns the bytes read. Raises OSError."""
@@ -51,15 +51,16 @@ class PageFile(Protocol):
         """Writes `buffers` at `offset`; returns the bytes written. Raises OSError."""
 
     def close(self) -> None:
-        """No call may be under way."""
+        """Closes the file; no call may be under way."""
 
 
 OpenFile = Callable[[Path], PageFile]
-"""How a store opens a slab: `open_page_file`, or one that fails or is slow on purpose (polder.emulation.disks). Raises OSError."""
+"""How a store opens a slab: `open_page_file`, or a file that fails or is slow on purpose (polder.emulation). Raises
+OSError."""
 
 
 class DirectFile:
-    """A file, read and written past the page cache where its file system can do that."""
+    """A file that is read and written past the page cache where its file system supports it."""
 
     def __init__(self, fd: int, alignment_bytes: int) -> None:
         self.alignment_bytes = alignment_bytes
@@ -76,11 +77,11 @@ class DirectFile:
 
 
 def open_page_file(path: Path) -> DirectFile:
-    """Opens an existing slab with O_DIRECT; through the page cache where that is refused. Raises OSError."""
+    """Opens an existing slab with O_DIRECT, or through the page cache where that is refused. Raises OSError."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
         try:
-            # Some file systems take the flag and refuse the read.
+            # Some file systems accept the flag and refuse the read.
             with mmap.mmap(-1, ALIGNMENT_BYTES) as probe:
                 os.preadv(fd, [probe], 0)
         except OSError:
@@ -94,10 +95,10 @@ def open_page_file(path: Path) -> DirectFile:
 
 
 class Arena:
-    """Aligned memory for pages, on huge pages where the system gives them: disks read into those twice as fast."""
+    """Aligned memory for pages, on huge pages where the system has them: disks read into huge pages twice as fast."""
 
     addresses: IntArray
-    """[pages]"""
+    """[pages] the address of each page."""
 
     def __init__(self, pages: int, page_bytes: int) -> None:
         """Raises ConfigError unless `page_bytes` is a multiple of ALIGNMENT_BYTES."""
@@ -111,49 +112,49 @@ class Arena:
         whole = np.frombuffer(self._map, dtype=np.uint8)
         start = -int(whole.ctypes.data) % _HUGE_PAGE_BYTES
         self.bytes: npt.NDArray[np.uint8] = whole[start : start + size].reshape(pages, page_bytes)
-        """[pages, page_bytes]. The memory lives as long as this array or a part of it."""
+        """[pages, page_bytes] uint8. The memory lives as long as this array or a view of it."""
         self.addresses = int(self.bytes.ctypes.data) + np.arange(pages, dtype=np.int64) * page_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """n pieces of one disk, to be read or to be written. A piece is a page, or a part of one."""
+    """n pieces of one disk that are to be read or written. A piece is a page or a part of one."""
 
     disk: int
-    """Number of the disk: transfers of one disk share its threads."""
+    """Number of the disk. Transfers of one disk share its threads."""
     file: PageFile
     piece_bytes: int
     """A multiple of ALIGNMENT_BYTES."""
     offsets: IntArray
     """[n] bytes, multiples of `piece_bytes`."""
     addresses: IntArray
-    """[n] of memory that holds a piece each, or is to hold one."""
+    """[n] the memory address of each piece."""
     memory: IntArray
-    """[n] the address by which the caller knows that memory: where the whole begins that the piece is moved with."""
+    """[n] the address that the caller passed for the page that each piece belongs to; `unsettled` reports these."""
     seeds: UintArray
-    """[n] of the pieces' checksums."""
+    """[n] seeds of the pieces' checksums."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     errors: npt.NDArray[np.int32]
-    """[n] errno, 0 where the piece was moved as a whole."""
+    """[n] errno; 0 where the whole piece was moved."""
     digests: UintArray
-    """[n] xxh3 of the piece that was moved, with its seed; anything where there was an error."""
+    """[n] the xxh3 checksum of each moved piece, with its seed; undefined where there was an error."""
     seconds: float = 0.0
-    """From the start of the batch until this disk was done with its part; 0 where the engine cannot tell."""
+    """From the start of the batch until this disk had done its part; 0 where the engine cannot tell."""
 
 
 class IoEngine(Protocol):
-    """Thread-safe. Never raises for what a disk does: it reports it."""
+    """Moves batches of pieces. Thread-safe. It reports what a disk does wrong and never raises for it."""
 
     def read(self, transfers: Sequence[Transfer], timeout_s: float) -> list[Outcome]:
-        """Reads all pieces, all disks at the same time. Takes `timeout_s` at most."""
+        """Reads all pieces, from all disks at the same time, in `timeout_s` at most."""
 
     def write(self, transfers: Sequence[Transfer], timeout_s: float) -> list[Outcome]:
-        """Writes all pieces, all disks at the same time. Takes `timeout_s` at most."""
+        """Writes all pieces, to all disks at the same time, in `timeout_s` at most."""
 
     def unsettled(self) -> IntArray:
-        """`memory` of the pieces that a request which timed out may still read or write, each once."""
+        """Memory that a request which timed out may still read or write: `Transfer.memory` of its pieces, each once."""
 
     def close(self) -> None: ...

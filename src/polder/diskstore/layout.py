@@ -1,12 +1,12 @@
-"""What lies in a disk's directory, and how many bytes each part may take, so that together they never exceed the limit.
+"""What lies in a disk's directory, and how many bytes each file may take, so that together they never exceed the limit.
 
-    meta.json    what the directory is: format, device, namespace, sizes
-    slab         the pages, nothing else, slot after slot; allocated as a whole when it is made
-    index.db     SQLite: which page is in which slot; all its rows are there from the start and never grow
-    index.db-wal its log: bounded by a checkpoint after so many bytes
+    meta.json     format, device id, namespace and sizes
+    slab          the pages, slot after slot; allocated as a whole when it is created
+    index.db      SQLite: which page is in which slot; it has all its rows from the start and never grows
+    index.db-wal  SQLite's log; a checkpoint empties it before it exceeds WAL_BYTES
 
-`du` of the directory counts more than the files' lengths: extents of the slab, the directory itself, blocks not filled. A share is
-set aside for that.
+`du` of the directory counts more than the lengths of the files: the slab's extents, the directory itself, partly filled
+blocks. A share of the limit is set aside for that.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ LEAST_PAGE_BYTES = 64 << 10
 SQLITE_PAGE_BYTES = 4096
 WAL_BYTES = 1 << 20
 _FIXED_BYTES = 2 * WAL_BYTES + (128 << 10)
-"""The log twice (some file systems allocate ahead), and the directory, meta.json and its successor."""
+"""Twice the log, because some file systems allocate ahead, and the directory with meta.json and its next version."""
 _EXTENTS = 1024
-"""Of this many bytes of the slab one is set aside for its extents; 24 bytes for each 64 KiB are the worst case."""
+"""One byte is set aside for this many bytes of the slab, for its extents. The worst case is 24 bytes for each 64 KiB.
+"""
 _ROW_BYTES = 4000
-"""Of records, at most: so a row of the index fills one page of SQLite's."""
+"""The most bytes of records in one row of the index, so that a row fills one SQLite page."""
 _RECORD_BYTES, _DIGEST_BYTES = 32, 8
-"""A record has a digest for each part of its page."""
+"""A record has one digest for each part of its page."""
 _MOST_PARTS = (_ROW_BYTES - _RECORD_BYTES) // _DIGEST_BYTES
 
 
@@ -58,7 +59,7 @@ _MOST_PARTS = (_ROW_BYTES - _RECORD_BYTES) // _DIGEST_BYTES
 class Layout:
     page_bytes: int
     parts: int
-    """Of equal size, that a page is read in."""
+    """Number of equal parts in which a page can be read."""
     limit_bytes: int
     slots: int
 
@@ -68,17 +69,17 @@ class Layout:
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
-    """meta.json."""
+    """The content of meta.json."""
 
     format: int
     device: str
-    """32 hexadecimal digits, made with the directory."""
+    """32 hexadecimal digits, chosen when the directory is made."""
     namespace: str
     page_bytes: int
     limit_bytes: int
     slots: int
     parts: int = 1
-    """Directories of before there were parts do not say it."""
+    """Older directories, from before pages had parts, do not have this field."""
 
     @classmethod
     def new(cls, layout: Layout, namespace: str, device: str = "") -> Meta:
@@ -86,12 +87,13 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def records_per_row(parts: int) -> int:
-    """How many slots a row of the index is about: 100 where a page is one part."""
+    """How many slots one row of the index describes: 100 where a page is one part."""
     return _ROW_BYTES // (_RECORD_BYTES + _DIGEST_BYTES * parts)
 
 
 def index_pages(slots: int, parts: int) -> int:
-    """The most pages that index.db has: one a row, inner nodes of at least 300 children, the schema."""
+    """The most SQLite pages that index.db has: one for each row, inner nodes with at least 300 children, and the
+    schema."""
     rows = -(-slots // records_per_row(parts))
     return rows + rows // 300 + 8
 
@@ -102,7 +104,10 @@ def _needed_bytes(slots: int, page_bytes: int, parts: int) -> int:
 
 
 def plan_layout(limit_bytes: int, page_bytes: int, parts: int = 1) -> Layout:
-    """As many slots as the limit allows. Raises ConfigError for bad sizes of pages or parts, BudgetError when not one slot fits."""
+    """Plans as many slots as the limit allows.
+
+    Raises ConfigError for bad sizes of pages or parts, and BudgetError when not even one slot fits.
+    """
     bad = _bad_page(page_bytes, parts)
     if bad:
         raise ConfigError(bad)
@@ -118,7 +123,7 @@ def plan_layout(limit_bytes: int, page_bytes: int, parts: int = 1) -> Layout:
 
 
 def _bad_page(page_bytes: int, parts: int) -> str:
-    """Why there can be no such pages, "" if there can."""
+    """Why pages of this size are impossible; "" if they are possible."""
     if page_bytes < LEAST_PAGE_BYTES or page_bytes % ALIGNMENT_BYTES:
         return f"pages of {page_bytes} bytes: disks need a multiple of {ALIGNMENT_BYTES}, {LEAST_PAGE_BYTES} at least"
     if parts < 1 or page_bytes % (parts * ALIGNMENT_BYTES):
@@ -132,7 +137,7 @@ def _bad_page(page_bytes: int, parts: int) -> str:
 
 
 def read_meta(directory: Path) -> Meta | None:
-    """None when there is none. Raises ConfigError when it cannot be understood, OSError when it cannot be read."""
+    """Reads meta.json; None when there is none. Raises ConfigError when it is invalid, OSError when it cannot be read."""
     path = directory / META
     try:
         text = path.read_bytes()
@@ -154,7 +159,7 @@ def read_meta(directory: Path) -> Meta | None:
 
 
 def write_meta(directory: Path, meta: Meta) -> None:
-    """Atomically. Raises OSError."""
+    """Replaces meta.json atomically. Raises OSError."""
     fresh = directory / (META + ".new")
     with open(fresh, "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(meta)) + b"\n")
@@ -164,7 +169,8 @@ def write_meta(directory: Path, meta: Meta) -> None:
 
 
 def preallocate(path: Path, size_bytes: int) -> None:
-    """Makes the file exactly so long, all of it allocated. Raises EnvironmentFault when the disk is too full, other OSErrors."""
+    """Makes the file exactly this long, fully allocated. Raises EnvironmentFault when the disk is too full, and
+    OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         before = os.fstat(fd).st_size
@@ -174,7 +180,7 @@ def preallocate(path: Path, size_bytes: int) -> None:
             os.posix_fallocate(fd, 0, size_bytes)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(fd, min(before, size_bytes))  # what was got of it is of no use
+                os.ftruncate(fd, min(before, size_bytes))  # the part that was allocated is of no use
             free = os.fstatvfs(fd)
             raise EnvironmentFault(
                 f"{path}: {format_bytes(size_bytes)} cannot be allocated ({error.strerror}); "
@@ -185,7 +191,7 @@ def preallocate(path: Path, size_bytes: int) -> None:
 
 
 def usage_bytes(directory: Path) -> int:
-    """What `du` says of the directory. Raises OSError."""
+    """What `du` reports for the directory. Raises OSError."""
     total = directory.stat().st_blocks
     with os.scandir(directory) as entries:
         for entry in entries:

@@ -15,7 +15,8 @@ __all__ = ["PM9A3", "DiskModel", "page_speeds"]
 
 @dataclass(frozen=True, kw_only=True)
 class DiskModel:
-    """A request takes max(bytes / bytes_per_s, 1 / requests_per_s) of the disk's time, and is reported `latency_s` later.
+    """A request takes max(bytes / bytes_per_s, 1 / requests_per_s) of the disk's time, and is reported `latency_s`
+    later.
 
     Raises ConfigError for a speed that is not above 0.
     """

@@ -1,6 +1,7 @@
-"""Pages as the engines see them: a page is some parts of equal size, side by side, and each is a piece with a checksum of its own.
+"""Pages as the engines see them. A page consists of equal parts, side by side; each part is a piece with a checksum of
+its own.
 
-A page is written as a whole. It is read as a whole or in parts, of which those that lie side by side are one request.
+A page is written as a whole. It is read as a whole or in parts. Adjacent parts are read with one request.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ __all__ = ["DiskTransfer", "PageFormat", "one_a_page", "verify", "worst"]
 
 @dataclass(frozen=True, kw_only=True)
 class DiskTransfer:
-    """What an engine is to do, and which n rows of the caller's and slots of a disk's that is about."""
+    """A transfer for an engine, and the n rows of the caller and slots of the disk that it is about."""
 
     rows: IntArray
     slots: IntArray
     keys: Keys
     generations: UintArray
     parts: IntArray | None
-    """[n] of its page each row is that part; None: all of it."""
+    """[n] which part of its page each row is; None: whole pages."""
     transfer: Transfer
-    """n pieces, or as many for each row as a page has parts."""
+    """One piece for each row, or one for each part of each row's page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageFormat:
-    """Of the pages of one slab."""
+    """The format of the pages in one slab."""
 
     page_bytes: int
     parts: int
     namespace: int
-    """A number that stands for it in the checksums."""
+    """A hash of the namespace, which goes into the checksums."""
 
     def transfer(
         self,
@@ -50,7 +51,7 @@ class PageFormat:
         addresses: IntArray,
         parts: IntArray | None = None,
     ) -> Transfer:
-        """The pieces of n pages, all parts of each in turn, or the one part of each that is named: [n]."""
+        """The pieces of n pages: all parts of each page in turn, or the one part of each page that `parts` ([n]) names."""
         piece_bytes = self.page_bytes // self.parts
         offsets, memory = slots * self.page_bytes, addresses
         seeds = page_seeds(keys, generations, self.namespace)
@@ -74,7 +75,8 @@ class PageFormat:
 
 
 def worst(errors: ErrorArray) -> ErrorArray:
-    """[n, k] errno of the pieces of n rows -> [n]: EIO before any other, and ETIMEDOUT only where there is no other."""
+    """[n, k] errno of the pieces of n rows -> [n] one errno for each row: EIO wins over others, and others over
+    ETIMEDOUT."""
     if errors.shape[1] == 1:
         return errors[:, 0]
     of_rows: ErrorArray = np.take_along_axis(errors, _rank(errors).argmax(axis=1)[:, None], axis=1)[:, 0]
@@ -82,9 +84,10 @@ def worst(errors: ErrorArray) -> ErrorArray:
 
 
 def verify(outcome: Outcome, digests: UintArray) -> tuple[ErrorArray, BoolArray]:
-    """[n, k] digests that the pieces of n rows should have -> [n] errno, and [n] which were read and do not verify.
+    """Compares the outcome with the digests ([n, k]) that the pieces of n rows should have.
 
-    A row of which one piece does not verify is such a row, whatever became of the others: its errno is 0.
+    Returns [n] errno, and [n] which rows were read but do not verify. A row with one piece that does not verify does
+    not verify as a whole, whatever became of its other pieces; its errno is 0.
     """
     errors = outcome.errors.reshape(digests.shape)
     torn = (errors == 0) & (outcome.digests.reshape(digests.shape) != digests)
@@ -95,7 +98,7 @@ def verify(outcome: Outcome, digests: UintArray) -> tuple[ErrorArray, BoolArray]
 
 
 def one_a_page(slots: IntArray, errors: ErrorArray, torn: BoolArray) -> BoolArray:
-    """[n] set for one row of each slot, that which fared worst: several bad parts of one page are one bad page."""
+    """[n] marks one row of each slot, the worst one, so that several bad parts of a page count as one bad page."""
     order = np.lexsort((-_rank(errors), ~torn, slots))
     chosen = np.zeros(len(slots), dtype=np.bool_)
     chosen[order[np.unique(slots[order], return_index=True)[1]]] = True

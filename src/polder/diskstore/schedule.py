@@ -1,13 +1,13 @@
 """Which copy of each wanted page is read, so that the disk that is busy longest is busy as short as it can be.
 
-With R_e the disks that have a copy of page e, the shortest time in which all wanted pages can be read is, in units of one page at
-speed 1,
+With R_e the disks that have a copy of page e, the shortest time in which all wanted pages can be read is, in units of
+one page at speed 1,
 
     T* = max over sets of disks S of |{e : R_e within S}| / speed(S)
 
-(Hall's theorem, or max-flow = min-cut). Pages with the same R_e are alike, so the counts of at most 2^disks classes decide, and
-`exact` reaches the best whole-page schedule: the least T for which every S has room, sum over S of floor(T speed) >= pages within
-S; pages are then given out by augmenting paths. `greedy` is Swarm's rule, section 6.
+(Hall's theorem, or max-flow = min-cut). Pages with the same R_e are alike, so the counts of at most 2^disks classes
+decide, and `exact` reaches the best whole-page schedule: the least T for which every S has room, sum over S of floor(T
+speed) >= pages within S; pages are then given out by augmenting paths. `greedy` is Swarm's rule, section 6.
 
 Sets of disks are bit masks: bit d is disk d.
 """
@@ -47,10 +47,11 @@ def exact(masks: IntArray, speeds: FloatArray) -> IntArray:
 
 
 def greedy(masks: IntArray, speeds: FloatArray) -> IntArray:
-    """[n]: Swarm's choice: pages with one copy first, the others by rising number of copies, each to the disk done soonest.
+    """[n]: Swarm's choice: pages with one copy first, the others by rising number of copies, each to the disk done
+    soonest.
 
-    Among pages with equally many copies the order given counts. Give them in the order of activation: sorted by mask, as arrays
-    that were grouped are, the rule ends up to 1.4 times above the optimum.
+    Among pages with equally many copies the order given counts. Give them in the order of activation: sorted by mask,
+    as arrays that were grouped are, the rule ends up to 1.4 times above the optimum.
     """
     chosen = np.full(len(masks), -1, dtype=np.int64)
     done = np.zeros(len(speeds))
@@ -114,7 +115,8 @@ def _quotas(masks: IntArray, speeds: FloatArray) -> IntArray:
 
 
 def _give_out(kinds: IntArray, counts: IntArray, quota: IntArray) -> IntArray:
-    """[kinds, disks]: pages of each kind that each disk reads; no disk more than its quota, which is known to be possible."""
+    """[kinds, disks]: pages of each kind that each disk reads; no disk more than its quota, which is known to be
+    possible."""
     may = (kinds[:, None] >> np.arange(len(quota)) & 1).astype(np.bool_)
     shared = np.zeros(may.shape, dtype=np.int64)
     rooms, lefts = quota.tolist(), counts.tolist()

@@ -1,11 +1,12 @@
-"""The books of one disk's slots: which are free, which page is in which, which was used least recently. Arrays, one row a slot.
+"""The slots of one disk: which are free, which page is in which, and which was used least recently. Arrays with one row
+a slot.
 
     free -> take -> busy -> publish -> used -> drop -> free        (evicted by `take`: used -> busy)
                       |                  |
                       +-> abandon: free  +-> drop while it is read: doomed -> unpin -> free
                       +-> retire: bad, until the disk is opened again
 
-Not thread-safe: the disk's lock is held around every call.
+Not thread-safe: the caller holds the disk's lock.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _LEAST_AGED = 64
 
 
 class SlotBook:
-    """See above. `records` is what index.db is to hold; rows of it that changed since they were stored are marked in `dirty`,
-    and in `touched` those in which only the order of use did."""
+    """See the module's docstring. `records` is what index.db should contain. Rows of the index that changed since they
+    were stored are marked in `dirty`; rows in which only the order of use changed are marked in `touched`."""
 
     def __init__(self, records: Records) -> None:
-        """Takes the array over. Of pages with the same key the last written one stays: after a loss of power the index may
-        hold both."""
+        """Owns the array from now on. Of pages with the same key only the last written one is kept: after a power loss
+        the index may contain both."""
         self.records = records
         self._per_row = per_row(records)
         self._nothing = np.zeros(1, dtype=records.dtype)
@@ -54,12 +55,12 @@ class SlotBook:
         self._aged = self._aged_at = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Pages that can be found."""
+        """The number of pages that can be found."""
         return self._table.count
 
     @property
     def free(self) -> int:
-        """Slots that `take` gives without evicting a page."""
+        """The number of slots that `take` returns without evicting a page."""
         return self._free_count
 
     @property
@@ -73,7 +74,7 @@ class SlotBook:
     # ------------------------------------------------------------------ write
 
     def take(self, count: int) -> IntArray:
-        """Up to `count` slots to write to, in rising order; the least recently used pages make room."""
+        """Takes up to `count` slots to write to, in rising order. The least recently used pages make room."""
         own = min(count, self._free_count)
         self._free_count -= own
         taken = self._free[self._free_count : self._free_count + own].copy()
@@ -88,7 +89,7 @@ class SlotBook:
         return taken
 
     def note(self, slots: IntArray, keys: Keys, generations: UintArray, digests: UintArray) -> None:
-        """Busy slots hold these pages: so the index will say. They are not found yet. `digests`: [n, parts]."""
+        """Notes for the index which pages these busy slots hold. They are not found yet. `digests`: [n, parts]."""
         self.records["key"][slots] = keys
         self.records["generation"][slots] = generations
         self.records["digest"][slots] = digests
@@ -96,7 +97,8 @@ class SlotBook:
         self.dirty[slots // self._per_row] = True
 
     def publish(self, slots: IntArray) -> None:
-        """Busy slots that were noted are found from now on; those whose key came in meanwhile are free again."""
+        """The pages in these noted slots are found from now on. A slot whose key was published meanwhile by another
+        write is freed."""
         known = self._table.find(self.records["key"][slots]) >= 0
         self.abandon(slots[known])
         fresh = slots[~known]
@@ -104,26 +106,26 @@ class SlotBook:
         self._table.add(fresh)
 
     def abandon(self, slots: IntArray) -> None:
-        """Busy slots are free again: nothing of use was written."""
+        """Frees busy slots: nothing of use was written."""
         self._clear(slots)
         self._release(slots)
 
     def retire(self, slots: IntArray) -> None:
-        """Busy slots that cannot be written to are not used again."""
+        """These busy slots cannot be written, and are not used again."""
         self._clear(slots)
         self._state[slots] = _BAD
 
     # ------------------------------------------------------------------ read
 
     def current(self, slots: IntArray, generations: UintArray) -> npt.NDArray[np.bool_]:
-        """Which of these slots hold the page that was written as that generation."""
+        """[n] which of these slots still hold the page that was written with that generation."""
         there: npt.NDArray[np.bool_] = (self._state[slots] == _USED) & (
             self.records["generation"][slots] == generations
         )
         return there
 
     def pin(self, slots: IntArray) -> None:
-        """They are being read: nothing is written to them before `unpin`. A slot may come twice."""
+        """These slots are being read: nothing is written to them before `unpin`. A slot may come twice."""
         np.add.at(self._pins, slots, 1)
 
     def unpin(self, slots: IntArray) -> None:
@@ -133,11 +135,11 @@ class SlotBook:
             self._release(np.unique(over))
 
     def touch(self, slots: IntArray) -> None:
-        """They were asked for; the first row most of all: it begins the prefix."""
+        """These slots were used. The first row counts as the most recent, because it begins the prefix."""
         self._stamp(slots)
 
     def drop(self, slots: IntArray) -> None:
-        """Distinct used slots: their pages are forgotten."""
+        """Forgets the pages in these distinct used slots."""
         if not len(slots):
             return
         self._table.remove(slots)
@@ -147,13 +149,14 @@ class SlotBook:
         self._release(slots[~pinned])
 
     def by_recency(self) -> IntArray:
-        """Slots of all pages, the last used first."""
+        """The slots of all pages, the most recently used first."""
         used = np.flatnonzero(self._state == _USED)
         order: IntArray = used[np.argsort(self.records["used"][used])[::-1]]
         return order
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless free + busy + used + doomed + bad = all, and the table knows the used ones."""
+        """Raises IntegrityError unless free + busy + used + doomed + bad = all, and the table has exactly the used
+        ones."""
         counts = np.bincount(self._state, minlength=5).tolist()
         free = self._free[: self._free_count]
         if counts[_FREE] != self._free_count or (self._state[free] != _FREE).any() or len(np.unique(free)) != len(free):
@@ -182,24 +185,24 @@ class SlotBook:
         self.touched[slots // self._per_row] = True
 
     def _victims(self, count: int) -> IntArray:
-        """Up to `count` used slots, least recently used first, none that is being read; they are busy now.
+        """Takes up to `count` used slots that are not being read, the least recently used first.
 
-        Those that were used least are sorted out many at a time. A slot among them that was used since has a new stamp and is
-        passed over; all others have been used since these were: so the order is exact.
+        The oldest slots are selected in bulk. A slot that was used since has a new stamp and is skipped. All slots
+        outside the selection were used later than those in it, so the order is exact.
         """
         found: list[IntArray] = []
         while count:
-            if not len(self._aged) and not self._sort_out(count):
+            if not len(self._aged) and not self._select_oldest(count):
                 break
             part, at = self._aged[:count], self._aged_at[:count]
             self._aged, self._aged_at = self._aged[count:], self._aged_at[count:]
             still = (self._state[part] == _USED) & (self.records["used"][part] == at) & (self._pins[part] == 0)
-            self._state[part[still]] = _BUSY  # or they would be sorted out again
+            self._state[part[still]] = _BUSY  # so that they are not selected again
             found.append(part[still])
             count -= int(still.sum())
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
-    def _sort_out(self, count: int) -> bool:
+    def _select_oldest(self, count: int) -> bool:
         used = np.flatnonzero((self._state == _USED) & (self._pins == 0))
         stamps = self.records["used"][used].astype(np.int64)
         width = min(len(used), max(count, _LEAST_AGED, len(used) // 64))

@@ -14,7 +14,7 @@ import numpy as np
 from polder.arrays import BoolArray, FloatArray, IntArray
 from polder.diskstore.model import DiskModel, page_speeds
 from polder.diskstore.schedule import MAX_DISKS, exact
-from polder.diskstore.store import DiskStore, Places
+from polder.diskstore.store import DiskStore, PageLocations
 from polder.errors import ConfigError
 from polder.swarm.cost import cheapest_runs
 from polder.swarm.entry_map import EntryMap, left_over
@@ -196,7 +196,7 @@ class EntryPages:
             left = left[failed & (page_now != pages)]  # moved meanwhile: it is read where it is now
         return ok
 
-    def _read_parts(self, places: Places, part: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
+    def _read_parts(self, places: PageLocations, part: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
         count, parts = len(part), self.page_entries
         on = exact(places.present @ (np.int64(1) << np.arange(len(self._speeds))), self._speeds)
         rows = np.flatnonzero(on >= 0)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from polder.arrays import IntArray
 from polder.diskstore.io import Arena
 from polder.diskstore.keys import Keys
-from polder.diskstore.store import DiskStore, Places
+from polder.diskstore.store import DiskStore, PageLocations
 from polder.errors import ConfigError
 from polder.memory import _libc
 from polder.tiers.disk_mirror import COPIES, SlotMirror, disk_capacity
@@ -265,7 +265,7 @@ class DiskMemory:
             self._store.forget(keys[at : at + _FORGET_AT_ONCE])
 
 
-def _anywhere(places: Places) -> npt.NDArray[np.bool_]:
+def _anywhere(places: PageLocations) -> npt.NDArray[np.bool_]:
     """[n] which pages have a copy."""
     some: npt.NDArray[np.bool_] = places.slots.max(axis=1, initial=-1) >= 0
     return some

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from polder.arrays import FloatArray, IntArray
 from polder.diskstore.keys import Keys
 from polder.diskstore.schedule import MAX_DISKS, exact, greedy
-from polder.diskstore.store import DiskStore, Places
+from polder.diskstore.store import DiskStore, PageLocations
 from polder.memory.cores import leave_bound_core
 from polder.tiers.transfer import Reason
 
@@ -116,7 +116,7 @@ class PageReader:
         some = keys[at : at + min(width, len(addresses))]
         found = self._store.lookup(some)
         slots = np.where(shunned, -1, found.slots)
-        places = Places(keys=some, slots=slots, generations=found.generations)
+        places = PageLocations(keys=some, slots=slots, generations=found.generations)
         disks = self._schedule(places.present)
         started = time.monotonic()
         good = self._store.read(places, addresses[: len(some)], disks)
@@ -137,7 +137,7 @@ class PageReader:
             return exact(masks, self.speeds())
         return np.where(masks > 0, greedy(np.maximum(masks, 1), self.speeds()), -1)
 
-    def _reasons(self, places: Places, rows: IntArray) -> list[Reason]:
+    def _reasons(self, places: PageLocations, rows: IntArray) -> list[Reason]:
         """A page that was dropped by the read was corrupt, if the disks have counted any since; or it could not be read."""
         present = places.slots[rows].max(axis=1, initial=-1) >= 0
         still = self._store.lookup(places.keys[rows]).slots.max(axis=1, initial=-1) >= 0
