@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.core.lender import Lender, lot_geometry
+from polder.engines.vllm.core.lender import Lender, lent_geometry
 from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
 from polder.tiers.lending import table_bytes
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
@@ -32,7 +32,7 @@ class Lending:
         self.units = BlockUnits(self.scheduler, UNIT_BLOCKS, list(range(UNITS)), BusyBlocks.MOVE)
         self.lender = Lender(self.pool, self.units.holders, GEOMETRY, 1, UNITS * UNIT_BLOCKS * BLOCK * 2)
         fd = os.memfd_create("table")
-        os.ftruncate(fd, table_bytes(lot_geometry(GEOMETRY, 1)))
+        os.ftruncate(fd, table_bytes(lent_geometry(GEOMETRY, 1)))
         self.lender.open(fd, {unit: [[2 * unit, 2 * unit + 1]] for unit in range(UNITS)})
 
     def lend(self, count: int) -> list[int]:

@@ -66,7 +66,7 @@ def claim_and_hang(table: LendingTable, pages: mmap.mmap) -> None:
 
 
 def lend(table: LendingTable, pages: mmap.mmap) -> None:
-    table.offer(np.arange(table.geometry.lots))
+    table.offer(np.arange(table.geometry.blocks))
     say("offered")
     hang()
 

@@ -148,10 +148,10 @@ class World:
     # ------------------------------------------------------------------ turns
 
     def run(self, most_steps: int, kill: float) -> None:
-        geometry = lending.LotGeometry(
+        geometry = lending.LentGeometry(
             lots=self.model.scenario.lots,
             ranks=1,
-            unit_lots=1,
+            unit_blocks=1,
             unit_pages=1,
             page_bytes=4096,
             granules=1,

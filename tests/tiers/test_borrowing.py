@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from polder.tiers.borrowing import ChunkGeometry, PeerSlots
-from polder.tiers.lending import LendingTable, LotGeometry
+from polder.tiers.lending import LendingTable, LentGeometry
 from polder.tiers.slots import LentChunks
 
 CAPACITY = 200
@@ -28,12 +28,12 @@ CAPACITY = 200
 
 def geometry(
     *, lots: int, ranks: int, unit_lots: int, granules: int, granule_bytes: int, page_bytes: int
-) -> LotGeometry:
+) -> LentGeometry:
     unit_pages = -(-unit_lots * granules * granule_bytes // page_bytes)
-    return LotGeometry(
+    return LentGeometry(
         lots=lots,
         ranks=ranks,
-        unit_lots=unit_lots,
+        unit_blocks=unit_lots,
         unit_pages=unit_pages,
         page_bytes=page_bytes,
         granules=granules,
@@ -42,9 +42,9 @@ def geometry(
 
 
 GEOMETRIES = {
-    "small": geometry(lots=8, ranks=1, unit_lots=2, granules=2, granule_bytes=256, page_bytes=512),
-    "two ranks": geometry(lots=5, ranks=2, unit_lots=5, granules=3, granule_bytes=128, page_bytes=512),
-    "large": geometry(lots=3, ranks=1, unit_lots=1, granules=1, granule_bytes=4096, page_bytes=4096),
+    "small": geometry(lots=8, ranks=1, unit_blocks=2, granules=2, granule_bytes=256, page_bytes=512),
+    "two ranks": geometry(lots=5, ranks=2, unit_blocks=5, granules=3, granule_bytes=128, page_bytes=512),
+    "large": geometry(lots=3, ranks=1, unit_blocks=1, granules=1, granule_bytes=4096, page_bytes=4096),
 }
 
 
@@ -123,7 +123,7 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data())
     def offer(self, data: st.DataObject) -> None:
         _, lender = self.pick(data)
-        lots = data.draw(st.lists(st.integers(0, lender.table.geometry.lots - 1), unique=True, min_size=1))
+        lots = data.draw(st.lists(st.integers(0, lender.table.geometry.blocks - 1), unique=True, min_size=1))
         lender.table.offer(np.array(lots))
         lender.lent |= set(lots)
 
@@ -131,7 +131,7 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data(), again=st.booleans())
     def take_back(self, data: st.DataObject, again: bool) -> None:
         name, lender = self.pick(data)
-        lot = data.draw(st.integers(0, lender.table.geometry.lots - 1))
+        lot = data.draw(st.integers(0, lender.table.geometry.blocks - 1))
         lender.table.take_back(lot)
         lender.lent.discard(lot)
         for borrower in self.borrowers:
@@ -149,9 +149,9 @@ class Lives(RuleBasedStateMachine):
         assert len(set(found)) == len(found) <= count
         assert not borrower.held & set(found), "a slot is taken twice, or before it was told as lost"
         for slot, (name, recipe, row) in self.located(borrower, found).items():
-            per_lot = self.cut(borrower, name).per_lot
+            per_block = self.cut(borrower, name).per_block
             borrower.held.add(slot)
-            borrower.lots[slot] = {(name, lot) for lot in np.unique(recipe.chunks[row] // per_lot).tolist()}
+            borrower.lots[slot] = {(name, lot) for lot in np.unique(recipe.chunks[row] // per_block).tolist()}
             if not self.valid(borrower, name, recipe, row):
                 borrower.dead.add(slot)  # lost before it was taken
 
@@ -162,7 +162,7 @@ class Lives(RuleBasedStateMachine):
         self.look(borrower)
         for slot, (name, recipe, row) in self.located(borrower, borrower.slots.take(CAPACITY).tolist()).items():
             borrower.held.add(slot)
-            lots = np.unique(recipe.chunks[row] // self.cut(borrower, name).per_lot)
+            lots = np.unique(recipe.chunks[row] // self.cut(borrower, name).per_block)
             borrower.lots[slot] = {(name, lot) for lot in lots.tolist()}
         for lender in borrower.slots._lenders:
             if not lender.table.closed:
@@ -234,10 +234,10 @@ class Lives(RuleBasedStateMachine):
                 chunks = recipe.chunks[row]
                 assert chunks.shape == (self.ranks, cut.per_rank)
                 assert cut.per_rank * cut.chunk_bytes >= self.shard_bytes
-                assert set(np.unique(chunks // cut.per_lot).tolist()) <= self.lenders[name].lent
+                assert set(np.unique(chunks // cut.per_block).tolist()) <= self.lenders[name].lent
                 ranks, units, pages, offsets = cut.places(chunks.ravel(), table)
-                assert (offsets + cut.chunk_bytes <= cut.lots.page_bytes).all()
-                assert (pages < cut.lots.unit_pages).all()
+                assert (offsets + cut.chunk_bytes <= cut.lender.page_bytes).all()
+                assert (pages < cut.lender.unit_pages).all()
                 for rank, unit, page, offset in zip(*(x.tolist() for x in (ranks, units, pages, offsets)), strict=True):
                     pieces = range(offset, offset + cut.chunk_bytes, 64 if cut.chunk_bytes % 64 == 0 else 1)
                     others = used.setdefault((name, rank, unit, page), set())
@@ -277,7 +277,7 @@ class Lives(RuleBasedStateMachine):
         """As a worker finds out."""
         if not name:
             return False
-        lots = recipe.chunks[row].ravel() // self.cut(borrower, name).per_lot
+        lots = recipe.chunks[row].ravel() // self.cut(borrower, name).per_block
         return borrower.tables[name].valid(lots, recipe.epochs[row].ravel())
 
 
@@ -295,9 +295,9 @@ def test_slots_are_apart_and_every_loss_is_told_once(borrowers: int, shard_bytes
 def test_chunks_cover_a_lot_without_overlap_and_waste_less_than_one_a_rank(name: str, shard_bytes: int) -> None:
     lender = make_table(name)
     cut = ChunkGeometry.of(GEOMETRIES[name], shard_bytes)
-    shape = cut.lots
+    shape = cut.lender
     assert 0 <= cut.per_rank * cut.chunk_bytes - shard_bytes < cut.chunk_bytes
-    ranks, units, pages, offsets = cut.places(np.arange(shape.lots * cut.per_lot), lender.table)
+    ranks, units, pages, offsets = cut.places(np.arange(shape.lots * cut.per_block), lender.table)
     begin = ((ranks * shape.units + units) * shape.unit_pages + pages) * shape.page_bytes + offsets
     begin.sort()
     assert (np.diff(begin) >= cut.chunk_bytes).all()

@@ -18,11 +18,13 @@ import pytest
 
 from polder.errors import ProtocolError
 from polder.tiers import lending
-from polder.tiers.lending import LendingTable, LotGeometry, open_table, table_bytes
+from polder.tiers.lending import LendingTable, LentGeometry, open_table, table_bytes
 from tests.tiers.lending_processes import PAGE, owner_of, page_of
 
 LOTS = 12
-GEOMETRY = LotGeometry(lots=LOTS, ranks=1, unit_lots=1, unit_pages=1, page_bytes=PAGE, granules=1, granule_bytes=PAGE)
+GEOMETRY = LentGeometry(
+    blocks=LOTS, ranks=1, unit_blocks=1, unit_pages=1, page_bytes=PAGE, granules=1, granule_bytes=PAGE
+)
 REPOSITORY = Path(__file__).parents[2]
 
 

@@ -268,7 +268,7 @@ class BrokerServer:
                 self._queue(peer, Refused(reason=f"{message.lender!r} has no table yet"), [])
                 return
             self._retire(message.lender)
-            fd = os.memfd_create(f"polder-lots-{message.lender}", os.MFD_CLOEXEC)
+            fd = os.memfd_create(f"polder-lent-{message.lender}", os.MFD_CLOEXEC)
             os.ftruncate(fd, lender.hello.table_bytes)
             self._tables[message.lender] = lender.pid, fd
         self._queue(peer, Table(), [os.dup(fd)])

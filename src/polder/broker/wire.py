@@ -24,7 +24,7 @@ does not decode to a struct of the expected direction, closes the connection it 
                  ◄── Done ───────────────
                  ── Stock ──────────────►               it serves as stock vLLM, in place of Hello
                  ◄── Done ───────────────
-    both         ── FetchTable ─────────► broker        the table of a lender's lots (tiers/lending.py)
+    both         ── FetchTable ─────────► broker        the table of a lender's blocks (tiers/lending.py)
                  ◄── Table + fd ─────────
     anybody      ── StatusRequest ──────► broker
                  ◄── Status ─────────────
@@ -206,7 +206,7 @@ class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
 
 
 class FetchTable(Message, frozen=True, kw_only=True, tag="table?"):
-    """Asks for the table of a lender's lots; a lender asks for its own."""
+    """Asks for the table of a lender's blocks; a lender asks for its own."""
 
     engine: str
     lender: str

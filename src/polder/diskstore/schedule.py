@@ -1,35 +1,35 @@
-"""Which copy of each wanted page is read, so that the disk that is busy longest is busy as short as it can be.
+"""Chooses which copy of each wanted page is read, so that the last disk is done as early as possible.
 
-With R_e the disks that have a copy of page e, the shortest time in which all wanted pages can be read is, in units of
+Let R_e be the disks that have a copy of page e. The shortest time in which all wanted pages can be read is, in units of
 one page at speed 1,
 
     T* = max over sets of disks S of |{e : R_e within S}| / speed(S)
 
-(Hall's theorem, or max-flow = min-cut). Pages with the same R_e are alike, so the counts of at most 2^disks classes
-decide, and `exact` reaches the best whole-page schedule: the least T for which every S has room, sum over S of floor(T
-speed) >= pages within S; pages are then given out by augmenting paths. `greedy` is Swarm's rule, section 6.
+(Hall's theorem, or max-flow = min-cut). Pages with the same R_e are alike, so counts for at most 2^disks kinds of pages
+decide. `exact` finds the best schedule of whole pages: the least T for which every set S has room, that is, the sum of
+floor(T speed) over S is at least the number of pages within S. Then it gives pages to disks, and moves some on along
+augmenting paths. `greedy` is the rule of the Swarm paper, section 6.
 
-Sets of disks are bit masks: bit d is disk d.
+Sets of disks are bit masks: bit d is disk d. scipy's maximum_flow would replace 40 lines here, and is not worth its 40
+MB in every worker.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from polder.arrays import BoolArray, FloatArray, IntArray
+from polder.arrays import FloatArray, IntArray
 from polder.errors import ConfigError, IntegrityError
 
 __all__ = ["MAX_DISKS", "exact", "greedy"]
 
 MAX_DISKS = 16
-"""Of `bound` and `exact`: they look at every set of disks."""
+"""`exact` looks at every set of disks, so their number is limited."""
 _EPSILON = 1e-9
 
 
 def exact(masks: IntArray, speeds: FloatArray) -> IntArray:
-    """[n]: the disk that reads each page, -1 for a mask of 0. No other choice is done sooner.
+    """[n] the disk that reads each page, -1 for a mask of 0. No other choice is done sooner.
 
     `masks` [n], `speeds` [disks] above 0. Raises ConfigError above MAX_DISKS disks.
     """
@@ -47,11 +47,11 @@ def exact(masks: IntArray, speeds: FloatArray) -> IntArray:
 
 
 def greedy(masks: IntArray, speeds: FloatArray) -> IntArray:
-    """[n]: Swarm's choice: pages with one copy first, the others by rising number of copies, each to the disk done
-    soonest.
+    """[n] Swarm's choice: pages by rising number of copies, each from the disk that is done soonest; -1 for a mask of
+    0.
 
-    Among pages with equally many copies the order given counts. Give them in the order of activation: sorted by mask,
-    as arrays that were grouped are, the rule ends up to 1.4 times above the optimum.
+    Pages with equally many copies are taken in the given order, which should be the order of activation: when sorted by
+    mask, the result is up to 1.4 times slower than the optimum.
     """
     chosen = np.full(len(masks), -1, dtype=np.int64)
     done = np.zeros(len(speeds))
@@ -115,63 +115,43 @@ def _quotas(masks: IntArray, speeds: FloatArray) -> IntArray:
 
 
 def _give_out(kinds: IntArray, counts: IntArray, quota: IntArray) -> IntArray:
-    """[kinds, disks]: pages of each kind that each disk reads; no disk more than its quota, which is known to be
-    possible."""
-    may = (kinds[:, None] >> np.arange(len(quota)) & 1).astype(np.bool_)
-    shared = np.zeros(may.shape, dtype=np.int64)
-    rooms, lefts = quota.tolist(), counts.tolist()
-    disks_of = [np.flatnonzero(row).tolist() for row in may]
+    """[kinds, disks] how many pages of each kind each disk reads. No disk gets more than its quota, which is enough for
+    all pages."""
+    disks_of = [np.flatnonzero(kind >> np.arange(len(quota)) & 1).tolist() for kind in kinds.tolist()]
+    given = [[0] * len(quota) for _ in kinds]
+    room, left = quota.tolist(), counts.tolist()
     for kind in sorted(range(len(kinds)), key=lambda kind: len(disks_of[kind])):
         # In proportion to the room that is left, so that no disk fills up before the others.
-        total = sum(rooms[disk] for disk in disks_of[kind])
-        count = min(lefts[kind], total)
+        total = sum(room[disk] for disk in disks_of[kind])
+        count = min(left[kind], total)
         for disk in disks_of[kind]:
-            share = count * rooms[disk] // total if total else 0
-            shared[kind, disk] = share
-            rooms[disk] -= share
-            lefts[kind] -= share
-    return _by_paths(shared, may, np.array(rooms), np.array(lefts))
+            share = count * room[disk] // total if total else 0
+            given[kind][disk] = share
+            room[disk] -= share
+            left[kind] -= share
 
+    def move(kind: int, most: int, tried: set[int]) -> int:
+        """Gives up to `most` pages of this kind to a disk, which may pass other pages on to make room. Returns how
+        many."""
+        for disk in disks_of[kind]:
+            if disk in tried:
+                continue
+            tried.add(disk)
+            done = int(min(most, room[disk]))
+            room[disk] -= done
+            for other in range(len(given)) if not done else ():
+                if other != kind and given[other][disk] and (done := move(other, min(most, given[other][disk]), tried)):
+                    given[other][disk] -= done
+                    break
+            if done:
+                given[kind][disk] += done
+                return done
+        return 0
 
-def _by_paths(given: IntArray, may: BoolArray, room: IntArray, left: IntArray) -> IntArray:
-    """What is left of each kind goes to disks with room, if need be by passing others on. Changes its arguments."""
-    for kind in np.flatnonzero(left).tolist():
+    for kind in range(len(kinds)):
         while left[kind]:
-            path = _path_to_room(given, may, room, kind)
-            moved = [int(given[from_kind, disk]) for from_kind, disk in zip(path.kinds[1:], path.disks, strict=False)]
-            count = min(int(left[kind]), int(room[path.disks[-1]]), *moved)
-            for from_kind, disk in zip(path.kinds[1:], path.disks, strict=False):
-                given[from_kind, disk] -= count
-            for to_kind, disk in zip(path.kinds, path.disks, strict=True):
-                given[to_kind, disk] += count
-            room[path.disks[-1]] -= count
-            left[kind] -= count
-    return given
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Path:
-    """Pages of kinds[0] go to disks[0], which passes as many of kinds[1] on to disks[1], and so on to a disk with room."""
-
-    kinds: list[int]
-    disks: list[int]
-
-
-def _path_to_room(given: IntArray, may: BoolArray, room: IntArray, kind: int) -> _Path:
-    came: dict[int, tuple[int, int]] = dict.fromkeys(np.flatnonzero(may[kind]).tolist(), (kind, -1))
-    queue = list(came)
-    for disk in queue:
-        if room[disk] > 0:
-            kinds, disks = [], []
-            while disk >= 0:
-                by, before = came[disk]
-                kinds.append(by)
-                disks.append(disk)
-                disk = before
-            return _Path(kinds=kinds[::-1], disks=disks[::-1])
-        for passed in np.flatnonzero(given[:, disk]).tolist():
-            for other in np.flatnonzero(may[passed]).tolist():
-                if other not in came:
-                    came[other] = (passed, disk)
-                    queue.append(other)
-    raise IntegrityError("schedule: no room although every set of disks has some")
+            done = move(kind, left[kind], set())
+            if not done:
+                raise IntegrityError("schedule: no room although every set of disks has some")
+            left[kind] -= done
+    return np.array(given, dtype=np.int64)

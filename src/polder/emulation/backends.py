@@ -36,9 +36,10 @@ def _counted(name: str) -> Any:
 class FaultyBackend:
     """A backend that passes calls on to another one, except for chosen calls: they raise, and change nothing.
 
-    `fail` chooses them: {"map": {2}} fails the second call of `map`, counted from 1 since this object was made. "copy" stands for
-    the submissions to its copy queues: a chosen one copies nothing, and its error appears where real errors do, at `wait`.
-    `error` makes the exceptions, OutOfPages by default. `calls` counts the calls of each method, including the failed ones.
+    `fail` chooses them: {"map": {2}} fails the second call of `map`, counted from 1 since this object was made. "copy"
+    stands for the submissions to its copy queues: a chosen one copies nothing, and its error appears where real errors
+    do, at `wait`. `error` makes the exceptions, OutOfPages by default. `calls` counts the calls of each method,
+    including the failed ones.
     """
 
     calls: Counter[str]
@@ -123,10 +124,12 @@ class _FailedJob:
 
 
 class PacedBackend(FaultyBackend):
-    """A backend whose copies take as long as over a link of the given bandwidth: each copy queue is one direction of such a link.
+    """A backend whose copies take as long as over a link of the given bandwidth: each copy queue is one direction of
+    such a link.
 
-    The bytes move at once, and the job is over when the link would have carried them. Nobody may look at a destination before its
-    job is over, so nobody sees the difference, and no thread is needed. Calls can be made to fail, as with the base class.
+    The bytes move at once, and the job is over when the link would have carried them. Nobody may look at a destination
+    before its job is over, so nobody sees the difference, and no thread is needed. Calls can be made to fail, as with
+    the base class.
     """
 
     def __init__(self, inner: Backend, bytes_per_s: float, fail: Mapping[str, Collection[int]] | None = None) -> None:

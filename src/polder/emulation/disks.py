@@ -1,12 +1,13 @@
 """Emulated disks: each request takes as long as on a disk of the given speed, and not less; and it may fail on purpose.
 
-A disk serves its requests one after another in virtual time: a request starts when it has arrived and the one before is over, takes
-`max(bytes / bandwidth, 1 / requests per second)`, and is reported `latency` later. The bytes are really read, from any file; then
-the caller sleeps until the virtual time of its last request. Moments are absolute, so nothing adds up; the modelled time is exact
-at any load of the machine, and the wall time follows it as long as the real I/O is faster (`Step.late_s` says if it was not).
+A disk serves its requests one after another in virtual time: a request starts when it has arrived and the one before is
+over, takes `max(bytes / bandwidth, 1 / requests per second)`, and is reported `latency` later. The bytes are really
+read, from any file; then the caller sleeps until the virtual time of its last request. Moments are absolute, so nothing
+adds up; the modelled time is exact at any load of the machine, and the wall time follows it as long as the real I/O is
+faster (`Step.late_s` says if it was not).
 
-`EmulatedDisk` alone is the model, for simulators. `EmulatedEngine` puts disks beneath a whole store, a batch at a time; measure
-with it. `EmulatedFile` is one disk's file, call by call, for the faults that only real threads meet.
+`EmulatedDisk` alone is the model, for simulators. `EmulatedEngine` puts disks beneath a whole store, a batch at a time;
+measure with it. `EmulatedFile` is one disk's file, call by call, for the faults that only real threads meet.
 """
 
 from __future__ import annotations

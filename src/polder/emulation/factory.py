@@ -19,7 +19,8 @@ _DISK_LATENCY_S = 80e-6
 
 
 class Emulation:
-    """What one process of an engine emulates. Each method returns its argument unchanged where nothing is to be emulated.
+    """What one process of an engine emulates. Each method returns its argument unchanged where nothing is to be
+    emulated.
 
     All parts that name the same link and direction share that link's bandwidth.
     """

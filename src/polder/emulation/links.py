@@ -15,8 +15,8 @@ _SHORTEST_SLEEP_S = 0.0005
 class EmulatedLink:
     """A link of limited bandwidth. Thread-safe: transfers share the bandwidth, first come first served.
 
-    The caller copies the bytes and then calls `charge`, which sleeps until the link would have carried them. The time of the copy
-    itself counts. The two directions of a link are two objects, as they are independent on PCIe and NVLink.
+    The caller copies the bytes and then calls `charge`, which sleeps until the link would have carried them. The time
+    of the copy itself counts. The two directions of a link are two objects, as they are independent on PCIe and NVLink.
     """
 
     def __init__(self, bytes_per_s: float) -> None:

@@ -1,6 +1,7 @@
 """Bytes at an address of this process, as views that Python and numpy can read and write.
 
-The views are cut from one array over the whole user address space, which is cheaper than to make a ctypes array for each view.
+The views are cut from one array over the whole user address space, which is cheaper than to make a ctypes array for
+each view.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Whether writing blocks into the tiers pays at all, learnt from what requests ask for.
+"""Decides whether it pays to write blocks into the tiers at all.
 
-Every block that is written costs a copy; one that nobody asks for again is a copy for nothing, and where nothing is ever reused
-that is the whole cost of having tiers (law 7: at most 1 %). So the share of asked blocks that had been computed before is
-measured: those that a tier has, and those whose keys alone are remembered, for they were not written or are gone. While that
-share is below what a copy costs, beside computing a block, only a sample of requests is written, so that what comes back later
-is noticed and served.
+Every written block costs a copy, and a copy is wasted when nobody asks for the block again. Where nothing is ever
+reused, these copies are the whole cost of having tiers, and that must not exceed 1 % (law 7 in docs/structures.md). So
+the gate measures which share of the blocks that requests ask for had been computed before: blocks that a tier has, and
+blocks whose keys alone are remembered, because they were not written or are gone. While that share is lower than what a
+copy costs compared with computing a block, nothing is written.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ __all__ = ["ReuseGate"]
 
 
 class ReuseGate:
-    """Not thread-safe. Counts are blocks."""
+    """Not thread-safe. All counts are blocks."""
 
     def __init__(self, *, remembered: int, least_reuse: float = 0.02, trial: int = 512) -> None:
-        """`remembered`: keys kept; `least_reuse`: share of reused blocks that pays; `trial`: blocks written before any
-        judgement."""
+        """`remembered`: how many keys are kept. `least_reuse`: the share of reused blocks from which writing pays.
+        `trial`: how many blocks are asked for before the gate may close."""
         self._remembered, self._least, self._trial = remembered, least_reuse, trial
         self._seen: OrderedDict[bytes, None] = OrderedDict()
         self._asked = self._again = 0.0
         self.open = True
 
     def asked(self, keys: Sequence[bytes], held: Collection[bytes] = ()) -> int:
-        """A request asks for these blocks, which its engine's own cache has not; tiers have those in `held`.
+        """A request asks for these blocks, which the engine's own cache lacks. `held`: those that a tier has.
 
-        Returns how many were seen before."""
+        Returns how many were seen before.
+        """
         again = sum(1 for key in keys if key in self._seen or key in held)
         fade = max(0.0, 1.0 - len(keys) / (4 * self._trial))
         self._asked = fade * self._asked + len(keys)
@@ -38,7 +39,7 @@ class ReuseGate:
         return again
 
     def computed(self, keys: Sequence[bytes]) -> None:
-        """These blocks exist now; whether they are written or not, they may be asked for again."""
+        """The engine has computed these blocks, whether they are written or not."""
         for key in keys:
             self._seen[key] = None
             self._seen.move_to_end(key)

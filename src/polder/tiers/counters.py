@@ -1,4 +1,4 @@
-"""What the tiers did, for Prometheus, `polder top`, and the verdict: whether they pay."""
+"""What the tiers have done: counters for Prometheus and `polder top`, and one line that says whether the tiers pay."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class _Tier:
 
 @dataclass
 class TierCounters:
-    """Counters since the start. "Blocks" are blocks of the engine; "seconds" of a tier are those that its thread was busy."""
+    """Counters since the start. "Blocks" are blocks of the engine; "seconds" of a tier are those that its thread was
+    busy."""
 
     names: Sequence[str]
     asked_tokens: int = 0
@@ -74,8 +75,8 @@ class TierCounters:
 
 
 def verdict(stats: Mapping[str, float]) -> str:
-    """One line from `stats`: "tiers saved 812 s of prefill, cost 3.1 s of copies, 12 GiB written never read"; "" without
-    tiers."""
+    """One line made from `stats`, "" without tiers: "tiers saved 812 s of prefill, cost 3.1 s of copies, 12 GiB written
+    never read"."""
     if "tier_saved_prefill_seconds_total" not in stats:
         return ""
     copies = sum(

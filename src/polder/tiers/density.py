@@ -1,16 +1,21 @@
-"""The policy of Polder's tiers: blocks go in order of hit density, a prefix from its end.
+"""The eviction policy of the tiers: blocks with the lowest hit density go first, and a prefix goes from its end.
 
-A block's group is how often it was hit (0, 1, 2, 3 or more) and how much of the request that used it last was known (less than a
-quarter: a new conversation behind a common prompt; more than three quarters: the next turn of one). `reuse_times` learns for each
-group and age what a slot gains by keeping such a block; the least goes first, and what is new is refused if it is worth less than
-that.
+Each block belongs to a group, by two features:
 
-Blocks that a request used together have the same age and kind, and one nearer to the head of the prefix has at least as many
-hits, so it is worth at least as much: a prefix loses its end first, and of two of equal worth the older one is lost whole before
-the younger one is cut.
+| feature | values |
+|---|---|
+| hits so far | 0, 1, 2, 3 or more |
+| found share of the last request | below 1/4 (a new conversation), 1/4 to 3/4, above 3/4 (the next turn of one) |
 
-Bounded: 6 numbers a slot and 4 a ghost, four ghosts a slot. A use costs a few microseconds; slots are put in order in bulk, when
-a sixteenth of them has gone.
+`reuse_times` learns for each group and age how many hits a slot gains by keeping such a block. The block with the least
+gain goes first, and a new block is refused if it would gain less.
+
+Blocks that a request used together have the same age and the same found share, and a block nearer to the head of the
+prefix has at least as many hits, so it is worth at least as much. So a prefix loses its end first, and of two prefixes
+of equal worth the older one is lost as a whole before the younger one is cut.
+
+Memory is bounded: 6 numbers for each slot, and 4 for each ghost, with four ghosts for each slot. A use costs a few
+microseconds. Slots are sorted in bulk, when a sixteenth of them has gone.
 """
 
 from __future__ import annotations
@@ -25,21 +30,21 @@ from polder.tiers.reuse_times import ReuseTimes, bin_of
 __all__ = ["HitDensity"]
 
 _LEVELS = 4
-"""Hits: 0, 1, 2, 3 or more."""
+"""Number of values of the first feature."""
 _KNOWN_SHARES = (0.25, 0.75)
 _KINDS = len(_KNOWN_SHARES) + 1
 _SAME_USE_S = 0.02
-"""Uses so soon after the last are the same request's: looked up, then stored."""
+"""Uses this soon after the last one belong to the same request, which looks a block up and then stores it."""
 _WORTH_STEPS = 2
-"""Worth is compared in half octaves: finer differences are noise, and there the older block goes."""
+"""Worth is compared in half octaves. Finer differences are noise; among equals the older block goes."""
 
 _BULK_SHARE = 16
-"""Slots are put in order so many times in one turnover of the cache."""
+"""Slots are sorted this many times in one turnover of the cache."""
 _CENSUS_ROWS = 1 << 15
 
 
 class HitDensity:
-    """See above. An EvictionPolicy."""
+    """See the module's docstring. An EvictionPolicy."""
 
     def __init__(
         self,
@@ -55,7 +60,7 @@ class HitDensity:
         self._depth = np.zeros(capacity, dtype=np.int64)
         self._hits = np.zeros(capacity, dtype=np.int64)
         self._group = np.full(capacity, -1, dtype=np.int64)  # -1: an empty slot
-        self._use = np.full(capacity, -1, dtype=np.int64)  # number of the moment of its last use
+        self._use = np.full(capacity, -1, dtype=np.int64)  # the number of the moment of its last use
         self._last_s = np.zeros(capacity)
         self._ghosts = Ghosts(int(ghosts_per_slot * capacity))
         self._times = ReuseTimes(levels=_LEVELS, kinds=_KINDS, prior_spells=prior_spells, halflife_s=halflife_s)
@@ -158,9 +163,8 @@ class HitDensity:
         return np.minimum(hits, _LEVELS - 1) * _KINDS + kind
 
     def _recall(self, keys: UintArray, depths: IntArray) -> tuple[IntArray, IntArray]:
-        """Hits and groups of new blocks, from the ghosts that `missed` left; one whose ghost was overwritten is as the block
-        before it.
-        """
+        """Hits and groups of new blocks, from the ghosts that `missed` left. A block whose ghost was overwritten counts
+        like the block before it."""
         rows, known = self._ghosts.find(keys)
         if not known.any():
             hits = np.zeros(len(keys), dtype=np.int64)
@@ -193,7 +197,7 @@ class HitDensity:
             self._forget_order()
 
     def _census(self, groups: IntArray, last_s: FloatArray) -> FloatArray:
-        # A large table is sampled: keys are hashes and slots are given to anybody, so every n-th row is as good as any.
+        # A large table is sampled. Rows are in random order, so every n-th row will do.
         every = max(1, len(groups) // _CENSUS_ROWS)
         rows = np.flatnonzero(groups[::every] >= 0) * every
         return self._times.census(groups[rows], self._now - last_s[rows]) * every
@@ -219,7 +223,8 @@ class HitDensity:
             self._order_use = self._use[self._order]
 
     def _worst(self, count: int, slots: IntArray) -> tuple[IntArray, FloatArray]:
-        """Of these slots those to go first and their worth: by worth in steps, then the longest unused, then the deepest."""
+        """The first `count` of these slots to give up, and their worth: by worth in steps, then the longest unused,
+        then the deepest."""
         groups, ages = self._group[slots], bin_of(self._now - self._last_s[slots])
         ranks = self._rank[groups, ages]
         depths = np.minimum(self._depth[slots], (1 << 16) - 1)
@@ -233,5 +238,5 @@ class HitDensity:
 
 
 def _at_least_what_follows(hits: IntArray) -> IntArray:
-    """Raises each to the largest behind it: who read a block has read those before it."""
+    """Raises each count to the largest one behind it: a request that read a block has read the blocks before it."""
     return np.maximum.accumulate(hits[::-1])[::-1]

@@ -3,15 +3,16 @@
     load    find the pages' copies -> read each from the disk that is free soonest -> copy into the engine's blocks
     spill   copy from the host tier -> compare the checksum -> forget the pages that had these slots -> write
 
-Pages go through an arena of aligned memory: two thirds of it, in halves, for loads, so that the next pages are read while these are
-copied; the rest for spills. Memory that a hung request may still use (`DiskStore.unsettled`) is left alone.
+Pages pass through an arena of aligned memory. Two thirds of it are for loads, in halves, so that the next pages are
+read while these are copied; the rest is for spills. Memory that a hung request may still use (`DiskStore.unsettled`) is
+not used.
 
-The scheduler decides which page has to go: a slot of its own (disk_slots.py) stands for each page, and here is noted which
-(`SlotMirror`), so that the page that had a slot is forgotten before another gets it. As long as that adds up the store evicts
-nothing by itself; what it loses nevertheless, with a disk, is reported (`state`).
+The scheduler decides which page is evicted: each of its slots (disk_slots.py) stands for one page. `SlotMirror` notes
+which page that is, so that it is forgotten before the slot gets another page. While both agree, the store evicts
+nothing by itself. Pages that it loses nevertheless, with a disk, are reported by `state`.
 
-Nothing raises for what a disk does, and no part waits much longer than the store's timeout for a disk that hangs: a disk that let
-one read of a part time out is not read by it again.
+No method raises for what a disk does. A part waits not much longer than the store's timeout for a disk that hangs:
+after the first read that times out, it does not read from that disk again.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ __all__ = ["DiskMemory"]
 
 _FORGET_AT_ONCE = 1 << 14
 _LEAST_READS = 2.0
-"""A page read less often has no second copy."""
+"""A page that is read less often gets no second copy."""
 _LEFT_TO_THE_KERNEL: list[Arena] = []
-"""Arenas that a request may still write to when everything else has ended."""
+"""Arenas that a hung request may still write to. They are kept until the process ends."""
 
 
 class DiskMemory:
-    """See above. A BatchMemory."""
+    """See the module's docstring. A BatchMemory."""
 
     def __init__(
         self,
@@ -56,8 +57,9 @@ class DiskMemory:
         capacity: int,
         inventory: Keys | None = None,
     ) -> None:
-        """`host_address`, `host_slot_bytes`: this rank's part of the host tier, as of HostMemory. `capacity`: slots of the tier;
-        `inventory`: as the scheduler's DiskSlots has it. What else the store has is forgotten. The store stays the caller's.
+        """`host_address`, `host_slot_bytes`: this rank's part of the host tier, as for HostMemory. `capacity`: the
+        slots of the tier. `inventory`: the same as the scheduler's DiskSlots has; other pages in the store are
+        forgotten. The caller closes the store.
 
         Raises ConfigError for an arena of less than three pages, or pages that do not hold a slot of the host tier.
         """
@@ -72,15 +74,15 @@ class DiskMemory:
         third = len(arena.addresses) // 3
         self._reader = PageReader(store, (arena.addresses[:third], arena.addresses[third : 2 * third]))
         self._spill_rows = np.arange(2 * third, len(arena.addresses))
-        self._sizes = store.room  # [disks], at the start
+        self._sizes = store.room  # [disks] pages, at the start
         self._striping = Striping(self._reader.speeds())
         self._mirror = SlotMirror(capacity)
-        self._lock = threading.Lock()  # of the mirror
+        self._lock = threading.Lock()  # guards the mirror
         self._stopped = False
         if inventory is not None:
             self._mirror.bind(np.arange(len(inventory[:capacity])), inventory[:capacity])
         self._forget(self._mirror.strays(store))
-        self._lost = self._mirror.compare(store)  # and not told of yet
+        self._lost = self._mirror.compare(store)  # slots that `state` has not reported yet
         self._seen = self._condition()
 
     # ------------------------------------------------------------------ load
@@ -103,13 +105,13 @@ class DiskMemory:
         with self._lock:
             ours = self._mirror.find(part.ids)
             self._mirror.was_read(ours[ours >= 0])
-            # Looked for again: a spill may have brought a page back meanwhile.
+            # Looked up again: a spill may have brought a page back meanwhile.
             gone = self._mirror.find(lost[~_anywhere(self._store.lookup(lost))])
             self._mirror.unbind(np.unique(gone[gone >= 0]))
         return PartResult(failed=failed, size_bytes=size)
 
     def _copy_out(self, chunk: Chunk, blocks: Sequence[Pieces], mover: Mover) -> int | None:
-        """All pages of a chunk in one call. Returns the bytes, None where it failed."""
+        """Copies all pages of a chunk in one call. Returns the bytes, or None when the copy failed."""
         target: list[tuple[int, int]] = []
         source: list[tuple[int, int]] = []
         for row, address in zip(chunk.rows.tolist(), chunk.addresses.tolist(), strict=True):
@@ -117,7 +119,7 @@ class DiskMemory:
             source.append((address, sum(size for _, size in blocks[row])))
         try:
             mover.copy(target, source)
-        except Exception:  # as a row's in TierWorker: it is a miss
+        except Exception:  # a miss, as for a row in TierWorker
             return None
         return sum(size for _, size in source)
 
@@ -147,7 +149,7 @@ class DiskMemory:
                 failed[row] = reason
         keys, slots = part.ids[rows], part.slots[rows]
         with self._lock:
-            # The pages that had these slots; and those of these keys, if there are any, may be of a time before `drop`.
+            # The pages that had these slots have to go. So have pages of these keys: they may be older than the last `drop`.
             known = self._mirror.find(keys)
             old = np.unique(np.concatenate((slots, known[known >= 0])))
             leaving = self._mirror.keys[old[self._mirror.bound[old]]]
@@ -162,7 +164,7 @@ class DiskMemory:
         return failed | dict.fromkeys(rows[good & ~written].tolist(), "error")
 
     def _copy_in(self, slot: int, page: int, host: HostRows, row: int, mover: Mover) -> Reason | None:
-        """The bytes are compared after they were copied: nobody can change them any more."""
+        """Copies a block from the host tier. The copy is verified, because nobody can change it any more."""
         sizes = host.sizes[row]
         size = sum(sizes)
         if not size:
@@ -186,7 +188,7 @@ class DiskMemory:
     # ------------------------------------------------------------------ second copies
 
     def replicate(self, copies: int) -> PartResult:
-        """Pages that were read most get one, also those that lost theirs with a disk; those read least lose theirs for it."""
+        """Gives the pages that are read most a second copy; those that are read least lose theirs for it."""
         staging = self._usable_rows()[:copies]
         if self._stopped or not len(staging) or int(self._store.writable.sum()) < 2:
             return PartResult(failed={}, size_bytes=0)
@@ -212,7 +214,7 @@ class DiskMemory:
         return PartResult(failed={}, size_bytes=int(written.sum()) * self._arena.page_bytes)
 
     def _drop_copies(self, count: int, *, below: float) -> int:
-        """Up to `count` pages that were read less than `below` lose their second copies, those read least first."""
+        """Removes up to `count` second copies, of pages that were read less than `below`, those read least first."""
         with self._lock:
             twice = np.flatnonzero(self._mirror.twice & (self._mirror.reads < below))
             least = twice[np.argsort(self._mirror.reads[twice], kind="stable")][:count]
@@ -220,13 +222,13 @@ class DiskMemory:
             keys = self._mirror.keys[least]
         present = self._store.lookup(keys).present
         first, last = present.argmax(axis=1), present.shape[1] - 1 - present[:, ::-1].argmax(axis=1)
-        either = np.where(keys[:, 0] % 2 == 0, first, last)  # so that no disk is emptied more than another
+        either = np.where(keys[:, 0] % 2 == 0, first, last)  # so that copies are removed from all disks alike
         return self._store.forget(keys, np.where(present.sum(axis=1) > 1, either, -1)) if len(keys) else 0
 
     # ------------------------------------------------------------------ the rest
 
     def drop(self) -> PartResult:
-        """Forgets everything, for good; once stopped, it leaves the pages on the disks to a run that can use them."""
+        """Forgets all pages. After `stop`, the pages stay on the disks for a run that can use them."""
         with self._lock:
             self._mirror = SlotMirror(self._capacity)
         if not self._stopped:
@@ -248,12 +250,12 @@ class DiskMemory:
         self._reader.stop()
 
     def close(self) -> None:
-        """Nothing may be under way, but for requests that hang: the memory that they may write to stays."""
+        """Nothing may be under way except requests that hang; the memory that they may write to is kept."""
         if np.isin(self._store.unsettled(), self._arena.addresses).any():
             _LEFT_TO_THE_KERNEL.append(self._arena)
 
     def _condition(self) -> tuple[object, ...]:
-        """Changes whenever the store has lost pages that nobody read."""
+        """A value that changes whenever the store has lost pages without a read noticing it."""
         return (*self._store.states, self._store.evicted)
 
     def _usable_rows(self) -> IntArray:
@@ -266,6 +268,6 @@ class DiskMemory:
 
 
 def _anywhere(places: PageLocations) -> npt.NDArray[np.bool_]:
-    """[n] which pages have a copy."""
+    """[n] which pages have a copy on any disk."""
     some: npt.NDArray[np.bool_] = places.slots.max(axis=1, initial=-1) >= 0
     return some

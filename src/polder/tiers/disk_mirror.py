@@ -1,5 +1,5 @@
-"""Which page of a store each slot of the scheduler's disk tier stands for, how often it was read, and how the two begin: the
-inventory. Arrays, one row a slot."""
+"""Which page of the store each slot of the scheduler's disk tier stands for, and how often it was read; and the
+inventory, the pages of an earlier run that both begin with. Arrays with one row for each slot."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from polder.diskstore.store import DiskStore
 __all__ = ["COPIES", "RESERVE", "SlotMirror", "common_inventory", "disk_capacity", "inventory"]
 
 COPIES = 0.05
-"""Share of a store's pages that second copies may take."""
+"""The share of a store's pages that second copies may take."""
 RESERVE = COPIES + 0.03
-"""Share that the scheduler does not count on: for copies, and so that a page may go to the disk whose turn it is."""
+"""The share that the scheduler does not use: room for second copies, and so that each page can go to the disk whose
+turn it is."""
 _AT_ONCE = 1 << 16
 
 
 def disk_capacity(store: DiskStore) -> int:
-    """Slots that this rank can promise. The tier has as many as the rank with the fewest."""
+    """The number of slots that this rank can promise. The tier has as many as the rank with the fewest."""
     return int(int(store.room.sum()) * (1.0 - RESERVE))
 
 
 def inventory(store: DiskStore, capacity: int) -> Keys:
-    """[n, 2] keys of the pages that can be read, the last used first, each once, `capacity` at most.
+    """[n, 2] keys of the pages that can be read, the most recently used first, each once, `capacity` at most.
 
-    Each disk knows its own order only, so they are merged by the share of its pages that a disk used later.
+    Each disk knows only its own order. They are merged by rank: the share of its disk's pages that were used later.
     """
     keys, ranks = [np.empty((0, 2), dtype=np.uint64)], [np.empty(0)]
     for disk, state in enumerate(store.states):
@@ -43,7 +44,7 @@ def inventory(store: DiskStore, capacity: int) -> Keys:
 
 
 def common_inventory(inventories: Sequence[Keys]) -> Keys:
-    """What all ranks have, in the first one's order."""
+    """The pages that all ranks have, in the order of the first rank."""
     first = inventories[0]
     everywhere = np.ones(len(first), dtype=np.bool_)
     for other in inventories[1:]:
@@ -54,17 +55,17 @@ def common_inventory(inventories: Sequence[Keys]) -> Keys:
 
 
 class SlotMirror:
-    """See above. Not thread-safe."""
+    """See the module's docstring. Not thread-safe."""
 
     def __init__(self, capacity: int) -> None:
         self.keys: Keys = np.zeros((capacity, 2), dtype=np.uint64)
         self.bound: npt.NDArray[np.bool_] = np.zeros(capacity, dtype=np.bool_)
         self.reads: npt.NDArray[np.float32] = np.zeros(capacity, dtype=np.float32)
-        """Decaying."""
+        """[slots] reads, halved from time to time."""
         self.twice: npt.NDArray[np.bool_] = np.zeros(capacity, dtype=np.bool_)
-        """Has a second copy."""
+        """[slots] which pages have a second copy."""
         self._table = KeyTable(self.keys)
-        self._since = 0  # reads, since they were halved
+        self._since = 0  # reads since `reads` was halved
 
     def __len__(self) -> int:
         return self._table.count
@@ -74,14 +75,14 @@ class SlotMirror:
         return self._table.find(keys)
 
     def bind(self, slots: IntArray, keys: Keys) -> None:
-        """These slots, which are not bound, stand for these pages, which are distinct and have no slot."""
+        """These unbound slots stand for these distinct pages, which have no slot, from now on."""
         self.keys[slots] = keys
         self.bound[slots] = True
         self.reads[slots], self.twice[slots] = 0, False
         self._table.add(slots)
 
     def unbind(self, slots: IntArray) -> None:
-        """Those of these distinct slots that are bound are so no more."""
+        """These distinct slots stand for no page any more."""
         slots = slots[self.bound[slots]]
         self._table.remove(slots)
         self.bound[slots] = self.twice[slots] = False
@@ -94,7 +95,8 @@ class SlotMirror:
             self._since = 0
 
     def compare(self, store: DiskStore) -> IntArray:
-        """Slots whose pages the store has no more; they are unbound. Notes which have a second copy."""
+        """Finds and unbinds slots whose pages the store has lost, and returns them. Notes which pages have a second
+        copy."""
         gone = [np.empty(0, dtype=np.int64)]
         bound = np.flatnonzero(self.bound)
         for at in range(0, len(bound), _AT_ONCE):
@@ -107,7 +109,7 @@ class SlotMirror:
         return lost
 
     def strays(self, store: DiskStore) -> Keys:
-        """Pages that the store has and no slot stands for."""
+        """Keys of pages in the store that no slot stands for."""
         keys = np.concatenate([store.by_recency(disk) for disk in range(len(store.states))])
         found: Keys = keys[self.find(keys) < 0]
         return found

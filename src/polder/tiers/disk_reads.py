@@ -1,4 +1,5 @@
-"""Reads pages for a load: from all disks at once, a chunk ahead of the copies."""
+"""Reads pages for a load from all disks at once. While a chunk of pages is copied to the engine, the next chunk is
+read."""
 
 from __future__ import annotations
 
@@ -21,24 +22,25 @@ from polder.tiers.transfer import Reason
 __all__ = ["Chunk", "PageReader"]
 
 _LEAST_CHUNK = 64
-"""Pages: so many keep some disks busy, so a part of several times as many is cut even if the arena would hold it."""
+"""So many pages keep several disks busy. A load of several times as many is cut into chunks even if the arena could
+hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
     rows: IntArray
-    """[n] whose pages have arrived."""
+    """[n] the rows whose pages have arrived."""
     addresses: IntArray
-    """[n] where they are, until the next chunk but one is asked for."""
+    """[n] where the pages are, until the chunk after the next one is asked for."""
     failed: dict[int, Reason]
-    """Other rows."""
+    """The rows whose pages have not arrived."""
 
 
 class PageReader:
-    """For one thread."""
+    """Used by one thread."""
 
     def __init__(self, store: DiskStore, halves: tuple[IntArray, IntArray]) -> None:
-        """`halves`: addresses of pages of memory, at least one each."""
+        """`halves`: two arrays of page addresses, at least one each; chunks use them in turn."""
         self._store, self._halves = store, halves
         self._stopped = False
         self._corrupt = store.corrupt_pages
@@ -47,14 +49,15 @@ class PageReader:
         self._stopped = True
 
     def speeds(self) -> FloatArray:
-        """[disks] in proportion: as measured; a disk that was not read yet is as fast as the others are on average."""
+        """[disks] measured speeds. A disk that was not read yet counts as fast as the others on average."""
         speeds = self._store.speeds
         known = speeds > 0
         speeds[~known] = speeds[known].mean() if known.any() else 1.0
         return speeds
 
     def read(self, keys: Keys) -> Iterator[Chunk]:
-        """[n, 2] keys -> chunks that together have every row once. Ends early after `stop`."""
+        """Reads the pages of these keys ([n, 2]). Yields chunks that together contain every row once; ends early after
+        `stop`."""
         count = len(keys)
         width = min(len(self._halves[0]), max(_LEAST_CHUNK, -(-count // 4)))
         shunned = np.zeros(len(self._store.states), dtype=np.bool_)
@@ -81,7 +84,7 @@ class PageReader:
             finally:
                 ready.put(None)
 
-        # A daemon, as all threads that disks may keep.
+        # A daemon thread, as all threads that a disk may keep.
         thread = threading.Thread(target=read_ahead, name="polder-disk-ahead", daemon=True)
         thread.start()
         left = count
@@ -107,7 +110,8 @@ class PageReader:
             yield chunk
 
     def _some(self, keys: Keys, at: int, width: int, half: int, shunned: npt.NDArray[np.bool_]) -> Chunk:
-        """The next pages, as many as there is memory for. `shunned`: [disks] that are not read, changed where one times out."""
+        """Reads the next pages, as many as fit. `shunned`: [disks] which disks are not read; a disk that times out is
+        added."""
         memory = self._halves[half]
         addresses = memory[~np.isin(memory, self._store.unsettled())]
         if not len(addresses):
@@ -131,14 +135,15 @@ class PageReader:
         )
 
     def _schedule(self, present: npt.NDArray[np.bool_]) -> IntArray:
-        """[n, disks] -> [n] which disk reads each page."""
+        """[n] chooses the disk that reads each page, given which disks have it ([n, disks])."""
         masks = present.astype(np.int64) @ (np.int64(1) << np.arange(present.shape[1]))
         if present.shape[1] <= MAX_DISKS:
             return exact(masks, self.speeds())
         return np.where(masks > 0, greedy(np.maximum(masks, 1), self.speeds()), -1)
 
     def _reasons(self, places: PageLocations, rows: IntArray) -> list[Reason]:
-        """A page that was dropped by the read was corrupt, if the disks have counted any since; or it could not be read."""
+        """Why these pages did not arrive. A page that the read dropped was corrupt if the disks have counted corrupt
+        pages since."""
         present = places.slots[rows].max(axis=1, initial=-1) >= 0
         still = self._store.lookup(places.keys[rows]).slots.max(axis=1, initial=-1) >= 0
         before, self._corrupt = self._corrupt, self._store.corrupt_pages

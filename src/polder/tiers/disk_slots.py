@@ -1,12 +1,13 @@
 """The slots of the disk tier, as the scheduler counts them.
 
-Which disk a page lies on is the workers' business (disk_memory.py): a slot here is a number that stands for room for one page on
-every rank. Some slots have pages from a former run at the start: the **inventory**. Their blocks have no entry in the index before
-somebody asks for them (`claim`), so a million of them cost no Python object; where nobody does they make room first.
+A slot stands for room for one page on every rank. On which disk a page lies is decided by the workers (disk_memory.py).
+At the start some slots hold pages of an earlier run, the **inventory**. Their blocks get an entry in the index only
+when a request asks for them (`claim`), so a million of them cost no Python objects. Unclaimed pages are the first to
+make room.
 
     free -> take -> taken -> give -> free          unclaimed -> claim -> taken
     taken, reported lost -> `lost` -> free         unclaimed -> take -> taken      (its page is forgotten)
-    free or unclaimed -> retired, while the disks have less room than there are slots; and back
+    free or unclaimed -> retired, while the disks have less room than there are slots, and back
 
 free + taken + unclaimed + retired = capacity.
 """
@@ -24,7 +25,7 @@ __all__ = ["DiskSlots"]
 
 _FREE, _TAKEN, _UNCLAIMED, _RETIRED = range(4)
 _LOST_AT_ONCE = 4096
-"""A disk that dies takes many pages along: the index is told of so many a step."""
+"""A disk that dies loses many pages at once. `lost` returns at most so many in one step."""
 
 
 class DiskSlots(Slots):
@@ -33,8 +34,8 @@ class DiskSlots(Slots):
     behind = True
 
     def __init__(self, *, name: str, capacity: int, slot_bytes: int, inventory: Keys | None = None) -> None:
-        """`slot_bytes`: what a block takes of the disks, over all ranks. `inventory`: [n, 2] distinct keys of pages that every
-        rank has, most recently used first; slot i has row i. What is beyond `capacity` is left out.
+        """`slot_bytes`: what a block takes on the disks of all ranks together. `inventory`: [n, 2] distinct keys of
+        pages that every rank has, the most recently used first; slot i holds row i. Rows beyond `capacity` are ignored.
 
         Raises ConfigError when a key comes twice.
         """
@@ -48,25 +49,25 @@ class DiskSlots(Slots):
         self._table.add(np.arange(count))
         self._state = np.full(capacity, _FREE, dtype=np.uint8)
         self._state[:count] = _UNCLAIMED
-        self._last = count  # unclaimed slots are below
-        self._stack = np.arange(capacity - 1, count - 1, -1, dtype=np.int64)  # the last one is taken first
+        self._last = count  # all unclaimed slots are below this one
+        self._stack = np.arange(capacity - 1, count - 1, -1, dtype=np.int64)  # a stack: the last one is taken first
         self._stack = np.concatenate((self._stack, np.zeros(count, dtype=np.int64)))
         self._free = capacity - count
         self._taken = self._retired = 0
         self._room = capacity
-        self._lost: dict[int, None] = {}  # taken, and `lost` has not told of it yet
+        self._lost: dict[int, None] = {}  # taken slots whose pages are lost, until `lost` has returned them
         self._lost_ever = 0
 
     # ------------------------------------------------------------------ what a former run left
 
     @property
     def unclaimed(self) -> int:
-        """Pages of the inventory that nobody has asked for."""
+        """The number of pages of the inventory that nobody has asked for."""
         return self._table.count
 
     def claim(self, keys: Keys) -> IntArray:
-        """[n, 2] keys -> [n] slots, -1 where the inventory has none. They are the caller's now. A key that comes twice is found
-        once."""
+        """[n] the slots of these keys ([n, 2]), -1 where the inventory has none. They are taken now. A key that comes
+        twice is found once."""
         slots = np.full(len(keys), -1, dtype=np.int64)
         if self._table.count and len(keys):
             rows = distinct(keys)
@@ -79,7 +80,7 @@ class DiskSlots(Slots):
         return slots
 
     def forget_unclaimed(self) -> None:
-        """What nobody has asked for is not valid any more."""
+        """Frees the unclaimed slots: their pages are not valid any more."""
         self._give_up(self._table.count)
 
     # ------------------------------------------------------------------ Slots
@@ -116,7 +117,8 @@ class DiskSlots(Slots):
         )
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless free + taken + unclaimed + retired = capacity, by the books and by the slots' states."""
+        """Raises IntegrityError unless free + taken + unclaimed + retired = capacity, by the books and by the slots'
+        states."""
         counts = np.bincount(self._state, minlength=4).tolist()
         booked = [self._free, self._taken, self._table.count, self._retired]
         if counts != booked or sum(booked) != self.capacity:
@@ -133,12 +135,12 @@ class DiskSlots(Slots):
             raise IntegrityError(f"{self.name}: a slot is lost that was not taken")
 
     def close(self) -> None:
-        """The pages stay where they are, for the next run."""
+        """The pages stay on the disks for the next run."""
 
     # ------------------------------------------------------------------ the workers report
 
     def report_lost(self, slots: IntArray) -> None:
-        """A rank has lost the pages of these slots: evicted, or their disk died."""
+        """A rank has lost the pages in these slots: they were evicted, or their disk died."""
         slots = np.unique(slots)
         unclaimed = slots[self._state[slots] == _UNCLAIMED]
         if len(unclaimed):
@@ -149,7 +151,8 @@ class DiskSlots(Slots):
         self._lost.update(dict.fromkeys(taken))
 
     def set_room(self, blocks: int) -> None:
-        """What the rank with the least room can hold now. Slots beyond that are retired as they become free."""
+        """Sets the number of pages that the rank with the least room can hold. Slots beyond that are retired as they
+        become free."""
         self._room = max(0, min(blocks, self.capacity))
         self._give_up(self.overcommitted - self._free)
         count = min(self.overcommitted, self._free)
@@ -164,12 +167,10 @@ class DiskSlots(Slots):
 
     @property
     def losing(self) -> bool:
-        """Whether `lost` has more to tell."""
         return bool(self._lost)
 
     @property
     def overcommitted(self) -> int:
-        """Pages that have to go before `take` gives anything again."""
         return max(0, self.capacity - self._room - self._retired)
 
     # ------------------------------------------------------------------
@@ -186,11 +187,11 @@ class DiskSlots(Slots):
         self._free += len(slots)
 
     def _give_up(self, count: int) -> None:
-        """Gives up pages of the inventory, those used longest ago first."""
+        """Gives up pages of the inventory, the least recently used first."""
         while count > 0 and self._table.count:
             first = max(0, self._last - max(count, 1024))
             slots = (first + np.flatnonzero(self._state[first : self._last] == _UNCLAIMED))[-count:]
-            # All behind the first that is given up are none of the inventory's any more.
+            # No slot from the first one given up on is unclaimed any more.
             self._last = int(slots[0]) if len(slots) == count else first
             if len(slots):
                 self._table.remove(slots)

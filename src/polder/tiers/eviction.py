@@ -1,8 +1,8 @@
-"""Which blocks of a full tier have to go: the contract, and exact LRU.
+"""Eviction policies: the interface, and exact LRU. The policy that tiers use is in density.py.
 
-A tier has slots 0 .. capacity - 1; a block is known by a 64-bit key and by its depth, its position in the prefix it was stored
-with. A block is useless while one before it in its prefix is gone, so every policy here gives up a prefix from its end.
-`polder.tiers.density` has the policy that tiers use.
+A policy numbers its entries ("slots" here) from 0 to capacity - 1. It knows a block by a 64-bit key and by its depth,
+the position in the prefix that it was stored with. A block is useless when a block before it in its prefix is gone, so
+every policy gives up a prefix from its end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class EvictionPolicy(Protocol):
-    """Learns what happens to the slots of one tier and says which to give up. Times are seconds of one monotonic clock."""
+    """Learns what happens to the slots, and says which to give up. Times are seconds of one monotonic clock."""
 
     def insert(self, slots: IntArray, keys: UintArray, depths: IntArray, now: float) -> None:
         """These blocks were stored in slots that were empty, first block of the prefix first."""
@@ -33,23 +33,25 @@ class EvictionPolicy(Protocol):
         """A request asked for these blocks and they were absent; they may be stored next."""
 
     def remove(self, slots: IntArray) -> None:
-        """These slots are empty now: evicted or dropped. What is remembered about their keys is bounded."""
+        """These slots are empty now: their blocks were evicted or dropped."""
 
     def victims(self, count: int, pinned: BoolArray) -> IntArray:
-        """Up to `count` occupied slots to give up, worst first, none that is `pinned` (shape (capacity,)). Changes nothing."""
+        """Up to `count` occupied slots to give up, the worst first, without `pinned` ones ([capacity]). Changes
+        nothing."""
 
     def admits(self, keys: UintArray, depths: IntArray, now: float) -> BoolArray:
-        """Which of these new blocks of one prefix are worth a victim, the tier being full. What is refused is at the end."""
+        """[n] which of these new blocks of one prefix are worth evicting another block for. The refused ones are at the
+        end."""
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError if the books do not balance."""
+        """Raises IntegrityError if the accounts do not balance."""
 
 
 class Lru:
-    """Exactly the least recently used; of blocks used together the deepest first, and everything new is admitted.
+    """Evicts the least recently used slot; among blocks used together, the deepest. Admits every new block.
 
-    Each use of a slot appends it to a log with a new stamp; an entry whose stamp is not its slot's current one is stale. The log
-    is compacted when it is full, so a use costs O(1) and the memory is 5 numbers a slot.
+    Each use appends the slot to a log with a new stamp. A log entry whose stamp is not its slot's current one is stale.
+    The log is compacted when it is full, so a use costs O(1) and the memory is 5 numbers for each slot.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -1,4 +1,4 @@
-"""What is remembered about blocks that a tier does not hold."""
+"""Remembers blocks that a tier does not hold ("ghosts")."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Ghosts"]
 
 
 class Ghosts:
-    """A table of fixed size, one row for each value of a key's low bits: a new key throws out what is in its row.
+    """A hash table of fixed size without probing: a new key replaces what is in its row.
 
-    So it forgets at random, about as slowly as `rows` new keys come, which does the estimates of `reuse_times` no harm: they
-    allow for blocks that are lost from sight.
+    So it forgets at random, about once for each new key. This does not bias the estimates in reuse_times.py, which
+    account for blocks that are lost from sight.
     """
 
     def __init__(self, rows: int) -> None:
@@ -28,7 +28,7 @@ class Ghosts:
         self.last_s = np.zeros(size)
 
     def find(self, keys: UintArray) -> tuple[IntArray, BoolArray]:
-        """Each key's row, and whether it is the key's."""
+        """[n] each key's row, and [n] whether the row holds that key."""
         rows = (keys & self._mask).astype(np.int64)
         return rows, (self.key[rows] == keys) & (self.group[rows] >= 0)
 

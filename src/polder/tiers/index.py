@@ -1,20 +1,22 @@
 """The index of one engine's tiers: which blocks lie in which slots.
 
-A block has an **entry** while it lies in some tier, and at most one **place** (a slot) in each tier. Tiers are numbered from the
-fastest (0) to the slowest. There is one eviction policy for all tiers together; it orders entries, not places. To make room, blocks
-that lie in two tiers lose their faster copy first, so together the tiers hold as many different blocks as they have slots.
+A block has an **entry** while it lies in some tier, and at most one **place** (a slot) in each tier. Tiers are numbered
+from the fastest (0) to the slowest. There is one eviction policy for all tiers together; it orders entries, not places.
+To make room, blocks that lie in two tiers lose their faster copy first, so together the tiers hold as many different
+blocks as they have slots.
 
 A place is in one of these states:
 
     absent -> prepare_store -> written -> complete_store -> loadable -> prepare_load -> pinned -> complete_load -> loadable
 
-A place that is being written can be neither loaded nor evicted. A pinned place can be lost (its owner took the memory back, so the
-load will fail) or dropped, but its slot is not used again before the load has ended.
+A place that is being written can be neither loaded nor evicted. A pinned place can be lost (its owner took the memory
+back, so the load will fail) or dropped, but its slot is not used again before the load has ended.
 
-The last tier may be written **behind** the one before it, in the background (see `Slots.behind`; the disk is). The engine's blocks
-are never copied there directly: `prepare_spill` copies what lies in the tier before it. So a block may lie in the last tier alone.
-When the engine computes or loads such a block again, it may get a place in the direct tiers back; and a block that has to leave
-the direct tiers is not lost if it lies in the last one. Blocks that an earlier run left there get entries when they are asked for.
+The last tier may be written **behind** the one before it, in the background (see `Slots.behind`; the disk is). The
+engine's blocks are never copied there directly: `prepare_spill` copies what lies in the tier before it. So a block may
+lie in the last tier alone. When the engine computes or loads such a block again, it may get a place in the direct tiers
+back; and a block that has to leave the direct tiers is not lost if it lies in the last one. Blocks that an earlier run
+left there get entries when they are asked for.
 """
 
 from __future__ import annotations
@@ -98,9 +100,9 @@ class BlockIndex(BlockTable):
     def prepare_store(self, keys: Sequence[bytes], depths: IntArray, now: float) -> Places:
         """Chooses where blocks that the engine has are to be written, and makes room for new ones.
 
-        New blocks go to free slots, the fastest tier first, or to slots that are freed for them. Every block, new or known, also
-        gets a copy in each direct tier that has free slots and lacks it: a faster one serves it sooner, a slower one keeps it when
-        lent memory is recalled.
+        New blocks go to free slots, the fastest tier first, or to slots that are freed for them. Every block, new or
+        known, also gets a copy in each direct tier that has free slots and lacks it: a faster one serves it sooner, a
+        slower one keeps it when lent memory is recalled.
         """
         self.refresh()
         first = {key: i for i, key in reversed(list(enumerate(keys)))}  # a key that comes twice is written once
@@ -147,7 +149,8 @@ class BlockIndex(BlockTable):
         return chosen
 
     def adopt_entries(self, entries: IntArray) -> IntArray:
-        """Gives spillable entries their places among the pages that an earlier run left. Returns those that have none there."""
+        """Gives spillable entries their places among the pages that an earlier run left. Returns those that have none
+        there."""
         slots = self._tiers[self.behind]
         if not slots.unclaimed:
             return entries
@@ -157,10 +160,11 @@ class BlockIndex(BlockTable):
         return entries[~known]
 
     def prepare_spill(self, entries: IntArray) -> tuple[Spill, IntArray] | None:
-        """Pins distinct entries in the host tier and gives them slots on the disk. The worst blocks on the disk make room.
+        """Pins distinct entries in the host tier and gives them slots on the disk. The worst blocks on the disk make
+        room.
 
-        Returns the spill, which may have fewer rows than `entries`, and the slots that were evicted for it; None when there is no
-        room at all.
+        Returns the spill, which may have fewer rows than `entries`, and the slots that were evicted for it; None when
+        there is no room at all.
         """
         entries = self.spillable(entries)
         disk = self._tiers[self.behind]
@@ -193,7 +197,8 @@ class BlockIndex(BlockTable):
     # ------------------------------------------------------------------ new and known blocks
 
     def _place_new(self, keys: Sequence[bytes], depths: IntArray, fresh: Sequence[int], now: float) -> list[Row]:
-        """Entries and slots for new blocks, in the order of the prefix: what does not fit is its end. `fresh`: their positions."""
+        """Entries and slots for new blocks, in the order of the prefix: what does not fit is its end. `fresh`: their
+        positions."""
         rows: list[Row] = []
         ids = dict(zip(fresh, block_ids([keys[i] for i in fresh]), strict=True))
         todo = list(fresh)
@@ -215,11 +220,12 @@ class BlockIndex(BlockTable):
         return rows
 
     def _promote(self, known: list[tuple[int, int]]) -> list[Row]:
-        """Makes room in the direct tiers for some of the known blocks, given as (position, entry), that lie on the disk alone.
+        """Makes room in the direct tiers for some of the known blocks, given as (position, entry), that lie on the disk
+        alone.
 
-        A block is promoted if it would have been found in the direct tiers had it been promoted at its last use: fewer blocks have
-        come there since than these tiers hold. Where more than that is used in turn, each promotion would cost a copy and the place
-        of a block that is as good.
+        A block is promoted if it would have been found in the direct tiers had it been promoted at its last use: fewer
+        blocks have come there since than these tiers hold. Where more than that is used in turn, each promotion would
+        cost a copy and the place of a block that is as good.
         """
         nowhere = (
             (self._place[entry, : self.behind] < 0).all() and (self._writing[entry, : self.behind] < 0).all()
@@ -245,8 +251,8 @@ class BlockIndex(BlockTable):
     # ------------------------------------------------------------------ room
 
     def _make_room(self, count: int, keep: set[int]) -> list[tuple[int, int]]:
-        """Frees up to `count` places (tier, slot) in the direct tiers: first the faster copies of blocks that lie in two of them,
-        then the places of the worst blocks. `keep`: entries that stay."""
+        """Frees up to `count` places (tier, slot) in the direct tiers: first the faster copies of blocks that lie in
+        two of them, then the places of the worst blocks. `keep`: entries that stay."""
         freed: list[tuple[int, int]] = []
         for entry in self._worst(count, keep, least_copies=2) if self.behind > 1 else ():
             freed.append(self._vacate(entry, int(np.flatnonzero(self._place[entry] != NOWHERE)[0])))
@@ -262,7 +268,8 @@ class BlockIndex(BlockTable):
     def _victims(self, count: int, keep: set[int]) -> list[int]:
         """Up to `count` entries in the direct tiers that are not in use, the worst first.
 
-        With a disk the policy orders far more entries than lie in the direct tiers, so victims are chosen in bulk there.
+        With a disk the policy orders far more entries than lie in the direct tiers, so victims are chosen in bulk
+        there.
         """
         if self.behind == len(self._tiers):
             return self._worst(count, keep, least_copies=1)

@@ -1,29 +1,38 @@
-"""Lending blocks of a live KV cache to other processes, without asking and without waiting: the table and its protocol.
+"""Lends KV blocks of a running engine to other engines, without asking them and without waiting for them: table and
+protocol.
 
-A lender keeps its KV cache in pages that others can map. Blocks that it has no use for go on offer as **lots**. A borrower claims
-lots and puts blocks of its own there. When the lender's scheduler hands such a block to a request, it takes the lot back, in the
-same call, without asking anybody. Everything they have to agree on stands in one memory file, the table: per lot an **epoch**, odd
-while the lot is on offer or borrowed, even while it is the lender's own; the **holder**, the number of the borrower's core that
-claimed it; and the **writer**, the process that is writing into it now; and **recalled**, set while the lender waits for the lot.
+A lender has its KV cache in pages that other processes can map. It offers blocks that it does not need at the moment. A
+borrower claims such **lent blocks** and puts data of its own there. When the lender's scheduler needs a block for a
+request, it takes it back in the same call, without asking anybody. All they have to agree on is in one memory file, the
+table. For each block it has
 
-Guarantees, whatever anybody does, crashes included (tests/tiers/test_lending_model.py explores all interleavings):
+    epoch     odd while the block is offered or borrowed, even while it is the lender's own; it never returns to an earlier value
+    holder    the number of the borrower that claimed it
+    writer    the process that is writing into it now
+    recalled  set while the lender waits for the block
 
-  1. No borrower writes into a lot after `take_back` has returned. A write happens with the lot's lock held, after the epoch was
-     compared under that lock; taking back takes the lock too. The lock is the kernel's (an open-file-description lock on one byte
-     of the table), so it ends with the process that held it: a borrower killed in mid-write leaves nothing locked.
-  2. A borrower never takes foreign bytes for its own. Reads take no lock: the epoch is compared after the copy, and a lot that was
-     taken back meanwhile is a miss. (The checksum that the block was stored with is compared as well, see transfer.py.)
-  3. Two borrowers never hold the same lot: claims are made under the lot's lock.
-  4. Taking back waits for at most one block's copy: who gets the lock while the lot is recalled does nothing with it. A borrower
-     that holds a lock for longer (stopped, or swapped out) is killed, whatever it was doing: the owner comes first (law 6), and
-     there is no other way to be sure that it will not write. Only lenders kill. Borrowers do not wait for each other: a claim
-     passes over a lot that is locked, and a write gives up after half the deadline; both are misses.
+The protocol guarantees the following, whatever processes do, crashes included (tests/tiers/test_lending_model.py
+explores all interleavings):
 
-A lock is taken by one process on one lot, and a borrower that needs several lots for one block locks them in rising order, while
-the lender never holds more than one; so nobody waits in a circle. No epoch comes twice: every claim that ends raises it.
+  1. No borrower writes into a block after `take_back` has returned. A borrower writes with the block's lock held,
+     after it has compared the epoch under that lock; taking back takes the lock too. It is a lock of the kernel (an
+     open-file-description lock on one byte of the table), so it ends with the process that held it: a borrower killed
+     while writing leaves nothing locked.
+  2. A borrower never takes foreign bytes for its own. Reads take no lock: the epoch is compared after the copy, and a
+     block that was taken back meanwhile is a miss. (The checksum is compared as well, see transfer.py.)
+  3. Two borrowers never hold the same block: claims are made under its lock.
+  4. Taking back waits for at most one copy of a block. A process that locks a recalled block releases it untouched. A
+     borrower that holds a lock for longer (stopped or swapped out) is killed, because there is no other way to be
+     sure that it will not write; the owner comes first (law 6 in docs/structures.md). Only lenders kill. Borrowers do
+     not wait for each other: a claim skips a locked block, and a write gives up after half the deadline; both are
+     misses.
 
-On a GPU the copy that a dead process had launched may still run when its lock is gone: a `writer` mark that is found there means
-that its process died in mid-write, and `on_dead_writer` (given by the cuda side) waits until its context is gone.
+There is no deadlock: a borrower that needs several lent blocks locks them in rising order, and a lender never holds
+more than one lock.
+
+On a GPU a copy that a dead process launched may still run when its lock is gone. A `writer` mark found under the lock
+means that its process died while writing, and `on_dead_writer` (given where the device is CUDA) waits until its GPU
+context is gone.
 """
 
 from __future__ import annotations
@@ -47,61 +56,61 @@ import numpy.typing as npt
 from polder.arrays import IntArray
 from polder.errors import ProtocolError
 
-__all__ = ["LendingTable", "LotGeometry", "open_table", "table_bytes"]
+__all__ = ["LendingTable", "LentGeometry", "open_table", "table_bytes"]
 
 logger = logging.getLogger("polder.tiers")
 
 
 RECALL_DEADLINE_S = 1.0
-"""A lock that a lender waits for longer than this costs its holder its life."""
+"""A borrower that keeps a lender waiting for a lock for longer than this is killed."""
 
 _MAGIC = 0x504F4C4445520001
 _HEADER_BYTES = 4096
-_CHANGES_AT = 480  # byte of a word in the header that only the lender writes
-_LOCKS_AT = 1 << 40  # beyond the bytes of the file, so that no lock is ever about data
+_CHANGES_AT = 480  # offset of a word in the header that only the lender writes
+_LOCKS_AT = 1 << 40  # beyond the end of the file, so that no lock covers data
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
 
 
 @dataclass(frozen=True, kw_only=True)
-class LotGeometry:
-    """Where the bytes of lots are. A lot is one block of the lender, on all its ranks: `ranks * granules` granules.
+class LentGeometry:
+    """Where the bytes of a lender's blocks are. A block consists of `granules` granules on each of its ranks.
 
     A granule is the largest piece that lies in one page and divides both the page and the block.
     """
 
-    lots: int
+    blocks: int
     ranks: int
-    unit_lots: int
-    """Lots of one unit; their pages come and go together."""
+    unit_blocks: int
+    """Blocks in one unit; their pages come and go together."""
     unit_pages: int
-    """Pages of one unit on one rank."""
+    """Pages in one unit on one rank."""
     page_bytes: int
     granules: int
-    """Of one lot on one rank."""
+    """Granules in one block on one rank."""
     granule_bytes: int
 
     @property
     def units(self) -> int:
-        return self.lots // self.unit_lots
+        return self.blocks // self.unit_blocks
 
     @property
-    def lot_bytes(self) -> int:
+    def block_bytes(self) -> int:
         return self.ranks * self.granules * self.granule_bytes
 
 
-_GEOMETRY_FIELDS = tuple(LotGeometry.__dataclass_fields__)
+_GEOMETRY_FIELDS = tuple(LentGeometry.__dataclass_fields__)
 
 
-def _sections(geometry: LotGeometry) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+def _sections(geometry: LentGeometry) -> dict[str, tuple[int, str, tuple[int, ...]]]:
     """Name -> (offset, dtype, shape) of the table's arrays."""
     arrays: list[tuple[str, str, tuple[int, ...]]] = [
-        ("epoch", "<u8", (geometry.lots,)),
-        ("holder", "<u8", (geometry.lots,)),
-        ("writer", "<u8", (geometry.lots,)),
-        ("recalled", "<u8", (geometry.lots,)),
+        ("epoch", "<u8", (geometry.blocks,)),
+        ("holder", "<u8", (geometry.blocks,)),
+        ("writer", "<u8", (geometry.blocks,)),
+        ("recalled", "<u8", (geometry.blocks,)),
         ("pages", "<i8", (geometry.ranks, geometry.units, geometry.unit_pages)),
-        ("granule_page", "<i4", (geometry.unit_lots, geometry.granules)),
-        ("granule_offset", "<i4", (geometry.unit_lots, geometry.granules)),
+        ("granule_page", "<i4", (geometry.unit_blocks, geometry.granules)),
+        ("granule_offset", "<i4", (geometry.unit_blocks, geometry.granules)),
     ]
     sections, at = {}, _HEADER_BYTES
     for name, dtype, shape in arrays:
@@ -111,7 +120,7 @@ def _sections(geometry: LotGeometry) -> dict[str, tuple[int, str, tuple[int, ...
     return sections
 
 
-def table_bytes(geometry: LotGeometry) -> int:
+def table_bytes(geometry: LentGeometry) -> int:
     return _sections(geometry)["end"][0]
 
 
@@ -123,16 +132,18 @@ class LendingTable:
     writer: npt.NDArray[np.uint64]
     recalled: npt.NDArray[np.uint64]
     pages: IntArray
-    """[ranks, units, unit_pages]: page numbers under each unit, -1 while it is not mapped."""
+    """[ranks, units, unit_pages] the page numbers of each unit, -1 while it is not mapped."""
     granule_page: npt.NDArray[np.int32]
-    """[unit_lots, granules]: index into `pages[rank, unit]` of the page that granule q of lot i of a unit lies in."""
+    """[unit_blocks, granules] in which page of its unit each granule of each block lies: an index into `pages[rank,
+    unit]`."""
     granule_offset: npt.NDArray[np.int32]
-    """[unit_lots, granules]: and its first byte there."""
+    """[unit_blocks, granules] the offset of each granule in that page."""
 
     def __init__(self, fd: int, *, on_dead_writer: Callable[[int], None] | None = None) -> None:
         """Opens the table that `fd` is of; the fd stays the caller's. Raises ProtocolError when it is none.
 
-        Locks belong to an open file, and a descriptor that was passed shares its open file with the sender: so this opens anew.
+        Locks belong to an open file, and a descriptor that was passed shares its open file with the sender: so this
+        opens anew.
         """
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         self._on_dead_writer = on_dead_writer
@@ -146,8 +157,8 @@ class LendingTable:
             if int(self._header[0]) != _MAGIC:
                 raise ProtocolError("not a lending table of this version of Polder")
             fields = self._header[2 : 2 + len(_GEOMETRY_FIELDS)].tolist()
-            self.geometry = LotGeometry(**dict(zip(_GEOMETRY_FIELDS, fields, strict=True)))
-            if min(fields) < 1 or self.geometry.lots % self.geometry.unit_lots:
+            self.geometry = LentGeometry(**dict(zip(_GEOMETRY_FIELDS, fields, strict=True)))
+            if min(fields) < 1 or self.geometry.blocks % self.geometry.unit_blocks:
                 raise ProtocolError(f"a lending table of {self.geometry}")
             sections = _sections(self.geometry)
             if size < sections.pop("end")[0]:
@@ -160,8 +171,8 @@ class LendingTable:
             setattr(self, name, array)
 
     @classmethod
-    def create(cls, fd: int, geometry: LotGeometry) -> LendingTable:
-        """Makes the empty file `fd` a table: nothing on offer, no unit mapped."""
+    def create(cls, fd: int, geometry: LentGeometry) -> LendingTable:
+        """Makes the empty file `fd` a table in which nothing is offered and no unit is mapped."""
         os.ftruncate(fd, table_bytes(geometry))
         header = np.zeros(64, dtype="<u8")
         header[0] = _MAGIC
@@ -169,14 +180,14 @@ class LendingTable:
         os.pwrite(fd, header.tobytes(), 0)
         table = cls(fd)
         table.pages[:] = -1
-        # Recipes know a table by its lender's name only: one for the table that the lender had before must not fit this one.
+        # Borrowers know a table by its lender's name only, so epochs of a lender's earlier table must not fit this one.
         table.epoch[:] = time.time_ns() // 1_000_000 * 2
         return table
 
     @property
     def changes(self) -> int:
-        """Rises whenever a lot is taken back, so that a borrower need not look through all of them to see that nothing has
-        changed."""
+        """Rises whenever a block is taken back, so that a borrower need not look through all of them to see that
+        nothing has changed."""
         return int(self._changes[0])
 
     @property
@@ -186,97 +197,104 @@ class LendingTable:
 
     # ------------------------------------------------------------------ the lender
 
-    def offer(self, lots: IntArray) -> None:
-        """These blocks hold nothing the lender needs: their epochs become odd. What is on offer or borrowed already stays so."""
-        for lot in lots.tolist():
-            with self._locked(lot):
-                if not self.epoch[lot] % 2:
-                    self.holder[lot] = 0
-                    self.epoch[lot] += np.uint64(1)
+    def offer(self, blocks: IntArray) -> None:
+        """These blocks hold nothing the lender needs: their epochs become odd. What is on offer or borrowed already
+        stays so."""
+        for block in blocks.tolist():
+            with self._locked(block):
+                if not self.epoch[block] % 2:
+                    self.holder[block] = 0
+                    self.epoch[block] += np.uint64(1)
 
-    def take_back(self, lot: int) -> bool:
+    def take_back(self, block: int) -> bool:
         """The lender uses this block from now on. Returns whether somebody had borrowed it.
 
         Waits for a copy in flight, at most; a borrower that does not let go within RECALL_DEADLINE_S is killed.
         """
-        self.recalled[lot] = 1  # a borrower that writes block after block would get the lock before us again and again
-        with self._locked(lot):
-            borrowed = bool(self.holder[lot])
-            self._bury(int(self.writer[lot]), lot)
-            self.epoch[lot] += np.uint64(int(self.epoch[lot]) % 2)
-            self.holder[lot] = 0
-            self.recalled[lot] = 0
+        self.recalled[block] = (
+            1  # a borrower that writes block after block would get the lock before us again and again
+        )
+        with self._locked(block):
+            borrowed = bool(self.holder[block])
+            self._bury(int(self.writer[block]), block)
+            self.epoch[block] += np.uint64(int(self.epoch[block]) % 2)
+            self.holder[block] = 0
+            self.recalled[block] = 0
         self._changes += np.uint64(1)
         return borrowed
 
     def reap(self, alive: Sequence[int]) -> int:
-        """Puts the lots of borrowers that are no more on offer again. `alive`: the numbers of those that are. Returns how many."""
+        """Puts the blocks of borrowers that are no more on offer again. `alive`: the numbers of those that are. Returns
+        how many."""
         held = np.flatnonzero(self.holder)
         orphaned = held[~np.isin(self.holder[held], np.array(list(alive), dtype=np.uint64))]
-        for lot in orphaned.tolist():
-            self.take_back(lot)
+        for block in orphaned.tolist():
+            self.take_back(block)
         self.offer(orphaned)
         return len(orphaned)
 
     def retire(self) -> None:
         """The lender is going, or gone: takes everything back and marks the table closed."""
         self._header[1] = 1
-        for lot in np.flatnonzero(self.epoch % 2).tolist():
-            self.take_back(lot)
+        for block in np.flatnonzero(self.epoch % 2).tolist():
+            self.take_back(block)
 
     # ------------------------------------------------------------------ the borrower
 
     def claim(self, number: int, count: int) -> tuple[IntArray, IntArray]:
-        """Claims up to `count` lots on offer that nobody holds, for the borrower with this number. Returns (lots, their epochs)."""
-        lots: list[int] = []
+        """Claims up to `count` blocks on offer that nobody holds, for the borrower with this number. Returns (blocks,
+        their epochs)."""
+        blocks: list[int] = []
         epochs: list[int] = []
         if not self.closed:
-            for lot in np.flatnonzero((self.epoch % 2 == 1) & (self.holder == 0)).tolist():
-                if len(lots) == count:
+            for block in np.flatnonzero((self.epoch % 2 == 1) & (self.holder == 0)).tolist():
+                if len(blocks) == count:
                     break
-                if not self._try_lock(lot):
+                if not self._try_lock(block):
                     continue  # somebody else is claiming it, or the lender takes it back
                 try:
-                    free = self.epoch[lot] % 2 and not self.holder[lot] and not self.writer[lot]
-                    if free and not self.recalled[lot]:
-                        self.holder[lot] = number
-                        lots.append(lot)
-                        epochs.append(int(self.epoch[lot]))
+                    free = self.epoch[block] % 2 and not self.holder[block] and not self.writer[block]
+                    if free and not self.recalled[block]:
+                        self.holder[block] = number
+                        blocks.append(block)
+                        epochs.append(int(self.epoch[block]))
                 finally:
-                    self._unlock(lot)
-        return np.array(lots, dtype=np.int64), np.array(epochs, dtype=np.int64)
+                    self._unlock(block)
+        return np.array(blocks, dtype=np.int64), np.array(epochs, dtype=np.int64)
 
-    def release(self, number: int, lots: IntArray) -> None:
-        """Lets go of lots that this borrower holds and writes into no more. Reads under way become invalid: the epochs are raised.
+    def release(self, number: int, blocks: IntArray) -> None:
+        """Lets go of blocks that this borrower holds and writes into no more. Reads under way become invalid: the
+        epochs are raised.
 
-        A lot that is locked now stays held until its lender learns that the borrower is gone (`reap`).
+        A block that is locked now stays held until its lender learns that the borrower is gone (`reap`).
         """
-        for lot in lots.tolist():
-            if not self._try_lock(lot):
+        for block in blocks.tolist():
+            if not self._try_lock(block):
                 continue
             try:
-                if int(self.holder[lot]) == number:
-                    self.epoch[lot] += np.uint64(2)
-                    self.holder[lot] = 0
+                if int(self.holder[block]) == number:
+                    self.epoch[block] += np.uint64(2)
+                    self.holder[block] = 0
             finally:
-                self._unlock(lot)
+                self._unlock(block)
 
     @contextlib.contextmanager
-    def writing(self, number: int, lots: Sequence[int], epochs: Sequence[int]) -> Iterator[bool]:
-        """Around one write into `lots` (rising): True if they are all still ours, and stay ours until the end of the block."""
+    def writing(self, number: int, blocks: Sequence[int], epochs: Sequence[int]) -> Iterator[bool]:
+        """Around one write into `blocks` (rising): True if they are all still ours, and stay ours until the end of the
+        block."""
         held: list[int] = []
         marked: list[int] = []
         try:
-            for lot, epoch in zip(lots, epochs, strict=True):
-                if not self._lock_for_write(lot, held):
+            for block, epoch in zip(blocks, epochs, strict=True):
+                if not self._lock_for_write(block, held):
                     break
-                held.append(lot)
-                ours = not self.closed and int(self.epoch[lot]) == epoch and int(self.holder[lot]) == number
+                held.append(block)
+                ours = not self.closed and int(self.epoch[block]) == epoch and int(self.holder[block]) == number
                 # A mark: another rank of ours died in mid-write, and only the lender may bury it.
-                if not ours or self.writer[lot] or self.recalled[lot]:
+                if not ours or self.writer[block] or self.recalled[block]:
                     break
-                self.writer[lot] = os.getpid()
-                marked.append(lot)
+                self.writer[block] = os.getpid()
+                marked.append(block)
             else:
                 yield True
                 return
@@ -285,17 +303,17 @@ class LendingTable:
         finally:
             self._let_go(held, marked)
 
-    def valid(self, lots: IntArray, epochs: IntArray) -> bool:
-        """After a read: none of the lots was taken back before it ended."""
-        return not self.closed and bool((self.epoch[lots].astype(np.int64) == epochs).all())
+    def valid(self, blocks: IntArray, epochs: IntArray) -> bool:
+        """After a read: none of the blocks was taken back before it ended."""
+        return not self.closed and bool((self.epoch[blocks].astype(np.int64) == epochs).all())
 
     # ------------------------------------------------------------------ both
 
     def check_integrity(self) -> None:
-        """Raises ProtocolError when a lot that is the lender's own has a holder."""
+        """Raises ProtocolError when a block that is the lender's own has a holder."""
         wrong = np.flatnonzero((self.epoch % 2 == 0) & (self.holder != 0))
         if len(wrong):
-            raise ProtocolError(f"lot {wrong[0]} is its lender's own, yet {int(self.holder[wrong[0]])} holds it")
+            raise ProtocolError(f"block {wrong[0]} is its lender's own, yet {int(self.holder[wrong[0]])} holds it")
 
     def close(self) -> None:
         """Ends this view; the table lives on. May be repeated."""
@@ -306,12 +324,12 @@ class LendingTable:
     # ------------------------------------------------------------------ inside
 
     @contextlib.contextmanager
-    def _locked(self, lot: int) -> Iterator[None]:
-        self._lock(lot)
+    def _locked(self, block: int) -> Iterator[None]:
+        self._lock(block)
         try:
             yield
         finally:
-            self._unlock(lot)
+            self._unlock(block)
 
     def _let_go(self, held: list[int], marked: list[int]) -> None:
         while marked:
@@ -319,61 +337,68 @@ class LendingTable:
         while held:
             self._unlock(held.pop())
 
-    def _lock(self, lot: int) -> None:
+    def _lock(self, block: int) -> None:
         """For the lender: gets the lock, in the end by killing who has it."""
         started = time.monotonic()
         deadline = started + RECALL_DEADLINE_S
-        while not self._try_lock(lot):
+        while not self._try_lock(block):
             now = time.monotonic()
             if now > deadline:
-                self._kill_holders(lot)
+                self._kill_holders(block)
                 deadline = now + RECALL_DEADLINE_S
             time.sleep(20e-6 if now - started < 0.005 else 0.001)
 
-    def _lock_for_write(self, lot: int, held: list[int]) -> bool:
-        """For a borrower: gets the lock, or gives up in time for the lender, who may wait for one that is `held` already."""
+    def _lock_for_write(self, block: int, held: list[int]) -> bool:
+        """For a borrower: gets the lock, or gives up in time for the lender, who may wait for one that is `held`
+        already."""
         deadline = time.monotonic() + RECALL_DEADLINE_S / 2
-        while not self._try_lock(lot):
+        while not self._try_lock(block):
             if time.monotonic() > deadline or any(self.recalled[other] for other in held):
                 return False
             time.sleep(20e-6)
         return True
 
-    def _try_lock(self, lot: int) -> bool:
+    def _try_lock(self, block: int) -> bool:
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, 0, _LOCKS_AT + lot, 1, 0))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, 0, _LOCKS_AT + block, 1, 0))
         except (BlockingIOError, PermissionError):
             return False
         return True
 
-    def _unlock(self, lot: int) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, 0, _LOCKS_AT + lot, 1, 0))
+    def _unlock(self, block: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_UNLCK, 0, _LOCKS_AT + block, 1, 0))
 
-    def _kill_holders(self, lot: int) -> None:
-        """Ends the process that has held one lot's lock for too long. It may have been stopped before it could leave its mark."""
+    def _kill_holders(self, block: int) -> None:
+        """Ends the process that has held one block's lock for too long. It may have been stopped before it could leave
+        its mark."""
         inode = os.fstat(self._fd).st_ino
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            if pid == os.getpid() or not _has_locked(pid, inode, _LOCKS_AT + lot):
+            if pid == os.getpid() or not _has_locked(pid, inode, _LOCKS_AT + block):
                 continue
             with contextlib.suppress(ProcessLookupError):
                 pidfd = os.pidfd_open(pid)
                 try:
-                    if _has_locked(pid, inode, _LOCKS_AT + lot):  # else it let go just now, or the number is another's
-                        logger.error("process %d holds lot %d for over %.1f s: killing it", pid, lot, RECALL_DEADLINE_S)
+                    if _has_locked(
+                        pid, inode, _LOCKS_AT + block
+                    ):  # else it let go just now, or the number is another's
+                        logger.error(
+                            "process %d holds block %d for over %.1f s: killing it", pid, block, RECALL_DEADLINE_S
+                        )
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 finally:
                     os.close(pidfd)
 
-    def _bury(self, pid: int, lot: int) -> None:
+    def _bury(self, pid: int, block: int) -> None:
         """The lock is ours and a writer's mark is still there: that process died in mid-write."""
         if pid:
             if self._on_dead_writer is not None:
                 self._on_dead_writer(pid)
-            self.writer[lot] = 0
+            self.writer[block] = 0
 
 
 def _has_locked(pid: int, inode: int, at: int) -> bool:
-    """Whether a descriptor of this process holds the lock on byte `at` of the file: the kernel tells in fdinfo (proc(5))."""
+    """Whether a descriptor of this process holds the lock on byte `at` of the file: the kernel tells in fdinfo
+    (proc(5))."""
     folder = f"/proc/{pid}/fdinfo"
     try:
         for fd in os.listdir(folder):

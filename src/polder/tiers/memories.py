@@ -23,7 +23,7 @@ __all__ = ["HostMemory", "Lent", "PeerMemory", "wait_for_end"]
 
 
 class HostMemory:
-    """This rank's part of the host region: equal slots, one after another."""
+    """This rank's part of the host region: slots of equal size, one after another."""
 
     def __init__(self, address: int, slot_bytes: int) -> None:
         self._address, self._slot_bytes = address, slot_bytes
@@ -38,10 +38,10 @@ class HostMemory:
         return True
 
     def finish(self, size_bytes: int, started: float) -> None:
-        """Nothing to wait for: each copy was."""
+        """Every copy has been waited for already."""
 
     def close(self) -> None:
-        """The pages belong to whoever mapped them."""
+        """The memory belongs to whoever mapped it."""
 
     def _slot(self, part: Part, row: int) -> Pieces:
         return [(self._address + int(part.slots[row]) * self._slot_bytes, self._slot_bytes)]
@@ -49,7 +49,7 @@ class HostMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Lent:
-    """One lender, as a borrower's worker needs it. `fetch` brings handles of its pages: (rank, page numbers) -> adopted."""
+    """One lender, as a borrower's worker needs it. `fetch(pages, rank, numbers)` imports handles of its pages."""
 
     table: LendingTable
     cut: ChunkGeometry
@@ -58,7 +58,8 @@ class Lent:
 
 
 class _Mirror:
-    """A lender's pages, mapped here: a slot for each page of each unit of each rank, filled when first needed."""
+    """A lender's pages, mapped into this process. There is an address for each page of each unit of each rank; a page
+    is mapped there when it is first needed."""
 
     def __init__(self, lent: Lent, backend: Backend) -> None:
         self.lent, self._backend = lent, backend
@@ -69,7 +70,8 @@ class _Mirror:
         self._mapped = np.full(pages.shape, -1, dtype=np.int64)
 
     def addresses(self, chunks: IntArray) -> list[int]:
-        """Where the chunks are. Raises when a unit is not mapped, or the lender gave a page back."""
+        """The addresses of these chunks. Raises PolderError when a unit is not mapped, or the lender has given a page
+        back."""
         table = self.lent.table
         ranks, units, pages, offsets = self.lent.cut.places(chunks, table)
         at = (ranks * table.geometry.units + units) * table.geometry.unit_pages + pages
@@ -97,14 +99,15 @@ class _Mirror:
 
 
 _REFUSED_FOR_S = 1.0
-"""A lender that could not be opened is not asked for again so long: its blocks are misses at once, not each after a question."""
+"""A lender that could not be opened is not asked for again for so long. Its blocks are misses at once, without a
+question each."""
 
 
 class PeerMemory:
-    """The lenders' memory. Every lane's thread needs one of its own: locks belong to an open file."""
+    """The memory of lenders. Every lane needs an object of its own, because file locks belong to an open file."""
 
     def __init__(self, *, number: int, rank: int, backend: Backend, open_lender: Callable[[str], Lent]) -> None:
-        """`open_lender`: finds a lender by name; raises PolderError when there is none (any more)."""
+        """`open_lender`: finds a lender by name. It raises PolderError when there is none (any more)."""
         self._number, self._rank, self._backend, self._open = number, rank, backend, open_lender
         self._mirrors: dict[str, _Mirror] = {}
         self._refused_until: dict[str, float] = {}  # lender -> time.monotonic()
@@ -113,13 +116,13 @@ class PeerMemory:
         assert part.lent is not None
         mirror = self._mirror(part.lent.lender)
         chunks, epochs = part.lent.chunks[row, self._rank], part.lent.epochs[row, self._rank]
-        lots, first = np.unique(chunks // mirror.lent.cut.per_lot, return_index=True)
+        lent, first = np.unique(chunks // mirror.lent.cut.per_block, return_index=True)
         table = mirror.lent.table
-        if not table.valid(lots, epochs[first]):
+        if not table.valid(lent, epochs[first]):
             return False
-        # Before the lock: it may ask the broker for handles, and a lender must not wait for that.
+        # Before the lock is taken: this may ask the broker for handles, and a lender must not wait for that.
         target = [(address, mirror.lent.cut.chunk_bytes) for address in mirror.addresses(chunks)]
-        with table.writing(self._number, lots.tolist(), epochs[first].tolist()) as ours:
+        with table.writing(self._number, lent.tolist(), epochs[first].tolist()) as ours:
             if ours:
                 mover.copy(target, block)
         return ours
@@ -128,8 +131,8 @@ class PeerMemory:
         assert part.lent is not None
         mirror = self._mirror(part.lent.lender)
         chunks, epochs = part.lent.chunks[row, self._rank], part.lent.epochs[row, self._rank]
-        lots = chunks // mirror.lent.cut.per_lot
-        if not mirror.lent.table.valid(lots, epochs):
+        lent = chunks // mirror.lent.cut.per_block
+        if not mirror.lent.table.valid(lent, epochs):
             return False
         source, left = [], sum(size for _, size in block)
         for address in mirror.addresses(chunks):
@@ -137,10 +140,10 @@ class PeerMemory:
             source.append((address, size))
             left -= size
         mover.copy(block, source)
-        return mirror.lent.table.valid(lots, epochs)
+        return mirror.lent.table.valid(lent, epochs)
 
     def finish(self, size_bytes: int, started: float) -> None:
-        """Nothing to wait for: each copy was."""
+        """Every copy has been waited for already."""
 
     def close(self) -> None:
         for mirror in self._mirrors.values():
@@ -164,7 +167,7 @@ class PeerMemory:
 
 
 def wait_for_end(pid: int, timeout_s: float = 2.0) -> None:
-    """Returns when a process is gone, its GPU contexts included; for LendingTable's `on_dead_writer` on CUDA."""
+    """Returns when a process, with its GPU contexts, is gone. For `on_dead_writer` of LendingTable on CUDA."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
@@ -172,7 +175,7 @@ def wait_for_end(pid: int, timeout_s: float = 2.0) -> None:
         except ProcessLookupError:
             return
         try:
-            poll = select.poll()  # select() knows no descriptor above 1023
+            poll = select.poll()  # select() does not accept descriptors above 1023
             poll.register(pidfd, select.POLLIN)
             if poll.poll(50):
                 return

@@ -18,11 +18,12 @@ from polder.tiers.transfer import Pieces
 __all__ = ["CpuMover", "CudaMover", "pair"]
 
 _FACTOR = 0x9E3779B97F4A7C15
-"""Of CudaMover's sum, from piece to piece."""
+"""CudaMover multiplies its sum by this before each further piece."""
 
 
 def pair(dst: Pieces, src: Pieces) -> tuple[list[int], list[int], list[int]]:
-    """Cuts two lists of pieces where either has a border: (destinations, sources, lengths). `dst` may be the longer one."""
+    """Cuts two lists of pieces where either has a border. Returns (destinations, sources, lengths). `dst` may be
+    longer."""
     targets, sources, lengths = [], [], []
     to, room, ahead = 0, 0, iter(dst)
     for start, size in src:
@@ -38,10 +39,10 @@ def pair(dst: Pieces, src: Pieces) -> tuple[list[int], list[int], list[int]]:
 
 
 class CpuMover:
-    """Copies by numpy, with the GIL released, and xxh3.
+    """Copies with numpy, which releases the GIL, and sums with xxh3.
 
-    The pieces of a block lie at equal distances, layer by layer, on both sides mostly, so one call copies them all. That
-    matters: the engine's own thread runs beside this one, and each call is a fight for the GIL.
+    The pieces of a block mostly lie at equal distances on both sides, one for each layer, so one call copies them all.
+    This matters because the engine's own thread runs beside this one, and each call contends for the GIL.
     """
 
     def copy(self, dst: Pieces, src: Pieces) -> None:
@@ -76,11 +77,12 @@ class CpuMover:
 
 
 class CudaMover:
-    """The copy engine's stream, and a sum that the device computes itself: fetching the bytes to hash them would cost more than
-    recomputing them. The sum is not xxh3, but every bit counts and so does its place: words times odd numbers, modulo 2^64.
+    """Copies in the copy engine's stream, and computes checksums on the device, because fetching the bytes to hash them
+    would cost more than computing the block again. The checksum is not xxh3: it is the sum of the words times odd
+    numbers, modulo 2^64, so every bit and its place count.
 
-    The sum is computed in a stream of its own for each thread. The thread's default would be the legacy stream, in which the sum
-    would wait for the engine's steps where the engine computes there, and be ordered with nothing where it does not.
+    Each thread computes checksums in a stream of its own. The default would be the legacy stream: there the checksum
+    would wait for the engine's steps if the engine computes in that stream, and be ordered with nothing otherwise.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -105,7 +107,7 @@ class CudaMover:
             return int(total) & (2**64 - 1)
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
-        """What torch launches within runs in this thread's own stream."""
+        """A context in which torch launches kernels in this thread's own stream."""
         import torch
 
         if not self._backend.device.startswith("cuda"):
@@ -125,5 +127,5 @@ class CudaMover:
 
 
 def _signed(word: int) -> int:
-    """The number that a signed 64-bit integer has where an unsigned one has `word`."""
+    """The signed 64-bit integer with the same bits as the unsigned `word`."""
     return word - (word >> 63 << 64)

@@ -1,9 +1,10 @@
-"""Which KV blocks may stand for each other.
+"""The namespace of KV blocks: everything besides the block hash that must be equal for two blocks to be
+interchangeable.
 
-vLLM's block hash covers the tokens before and in the block, the LoRA's name, multimodal inputs and the request's cache_salt. It
-does not cover what computed them nor how the bytes are laid out, so a tier that outlives one engine, or that two engines share,
-needs a namespace: everything else that must be equal for bytes to be interchangeable. Its digest seeds every checksum, so that
-bytes of another namespace are not merely unlikely to be asked for, they do not verify.
+vLLM's block hash covers the tokens before and in the block, the LoRA's name, multimodal inputs and the request's
+cache_salt. It does not cover the model that computed the block, nor the layout of its bytes. A tier that outlives an
+engine, or that engines share, needs that too. The namespace's digest seeds every checksum, so bytes of another
+namespace do not verify.
 """
 
 from __future__ import annotations
@@ -27,36 +28,37 @@ _OF_THE_FILE = ("transformers_version", "_name_or_path", "_commit_hash")
 
 @dataclass(frozen=True, kw_only=True)
 class Namespace:
-    """Compared as a whole; any difference makes another namespace."""
+    """Any difference makes another namespace."""
 
     model: str
     weights: str
-    """See `weights_fingerprint`; "unknown" where nothing tells them from others."""
+    """See `weights_fingerprint`; "unknown" where nothing identifies them."""
     config: str
-    """What the model is computed by beside its weights: see `config_digest`."""
+    """See `config_digest`."""
     dtype: str
-    """Of the KV cache, e.g. "bfloat16", "fp8_e4m3"."""
+    """The type of the KV cache, e.g. "bfloat16" or "fp8_e4m3"."""
     layout: str
-    """vLLM's KV cache layout and the sizes of its groups: block bytes, layers."""
+    """vLLM's KV cache layout, and the block bytes and layers of its groups."""
     block_tokens: int
     isa: str
-    """CPU attention packs KV for the instruction set it uses; "cuda" on GPUs."""
+    """The CPU's instruction set, for which CPU attention packs KV; "cuda" on GPUs."""
     shard: str
     """"rank/world" of the tensor-parallel shard."""
     software: str
-    """What computed the bytes, e.g. "vllm 0.32.0": another release may lay out as many bytes otherwise, or round otherwise."""
+    """The software that computed the bytes, e.g. "vllm 0.32.0". Another release may lay out or round them differently.
+    """
 
     def digest(self) -> int:
-        """64 bits that differ between namespaces."""
+        """A 64-bit hash of all fields."""
         text = repr(astuple(self))
         return xxhash.xxh3_64_intdigest(text.encode())
 
 
 def weights_fingerprint(model: str, revision: str | None, cached: Path | None = None) -> str | None:
-    """What changes when weights do. None when nothing says which they are.
+    """A text that changes when the weights change; None when nothing identifies them.
 
-    Of a folder or a file what it takes to replace them in place: names, sizes and times. Of a name on a hub the commit: a branch
-    moves. `cached`: a file of that revision, `.../snapshots/<commit>/config.json`.
+    For a folder or a file it covers names, sizes and modification times. For a name on a hub it is the commit, because
+    a branch moves. `cached`: a file of that revision, `.../snapshots/<commit>/config.json`.
     """
     path = Path(model)
     if path.exists():
@@ -70,9 +72,10 @@ def weights_fingerprint(model: str, revision: str | None, cached: Path | None = 
 
 
 def config_digest(config: Mapping[str, Any], **others: object) -> str:
-    """Of a model's configuration as it is in force, overrides included, and of other settings that change what is computed.
+    """A hash of the model's effective configuration, with overrides, and of other settings that change what is
+    computed.
 
-    A context that is longer than the model was trained for is computed otherwise from the first token on where rope says so.
+    For example, RoPE scaling for longer contexts changes the computation from the first token on.
     """
     plain = {key: value for key, value in config.items() if key not in _OF_THE_FILE}
     text = json.dumps([plain, others], sort_keys=True, default=repr)
@@ -80,7 +83,7 @@ def config_digest(config: Mapping[str, Any], **others: object) -> str:
 
 
 def cpu_isa() -> str:
-    """The machine's architecture and the vector extensions that decide how attention packs its KV."""
+    """The machine's architecture, with the vector extensions that decide how CPU attention packs KV."""
     try:
         flags = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))

@@ -1,7 +1,8 @@
-"""Questions to the broker from threads that requests wait for: a broker that does not answer is asked once, not for every block.
+"""Asks the broker on behalf of threads that requests wait for. A broker that does not answer costs one timeout, not one
+a block.
 
-The first question that gets no answer costs its time limit. After that every question fails at once, until a thread that nobody
-waits for has got an answer again.
+The first question without an answer takes its whole time limit. After that every question fails at once, until a
+background thread gets an answer again.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from polder.errors import BrokerUnavailable
 __all__ = ["ASK_TIMEOUT_S", "BrokerReach"]
 
 ASK_TIMEOUT_S = 1.0
-"""For a question that a request waits for. A broker that is alive answers within milliseconds."""
+"""Time limit of a question that a request waits for. A broker that is alive answers within milliseconds."""
 PROBE_EVERY_S = 0.5
 
 T = TypeVar("T")
 
 
 class BrokerReach:
-    """One for all threads of a worker that ask. Thread-safe."""
+    """Shared by all threads of a worker. Thread-safe."""
 
     def __init__(self, probe: Callable[[], object], *, probe_every_s: float = PROBE_EVERY_S) -> None:
-        """`probe` asks the broker anything; it raises BrokerUnavailable when there is no answer."""
+        """`probe` asks the broker any question. It raises BrokerUnavailable when there is no answer."""
         self._probe, self._probe_every_s = probe, probe_every_s
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -38,7 +39,8 @@ class BrokerReach:
             return self._prober is None
 
     def ask(self, question: Callable[[], T]) -> T:
-        """The answer. Raises what `question` raises, and BrokerUnavailable at once while the broker is known not to answer."""
+        """Returns the answer. Raises what `question` raises, and BrokerUnavailable at once while the broker does not
+        answer."""
         if not self.answers:
             raise BrokerUnavailable("the broker did not answer the last question, and is not asked again yet")
         try:
@@ -51,7 +53,7 @@ class BrokerReach:
             raise
 
     def close(self) -> None:
-        """Ends the probing; returns when its thread has ended."""
+        """Ends the background thread."""
         self._closing.set()
         with self._lock:
             prober = self._prober

@@ -1,8 +1,8 @@
 """The scheduler's half of a tier: which slots it has, and which of them are free, taken or gone.
 
-A **slot** is room for one KV block. A tier has two halves, because vLLM has two: this half lives in the scheduler's process and
-decides; the other half (transfer.py) lives in every worker and copies bytes. `TierSet` works with any list of `Slots`; to add a
-tier, derive a class from `Slots` here and a memory from `TierMemory` or `BatchMemory` there.
+A **slot** is room for one KV block. A tier has two halves, because vLLM has two: this half lives in the scheduler's
+process and decides; the other half (transfer.py) lives in every worker and copies bytes. `TierSet` works with any list
+of `Slots`; to add a tier, derive a class from `Slots` here and a memory from `TierMemory` or `BatchMemory` there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["HostSlots", "LentChunks", "SlotStats", "Slots", "block_ids"]
 
 
 def block_ids(keys: Sequence[bytes]) -> Keys:
-    """[n, 2] the 128-bit ids that tiers use for vLLM's block keys: a hash of the key, which includes its KV cache group.
+    """[n, 2] the 128-bit ids that tiers use for vLLM's block keys: a hash of the key, which includes its KV cache
+    group.
 
     The disk store uses both words of an id. Eviction policies and checksums use the first.
     """
@@ -53,13 +54,15 @@ class SlotStats:
 
 
 class Slots:
-    """The slots of one tier, numbered from 0 to capacity - 1. Not all of them exist all the time: lent memory comes and goes."""
+    """The slots of one tier, numbered from 0 to capacity - 1. Not all of them exist all the time: lent memory comes and
+    goes."""
 
     name: str
     capacity: int
     slot_bytes: int
     behind = False
-    """Whether blocks come here from the tier before, in the background. Otherwise they are copied here from the engine's cache."""
+    """Whether blocks come here from the tier before, in the background. Otherwise they are copied here from the
+    engine's cache."""
     permanent = False
     """Whether the memory stays where it is for the engine's whole life, so that it can be read in the background."""
 

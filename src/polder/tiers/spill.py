@@ -1,9 +1,9 @@
 """Writes the disk tier behind the host tier: which blocks are written, when, and how many. The scheduler's half.
 
-A block that was copied to the host tier, or loaded from it, is a candidate. In every step `plan` takes some candidates in their
-order, asks write_admission.py which of them are worth the disk's endurance and how many the daily budget allows, pins them in the
-host tier and makes a job. Only a few jobs are under way at a time. So no request and no block of the engine ever waits for a disk,
-and blocks that the disks cannot keep up with leave the host tier unwritten.
+A block that was copied to the host tier, or loaded from it, is a candidate. In every step `plan` takes some candidates
+in their order, asks write_admission.py which of them are worth the disk's endurance and how many the daily budget
+allows, pins them in the host tier and makes a job. Only a few jobs are under way at a time. So no request and no block
+of the engine ever waits for a disk, and blocks that the disks cannot keep up with leave the host tier unwritten.
 
 There are three kinds of jobs, carried out by one thread of each worker in their order:
 
@@ -34,26 +34,27 @@ __all__ = ["SpillConfig", "Spiller"]
 
 _DAY_S, _RATE_MEMORY_S = 86400.0, 3600.0
 _LOOKED_AT = 8
-"""Candidates looked at in one step, in batches: admission may refuse most."""
+"""So many batches of candidates are looked at in one step, because admission may refuse most of them."""
 
 _REPORTS_KEPT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpillConfig:
-    """Raises ConfigError for what cannot be meant."""
+    """Raises ConfigError for invalid numbers."""
 
     written_bytes_per_day: int | None = None
-    """All disks and ranks together; None: unlimited. An hour's worth has to be a block at least, or nothing is written."""
+    """The limit for all disks and ranks together; None: unlimited. If the limit of an hour is less than one block,
+    nothing is written."""
     least_reuse: float = 0.3
     """See WriteAdmission."""
     batch_blocks: int = 64
-    """Of one job: long enough to keep all disks busy, short enough that the host tier is not pinned."""
+    """Blocks in one job: enough to keep all disks busy, and not so many that much of the host tier is pinned."""
     jobs: int = 2
-    """Spills under way."""
+    """The most spill jobs under way at a time."""
     copies_every_s: float = 30.0
     copies_blocks: int = 32
-    """So many pages at most get a second copy, so often at most."""
+    """Every `copies_every_s` at most, so many pages at most get a second copy."""
 
     def __post_init__(self) -> None:
         if min(self.batch_blocks, self.jobs) < 1 or self.copies_blocks < 0:
@@ -73,7 +74,7 @@ class _Open:
 
 
 class Spiller:
-    """See above. Not thread-safe: it lives in the scheduler's thread, as part of a TierSet."""
+    """See the module's docstring. Not thread-safe: it belongs to the scheduler's thread."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class Spiller:
         *,
         ranks: int,
     ) -> None:
-        """`link`: of writes to the disk."""
+        """`link`: the measured speed of writes to the disk."""
         self._index, self._slots, self._config, self._ranks = index, slots, config, ranks
         self._counters, self._link, self.tier = counters, link, index.behind
         remembered = min(1 << 21, max(1 << 12, 2 * index.capacity))
@@ -94,7 +95,9 @@ class Spiller:
         self._candidates: dict[int, None] = {}
         self._open: dict[int, _Open] = {}
         self._reports: dict[int, list[JobResult]] = {}
-        self._written_s = np.full(slots.capacity, np.nan)  # since when a slot has its page, where that is known
+        self._written_s = np.full(
+            slots.capacity, np.nan
+        )  # [slots] when the page in it was written; NaN where that is not known
         self._drop_due = self._sealed = False
         self._writable, self._disks_ok = True, math.nan
         self._loaded, self._replicated_s = False, -math.inf
@@ -111,13 +114,13 @@ class Spiller:
         self.admission.computed(block_ids(keys)[:, 0], now)
 
     def moved(self, places: Places) -> None:
-        """A job of the engine's blocks has ended: what it left in the host tier may be written."""
+        """A load or store has ended: the blocks that it left in the host tier are candidates."""
         self._candidates |= dict.fromkeys(self._index.spillable(np.unique(places.entries)).tolist())
         self._loaded |= bool((places.tiers == self.tier).any())
 
     def drop_all(self) -> None:
-        """The index was emptied. The disks are, too, by the next job; and nothing is written any more, see `unseal`."""
-        for job in self._open.values():  # the workers carry it out all the same, and its writes count
+        """The index was emptied. The next job empties the disks, and nothing is written until `unseal`."""
+        for job in self._open.values():  # the workers still carry it out, and its writes count
             job.spill = None
         self._reports.clear()
         self._candidates.clear()
@@ -125,18 +128,18 @@ class Spiller:
         self._drop_due = self._sealed = True
 
     def unseal(self) -> None:
-        """The weights are those that the store's namespace names, although everything was dropped."""
+        """The weights are still those that the store's namespace names, although everything was dropped."""
         self._sealed = False
 
     # ------------------------------------------------------------------ jobs
 
     @property
     def busy(self) -> bool:
-        """Whether `plan` will have something to do, or to wait for, though nothing happens meanwhile."""
+        """Whether `plan` will have something to do, or to wait for, even if no request comes."""
         return bool(self._open) or (bool(self._candidates) and self._writable and not self._sealed)
 
     def plan(self, number: int, now: float) -> Job | None:
-        """The next job, with this number; None when there is nothing to do now."""
+        """Makes the next job, with this number; None when there is nothing to do now."""
         if self._drop_due:
             self._drop_due = False
             return self._control(number, "drop")
@@ -212,13 +215,13 @@ class Spiller:
         return number in self._open
 
     def report(self, finished: JobResult, now: float) -> None:
-        """One rank has ended one of these jobs."""
+        """Takes one rank's result of one of these jobs."""
         job = self._open[finished.number]
         size, seconds = finished.moved.get(self.tier, (0, 0.0))
         if job.direction == "spill":
             self._link.observe(size, seconds, now)
         self._counters.moved(self.tier, "store", size, seconds)
-        for reason in finished.failed.values():  # what was corrupt was so in the host tier already
+        for reason in finished.failed.values():  # corrupt bytes were found in the host tier
             self._counters.failed(self._index.source if reason == "corrupt" else self.tier, "store", reason)
         job.written_bytes += size
         job.failed |= {row: why for row, why in finished.failed.items() if job.failed.get(row) != "corrupt"}
@@ -240,12 +243,12 @@ class Spiller:
             self.spilled_blocks += len(job.spill.targets) - len(job.failed)
 
     def notice(self, finished: JobResult) -> None:
-        """What any job of a rank says about its disks."""
+        """Takes what a rank reports about its disks with any job."""
         if self.tier in finished.lost:
             self._slots.report_lost(finished.lost[self.tier])
         if self.tier not in finished.room:
             return
-        while len(self._reports) > _REPORTS_KEPT:  # of a rank that could not say how its disks fare
+        while len(self._reports) > _REPORTS_KEPT:  # a rank could not report on its disks
             del self._reports[next(iter(self._reports))]
         reports = self._reports.setdefault(finished.number, [])
         reports.append(finished)

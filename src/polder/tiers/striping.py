@@ -1,4 +1,5 @@
-"""Which disk a new page is written to: blocks of one prefix are read together, so neighbours lie on different disks."""
+"""Chooses the disk that a new page is written to. The blocks of a prefix are read together, so neighbours go to
+different disks."""
 
 from __future__ import annotations
 
@@ -10,29 +11,29 @@ __all__ = ["Striping"]
 
 _CYCLE = 256
 _CHANGED = 1.25
-"""The cycle is made anew when a disk's share of the speed has changed so much."""
+"""The cycle is made anew when a disk's share of the total speed has changed by this factor."""
 
 
 class Striping:
-    """Deals consecutive numbers to disks in proportion to their speeds, so evenly that any run of them is balanced (smooth weighted
-    round robin). Learns from no reads: what a prefix's blocks have in common is known before the first."""
+    """Smooth weighted round robin: consecutive numbers are spread over the disks in proportion to their speeds, so
+    evenly that every run of numbers is balanced."""
 
     def __init__(self, speeds: FloatArray) -> None:
-        """`speeds`: [disks], above 0."""
+        """`speeds`: [disks] above 0."""
         self._weights = speeds / speeds.sum()
         self._cycle = _cycle(self._weights)
 
     def follow(self, speeds: FloatArray) -> None:
-        """The disks were measured. Pages that are written stay where they are."""
+        """Takes newly measured speeds. Pages that are written stay where they are."""
         weights = speeds / speeds.sum()
         ratio = weights / self._weights
         if max(float(ratio.max()), float((1 / ratio).max())) > _CHANGED:
             self._weights, self._cycle = weights, _cycle(weights)
 
     def choose(self, stripes: IntArray, free: IntArray, sizes: IntArray) -> IntArray:
-        """[n] a disk for each page, -1 where there is no room left. `free`, `sizes`: [disks] pages.
+        """[n] a disk for each page, -1 where there is no room left. `free`, `sizes`: [disks] numbers of pages.
 
-        Where the disk whose turn it is has no room, the one with the largest share of its pages free takes the page.
+        Where the disk whose turn it is has no room, the page goes to the disk with the largest free share.
         """
         left = free.copy()
         disks: IntArray = self._cycle[stripes % _CYCLE]

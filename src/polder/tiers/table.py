@@ -41,7 +41,8 @@ class Places:
 
 
 class BlockTable:
-    """Which blocks lie in which slots. Not thread-safe: it belongs to the scheduler's thread. All arrays are allocated once."""
+    """Which blocks lie in which slots. Not thread-safe: it belongs to the scheduler's thread. All arrays are allocated
+    once."""
 
     def __init__(self, tiers: Sequence[Slots], policy: EvictionPolicy) -> None:
         """`policy` has a capacity of at least the sum of the tiers' capacities.
@@ -65,7 +66,8 @@ class BlockTable:
         self.ids: Keys = np.zeros((count, 2), dtype=np.uint64)
         """[entries, 2] see `block_ids`."""
         self.stripes: IntArray = np.zeros(count, dtype=np.int64)
-        """[entries] consecutive numbers for consecutive blocks of a prefix, from a start that differs between prefixes."""
+        """[entries] consecutive numbers for consecutive blocks of a prefix, from a start that differs between prefixes.
+        """
         self.was_read: BoolArray = np.zeros(count, dtype=np.bool_)
         self._place = np.full((count, len(tiers)), NOWHERE, dtype=np.int64)
         self._writing = np.full((count, len(tiers)), NOWHERE, dtype=np.int64)
@@ -127,7 +129,8 @@ class BlockTable:
         return count
 
     def drop_all(self) -> None:
-        """Forgets everything, transfers under way included. The caller sees that they end before any later transfer begins."""
+        """Forgets everything, transfers under way included. The caller sees that they end before any later transfer
+        begins."""
         for tier, slots in enumerate(self._tiers):
             slots.forget_unclaimed()
             busy = np.flatnonzero((self._owner[tier] != NOWHERE) | self._doomed[tier])

@@ -1,12 +1,13 @@
-"""All tiers of one engine, as its scheduler sees them: what may be loaded, what is worth loading, what is written where.
+"""All tiers of one engine, as its scheduler sees them: which blocks can be loaded, which are worth it, and where blocks
+are written.
 
-refresh            between two steps: what lenders took back and disks lost is in no tier any more
-find / plan_load   a request asks: which of its blocks are in tiers, and how many of them are worth loading (planner/gate.py)
-prepare_load       pins them, and makes the job that the workers carry out
-prepare_store      chooses places for blocks that the engine has computed or loaded, and makes the job
-plan_spills        in every step: the next job from the host tier to the disk, if there is a disk (spill.py)
-report             all ranks have reported: what failed is forgotten
-drop_all           the weights changed: nothing here is valid any more
+    refresh          between two steps: forgets blocks that lenders took back or disks lost
+    find, plan_load  for a request: which of its blocks are in tiers, and how many are worth loading (planner/gate.py)
+    prepare_load     pins these blocks and makes the job that the workers carry out
+    prepare_store    chooses slots for blocks that the engine has computed or loaded, and makes the job
+    plan_spills      in every step: the next job that writes one tier from another (spill.py)
+    report           takes what a rank reports of a job; the last report closes the job
+    drop_all         when the weights change: forgets everything
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from polder.tiers.transfer import Direction, Job, JobResult, Part
 __all__ = ["TierSet"]
 
 PROBE_EVERY_S = 5.0
-"""A link too slow to be used is tried with one block that often: it may have become faster."""
+"""A tier that is too slow to be used is tried with one block this often, because it may have become faster."""
 LEAST_TRIAL, MOST_TRIAL = 512, 4096
-"""Blocks asked for before writing is judged: half of what the tiers hold. Users who all begin at once have nothing to reuse yet."""
+"""Half of what the tiers hold, within these bounds: so many blocks are asked for before it is judged whether writing
+pays. Users who all begin at once have nothing to reuse yet."""
 MOST_REMEMBERED = 1 << 18
-"""Keys of blocks that no tier has, of 200 bytes each, by which reuse is judged."""
+"""Keys of computed blocks that are remembered to judge reuse, 200 bytes each."""
 OVERHEAD_S = 0.003
-"""Of any asynchronous load: vLLM takes two more, empty steps for it (reference: 3 to 5 ms)."""
+"""Cost of any asynchronous load: vLLM takes two empty steps for it (3 to 5 ms)."""
 
 
 @dataclass(kw_only=True)
@@ -48,14 +50,14 @@ class _Open:
     direction: Direction
     places: Places
     tokens: int
-    """Of a load: what the request need not compute."""
+    """The tokens that a load saves its request from computing."""
     acks: int = 0
     failed: dict[int, str] | None = None
     began: float = 0.0
 
 
 class TierSet:
-    """Not thread-safe: it lives in the scheduler's thread."""
+    """See the module's docstring. Not thread-safe: it belongs to the scheduler's thread."""
 
     def __init__(
         self,
@@ -67,10 +69,10 @@ class TierSet:
         clock: Callable[[], float] = time.monotonic,
         spilling: SpillConfig | None = None,
     ) -> None:
-        """`tiers` from the fastest to the slowest; `ranks`: workers that report each job. The last tier may be a DiskSlots, written
-        from the one before it as `spilling` says.
+        """`tiers`: from the fastest to the slowest. `ranks`: how many workers report each job. `spilling`: how a tier
+        is written that is written behind another one.
 
-        Raises ConfigError for a disk that is not the last tier, or without a host tier before it.
+        Raises ConfigError unless such a tier is the last one and comes right after host memory.
         """
         self._tiers, self._ranks, self._block_tokens, self._clock = tuple(tiers), ranks, block_tokens, clock
         self.index = BlockIndex(self._tiers, policy)
@@ -91,8 +93,8 @@ class TierSet:
         """Write the tiers that are written behind another one."""
         self._open: dict[int, _Open] = {}
         self._dropped: dict[int, int] = {}
-        """Jobs that `drop_all` has forgotten and workers still carry out -> ranks that have reported."""
-        self._queued = np.zeros(len(tiers))  # bytes of loads under way
+        """Jobs that `drop_all` has forgotten but workers still carry out: number -> ranks that have reported."""
+        self._queued = np.zeros(len(tiers))  # [tiers] bytes of the loads under way
         self._next = 1
         self._probed = dict.fromkeys(range(len(tiers)), float("-inf"))
         self._held = False
@@ -100,18 +102,20 @@ class TierSet:
     # ------------------------------------------------------------------ a request asks
 
     def refresh(self) -> None:
-        """Forgets blocks whose places are gone. Never within a step: what a look-up has found there a load may still name."""
+        """Forgets blocks whose slots are gone. Not to be called within a step: what a look-up found must stay loadable
+        in that step."""
         self.counters.lost_blocks += self.index.refresh()
 
     def find(self, keys: Sequence[bytes]) -> IntArray:
-        """As BlockIndex.find: the tier of each block, PENDING or ABSENT."""
+        """[n] the fastest tier that each block can be loaded from, PENDING or ABSENT; see BlockIndex.find."""
         self.index.adopt(keys, self._clock())
         return self.index.find(keys)
 
     def asked(self, keys: Sequence[bytes], *, tokens: int) -> None:
-        """Once for each request and KV cache group, with the blocks that its engine's own cache has not, first block first.
+        """To be called once for each request and KV cache group, with the blocks that the engine's own cache lacks, in
+        order.
 
-        `tokens`: what the request lacks. A token counts once, however many groups have blocks for it.
+        `tokens`: how many tokens the request lacks. A token counts once, however many groups have blocks for it.
         """
         tiers = self.index.find(keys).tolist()
         self.reuse.asked(keys, {key for key, tier in zip(keys, tiers, strict=True) if tier != ABSENT})
@@ -122,7 +126,7 @@ class TierSet:
         self.counters.asked_tokens += tokens
 
     def plan_load(self, tiers: IntArray) -> Cut:
-        """How many of a prefix's blocks to load, given each one's tier. A link that is too slow is tried now and then."""
+        """How many of a prefix's blocks to load, given the tier of each. A tier that is too slow is tried now and then."""
         if not len(tiers):
             return Cut(blocks=0, load_s=0.0, recompute_s=0.0)
         costs, queued = {}, {}
@@ -135,7 +139,7 @@ class TierSet:
             return Cut(blocks=len(tiers), load_s=0.0, recompute_s=0.0)
         cut = best_cut(
             tiers,
-            # Ranks load at the same time, and each measures its own part.
+            # Ranks load at the same time, and each measures its own share of a block.
             block_bytes=self._tiers[0].slot_bytes // self._ranks,
             block_tokens=self._block_tokens,
             seconds_per_byte=costs,
@@ -151,12 +155,12 @@ class TierSet:
         return cut
 
     def refused(self, blocks: int) -> None:
-        """Once for each request whose load was cut: this many blocks are recomputed although a tier has them."""
+        """To be called once for each request whose load was cut: so many blocks are computed although a tier has them."""
         self.counters.refused_loads += 1
         self.counters.refused_tokens += blocks * self._block_tokens
 
     def prepare_load(self, keys: Sequence[bytes], *, tokens: int) -> Job:
-        """All keys must have a tier. The job's blocks are the keys, in this order; they stand for `tokens` tokens."""
+        """Makes the job that loads these blocks, in this order. All must be in a tier. They stand for `tokens` tokens."""
         places = self.index.prepare_load(keys)
         counts = np.bincount(places.tiers, minlength=len(self._tiers))
         self._queued += counts * float(self._tiers[0].slot_bytes)
@@ -167,7 +171,7 @@ class TierSet:
     # ------------------------------------------------------------------ the engine has blocks
 
     def hold(self) -> None:
-        """Writes nothing and loads nothing until `resume`: blocks are about to move."""
+        """Begins no store and no load until `resume`, because blocks are about to move."""
         self._held = True
 
     def resume(self) -> None:
@@ -179,11 +183,14 @@ class TierSet:
 
     @property
     def busy(self) -> bool:
-        """Whether a job is under way: workers read or write blocks of the engine."""
+        """Whether a job is under way that reads or writes blocks of the engine."""
         return bool(self._open or self._dropped)
 
     def prepare_store(self, keys: Sequence[bytes], depths: IntArray) -> tuple[IntArray, Job] | None:
-        """Which keys are to be written (rising positions), and the job, whose blocks are those keys. None: nothing is."""
+        """Chooses which of these blocks are written.
+
+        Returns their positions, rising, and the job, whose blocks they are; None when nothing is written.
+        """
         self.reuse.computed(keys)
         for spiller in self._spillers:
             spiller.computed(keys, self._clock())
@@ -197,8 +204,8 @@ class TierSet:
         return positions, self._job("store", places, blocks=blocks)
 
     def plan_spills(self) -> Job | None:
-        """The next job that moves blocks from the host tier to the disk; it touches no block of the engine. To be called in every
-        step until it says None. Every rank reports it as any other job."""
+        """The next job that writes a tier from another one. It touches no block of the engine. To be called in every
+        step until it returns None. Every rank reports such a job like any other."""
         for spiller in self._spillers if not self._held else ():
             job = spiller.plan(self._next, self._clock())
             if job is not None:
@@ -228,7 +235,7 @@ class TierSet:
     # ------------------------------------------------------------------ the workers report
 
     def report(self, finished: JobResult) -> bool:
-        """One rank has ended a job. Returns whether it was a load that failed on this rank; the job is closed by the last rank."""
+        """Takes one rank's result of a job. Returns whether the job is a load that failed on this rank."""
         job = self._open.get(finished.number)
         now = self._clock()
         for spiller in self._spillers:
@@ -241,7 +248,7 @@ class TierSet:
             if self._dropped[finished.number] == self._ranks:
                 del self._dropped[finished.number]
         if job is None:
-            return False  # a spill, or from before everything was dropped
+            return False  # a spill, or a job from before everything was dropped
         for tier, (size, seconds) in finished.moved.items():
             self.links[tier, job.direction].observe(size, seconds, now)
             self.counters.moved(tier, job.direction, size, seconds)
@@ -278,8 +285,9 @@ class TierSet:
             self.counters.late_tokens += job.tokens
 
     def drop_all(self) -> None:
-        """Forgets everything, jobs under way included. The next `plan_spills` empties the disks. Nothing is written to them any
-        more in this run, because their namespace may not name the weights any longer; `unseal` says that it still does."""
+        """Forgets everything, jobs under way included. The next `plan_spills` empties the disks. Nothing is written to
+        them any more in this run, because their namespace may not name the weights any longer; `unseal` says that it
+        still does."""
         self._dropped |= {number: job.acks for number, job in self._open.items()}
         self._open.clear()
         self._queued[:] = 0
@@ -319,7 +327,8 @@ class TierSet:
             tier.close()
 
     def loadable_or_pending(self, keys: Sequence[bytes]) -> IntArray:
-        """The tiers of the leading blocks, up to the first that is in none; PENDING for those still being written."""
+        """The tiers of the leading blocks, up to the first that is in none; PENDING for blocks that are still being
+        written."""
         tiers = self.find(keys)
         stop = np.flatnonzero(tiers == ABSENT)
         return tiers[: int(stop[0])] if len(stop) else tiers

@@ -1,23 +1,24 @@
-"""The half of the tiers that moves bytes: one in every worker process.
+"""The workers' half of the tiers: copies blocks between the engine's KV cache and the tiers.
 
-A job is a list of blocks to store into slots or to load from slots. It is cut into one part a tier, and each tier has two
-lanes, one a direction, each with a thread and a queue: so a load never waits behind stores, nor a fast tier behind a slow one.
-Jobs of one lane are carried out in their order. Nothing raises across: every row of a job either succeeds or is reported as
-failed, with the reason.
+A job is a list of blocks to store into slots or to load from slots. It consists of one part for each tier. Each tier
+has one lane for each direction: a queue and a thread. So a load never waits behind stores, nor a fast tier behind a
+slow one. The jobs of a lane are carried out in their order. No exception leaves a lane: every row of a job either
+succeeds or is reported as failed, with the reason.
 
-A job comes with a mark on the engine's compute (polder.memory.backend): what was launched before may still write the blocks that
-are to be stored, and may still use those that are to be loaded for their former owner. The lane's thread waits for the mark before
-it touches a block, takes a lock, or starts the clock. It does not let the copies' stream wait: other lanes use that too.
+A job comes with a mark on the engine's compute stream (polder.memory.backend). GPU steps are asynchronous: steps
+launched before the mark may still write the blocks that are to be stored, or use the blocks that are to be loaded for
+their previous owner. The lane's thread waits for the mark before it touches a block, takes a lock or starts the clock.
+The copy stream itself does not wait, because other lanes use it too.
 
-    store   lock the lots (peer)  ->  copy the engine's block into the slot  ->  note the checksum of the engine's bytes
+    store   lock the lent blocks (peer)  ->  copy the engine's block into the slot  ->  note the checksum of the engine's bytes
     load    copy the slot into the engine's block  ->  compare epochs (peer)  ->  compare the checksum of the bytes that arrived
 
-The checksum (xxh3, 64 bits, seeded with the block's key and the namespace) is taken at the engine's side both times, so it
-covers the whole way: a torn copy, a slot that another block was written to, memory that its owner reused, a flipped bit. A
-doubt is a miss (law 5).
+The checksum (64 bits, seeded with the block's id and the namespace) is computed on the engine's side both times. So it
+detects a torn copy, a slot that another block was written to, memory that its owner reused, and a flipped bit. Whatever
+does not verify is a miss (law 5 in docs/structures.md).
 
-The disk tier carries out whole parts at once, so that all its disks work together, and it has jobs of its own that touch no block
-of the engine: see BatchMemory, and spill.py for who makes them.
+The disk tier carries out whole parts at once, so that all its disks work together, and it has jobs that touch no block
+of the engine: see BatchMemory and spill.py.
 """
 
 from __future__ import annotations
@@ -58,15 +59,15 @@ __all__ = [
 logger = logging.getLogger("polder.tiers")
 
 _PATIENCE_S = 1.0
-"""Who waits for jobs waits so long until what is not begun of them fails instead. The engine makes no step meanwhile."""
+"""`wait` waits so long; then the rows that are not begun fail instead. The engine makes no step meanwhile."""
 _CLOSE_S = 15.0
-"""A part under way waits for a disk that hangs a few times as long as its store does. Who ends the engine does not wait longer."""
+"""`close` waits so long for threads that a disk keeps."""
 
 Piece = tuple[int, int]
 """(address, bytes)"""
 Pieces = Sequence[Piece]
 Direction = Literal["load", "store", "spill", "replicate", "drop"]
-"""The last three are the disk tier's: from host to disk, second copies, forget everything."""
+"""The last three are the disk tier's: write from host memory to disk, make second copies, forget everything."""
 Reason = Literal["lost", "corrupt", "error"]
 
 
@@ -92,7 +93,8 @@ class Part:
     sources: IntArray = field(default_factory=_no_numbers)
     """[n] of a spill: the slots of the host tier to write from."""
     stripes: IntArray = field(default_factory=_no_numbers)
-    """[n] of a spill: consecutive numbers for consecutive blocks of a prefix; they decide which disk each page goes to."""
+    """[n] of a spill: consecutive numbers for consecutive blocks of a prefix; they decide which disk each page goes to.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,32 +124,33 @@ class JobResult:
 
 
 class TierMemory(Protocol):
-    """The memory of one tier, as one rank sees it."""
+    """The memory of one tier, as one rank sees it. Calls come from one thread."""
 
     def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
-        """Copies the engine's block into the slot of this row. False: the slot is not ours any more, and nothing was written after
-        it was taken back."""
+        """Copies the engine's block into the slot of this row. False: the slot is not ours any more, and nothing was
+        written after it was taken back."""
 
     def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
-        """Copies the slot of this row into the engine's block. False: the slot was lost, and the block's bytes are undefined."""
+        """Copies the slot of this row into the engine's block. False: the slot was lost, and the block's bytes are
+        undefined."""
 
     def finish(self, size_bytes: int, started: float) -> None:
-        """A part of a job is carried out, `size_bytes` since `started` (time.perf_counter); returns when the link is done with
-        it."""
+        """Called after each part of a job: `size_bytes` were copied since `started` (time.perf_counter). An emulated
+        link waits here."""
 
     def close(self) -> None: ...
 
 
 class Mover(Protocol):
-    """How this device copies and sums."""
+    """Copies bytes and computes checksums on the worker's device."""
 
     def copy(self, dst: Pieces, src: Pieces) -> None:
-        """Copies all bytes of `src` to `dst`, which is as long or longer; returns when they are there."""
+        """Copies all bytes of `src` to `dst`, which is at least as long. Returns when the bytes are there."""
 
     def checksum(self, pieces: Pieces, seed: int) -> int: ...
 
     def checksum_in_host(self, pieces: Pieces, seed: int) -> int:
-        """The same sum, of a copy of these pieces that lies in host memory."""
+        """The same checksum, of a copy of these pieces in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,19 +159,19 @@ class HostRows:
 
     seeds: Sequence[int]
     sums: Sequence[int]
-    """Of the engine's bytes when they were stored."""
+    """Checksums of the engine's bytes when they were stored."""
     sizes: Sequence[tuple[int, ...]]
-    """Bytes of each block's pieces, one behind the other in the slot. Empty where nothing was stored."""
+    """The sizes of each block's pieces, which lie one after another in the slot. Empty where nothing was stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartResult:
-    """What became of a part."""
+    """What became of a part of a job."""
 
     failed: dict[int, Reason]
-    """By position in the part."""
+    """The failed rows, by their position in the part."""
     size_bytes: int
-    """That went over the link and are of use."""
+    """Bytes that were copied successfully."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,44 +184,44 @@ class TierState:
 
 
 class BatchMemory(Protocol):
-    """A tier that carries out whole parts. Loads come from one thread, the others from another one, at the same time."""
+    """A tier that carries out whole parts. One thread calls `load_part`; another one calls the other methods meanwhile."""
 
     def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> PartResult:
-        """Row i of the part goes into `blocks[i]`."""
+        """Loads row i of the part into `blocks[i]`."""
 
     def spill_part(self, part: Part, host: HostRows, mover: Mover) -> PartResult:
-        """Copies slots of the host tier."""
+        """Writes the blocks in the host tier's slots `part.sources` to the part's own slots."""
 
     def replicate(self, copies: int) -> PartResult:
         """Writes up to so many second copies."""
 
     def drop(self) -> PartResult:
-        """Forgets everything."""
+        """Forgets all blocks."""
 
     def state(self) -> TierState:
         """How the tier fares; asked after each part."""
 
     def stop(self) -> None:
-        """From now on every part fails at once."""
+        """Makes every part fail at once from now on."""
 
     def close(self) -> None: ...
 
 
 class _Work:
-    """A job under way: what is left of it, and what its parts reported."""
+    """A job under way: the parts that are left, and the result so far."""
 
     def __init__(self, job: Job, blocks: Sequence[Pieces], after: Mark | None) -> None:
         self.job, self.blocks, self.after = job, blocks, after
         self.left = len(job.parts)
         self.queued = set(range(len(job.parts)))
-        """Parts that no lane has begun."""
+        """The parts that no lane has begun."""
         self.cut_short = False
-        """Rows that are not begun fail."""
+        """Whether the rows that are not begun fail."""
         self.finished = JobResult(number=job.number)
 
 
 class TierWorker:
-    """Carries out jobs of one rank. `submit`, `poll` and `wait` belong to one thread."""
+    """Carries out the jobs of one rank. `submit`, `poll` and `wait` are called by one thread."""
 
     def __init__(
         self,
@@ -230,15 +233,17 @@ class TierWorker:
         batches: Mapping[int, BatchMemory] | None = None,
         host: int | None = None,
     ) -> None:
-        """One memory a lane. `seed`: the namespace's digest; `capacities`: the slots of each tier; `batches`: tiers that carry out
-        whole parts; `host`: the tier that those are written from."""
+        """`memories`: one for each lane. `seed`: the namespace's digest. `capacities`: the slots of each tier.
+        `batches`: the tiers that carry out whole parts. `host`: the tier that these are written from."""
         self._memories, self._mover, self._seed = memories, mover, np.uint64(seed & (2**64 - 1))
         self._sums = {tier: np.zeros(count, dtype=np.uint64) for tier, count in capacities.items()}
         self._batches, self._host = dict(batches or {}), host
-        self._sizes: list[tuple[int, ...]] = [()]  # of a block's pieces; there are as many as KV cache groups
+        self._sizes: list[tuple[int, ...]] = [
+            ()
+        ]  # sizes of a block's pieces; there is one tuple for each KV cache group
         self._sizes_of = np.zeros(
             capacities[host] if host is not None else 0, dtype=np.int16
-        )  # [host slots], a row of it
+        )  # [host slots] an index into `_sizes`
         self._lanes: dict[tuple[int, Direction], queue.SimpleQueue[tuple[_Work, int] | None]] = {}
         self._threads: dict[int, list[threading.Thread]] = {}  # by tier
         self._changed = threading.Condition()
@@ -246,8 +251,8 @@ class TierWorker:
         self._done: list[JobResult] = []
 
     def submit(self, job: Job, blocks: Sequence[Pieces], after: Mark | None = None) -> None:
-        """Begins a job; `blocks[i]` is where the engine keeps its i-th block. Sources and destinations must stay until it is
-        done. `after`: no block is touched before this mark is reached."""
+        """Begins a job. `blocks[i]` is where the engine has the job's i-th block; this memory must stay until the job
+        has ended. `after`: no block is touched before this mark is reached."""
         work = _Work(job, blocks, after)
         with self._changed:
             if not job.parts:
@@ -259,14 +264,14 @@ class TierWorker:
             self._lane(part.tier, lane).put((work, at))
 
     def poll(self) -> list[JobResult]:
-        """Jobs that ended since the last call."""
+        """The results of the jobs that ended since the last call."""
         with self._changed:
             done, self._done = self._done, []
         return done
 
     def wait(self, numbers: Iterable[int]) -> None:
-        """Returns when these jobs have ended; unknown ones have. After `_PATIENCE_S` they are cut short: what is not begun of them
-        fails, so that only the rows that are being copied just then are waited for."""
+        """Returns when these jobs have ended; unknown ones count as ended. After `_PATIENCE_S` their rows that are not
+        begun fail, so that only the rows being copied at that moment are waited for."""
         wanted = set(numbers)
         with self._changed:
             if self._changed.wait_for(lambda: self._open.keys().isdisjoint(wanted), _PATIENCE_S):
@@ -276,13 +281,13 @@ class TierWorker:
             self._changed.wait_for(lambda: self._open.keys().isdisjoint(wanted))
 
     def wait_all(self) -> None:
-        """Returns when every job has ended by itself."""
+        """Returns when all jobs have ended."""
         with self._changed:
             self._changed.wait_for(lambda: not self._open)
 
     def close(self) -> None:
-        """Ends the threads, after what is queued, and the memories. What is queued for a disk fails, and a thread that a disk keeps
-        is left to the end of the process."""
+        """Ends the threads after what is queued, and closes the memories. What is queued for a disk fails. A thread
+        that a disk keeps is left to the end of the process."""
         for batch in self._batches.values():
             batch.stop()
         for lane in self._lanes.values():
@@ -348,7 +353,7 @@ class TierWorker:
                 self._end_part(work, failed)
 
     def _cut_short(self, work: _Work) -> None:
-        """Parts and rows that no lane has begun fail. The caller holds `_changed`."""
+        """Makes the parts and rows that no lane has begun fail. The caller holds `_changed`."""
         work.cut_short = True
         for number in sorted(work.queued):
             self._end_part(work, dict.fromkeys(work.job.parts[number].rows.tolist(), "error"))
@@ -372,7 +377,7 @@ class TierWorker:
                 carried = memory.spill_part(part, self._host_rows(part), self._mover)
             else:
                 carried = memory.replicate(work.job.copies) if direction == "replicate" else memory.drop()
-        except Exception:  # as for a row
+        except Exception:  # a miss, as for a row
             logger.exception("tier %d: a part failed; its blocks are misses", part.tier)
             carried = PartResult(failed=dict.fromkeys(range(len(part.rows)), "error"), size_bytes=0)
         try:
@@ -396,7 +401,7 @@ class TierWorker:
         self._sizes_of[slot] = self._sizes.index(sizes)
 
     def _row(self, work: _Work, part: Part, at: int) -> tuple[Reason | None, int]:
-        """One block. Returns why it failed, and the bytes that went over the link."""
+        """Copies one block. Returns why it failed, or None, and the bytes that were copied."""
         block = work.blocks[int(part.blocks[at])]
         memory = self._memories[part.tier, work.job.direction]
         slot, seed = int(part.slots[at]), int(part.ids[at, 0] ^ self._seed)
@@ -413,7 +418,7 @@ class TierWorker:
                 return "lost", size
             if self._mover.checksum(block, seed) != int(self._sums[part.tier][slot]):
                 return "corrupt", size
-        except Exception:  # whatever it is, it is a miss: the engine goes on
+        except Exception:  # whatever it is, it is a miss
             return "error", 0
         return None, size
 

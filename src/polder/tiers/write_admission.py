@@ -1,15 +1,16 @@
-"""Which blocks deserve the disks' endurance, and how many bytes a day they get.
+"""Decides which blocks are worth writing to disk, and how many bytes may be written each day.
 
-Of the blocks of chats 76 % are never read again, and every page that is written wears a disk and keeps it from reading. So a block
-is written at once only when its like is read again often enough, else at its second use, when it has been hit in the host tier. Its
-like is its **class**: how much of the request that asked for it first was known (less than a quarter: a new conversation; more than
-three quarters: the next turn of one; in between; or nobody asked for it, as it was generated), and whether it was hit before.
+In chats 76 % of the blocks are never read again, and every written page wears a disk out and delays its reads. So a
+block is written at once only if blocks of its class are read again often enough; otherwise it is written at its second
+use, when it was hit in the host tier. Its class is, first, which share of the request that asked for it first was known
+(below 1/4: a new conversation; above 3/4: the next turn of one; in between; or the block was generated), and second,
+whether it was hit before.
 
-For each class the share of blocks that are asked for again within the time that a slot of the disk lives is learnt as in
-reuse_times.py, from the keys alone, so what is not written teaches as much as what is: a wrong no is corrected. Until a class has
-had enough blocks (`trial_blocks`) its blocks are written.
+For each class, the share of blocks that are asked for again within the lifetime of a page is learnt as in
+reuse_times.py. This needs only the keys, so blocks that are not written teach as much as those that are, and a wrong
+refusal is corrected. Until a class has had `trial_blocks` blocks, its blocks are written.
 
-Bounded: four numbers for each remembered key.
+Memory is bounded: four numbers for each remembered key.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _DAY_S = 86400.0
 
 
 class WriteAdmission:
-    """Not thread-safe. Blocks are known by their 64-bit numbers (index.key_numbers); times are seconds of one clock."""
+    """Not thread-safe. Blocks are given by the first words of their ids (slots.block_ids). Times are seconds of one
+    clock."""
 
     def __init__(
         self,
@@ -42,21 +44,24 @@ class WriteAdmission:
         halflife_s: float = 3600.0,
         estimate_every_s: float = 10.0,
     ) -> None:
-        """`remembered`: keys kept, rounded up to a power of two. `least_reuse`: share of a class's blocks that must be asked for
-        again for all of them to be written: a read saves the computing of a block, a write costs the disk about as much as three
-        reads. Raises ConfigError unless it is between 0 and 1.
+        """`remembered`: how many keys are kept, rounded up to a power of two. `least_reuse`: the share of a class's
+        blocks that must be asked for again for all of them to be written. A write costs the disk about as much as three
+        reads.
+
+        Raises ConfigError unless `least_reuse` is between 0 and 1.
         """
         if not 0 <= least_reuse <= 1:
             raise ConfigError(f"least_reuse: {least_reuse}; write a share from 0 to 1")
         self.lifetime_s = float("inf")
-        """How long a page stays on disk, as far as is known."""
+        """How long a page stays on disk, as measured; infinite until one was evicted."""
         self._least, self._trial, self._every_s = least_reuse, trial_blocks, estimate_every_s
         self._seen = Ghosts(remembered)
         self._times = ReuseTimes(levels=2, kinds=_KINDS, prior_spells=50.0, halflife_s=halflife_s)
         self._begun = np.zeros(2 * _KINDS, dtype=np.int64)
         self._estimated_s: float | None = None
         self.shares: FloatArray = np.ones(2 * _KINDS)
-        """[classes], those not hit before first."""
+        """[classes] the share of blocks that are asked for again. The classes of blocks that were not hit come first.
+        """
 
     def asked(self, numbers: UintArray, now: float) -> None:
         """A request asks for these blocks."""
@@ -72,7 +77,7 @@ class WriteAdmission:
         self._remember(numbers, np.where(hits > 0, _KINDS + kind, kind), hits, now)
 
     def computed(self, numbers: UintArray, now: float) -> None:
-        """The engine has these blocks now. Those that nobody has asked for were generated."""
+        """The engine has computed these blocks. Those that nobody has asked for were generated."""
         self._advance(now)
         _, known = self._seen.find(numbers)
         fresh = numbers[~known]
@@ -80,7 +85,7 @@ class WriteAdmission:
         self._remember(fresh, zeros + _GENERATED, zeros, now)
 
     def judge(self, numbers: UintArray, now: float) -> BoolArray:
-        """[n] which of these blocks are worth being written now."""
+        """[n] which of these blocks are worth writing now."""
         self._advance(now)
         rows, known = self._seen.find(numbers)
         groups = np.where(known, self._seen.group[rows], _GENERATED)
@@ -110,14 +115,14 @@ class WriteAdmission:
 
 
 class WriteBudget:
-    """Bytes that may be written: never more than `bytes_per_day` in any 24 hours, nor an hour's worth more than evenly.
+    """Limits the bytes written: at most `bytes_per_day` in any 24 hours, with bursts of at most an hour's share.
 
-    A bucket of tokens: what is taken counts against its size until it is settled, so that not even writes that were granted in
-    time and carried out late make a day too large.
+    This is a token bucket. What is taken counts against its size until it is settled, so the limit of a day also holds
+    when writes are granted in time and carried out late.
     """
 
     def __init__(self, bytes_per_day: int | None) -> None:
-        """None: unlimited. Raises ConfigError for a negative number."""
+        """`bytes_per_day`: None means unlimited. Raises ConfigError for a negative number."""
         if bytes_per_day is not None and bytes_per_day < 0:
             raise ConfigError(f"a write budget of {bytes_per_day} bytes a day; write a number from 0, or none")
         self._limit = bytes_per_day
@@ -127,7 +132,7 @@ class WriteBudget:
         self._filled_s: float | None = None
 
     def take(self, blocks: int, block_bytes: int, now: float) -> int:
-        """How many of `blocks` may be written. They are outstanding until `settle`."""
+        """Returns how many of `blocks` may be written. They are outstanding until `settle`."""
         if self._limit is None:
             return blocks
         self._fill(now)
@@ -137,7 +142,7 @@ class WriteBudget:
         return granted
 
     def settle(self, granted_bytes: int, now: float, *, unused_bytes: int = 0) -> None:
-        """What was granted is over; `unused_bytes` of it were not even tried."""
+        """Writes that were granted have ended. `unused_bytes` of them were not attempted."""
         if self._limit is not None:
             self._fill(now)
             self._outstanding = max(0, self._outstanding - granted_bytes)

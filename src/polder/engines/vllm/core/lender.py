@@ -29,9 +29,9 @@ import numpy as np
 
 from polder.engines.vllm.core.holders import BlockHolders, NewIds
 from polder.engines.vllm.rank.geometry import KvGeometry
-from polder.tiers.lending import LendingTable, LotGeometry
+from polder.tiers.lending import LendingTable, LentGeometry
 
-__all__ = ["Lender", "lot_geometry"]
+__all__ = ["Lender", "lent_geometry"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -43,13 +43,13 @@ AT_ONCE = 256
 """Blocks offered in one go: offering takes a lock a block, and is done between two steps."""
 
 
-def lot_geometry(geometry: KvGeometry, ranks: int) -> LotGeometry:
+def lent_geometry(geometry: KvGeometry, ranks: int) -> LentGeometry:
     """The table's shape for an engine with this KV cache."""
     granule_bytes, pages, _ = geometry.granules()
-    return LotGeometry(
-        lots=geometry.units * geometry.unit_blocks,
+    return LentGeometry(
+        blocks=geometry.units * geometry.unit_blocks,
         ranks=ranks,
-        unit_lots=geometry.unit_blocks,
+        unit_blocks=geometry.unit_blocks,
         unit_pages=geometry.pages_per_unit,
         page_bytes=geometry.page_bytes,
         granules=pages.shape[1],
@@ -73,8 +73,8 @@ class Lender:
         self._pool, self._holders, self._geometry, self._ranks = pool, holders, geometry, ranks
         self._before_offer = before_offer
         holders.register(self._renumber)
-        self._lots = lot_geometry(geometry, ranks)
-        self.most_blocks = lend_bytes // self._lots.lot_bytes
+        self._lent = lent_geometry(geometry, ranks)
+        self.most_blocks = lend_bytes // self._lent.block_bytes
         self._table: LendingTable | None = None
         self._offered: set[int] = set()
         self._used: deque[tuple[float, int]] = deque()  # (time, most blocks used since the one before)
@@ -92,7 +92,7 @@ class Lender:
         """A new table from the broker, which knows nobody yet; the fd is closed. `pages`: unit -> pages per rank."""
         self.close()
         try:
-            self._table = LendingTable.create(fd, self._lots)
+            self._table = LendingTable.create(fd, self._lent)
         finally:
             os.close(fd)
         _, granule_pages, offsets = self._geometry.granules()
@@ -202,8 +202,8 @@ class Lender:
     def figures(self) -> dict[str, float]:
         times = sorted(self.recall_seconds)
         return {
-            "lent_offered_bytes": float(len(self._offered) * self._lots.lot_bytes),
-            "lent_borrowed_bytes": float(self._borrowed() * self._lots.lot_bytes),
+            "lent_offered_bytes": float(len(self._offered) * self._lent.block_bytes),
+            "lent_borrowed_bytes": float(self._borrowed() * self._lent.block_bytes),
             "lent_recalls_total": float(self.recalls),
             "lent_borrowed_recalls_total": float(self.borrowed_recalls),
             "lent_recall_p99_seconds": times[int(0.99 * (len(times) - 1))] if times else 0.0,

@@ -24,7 +24,7 @@ from polder.broker.core import HOST
 from polder.broker.server import BrokerServer
 from polder.broker.transport import Channel
 from polder.broker.wire import DeviceStatus, Hello, Refused, Welcome
-from polder.engines.vllm.core.lender import lot_geometry
+from polder.engines.vllm.core.lender import lent_geometry
 from polder.engines.vllm.rank import worker
 from polder.engines.vllm.rank.geometry import KvGeometry, unit_blocks, units_of_request
 from polder.engines.vllm.rank.worker import WeightsFound
@@ -325,7 +325,7 @@ def _hello(
         ceiling_units=regular_units,
         share_units=max(1, settings.kv_share_bytes // unit_bytes) if settings.kv_share_bytes is not None else 0,
         host_pages=settings.host_bytes // len(devices) // page_bytes + (window.store_pages if window else 0),
-        table_bytes=table_bytes(lot_geometry(geometry, len(devices))) if settings.lend_bytes else 0,
+        table_bytes=table_bytes(lent_geometry(geometry, len(devices))) if settings.lend_bytes else 0,
     )
     return hello, min(sizes)
 

@@ -70,7 +70,7 @@ class Lenders:
         else:
             self._attached[name] = pid
             self._peers.attach(name, table)
-            logger.info("borrowing from %s: %d lots", name, table.geometry.lots)
+            logger.info("borrowing from %s: %d blocks", name, table.geometry.blocks)
 
     def _fetch_all(self, lenders: Mapping[str, int]) -> None:
         for name, pid in lenders.items():
