@@ -149,7 +149,7 @@ class World:
 
     def run(self, most_steps: int, kill: float) -> None:
         geometry = lending.LentGeometry(
-            lots=self.model.scenario.lots,
+            blocks=self.model.scenario.lots,
             ranks=1,
             unit_blocks=1,
             unit_pages=1,

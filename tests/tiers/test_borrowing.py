@@ -27,13 +27,13 @@ CAPACITY = 200
 
 
 def geometry(
-    *, lots: int, ranks: int, unit_lots: int, granules: int, granule_bytes: int, page_bytes: int
+    *, blocks: int, ranks: int, unit_blocks: int, granules: int, granule_bytes: int, page_bytes: int
 ) -> LentGeometry:
-    unit_pages = -(-unit_lots * granules * granule_bytes // page_bytes)
+    unit_pages = -(-unit_blocks * granules * granule_bytes // page_bytes)
     return LentGeometry(
-        lots=lots,
+        blocks=blocks,
         ranks=ranks,
-        unit_blocks=unit_lots,
+        unit_blocks=unit_blocks,
         unit_pages=unit_pages,
         page_bytes=page_bytes,
         granules=granules,
@@ -42,9 +42,9 @@ def geometry(
 
 
 GEOMETRIES = {
-    "small": geometry(lots=8, ranks=1, unit_blocks=2, granules=2, granule_bytes=256, page_bytes=512),
-    "two ranks": geometry(lots=5, ranks=2, unit_blocks=5, granules=3, granule_bytes=128, page_bytes=512),
-    "large": geometry(lots=3, ranks=1, unit_blocks=1, granules=1, granule_bytes=4096, page_bytes=4096),
+    "small": geometry(blocks=8, ranks=1, unit_blocks=2, granules=2, granule_bytes=256, page_bytes=512),
+    "two ranks": geometry(blocks=5, ranks=2, unit_blocks=5, granules=3, granule_bytes=128, page_bytes=512),
+    "large": geometry(blocks=3, ranks=1, unit_blocks=1, granules=1, granule_bytes=4096, page_bytes=4096),
 }
 
 
@@ -59,7 +59,7 @@ def make_table(name: str) -> Lender:
     shape = GEOMETRIES[name]
     fd = os.memfd_create(name)
     table = LendingTable.create(fd, shape)
-    at = np.arange(shape.unit_lots * shape.granules).reshape(shape.unit_lots, shape.granules) * shape.granule_bytes
+    at = np.arange(shape.unit_blocks * shape.granules).reshape(shape.unit_blocks, shape.granules) * shape.granule_bytes
     table.granule_page[:], table.granule_offset[:] = at // shape.page_bytes, at % shape.page_bytes
     return Lender(table, fd)
 
@@ -297,7 +297,7 @@ def test_chunks_cover_a_lot_without_overlap_and_waste_less_than_one_a_rank(name:
     cut = ChunkGeometry.of(GEOMETRIES[name], shard_bytes)
     shape = cut.lender
     assert 0 <= cut.per_rank * cut.chunk_bytes - shard_bytes < cut.chunk_bytes
-    ranks, units, pages, offsets = cut.places(np.arange(shape.lots * cut.per_block), lender.table)
+    ranks, units, pages, offsets = cut.places(np.arange(shape.blocks * cut.per_block), lender.table)
     begin = ((ranks * shape.units + units) * shape.unit_pages + pages) * shape.page_bytes + offsets
     begin.sort()
     assert (np.diff(begin) >= cut.chunk_bytes).all()
