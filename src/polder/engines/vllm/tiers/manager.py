@@ -258,5 +258,5 @@ _METRICS = {
     for metric in (*metrics.TIERS, *metrics.DISKS)
     for key, values in metric.series
 }
-"""Key in `TierSet.figures` -> vLLM's name, label values, declaration. The client library appends "_total" itself. vLLM forgets
+"""Key in `TierSet.stats` -> vLLM's name, label values, declaration. The client library appends "_total" itself. vLLM forgets
 the metrics of a former engine in the process by the prefix."""
