@@ -176,7 +176,7 @@ class Engine:
             "model": str(model),
             "dtype": "float32",
             "max_model_len": 1024,
-            "enforce_eager": True,
+            "enforce_eager": "compiled" not in gpulike.words(like),
             "block_size": BLOCK_TOKENS,
             "max_num_batched_tokens": 256,
             "disable_log_stats": False,

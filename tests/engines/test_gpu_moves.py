@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 UNIT = 2 * PAGE
 """4 blocks = 128 tokens."""
 UNITS = 40
-EVERYTHING = "v2,async,uni,warmup,graphs"
+EVERYTHING = "v2,async,uni,warmup,compiled,graphs"
 ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 60] * 6
 LONG = prompts(10, 300, seed=6, vocabulary=VOCABULARY)
 TALKS, LOAD = prompts(6, 300, seed=21, vocabulary=VOCABULARY), prompts(8, 330, seed=22, vocabulary=VOCABULARY)

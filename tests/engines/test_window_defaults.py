@@ -1,4 +1,5 @@
-"""A window under vLLM's GPU defaults, emulated on a CPU: V2 model runner, async scheduling, the worker in the core's process.
+"""A window under vLLM's GPU defaults, emulated on a CPU: V2 model runner, async scheduling, the worker in the core's process,
+compiled models. CUDA graphs hold the pieces between the attention ops, for a window's copies are launched there.
 
 One engine with a host tier, a small model and short contexts: the V2 runner's kernels are interpreted here.
 """
@@ -17,7 +18,7 @@ from tests.engines.harness import Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-LIKE = "v2,async,uni,warmup"
+LIKE = "v2,async,uni,warmup,compiled,graphs"
 VOCABULARY = 2000
 SMALL = ModelRecipe(
     name="rig-deep",
@@ -91,6 +92,9 @@ def test_a_context_longer_than_the_memory_beside_short_ones_has_stocks_tokens(
     found = figures(windowed)
     assert found["window_carriers"] > 0
     assert found["window_loaded_bytes_total"] > 0
+    graphs = windowed.llm.collective_rpc("graph_figures")[0]
+    assert graphs["captured"] == 9 * (SMALL.layers + 1), "pieces for each size, and no whole step"
+    assert graphs["replayed"] > 20 * (SMALL.layers + 1)
 
 
 def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_turn_has_stocks_tokens(

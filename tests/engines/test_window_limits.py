@@ -36,9 +36,9 @@ def test_graphs_are_piecewise_with_a_window_whatever_was_asked(mode: CUDAGraphMo
         {"splitting_ops": []},
         {"splitting_ops": ["vllm::unified_attention_with_output"]},
         {"use_inductor_graph_partition": True},
-        {"mode": CompilationMode.NONE},
+        {"mode": CompilationMode.DYNAMO_TRACE_ONCE},
     ],
-    ids=["not split", "not split at the update", "split by inductor", "not compiled"],
+    ids=["not split", "not split at the update", "split by inductor", "compiled in one piece"],
 )
 def test_graphs_of_a_model_that_is_not_split_around_attention_are_refused(options: dict[str, Any]) -> None:
     config = compilation(CUDAGraphMode.FULL_DECODE_ONLY, **options)
@@ -46,6 +46,12 @@ def test_graphs_of_a_model_that_is_not_split_around_attention_are_refused(option
         limit_graphs(config)
     config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
     limit_graphs(config)
+
+
+def test_a_model_that_is_not_compiled_has_no_graphs_with_a_window() -> None:
+    config = compilation(CUDAGraphMode.FULL_DECODE_ONLY, mode=CompilationMode.NONE)
+    limit_graphs(config)
+    assert config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
 
 
 def test_graphs_that_break_at_run_time_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +77,6 @@ def config(**changes: Any) -> Any:
         "model_config": SimpleNamespace(runner_type="generate"),
         "scheduler_config": SimpleNamespace(async_scheduling=True),
         "speculative_config": None,
-        "compilation_config": SimpleNamespace(cudagraph_mode=CUDAGraphMode.NONE),
-        "device_config": SimpleNamespace(device_type="cuda"),
         "use_v2_model_runner": True,
     }
     for path, value in changes.items():
@@ -97,7 +101,6 @@ def test_vllms_defaults_are_taken() -> None:
         ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
-        ({"compilation_config__cudagraph_mode": CUDAGraphMode.PIECEWISE}, "--enforce-eager"),
         ({"speculative_config": NGRAM}, "--speculative-config"),
         (
             {

@@ -9,6 +9,8 @@ from vllm.platforms.cpu import CpuPlatform
 from gpulike import wanted
 
 CAPTURE_SIZES = (1, 2, 4, 8, 16)
+PREFILL_SIZES = (32, 64, 128, 256)
+"""Of piecewise graphs, which compute prefills as well."""
 
 
 class GpuLikePlatform(CpuPlatform):
@@ -45,13 +47,16 @@ class GpuLikePlatform(CpuPlatform):
         if "uni" in names and parallel.world_size == 1:
             parallel.distributed_executor_backend = "uni"
         parallel.worker_cls = "gpulike.worker.GpuLikeWorker"
-        if "compiled" in names:
+        both = "compiled" in names
+        if both:
+            if vllm_config.model_config.enforce_eager:
+                # vLLM has settled by now which of its own kernels and fusions are used, as for a model that is not compiled.
+                raise ValueError("gpulike: compiled needs enforce_eager=False")
             compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "eager"
         if "graphs" in names:
-            both = "compiled" in names
             compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE if both else CUDAGraphMode.FULL_DECODE_ONLY
-            compilation.cudagraph_capture_sizes = list(CAPTURE_SIZES)
-            compilation.max_cudagraph_capture_size = CAPTURE_SIZES[-1]
+            compilation.cudagraph_capture_sizes = [*CAPTURE_SIZES, *(PREFILL_SIZES if both else ())]
+            compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
         import vllm.config.vllm  # not at the top: it needs the platform
 
         # Only workers run Triton kernels. This process may have been started without any.

@@ -23,19 +23,29 @@ EXACT_METHODS = ("ngram", "suffix")
 
 
 def limit_graphs(vllm_config: Any) -> None:
-    """Makes CUDA graphs piecewise. To be called before the workers start: they compile by this mode.
+    """Makes CUDA graphs piecewise, or switches them off where the model is not compiled: such graphs hold the whole model.
 
-    Raises ConfigError when the model is not split at the ops that a window needs.
+    To be called before the workers start: they compile by this mode. Raises ConfigError for a model that is compiled and not split
+    at the ops that a window needs.
     """
     import vllm.envs as envs
-    from vllm.config import CUDAGraphMode
+    from vllm.config import CompilationMode, CUDAGraphMode
 
     compilation = vllm_config.compilation_config
     mode = compilation.cudagraph_mode
     if mode is None or mode == CUDAGraphMode.NONE:
         return
+    breakable = envs.VLLM_USE_BREAKABLE_CUDAGRAPH
+    if compilation.mode == CompilationMode.NONE and not breakable:
+        logger.warning(
+            "window: cudagraph_mode is NONE instead of %s, for graphs of a model that is not compiled would leave the window's "
+            "copies out; with vLLM's default compilation mode they would be piecewise",
+            mode.name,
+        )
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        return
     split = compilation.is_attention_compiled_piecewise() and compilation.splitting_ops_contain_kv_cache_update()
-    if envs.VLLM_USE_BREAKABLE_CUDAGRAPH or not split:
+    if breakable or not split:
         raise ConfigError(
             f"a window launches copies around each layer's attention, and with these options CUDA graphs ({mode.name}) "
             f"are not split there. Use vLLM's default compilation mode and splitting_ops, without "
@@ -51,14 +61,7 @@ def limit_graphs(vllm_config: Any) -> None:
 
 def check_window(vllm_config: Any, settings: EngineSettings) -> None:
     """Raises ConfigError for what a window does not work with; docs/window.md lists it."""
-    from vllm.config import CUDAGraphMode
-
     parallel, speculation = vllm_config.parallel_config, vllm_config.speculative_config
-    graphs = vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-    if graphs and "cuda" in str(vllm_config.device_config.device_type):
-        raise ConfigError(
-            "a window with CUDA graphs has not been tested yet: add --enforce-eager, or remove POLDER_WINDOW"
-        )
     if settings.lend_bytes:
         raise ConfigError("an engine with a window borrows and does not lend: remove POLDER_LEND, or POLDER_WINDOW")
     if vllm_config.model_config.runner_type == "pooling":
