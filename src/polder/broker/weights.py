@@ -113,7 +113,7 @@ class Weights:
         if not engine.hello.streams and segments < engine.hello.layers:
             return (
                 f"{engine.name} computes in CUDA graphs, which hold no loads of single layers: it has all of its weights or none. "
-                f"Start it with --enforce-eager to let it stream"
+                f"Start it with --enforce-eager, or with -cc.cudagraph_mode=PIECEWISE, to let it stream"
             )
         if self.roster.asleep(engine) or engine.weights.waking_since is not None:
             return f"{engine.name} is asleep: wake it first"

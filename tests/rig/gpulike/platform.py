@@ -37,6 +37,7 @@ class GpuLikePlatform(CpuPlatform):
     def check_and_update_config(cls, vllm_config: Any) -> None:
         names = wanted()
         decided = vllm_config.scheduler_config.async_scheduling  # vLLM's decision: false if something rules it out
+        asked = vllm_config.compilation_config.cudagraph_mode
         super().check_and_update_config(vllm_config)
         if not names:
             return
@@ -55,6 +56,8 @@ class GpuLikePlatform(CpuPlatform):
             compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "eager"
         if "graphs" in names:
             compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE if both else CUDAGraphMode.FULL_DECODE_ONLY
+            if both and asked == CUDAGraphMode.PIECEWISE:
+                compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
             compilation.cudagraph_capture_sizes = [*CAPTURE_SIZES, *(PREFILL_SIZES if both else ())]
             compilation.max_cudagraph_capture_size = compilation.cudagraph_capture_sizes[-1]
         import vllm.config.vllm  # not at the top: it needs the platform
