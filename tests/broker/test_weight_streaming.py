@@ -15,6 +15,7 @@ def test_one_that_computes_in_graphs_cannot_stream() -> None:
     answer = broker.say("operator", Stream(engine="a", segments=6))[0]
     assert isinstance(answer, Refused)
     assert "--enforce-eager" in answer.reason
+    assert "cudagraph_mode=PIECEWISE" in answer.reason
 
 
 def test_an_operator_lets_an_engine_stream() -> None:

@@ -256,6 +256,55 @@ def test_compiled_artifacts_of_stock_and_elastic_engines_never_meet() -> None:
     assert stock.additional_config == {}
 
 
+def split(graphs: str, **options: Any) -> Any:
+    """vLLM's configuration of a compiled model, as it is when its own checks are over and the offloader has seen it."""
+    from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, VllmConfig
+
+    found = VllmConfig()
+    found.compilation_config = CompilationConfig(
+        **{"mode": CompilationMode.VLLM_COMPILE, "backend": "inductor", **options}
+    )
+    found.compilation_config.cudagraph_mode = CUDAGraphMode[graphs]
+    found.compilation_config.set_splitting_ops_for_v1(all2all_backend="naive")
+    assert offloader.split_at_layers(found.compilation_config) == (
+        "vllm::wait_prefetch" in found.compilation_config.splitting_ops
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("graphs", "options", "streams"),
+    [
+        ("PIECEWISE", {}, True),
+        ("FULL_AND_PIECEWISE", {}, False),
+        ("FULL_DECODE_ONLY", {}, False),
+        ("PIECEWISE", {"use_inductor_graph_partition": True}, False),
+        ("PIECEWISE", {"mode": 0}, False),
+    ],
+)
+def test_no_graph_holds_the_waits_for_layers_that_stream(graphs: str, options: dict[str, Any], streams: bool) -> None:
+    ops = {"vllm::wait_prefetch", "vllm::start_prefetch"}
+    found = split(graphs, **options).compilation_config.splitting_ops
+    assert ops.issubset(found) == streams
+    assert ops.isdisjoint(found) == (not streams)
+    assert len(found) == len(set(found))
+
+
+def test_what_is_compiled_for_layers_that_stream_is_kept_apart() -> None:
+    from vllm.compilation.caching import aot_compile_hash_factors
+
+    assert aot_compile_hash_factors(split("PIECEWISE")) == aot_compile_hash_factors(split("PIECEWISE"))
+    assert aot_compile_hash_factors(split("PIECEWISE")) != aot_compile_hash_factors(split("FULL_AND_PIECEWISE"))
+
+
+def test_a_piece_is_replayed_while_layers_stream(make: Callable[..., WeightOffloader]) -> None:
+    """Each layer has its own wait, between the pieces."""
+    model = Model(make)
+    model.offloader.post_init()
+    model.store.take(1)
+    model.offloader.sync_prev_onload()
+
+
 def test_experts_that_move_by_themselves_are_refused() -> None:
     parallel = SimpleNamespace(enable_eplb=True)
     config = SimpleNamespace(

@@ -54,6 +54,7 @@ class GpuLikePlatform(CpuPlatform):
                 # vLLM has settled by now which of its own kernels and fusions are used, as for a model that is not compiled.
                 raise ValueError("gpulike: compiled needs enforce_eager=False")
             compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "eager"
+            compilation.compile_sizes = compilation.compile_sizes or []  # vLLM leaves it out where there are no graphs
         if "graphs" in names:
             compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE if both else CUDAGraphMode.FULL_DECODE_ONLY
             if both and asked == CUDAGraphMode.PIECEWISE:

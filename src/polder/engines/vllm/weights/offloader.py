@@ -80,6 +80,179 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
     ) -> None:
         """`compiled`: the layers run under torch.compile. `graphs`: CUDA graphs may hold whole layers: none can be streamed then.
         `page_bytes`: the broker's. `links`: POLDER_LINKS."""
+        global _offloader
+        _offloader = self
+        self._open_store, self._compiled, self.streams = open_store, compiled, not graphs
+        self._modules: list[torch.nn.Module] = []
+        self._parts: dict[
+            int, int
+        ] = {}  # id(module) -> bytes of its own parameters as they were made, before any packing
+        self.resident_bytes = 0
+        """Of decoder layers' tensors that stay where they are, and of what libraries have packed into memory of their own."""
+        self.wake: Literal["streamed", "whole"] = "streamed"
+        """Whether computing begins before all layers are back."""
+        self._private: list[Segment] = []
+        self.store: WeightStore | None = None
+        self.backend: Backend = worker.backend(device, page_bytes)
+        self.copy_share = cpu_linear.copy_share() if device.startswith("cpu") else GPU_COPY_SHARE
+        paced = Emulation(links=links, faults="").weights_backend(self.backend)
+        if paced is not self.backend:
+            self.backend, self.copy_share = paced, GPU_COPY_SHARE
+
+    # ------------------------------------------------------------------ vLLM calls
+
+    def wrap_modules(
+        self, modules_generator: Generator[torch.nn.Module, None, None], prefix: str = ""
+    ) -> list[torch.nn.Module]:
+        modules = list(modules_generator)
+        if self._modules or prefix:
+            return modules  # a draft model's, or a tower's: they stay where they are
+        self._modules = modules
+        for index, module in enumerate(modules):
+            self._parts |= {id(part): _own_bytes(part) for part in module.modules()}
+            self._hook(index, module)
+        return modules
+
+    def belongs(self, part: Any) -> bool:
+        """Whether a module is part of a layer that moves."""
+        return id(part) in self._parts
+
+    def post_init(self) -> None:
+        if self.store is not None or not self._modules:
+            return
+        layers = [dict(module.named_parameters()) for module in self._modules]
+        self.store = self._open_store(self.backend, layers, self._obstacles(layers))
+        self._count_resident()
+        # The host copy has everything. The old memory goes before the new comes, so that weights never lie on the device twice.
+        for named, moved in zip(layers, self.store.tensors, strict=True):
+            for name, tensor in moved.items():
+                named[name].data = tensor
+        if self.backend.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        size = self.store.layout.layer_pages
+        pages = self.backend.create(len(layers) * size)
+        self._private = [tuple(pages[i : i + size]) for i in range(0, len(pages), size)]
+        self.store.give(self._private)
+        self.store.wait_all()
+
+    def sync_prev_onload(self) -> None:
+        """vLLM calls this before it captures or replays a CUDA graph. Layers that stream are waited for one by one."""
+        if self.store is not None and not self.streams:
+            self.store.wait_all_present()
+
+    def _wait_for_layer(self, layer_idx: int) -> None:
+        assert self.store is not None
+        self.store.before(layer_idx)
+
+    def _start_prefetch(self, layer_idx: int) -> None:
+        assert self.store is not None
+        self.store.after(layer_idx)
+
+    # ------------------------------------------------------------------ inside
+
+    def _obstacles(self, layers: Sequence[Mapping[str, torch.Tensor]]) -> dict[int, str]:
+        """By id(tensor): why a parameter stays where it is."""
+        found = dict.fromkeys(held_elsewhere(layers), "another tensor shares its memory")
+        for module in self._modules:
+            found |= movable.obstacles(module)
+        return found
+
+    def _count_resident(self) -> None:
+        """Raises ConfigError when hardly anything can move."""
+        assert self.store is not None
+        parts = [part for module in self._modules for part in module.modules()]
+        packed = [max(0, self._parts.get(id(part), 0) - _own_bytes(part)) for part in parts if movable.obstacle(part)]
+        self.resident_bytes = self.store.layout.resident_bytes + sum(packed)
+        moved = sum(self.store.layout.used_bytes)
+        share = moved / (moved + self.resident_bytes)
+        reasons = sorted(set(self.store.layout.resident.values()) - {"empty"})
+        logger.info(
+            "%.1f %% of the decoder layers' weights can move; others: %s", 100 * share, "; ".join(reasons) or "none"
+        )
+        if share < LEAST_MOVED:
+            raise ConfigError(
+                f"elastic weights: only {share:.1%} of this model's decoder layers could move ({'; '.join(reasons)}). "
+                f'Serve it with resident weights: remove POLDER_WEIGHTS, or weights = "elastic" from the fleet file'
+            )
+
+    def end_private(self) -> None:
+        """Sleeps, and frees the pages of the start."""
+        if self.store is not None and self._private:
+            self.store.rotate(None)
+            self.backend.destroy([page for segment in self._private for page in segment])
+            self._private = []
+
+    def _hook(self, index: int, module: torch.nn.Module) -> None:
+        original = module.forward
+        place = list(inspect.signature(original).parameters).index("hidden_states")
+
+        def compiled_forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
+            torch.ops.vllm.wait_prefetch(hidden, index)
+            output = original(*args, **kwargs)
+            torch.ops.vllm.start_prefetch(output[0] if isinstance(output, tuple) else output, index)
+            return output
+
+        def eager_forward(*args: Any, **kwargs: Any) -> Any:
+            if self.store is None:
+                return original(*args, **kwargs)
+            self.store.before(index)
+            output = original(*args, **kwargs)
+            self.store.after(index)
+            return output
+
+        if self._compiled:
+            import vllm.model_executor.offloader.prefetch_ops  # noqa: F401  registers the two ops
+        module.forward = compiled_forward if self._compiled else eager_forward
+
+
+def _own_bytes(part: torch.nn.Module) -> int:
+    """Of parameters that the module itself owns."""
+    return sum(parameter.nbytes for parameter in part.parameters(recurse=False))
+
+
+_offloader: WeightOffloader | None = None
+_given: dict[Segment, tuple[int, tuple[int, ...]]] = {}
+"""Segments of the broker: generation and page numbers."""
+
+
+def _store() -> WeightStore:
+    assert _offloader is not None
+    assert _offloader.store is not None
+    return _offloader.store
+
+
+def _memory() -> worker.WorkerMemory:
+    memory = worker.memory()
+    assert memory is not None
+    return memory
+
+
+def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloader:
+    """The offloader of an engine with elastic weights. Raises ConfigError for what they do not work with.
+
+    Marks the configuration: see MARKER.
+    """
+    from vllm.config import CompilationMode
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    offload = vllm_config.offload_config
+    if offload.prefetch.offload_group_size > 0 or offload.uva.cpu_offload_gb > 0:
+        raise ConfigError(
+            "elastic weights take the place of vLLM's weight offloading: remove its options, or POLDER_WEIGHTS"
+        )
+    if vllm_config.parallel_config.enable_eplb:
+        raise ConfigError(
+            "elastic weights: --enable-eplb moves experts while the engine serves, and the host copy would bring the old "
+            "ones back. Remove that option, or POLDER_WEIGHTS"
+        )
+    mark(vllm_config)
+    cuda = current_platform.is_cuda()
+    device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu:0"
+    page_bytes = settings.page_bytes if settings.broker is None else status(settings.broker).devices[0].page_bytes
+    compilation = vllm_config.compilation_config
+    compiled = compilation.mode != CompilationMode.NONE
     graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE) and not split_at_layers(compilation)
     key = host_copies.copy_key(vllm_config, vllm_config.parallel_config.rank)
     store = functools.partial(host_copies.open_store, broker=settings.broker, key=key)

@@ -1,0 +1,75 @@
+"""Layers whose weights stream while their model is computed in piecewise CUDA graphs (tests/rig), which hold no waits for layers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polder.broker.client import request
+from polder.broker.wire import Sleep, Stream
+from tests.engines.breaking import allowing_functions
+from tests.engines.harness import Broker, Engine, wait_for
+from tests.engines.test_weights_graphs import LAYERS, PAGES, RECIPES, one_by_one
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+LIKE = "v2,async,uni,warmup,compiled,graphs"
+RECIPE = RECIPES["a"]
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as folder:
+        broker = Broker(Path(folder) / "b", pages=PAGES).start()
+        yield broker
+        broker.stop()
+
+
+@pytest.fixture
+def served(broker: Broker) -> Iterator[Engine]:
+    settings = {
+        "POLDER_BROKER": str(broker.socket),
+        "POLDER_ENGINE": "a",
+        "POLDER_WEIGHTS": "elastic",
+        "POLDER_LINKS": "weights=10MB/s",  # a layer takes longer than a step
+    }
+    with allowing_functions():
+        engine = Engine.start("a", RECIPE, settings, like=LIKE, compilation_config={"cudagraph_mode": "PIECEWISE"})
+        yield engine
+        engine.stop()
+
+
+def await_no_layer(worker: Any) -> None:
+    from polder.engines.vllm import offloader
+
+    assert offloader._offloader is not None
+    offloader._offloader._wait_for_layer = lambda layer: None  # type: ignore[method-assign]
+
+
+def stream(broker: Broker, segments: int) -> None:
+    request(broker.socket, Stream(engine="a", segments=segments))
+    wait_for(lambda: broker.engine("a").segments == segments, f"{segments} segments", 60)
+
+
+def test_layers_stream_between_the_pieces_with_stocks_tokens(served: Engine, broker: Broker) -> None:
+    stock = Engine.start("stock", RECIPE, num_gpu_blocks_override=160)
+    expected = one_by_one(stock)
+    stock.stop()
+    assert one_by_one(served) == expected
+    for segments in (LAYERS - 3, LAYERS):
+        stream(broker, segments)
+        assert one_by_one(served) == expected
+    graphs = served.llm.collective_rpc("graph_figures")[0]
+    assert graphs["replayed"] > 100
+    assert not graphs["host_calls"], "no graph holds a wait, which it would leave out when it is replayed"
+    request(broker.socket, Sleep(engine="a"))
+    wait_for(lambda: broker.engine("a").asleep, "a to sleep", 60)
+    assert one_by_one(served) == expected
+
+    stream(broker, LAYERS - 3)
+    served.llm.collective_rpc(await_no_layer)
+    assert one_by_one(served) != expected, "a negative control: layers that are not awaited are noticed"
