@@ -17,7 +17,7 @@ from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
-LIKE = "v2,async,uni,warmup,compiled,graphs"
+LIKE = "v2,async,uni,warmup,graphs"
 LAYERS = 6
 RECIPES = {
     name: dataclasses.replace(TINY, name=f"tiny-rig-{name}", layers=LAYERS, seed=seed)

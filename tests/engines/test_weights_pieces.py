@@ -1,17 +1,16 @@
-"""Layers whose weights stream while their model is computed in piecewise CUDA graphs (tests/rig), which hold no waits for layers."""
+"""Layers whose weights stream while their model is computed in piecewise CUDA graphs (tests/rig): no graph holds their waits."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from polder.broker.client import request
 from polder.broker.wire import Sleep, Stream
-from tests.engines.breaking import allowing_functions
+from tests.engines.controls import Switches
 from tests.engines.harness import Broker, Engine, wait_for
 from tests.engines.test_weights_graphs import LAYERS, PAGES, RECIPES, one_by_one
 
@@ -30,24 +29,24 @@ def broker() -> Iterator[Broker]:
 
 
 @pytest.fixture
-def served(broker: Broker) -> Iterator[Engine]:
+def switches(tmp_path: Path) -> Switches:
+    return Switches(tmp_path)
+
+
+@pytest.fixture
+def served(broker: Broker, switches: Switches) -> Iterator[Engine]:
     settings = {
         "POLDER_BROKER": str(broker.socket),
         "POLDER_ENGINE": "a",
         "POLDER_WEIGHTS": "elastic",
         "POLDER_LINKS": "weights=10MB/s",  # a layer takes longer than a step
     }
-    with allowing_functions():
-        engine = Engine.start("a", RECIPE, settings, like=LIKE, compilation_config={"cudagraph_mode": "PIECEWISE"})
+    with switches.reaching_engines() as more:
+        engine = Engine.start(
+            "a", RECIPE, settings | more, like=LIKE, compilation_config={"cudagraph_mode": "PIECEWISE"}
+        )
         yield engine
         engine.stop()
-
-
-def await_no_layer(worker: Any) -> None:
-    from polder.engines.vllm import offloader
-
-    assert offloader._offloader is not None
-    offloader._offloader._wait_for_layer = lambda layer: None  # type: ignore[method-assign]
 
 
 def stream(broker: Broker, segments: int) -> None:
@@ -55,7 +54,9 @@ def stream(broker: Broker, segments: int) -> None:
     wait_for(lambda: broker.engine("a").segments == segments, f"{segments} segments", 60)
 
 
-def test_layers_stream_between_the_pieces_with_stocks_tokens(served: Engine, broker: Broker) -> None:
+def test_layers_stream_between_the_pieces_with_stocks_tokens(
+    served: Engine, broker: Broker, switches: Switches
+) -> None:
     stock = Engine.start("stock", RECIPE, num_gpu_blocks_override=160)
     expected = one_by_one(stock)
     stock.stop()
@@ -71,5 +72,5 @@ def test_layers_stream_between_the_pieces_with_stocks_tokens(served: Engine, bro
     assert one_by_one(served) == expected
 
     stream(broker, LAYERS - 3)
-    served.llm.collective_rpc(await_no_layer)
-    assert one_by_one(served) != expected, "a negative control: layers that are not awaited are noticed"
+    with switches.on("a layer's weights are not awaited"):
+        assert one_by_one(served) != expected
