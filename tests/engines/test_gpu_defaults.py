@@ -33,6 +33,12 @@ def test_words_that_mean_nothing_are_refused(like: str) -> None:
 
 
 @pytest.mark.engine
+def test_a_model_is_not_compiled_and_eager_at_once() -> None:
+    with pytest.raises(ValueError, match="enforce_eager=False"):
+        Engine.start("gpulike", TINY, like="v2,async,uni,compiled", enforce_eager=True)
+
+
+@pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_stock_with_all_defaults_gives_the_tokens_of_the_cpu(expected: list[list[int]]) -> None:
     engine = Engine.start("gpulike", TINY, like="v2,async,uni,warmup,compiled,graphs", num_gpu_blocks_override=160)
