@@ -1,6 +1,7 @@
 """CUDA graphs, emulated: capture runs everything and records what a graph would hold, replay runs only that.
 
-vLLM's own manager captures, pads, dispatches and replays, whole decode steps (FULL) and, of compiled models, pieces (PIECEWISE); `torch.cuda.CUDAGraph` and `torch.cuda.graph` are the ones
+vLLM's own manager captures, pads, dispatches and replays, whole decode steps (FULL) and, of compiled models, pieces
+(PIECEWISE); `torch.cuda.CUDAGraph` and `torch.cuda.graph` are the ones
 below. Calls of PyTorch's dispatcher are recorded with the very tensors, so a replay reads and writes the captured
 addresses. As on a GPU, Python, NumPy, ctypes and threads are not recorded. Operations of the namespace `vllm` are
 written in Python. Those in ATTENTION run again in a replay, with the metadata of the step: on a GPU their kernels are
