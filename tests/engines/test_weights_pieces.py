@@ -10,7 +10,7 @@ import pytest
 
 from polder.broker.client import request
 from polder.broker.wire import Sleep, Stream
-from tests.engines.controls import Switches
+from tests.engines.controls import LATE_COPIES, Switches
 from tests.engines.harness import Broker, Engine, wait_for
 from tests.engines.test_weights_graphs import LAYERS, PAGES, RECIPES, one_by_one
 
@@ -72,5 +72,5 @@ def test_layers_stream_between_the_pieces_with_stocks_tokens(
     assert one_by_one(served) == expected
 
     stream(broker, LAYERS - 3)
-    with switches.on("a layer's weights are not awaited"):
+    with switches.on(LATE_COPIES, "a layer's weights are not awaited"):
         assert one_by_one(served) != expected
