@@ -39,7 +39,7 @@ def served(broker: Broker, switches: Switches) -> Iterator[Engine]:
         "POLDER_BROKER": str(broker.socket),
         "POLDER_ENGINE": "a",
         "POLDER_WEIGHTS": "elastic",
-        "POLDER_LINKS": "weights=40MB/s",  # a layer of 1 MiB takes longer than to compute it
+        "POLDER_LINKS": "weights=40MB/s",
     }
     with switches.reaching_engines() as more:
         engine = Engine.start(
