@@ -1,0 +1,125 @@
+"""The map of the packages in docs/structures.md and the imports in the code agree."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "polder"
+
+FLOORS: tuple[dict[str, str], ...] = (
+    {"cli": "the command `polder`"},
+    {"bench": "benchmarks, with other policies to compare with (`bench/sparse`)"},
+    {"serve": "several engines behind one endpoint"},
+    {"engines": "what runs within vLLM; the only package that imports it"},
+    {
+        "broker": "who holds which memory",
+        "emulation": "emulated links, disks and faults",
+        "sim": "eviction policies on recorded traces",
+    },
+    {
+        "tiers": "lent memory, host memory and disks behind an engine's KV cache",
+        "swarm": "KV that is read sparsely: packing, placement and reads of entries smaller than a page",
+        "weights": "weights of which parts can be away",
+        "window": "contexts longer than the device's memory",
+    },
+    {"diskstore": "pages on several disks", "stream": "layers fetched just before they are used"},
+    {"memory": "pages, addresses and copies", "planner": "cost models without I/O"},
+    {"metrics": "every metric, declared once", "settings": "how settings are declared and read"},
+    {"units": "sizes and times as text", "arrays": "names of array types"},
+    {"errors": "all exceptions"},
+)
+"""Packages and modules of polder, from the top. Each imports only from lower floors."""
+
+EMULATION_FOR_ENGINES = {"polder.emulation.factory", "polder.emulation.options"}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        yield ".".join(("polder", *(part for part in parts if part != "__init__"))), path
+
+
+@cache
+def names() -> frozenset[str]:
+    return frozenset(name for name, _ in modules())
+
+
+def imports(path: Path, *, at_start: bool = False) -> set[str]:
+    """The modules of polder that a file imports; with `at_start` only those imported with the file, not within functions."""
+    found: set[str] = set()
+    nodes = list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & names()
+            found |= inner or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if not (at_start and (lazy or typing_only)):
+            nodes.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler))
+    return {name for name in found if name.split(".")[0] == "polder"}
+
+
+def package(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+def test_packages_import_only_from_lower_floors() -> None:
+    floor_of = {name: floor for floor, row in enumerate(FLOORS) for name in row}
+    assert {package(name) for name in names()} - {""} == set(floor_of), "the table of floors lacks a package"
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules()
+        for other in imports(path)
+        if package(name) and package(other) not in ("", package(name))
+        if floor_of[package(other)] <= floor_of[package(name)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graphlib.TopologicalSorter({name: imports(path, at_start=True) - {name} for name, path in modules()}).prepare()
+
+
+def test_the_product_uses_neither_tests_nor_benchmarks_and_emulation_through_its_factory() -> None:
+    for name, path in modules():
+        if package(name) not in ("cli", "bench"):
+            assert not {other for other in imports(path) if package(other) in ("bench", "testing")}, name
+        if package(name) not in ("bench", "emulation"):
+            used = {other for other in imports(path) if package(other) == "emulation"}
+            assert used <= EMULATION_FOR_ENGINES, f"{name}: {used}"
+        assert "import tests" not in path.read_text(), name
+
+
+def test_only_engines_and_benchmarks_import_vllm() -> None:
+    for name, path in modules():
+        if package(name) not in ("engines", "bench"):
+            source = path.read_text()
+            assert "from vllm" not in source, name
+            assert "import vllm" not in source, name
+
+
+def test_no_file_name_repeats_its_folder() -> None:
+    for name, path in modules():
+        folder, words = path.parent.name, path.stem.split("_")
+        assert folder not in words, name
+        assert folder.removesuffix("s") not in words, name
+
+
+def floors_table() -> str:
+    rows = ["| floor | package | what |", "|---|---|---|"]
+    for number, row in enumerate(FLOORS):
+        rows += [f"| {len(FLOORS) - number} | `{name}` | {what} |" for name, what in row.items()]
+    return "\n".join(rows)
+
+
+def test_the_map_shows_the_floors() -> None:
+    shown = (ROOT / "docs" / "structures.md").read_text()
+    assert floors_table() in shown, f"put this into docs/structures.md:\n\n{floors_table()}"
