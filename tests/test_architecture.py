@@ -63,7 +63,9 @@ def imports(path: Path, *, at_start: bool = False) -> set[str]:
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         if not (at_start and (lazy or typing_only)):
-            nodes.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler))
+            nodes.extend(
+                child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.ExceptHandler)
+            )
     return {name for name in found if name.split(".")[0] == "polder"}
 
 
