@@ -70,7 +70,7 @@ def imports(path: Path, *, at_start: bool = False) -> set[str]:
 
 
 def package(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return ([*module.split("."), ""])[1]
 
 
 def test_packages_import_only_from_lower_floors() -> None:
