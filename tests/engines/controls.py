@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONTROLS", "LATE_COPIES", "PLUGIN", "Switches", "install"]
+__all__ = ["CONTROLS", "LATE_COPIES", "LATE_LAYERS", "PLUGIN", "Switches", "install"]
 
 PLUGIN = Path(__file__).parent / "controls_plugin"
 """Has the entry point by which vLLM finds `install`."""
@@ -33,13 +33,12 @@ _VARIABLE = "POLDER_TEST_SWITCHES"
 
 NAN, GARBAGE = 0xFF, 0x3F
 """As each byte of a float32 or bfloat16: not a number, and 0.75."""
-LATE_S = 0.1
-"""Longer than computing the layers that share slots takes, so a layer that does not wait for a copy computes without it."""
 
 Breaker = Callable[[Any, str, Callable[..., Any]], None]
 """(class or module, name of its function, what is called in its place: the stock function, then its arguments)"""
 CONTROLS: dict[str, Callable[[Breaker], None]] = {}
 LATE_COPIES = "given: copies over an emulated link begin late"
+LATE_LAYERS = "given: copies of single layers over an emulated link begin late"
 
 
 class Switches:
@@ -301,29 +300,37 @@ def _(broken: Breaker) -> None:
     broken(WeightStore, "rotate", rotate)
 
 
-@_control(LATE_COPIES)
-def _(broken: Breaker) -> None:
-    from polder.emulation.backends import PacedQueue
+def _late_by(late_s: float) -> Callable[[Breaker], None]:
+    """Copies begin so much later, in their order."""
 
-    stock = PacedQueue.put
-    threads: dict[int, ThreadPoolExecutor] = {}
+    def install(broken: Breaker) -> None:
+        from polder.emulation.backends import PacedQueue
 
-    def put_at_once(self: Any, *args: Any) -> Any:
-        if id(self) in threads:
-            threads.pop(id(self)).shutdown()  # copies that were late stay before those that are not
-        return stock(self, *args)
+        stock = PacedQueue.put
+        threads: dict[int, ThreadPoolExecutor] = {}
 
-    def put_late(_: Any, self: Any, *args: Any) -> Any:
-        due = time.perf_counter() + LATE_S
-
-        def begin() -> Any:
-            time.sleep(max(0.0, due - time.perf_counter()))
+        def put_at_once(self: Any, *args: Any) -> Any:
+            if id(self) in threads:
+                threads.pop(id(self)).shutdown()  # copies that were late stay before those that are not
             return stock(self, *args)
 
-        return _Late(threads.setdefault(id(self), ThreadPoolExecutor(1)).submit(begin))
+        def put_late(_: Any, self: Any, *args: Any) -> Any:
+            due = time.perf_counter() + late_s
 
-    PacedQueue.put = put_at_once  # type: ignore[method-assign]
-    broken(PacedQueue, "put", put_late)
+            def begin() -> Any:
+                time.sleep(max(0.0, due - time.perf_counter()))
+                return stock(self, *args)
+
+            return _Late(threads.setdefault(id(self), ThreadPoolExecutor(1)).submit(begin))
+
+        PacedQueue.put = put_at_once  # type: ignore[method-assign]
+        broken(PacedQueue, "put", put_late)
+
+    return install
+
+
+_control(LATE_COPIES)(_late_by(0.5))  # when all layers could have been computed
+_control(LATE_LAYERS)(_late_by(0.1))  # when the layers that share slots could have been
 
 
 class _Late:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +54,13 @@ ORDINARY = "async,uni"
 """GPU defaults (tests/rig) for tests whose engine need not be vLLM on a CPU as it comes: they cost nothing."""
 PAGE = 256 << 10
 """Small, so that a tiny model has many units: a unit of model A in float32 is 4 blocks = 128 tokens = 8 pages."""
-A32, B32 = MODEL_A.in_float32(), MODEL_B.in_float32()
+VOCABULARY = 4000
+A32, B32 = (
+    replace(model.in_float32(), hidden=256, intermediate=704, vocab=VOCABULARY, spread=0.08)
+    for model in (MODEL_A, MODEL_B)
+)
+"""Like the benches' models, with the same KV cache. Fewer weights, since reading them is most of a step on a CPU. They are larger,
+so that answers vary and equality says something (answers.py)."""
 
 
 @contextlib.contextmanager
@@ -212,8 +218,7 @@ class Engine:
         for name, prompt, length in zip(names, prompts, lengths, strict=True):
             parameters = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True, detokenize=False)
             engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
-        time.sleep(0.2)
-        self.utility("resume_scheduler")
+        self.utility("resume_scheduler")  # the core takes it from the same queue, after all requests
         done: dict[str, Output] = {}
         steps = 0
         while engine.has_unfinished_requests():
@@ -271,7 +276,7 @@ def command_of(process: psutil.Process) -> str:
         return ""
 
 
-def prompts(count: int, length: int, seed: int = 0, vocabulary: int = 32_000) -> list[list[int]]:
+def prompts(count: int, length: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[list[int]]:
     draw = random.Random(seed)
     return [[draw.randrange(10, vocabulary) for _ in range(length + 13 * i)] for i in range(count)]
 
@@ -281,10 +286,11 @@ def tokens_of(outputs: list[Output]) -> list[list[int]]:
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, 0.02
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.02)
+        time.sleep(pause_s)
+        pause_s = min(0.1, pause_s * 1.2)  # to ask costs an engine CPU time
 
 
 __all__ = [
@@ -292,8 +298,10 @@ __all__ = [
     "B32",
     "CONNECTOR",
     "MODELS",
+    "ORDINARY",
     "PAGE",
     "ROUNDS",
+    "VOCABULARY",
     "Broker",
     "Engine",
     "Output",

@@ -18,7 +18,7 @@ from vllm.v1.engine.core import EngineCoreProc
 from polder.engines.vllm import plugin
 from polder.engines.vllm.plugin import _patch_forgetting
 from polder.engines.vllm.tiers.adapters import AdapterEpochs
-from tests.engines.harness import A32, PAGE, Engine, prompts, wait_for
+from tests.engines.harness import A32, ORDINARY, PAGE, Engine, prompts, wait_for
 
 RANK = 8
 PROMPT = prompts(1, 200, seed=51)[0]
@@ -143,7 +143,7 @@ def test_an_adapter_retrained_in_place_and_a_reset_leave_nothing_of_the_former_w
         "POLDER_HOST": f"{160 * PAGE}B",
     }
     options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
-    engine = Engine.start("lora", A32, settings, **options)
+    engine = Engine.start("lora", A32, settings, like=ORDINARY, **options)
     parameters = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, detokenize=False)
 
     def ask(adapter: LoRARequest) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 from polder.diskstore.fsck import check_directory
 from polder.diskstore.layout import usage_bytes
 from polder.errors import ConfigError
-from tests.engines.harness import A32, PAGE, Engine, Output, prompts, tokens_of, wait_for
+from tests.engines.harness import A32, ORDINARY, PAGE, Engine, Output, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -34,7 +34,7 @@ def start(disks: list[Path], **settings: str) -> Engine:
         "POLDER_HOST": "12MiB",
         "POLDER_DISKS": ",".join(f"{disk}:{LIMIT}B" for disk in disks),
     }
-    return Engine.start("d", A32, own | settings)
+    return Engine.start("d", A32, own | settings, like=ORDINARY)
 
 
 def figures(engine: Engine) -> dict[str, float]:

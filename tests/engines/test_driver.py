@@ -42,22 +42,6 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def stock() -> Iterator[Stock]:
-    """Answers of stock vLLM, in forked processes like the engines below: (model, prompts, tokens each) -> answers."""
-    engines: dict[str, Engine] = {}
-
-    def answers(recipe: ModelRecipe, asked: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
-        if recipe.name not in engines:
-            options = {"num_gpu_blocks_override": 400, "max_model_len": 3600}
-            engines[recipe.name] = Engine.start("stock", recipe, processes="forked", **options)
-        return tokens_of(engines[recipe.name].generate(asked, tokens=tokens))
-
-    yield answers
-    for engine in engines.values():
-        engine.stop()
-
-
 class Fleet:
     """A broker and engines over the fake driver."""
 

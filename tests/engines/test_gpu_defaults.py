@@ -3,27 +3,27 @@ graphs, whole and in pieces (tests/rig)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import gpulike
 import pytest
 
 from polder.bench.workloads.models import ModelRecipe
+from tests.engines.conftest import Stock
 from tests.engines.harness import Engine, prompts, tokens_of
 
 VOCABULARY = 2000
 TINY = ModelRecipe(
-    name="tiny-rig", family="llama", layers=2, hidden=128, intermediate=256, heads=4, vocab=VOCABULARY, seed=3
+    name="tiny-rig",
+    family="llama",
+    layers=2,
+    hidden=128,
+    intermediate=256,
+    heads=4,
+    vocab=VOCABULARY,
+    seed=3,
+    spread=0.12,
 ).in_float32()
 """Small, for interpreted kernels take about 55 ms a step, whatever the model."""
 ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 24] * 6
-
-
-@pytest.fixture(scope="module")
-def expected() -> Iterator[list[list[int]]]:
-    engine = Engine.start("stock", TINY, num_gpu_blocks_override=160)
-    yield tokens_of(engine.generate(ASKED, LENGTHS))
-    engine.stop()
 
 
 @pytest.mark.parametrize("like", ["v1", "graphs", "v2,graph", "late,uni"])
@@ -40,14 +40,14 @@ def test_a_model_is_not_compiled_and_eager_at_once() -> None:
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-def test_stock_with_all_defaults_gives_the_tokens_of_the_cpu(expected: list[list[int]]) -> None:
+def test_stock_with_all_defaults_gives_the_tokens_of_the_cpu(stock: Stock) -> None:
     engine = Engine.start("gpulike", TINY, like="v2,async,uni,warmup,compiled,graphs", num_gpu_blocks_override=160)
     try:
         config = engine.llm.llm_engine.vllm_config
         assert config.use_v2_model_runner
         assert config.scheduler_config.async_scheduling
         assert config.parallel_config.distributed_executor_backend == "uni"
-        assert tokens_of(engine.generate(ASKED, LENGTHS)) == expected
+        assert tokens_of(engine.generate(ASKED, LENGTHS)) == stock(TINY, ASKED, LENGTHS)
         figures = engine.llm.collective_rpc("graph_figures")[0]
         sizes, pieces = 9, TINY.layers + 1  # the model is split at each attention
         assert figures["captured"] == sizes + sizes * pieces, "whole decode steps, and pieces for steps that prefill"

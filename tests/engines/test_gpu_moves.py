@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.engines.harness import PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.conftest import Stock
+from tests.engines.harness import ORDINARY, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 UNIT = 2 * PAGE
 """4 blocks = 128 tokens."""
-UNITS = 40
+UNITS, BORROWER_UNITS = 40, 11
 EVERYTHING = "v2,async,uni,warmup,compiled,graphs"
 ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 60] * 6
 LONG = prompts(10, 300, seed=6, vocabulary=VOCABULARY)
@@ -25,21 +27,19 @@ Answers = Callable[[list[list[int]], int | list[int]], list[list[int]]]
 
 
 @pytest.fixture(scope="module")
-def right() -> Iterator[Answers]:
-    engine = Engine.start("stock", TINY, processes="forked", num_gpu_blocks_override=200)
-    yield lambda asked, tokens: tokens_of(engine.generate(asked, tokens))
-    engine.stop()
+def right(stock: Stock) -> Answers:
+    return functools.partial(stock, TINY)
 
 
-@pytest.fixture(scope="module", params=["async,uni", EVERYTHING])
+@pytest.fixture(scope="module", params=[ORDINARY, EVERYTHING])
 def served(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Broker]]:
-    """With a host tier. Its floor has far fewer blocks than the warm-up has requests."""
+    """With a host tier; it lends, too. Its floor has far fewer blocks than the warm-up has requests."""
     with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
-        broker = Broker(Path(folder) / "b", pages=2 * UNITS, host_pages=400).start()
-        settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a"}
+        broker = Broker(Path(folder) / "b", pages=2 * (UNITS + BORROWER_UNITS), host_pages=400).start()
+        settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a", "POLDER_LEND": f"{16 * UNIT}B"}
         tiers = {"POLDER_TIERS": "host", "POLDER_HOST": f"{400 * PAGE}B"}
         try:
-            engine = Engine.start("a", TINY, settings | tiers, like=request.param, processes="forked", max_num_seqs=64)
+            engine = Engine.start("a", TINY, settings | tiers, like=request.param, max_num_seqs=64)
             assert broker.engine("a").floor_units * 4 < 64
             yield engine, broker
             engine.stop()
@@ -88,29 +88,20 @@ def test_requests_that_lose_their_blocks_and_are_resumed_at_once_lose_no_token(
     assert 0 < preempted < 4 * len(LONG), "no more than are in the way"
 
 
-@pytest.mark.parametrize("like", ["", EVERYTHING])
-def test_blocks_that_were_lent_are_zeroed_by_every_model_runner(like: str, right: Answers) -> None:
-    def fixed(name: str, units: int) -> dict[str, str]:
-        size = f"{units * UNIT}B"
-        sizes = {"POLDER_KV_FLOOR": size, "POLDER_KV_SHARE": size, "POLDER_KV_CEILING": size}
-        return sizes | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": name}
-
-    with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
-        broker = Broker(Path(folder) / "b", pages=2 * (11 + UNITS), host_pages=96).start()
-        engines = []
-        try:
-            lending = fixed("b", UNITS) | {"POLDER_LEND": f"{16 * UNIT}B"}
-            lender = Engine.start("b", TINY, lending, like=like, processes="forked", max_num_seqs=16)
-            engines.append(lender)
-            borrower = Engine.start("a", TINY, fixed("a", 11) | {"POLDER_TIERS": "peer"}, processes="forked")
-            engines.append(borrower)
-            wait_for(lambda: figures(lender)["lent_offered_bytes"] >= 12 * UNIT, "an offer", 60)
-            for _ in range(2):
-                assert [tokens_of(borrower.generate([talk]))[0] for talk in TALKS] == right(TALKS, 24)
-            assert figures(lender)["lent_borrowed_bytes"] > 0
-            assert tokens_of(lender.generate(LOAD)) == right(LOAD, 24)
-            assert figures(lender)["lent_borrowed_recalls_total"] > 0
-        finally:
-            for engine in engines:
-                engine.stop()
-            broker.stop()
+def test_blocks_that_were_lent_are_zeroed_by_every_model_runner(served: tuple[Engine, Broker], right: Answers) -> None:
+    lender, broker = served
+    size = f"{BORROWER_UNITS * UNIT}B"
+    sizes = {"POLDER_KV_FLOOR": size, "POLDER_KV_SHARE": size, "POLDER_KV_CEILING": size}
+    settings = sizes | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "b", "POLDER_TIERS": "peer"}
+    broker.resize("a", UNITS)
+    borrower = Engine.start("b", TINY, settings, like=ORDINARY)
+    try:
+        wait_for(lambda: figures(lender)["lent_offered_bytes"] >= 12 * UNIT, "an offer", 60)
+        before = figures(lender)["lent_borrowed_recalls_total"]
+        for _ in range(2):
+            assert [tokens_of(borrower.generate([talk]))[0] for talk in TALKS] == right(TALKS, 24)
+        assert figures(lender)["lent_borrowed_bytes"] > 0
+        assert tokens_of(lender.generate(LOAD)) == right(LOAD, 24)
+        assert figures(lender)["lent_borrowed_recalls_total"] > before
+    finally:
+        borrower.stop()

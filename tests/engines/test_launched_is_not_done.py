@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines.conftest import Stock
 from tests.engines.harness import PAGE, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
@@ -20,10 +21,8 @@ Started = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
-def expected() -> Iterator[list[list[int]]]:
-    engine = Engine.start("stock", TINY, num_gpu_blocks_override=160)
-    yield tokens_of(engine.generate(ASKED, LENGTHS))
-    engine.stop()
+def expected(stock: Stock) -> list[list[int]]:
+    return stock(TINY, ASKED, LENGTHS)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Sleep
 from tests.engines.answers import varied
-from tests.engines.controls import LATE_COPIES, Switches
+from tests.engines.controls import LATE_COPIES, LATE_LAYERS, Switches
 from tests.engines.harness import ORDINARY, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -211,7 +211,7 @@ CLAIMS = (
     # test_window_defaults.py has both, on the V2 runner.
     Claim(
         scenario=longer_than_the_device,
-        given=(LATE_COPIES,),
+        given=(LATE_LAYERS,),
         broken=("a window's layer is not awaited",),
         when="all wanted",
     ),

@@ -23,7 +23,7 @@ def expected(stock: Stock) -> list[list[int]]:
 
 
 def test_with_nothing_configured_the_engine_is_stock(expected: list[list[int]]) -> None:
-    engine = Engine.start("plain", settings={"POLDER_BROKER": ""}, processes="spawned", num_gpu_blocks_override=160)
+    engine = Engine.start("plain", settings={"POLDER_BROKER": ""}, num_gpu_blocks_override=160)
     try:
         with pytest.raises(Exception, match="polder"):
             engine.utility("polder_check")
@@ -75,7 +75,6 @@ def test_tensor_parallel_ranks_grow_move_and_shrink_together() -> None:
 def test_plain_vllm_serve_refuses_with_what_to_change(tmp_path: Path, short_dir: Path) -> None:
     """Two at a time: most of it is imports. They end with this process, whatever ends it."""
     wrong = {
-        "give at least": {"POLDER_KV_BUDGET": "512MiB", "POLDER_KV_FLOOR": "16MiB"},
         "no broker answers on /nowhere/b": {"POLDER_BROKER": "/nowhere/b"},
     }
     vllm, model = str(Path(sys.executable).with_name("vllm")), str(ensure_model(A32, MODELS))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import transformers
 
-from polder.bench.workloads.models import ensure_model
 from polder.engines.vllm.settings import read_settings
 from polder.engines.vllm.tiers.agreement import agree_on_tiers, check_caching
 from polder.engines.vllm.tiers.worker import caches_prefixes
 from polder.errors import ConfigError
-from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, environment
+from tests.engines.harness import ORDINARY, VOCABULARY, Broker, Engine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 SMALL = {
@@ -22,36 +20,23 @@ SMALL = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_attention_heads": 4,
-    "vocab_size": A32.vocab,
+    "vocab_size": VOCABULARY,
 }
-
-
-def start(folder: Path, settings: dict[str, str], **options: object) -> object:
-    from vllm import LLM
-
-    from polder.engines.vllm import plugin
-
-    for file in ensure_model(A32, MODELS).glob("tokenizer*"):
-        shutil.copy(file, folder)
-    with environment(ENVIRONMENT | settings):
-        plugin.register()
-        return LLM(str(folder), enforce_eager=True, max_model_len=128, **options)
 
 
 def test_a_model_without_a_kv_cache_is_served_and_the_broker_knows(tmp_path: Path, short_dir: Path) -> None:
     transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
     broker = Broker(short_dir / "b", pages=8).start()
     try:
-        llm = start(
-            tmp_path, {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "bert"}, runner="pooling", dtype="float32"
-        )
+        settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "bert"}
+        engine = Engine.start("bert", tmp_path, settings, like=ORDINARY, runner="pooling", max_model_len=128)
         try:
-            (output,) = llm.embed([{"prompt_token_ids": [2, 3, 4]}], use_tqdm=False)  # type: ignore[attr-defined]
+            (output,) = engine.llm.embed([{"prompt_token_ids": [2, 3, 4]}], use_tqdm=False)
             assert len(output.outputs.embedding) == SMALL["hidden_size"]
             assert broker.status().stock == {"bert": "this model has no KV cache"}
             assert not broker.status().engines
         finally:
-            llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
+            engine.stop()
     finally:
         broker.stop()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, B32, Broker, Engine, Output, prompts, tokens_of, wait_for
+from tests.engines.harness import A32, B32, ORDINARY, Broker, Engine, Output, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 PAGES = 320
@@ -41,8 +41,8 @@ def expected(stock: Stock) -> tuple[list[list[int]], list[list[int]]]:
 @pytest.fixture(scope="module")
 def engines(broker: Broker, expected: object) -> Iterator[dict[str, Engine]]:
     started = {
-        "a": Engine.start("a", A32, settings(broker, "a")),
-        "b": Engine.start("b", B32, settings(broker, "b")),
+        "a": Engine.start("a", A32, settings(broker, "a"), like=ORDINARY),
+        "b": Engine.start("b", B32, settings(broker, "b"), like=ORDINARY),
     }
     yield started
     for engine in started.values():
@@ -124,6 +124,6 @@ def test_engines_killed_and_restarted_in_turn_harm_nobody(
         engines[victim].stop()
         assert not any(p.is_running() and p.status() != "zombie" for p in processes)
         recipe = A32 if victim == "a" else B32
-        engines[victim] = Engine.start(victim, recipe, settings(broker, victim))
+        engines[victim] = Engine.start(victim, recipe, settings(broker, victim), like=ORDINARY)
     assert tokens_of(engines["a"].generate(LOAD_A, tokens=48)) == expected[0]
     assert tokens_of(engines["b"].generate(LOAD_B, tokens=48)) == expected[1]

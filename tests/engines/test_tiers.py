@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import A32, B32, ORDINARY, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -30,12 +30,14 @@ def fixed(units: int, pages: int) -> dict[str, str]:
 
 def start_a(broker: Broker, tiers: str = "peer,host", **more: str) -> Engine:
     settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "a", "POLDER_TIERS": tiers, **more}
-    return Engine.start("a", A32, settings | {"POLDER_HOST": f"{HOST_PAGES * PAGE}B"} | fixed(UNITS_A, 8))
+    return Engine.start(
+        "a", A32, settings | {"POLDER_HOST": f"{HOST_PAGES * PAGE}B"} | fixed(UNITS_A, 8), like=ORDINARY
+    )
 
 
 def start_b(broker: Broker) -> Engine:
     settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "b", "POLDER_LEND": f"{16 * 4 * PAGE}B"}
-    return Engine.start("b", B32, settings | fixed(UNITS_B, 4))
+    return Engine.start("b", B32, settings | fixed(UNITS_B, 4), like=ORDINARY)
 
 
 @pytest.fixture(scope="module")

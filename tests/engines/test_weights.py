@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,21 +20,37 @@ from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Rouse, Sleep
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, B32, MODELS, PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import (
+    A32,
+    B32,
+    MODELS,
+    ORDINARY,
+    PAGE,
+    VOCABULARY,
+    Broker,
+    Engine,
+    prompts,
+    tokens_of,
+    wait_for,
+)
 from tests.engines.quantised import int8_attention
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 PROMPTS = prompts(4, 200, seed=51)
 LAYERS = 8
-RECIPES = {"a": A32, "b": B32, "moe": ModelRecipe(name="tiny-moe", family="qwen2_moe", layers=6, seed=4).in_float32()}
+A, B = (
+    replace(recipe, name=f"wide-{recipe.name}", hidden=512, intermediate=1408, spread=0.06) for recipe in (A32, B32)
+)
+RECIPES = {
+    "a": A,
+    "b": B,
+    "moe": ModelRecipe(
+        name="tiny-moe", family="qwen2_moe", layers=6, vocab=VOCABULARY, seed=4, spread=0.06
+    ).in_float32(),
+}
 COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 """Traced by Dynamo as in production, without the C++ compiler that inductor needs."""
-
-
-def start(broker: Broker, name: str, more: dict[str, str] | None = None, **options: object) -> Engine:
-    settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": name, "POLDER_WEIGHTS": "elastic"}
-    return Engine.start(name, RECIPES[name], settings | (more or {}), **options)
 
 
 @pytest.fixture
@@ -41,7 +58,8 @@ def started() -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def add(broker: Broker, name: str, more: dict[str, str] | None = None, **options: object) -> Engine:
-        engines.append(start(broker, name, more, **options))
+        settings = {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": name, "POLDER_WEIGHTS": "elastic"}
+        engines.append(Engine.start(name, RECIPES[name], settings | (more or {}), **{"like": ORDINARY} | options))
         return engines[-1]
 
     yield add
@@ -197,7 +215,7 @@ def test_what_sleeps_keeps_its_prefix_cache_in_the_tier_on_two_ranks(
 ) -> None:
     device = broker(900, host_pages=400)
     settings = {"POLDER_TIERS": "host", "POLDER_HOST": f"{400 * PAGE}B", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    a = started(device, "a", settings, tensor_parallel_size=2)
+    a = started(device, "a", settings, like="async", tensor_parallel_size=2)
     assert one_by_one(a) == expected["a"]
     for _ in range(2):
         request(device.socket, Sleep(engine="a"))
@@ -217,8 +235,8 @@ def test_quantised_layers_stay_and_the_others_leave_and_return(
     broker: Callable[..., Broker], started: Callable[..., Engine]
 ) -> None:
     """vLLM's int8 layers on the CPU keep the address of their scales: moved, they would be read from freed memory."""
-    model = str(int8_attention(A32, MODELS))
-    stock = Engine.start("stock", A32, model=model, num_gpu_blocks_override=200)
+    model = str(int8_attention(A, MODELS))
+    stock = Engine.start("stock", A, model=model, num_gpu_blocks_override=200)
     expected = one_by_one(stock)
     stock.stop()
     device = broker(900)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,14 +85,14 @@ def agreed(layers: int, window_layers: int, regular: int, store_units: int) -> W
     return found
 
 
-def hello(agreement: WindowAgreement, max_model_len: int) -> Any:
+def hello(agreement: WindowAgreement, max_model_len: int, own: EngineSettings | None = None) -> Any:
     """The floor and ceiling that the broker is told."""
     units = agreement.regular_units + agreement.shape.store_units
     kv = model(agreement.shape.layers, units)
     name = SimpleNamespace(max_model_len=max_model_len, served_model_name="m", model="m")
     found, _ = negotiate._hello(
         SimpleNamespace(model_config=name),
-        settings(),
+        own or settings(),
         kv,
         geometry_of(kv, PAGE, UNIT_BLOCKS),
         ["cpu:0"],
@@ -99,6 +100,12 @@ def hello(agreement: WindowAgreement, max_model_len: int) -> Any:
         agreement,
     )
     return found
+
+
+def test_a_floor_that_cannot_hold_one_request_is_refused_with_what_to_give() -> None:
+    own = replace(settings(), kv_floor_bytes=2 * 4 * PAGE)
+    with pytest.raises(BudgetError, match=r"give at least .*, or lower --max-model-len"):
+        hello(agreed(4, 2, regular=8, store_units=4), 400, own)
 
 
 SHAPES = st.integers(2, 12).flatmap(

@@ -13,7 +13,7 @@ import pytest
 
 from polder.bench.workloads.models import ModelRecipe
 from tests.engines.answers import varied
-from tests.engines.controls import LATE_COPIES, Switches
+from tests.engines.controls import LATE_LAYERS, Switches
 from tests.engines.harness import Engine, prompts, tokens_of, wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -118,7 +118,7 @@ def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_tur
 
 @pytest.mark.parametrize(
     ("given", "broken"),
-    [((), "a window's layer is not stored"), ((LATE_COPIES,), "a window's layer is not awaited")],
+    [((), "a window's layer is not stored"), ((LATE_LAYERS,), "a window's layer is not awaited")],
     ids=["not stored", "not awaited"],
 )
 def test_tokens_differ_when_a_layer_is(

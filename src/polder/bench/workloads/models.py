@@ -24,7 +24,7 @@ RESERVED_IDS = 3
 """Ids 0, 1, 2 are `<unk>`, `<s>` and `</s>`; prompts never hold them."""
 
 _FINGERPRINT_FILE = "recipe.json"
-_RECIPE_VERSION = 1  # raise when the way of building changes, so that cached models are made again
+_RECIPE_VERSION = 2  # raise when the way of building changes, so that cached models are made again
 _DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 _CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -125,6 +125,8 @@ def _save_weights(recipe: ModelRecipe, folder: Path) -> None:
         shape |= {"shared_expert_intermediate_size": expert, "qkv_bias": True}
     if recipe.family == "gemma3":  # a hybrid: every third layer attends to everything, the others to a window
         shape["sliding_window"] = 64
+        # Queries and keys are normalised, so without it attention over random ones is a mean, and all contexts look the same.
+        shape["query_pre_attn_scalar"] = 4
         shape["layer_types"] = [
             "full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(recipe.layers)
         ]
