@@ -15,7 +15,7 @@ app = typer.Typer(help="Measure Polder against stock vLLM on this machine.", no_
 
 @app.callback()
 def bench() -> None:
-    """Every bench writes JSON of one shape: bench, conditions, arms, ratios, checks."""
+    """Every bench writes JSON of the same shape: bench, conditions, arms, ratios, checks."""
 
 
 class Order(StrEnum):
@@ -94,7 +94,8 @@ def tenants(
     arms: Annotated[str, typer.Option(help="Only these: stock,kv-only,polder.")] = "",
     workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
 ) -> None:
-    """Three models under one budget for weights and KV: fixed parts, elastic KV alone, and weights that make room too."""
+    """Three models under one budget for weights and KV: fixed parts, elastic KV alone, and weights that make room
+    too."""
     from polder.bench.tenants import TenantsBench
     from polder.bench.tenants_plan import ARMS, FULL_TENANTS, QUICK_TENANTS, STAGES
     from polder.bench.turns_plan import parse_names
