@@ -96,7 +96,7 @@ class Broker:
             f"serve_broker(socket=Path({str(self.socket)!r}), devices={self._devices()!r}, page_bytes={self.page_bytes})"
         )
         self.process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | self.variables)
-        wait_for(lambda: self.answers(), "the broker to answer")
+        wait_for(lambda: self.answers(), "the broker to answer", 90.0)
         return self
 
     def _devices(self) -> dict[str, int]:
