@@ -125,3 +125,11 @@ def floors_table() -> str:
 def test_the_map_shows_the_floors() -> None:
     shown = (ROOT / "docs" / "structures.md").read_text()
     assert floors_table() in shown, f"put this into docs/structures.md:\n\n{floors_table()}"
+
+
+def test_suites_of_benches_never_import_each_other() -> None:
+    shared = {"polder.bench.suites.base", "polder.bench.suites.plan"}
+    for name, path in modules():
+        if name.startswith("polder.bench.suites."):
+            others = {other for other in imports(path) if other.startswith("polder.bench.suites.")}
+            assert others <= shared, name

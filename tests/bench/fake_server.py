@@ -28,6 +28,8 @@ class FakeEngine:
     cut_after: int = 10**9
     """Tokens after which a stream ends without the rest."""
     cached_tokens: int = 0
+    longest: int = 10**9
+    """A prompt with its answer that is longer is refused."""
     asked: list[dict[str, object]] = field(default_factory=list)
     asked_at: list[float] = field(default_factory=list)
     url: str = ""
@@ -36,8 +38,8 @@ class FakeEngine:
         body = await request.json()
         self.asked.append(body)
         self.asked_at.append(time.perf_counter())
-        if self.fail_with:
-            return JSONResponse({"error": {"message": "no"}}, status_code=self.fail_with)
+        if self.fail_with or len(body["prompt"]) + body["max_tokens"] > self.longest:
+            return JSONResponse({"error": {"message": "no"}}, status_code=self.fail_with or 400)
         return StreamingResponse(self._events(body), media_type="text/event-stream")
 
     async def _events(self, body: dict[str, object]) -> AsyncIterator[bytes]:

@@ -15,7 +15,7 @@ from polder.bench.report.metrics import (
     engine_metrics,
     merged,
     percentile,
-    quantile_ratio_interval,
+    quantile_ratio_intervals,
     ttfts_ms,
 )
 
@@ -125,7 +125,7 @@ def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_pairs() -> None
 
 def test_quantile_ratio_interval_holds_the_ratio() -> None:
     rng = np.random.default_rng(2)
-    low, high = quantile_ratio_interval(rng.exponential(1.0, 500), rng.exponential(4.0, 500), q=90)
+    ((low, high),) = quantile_ratio_intervals(rng.exponential(1.0, 500), rng.exponential(4.0, 500), quantiles=[90])
     assert low < 0.25 < high < 0.4
 
 

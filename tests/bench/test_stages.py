@@ -1,83 +1,80 @@
-"""What is computed around the stages: workloads, timelines, resizes, answers, checks, the fleet file."""
+"""What stages make of what they see: resizes, taxes, answers, sleep and streaming, all without engines."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from polder.bench.checks import elastic_checks
+from polder.bench.harness import control
+from polder.bench.harness.arms import ArmSpec
+from polder.bench.harness.control import moved, put_to_sleep, wake, weight_counts
 from polder.bench.harness.driver import RequestRecord
-from polder.bench.harness.engines import EnginePlan, fleet_toml
-from polder.bench.harness.timeline import new_givebacks
-from polder.bench.plan import BUDGET_BYTES, QUICK
+from polder.bench.harness.progress import Reporter
+from polder.bench.harness.runs import Run
+from polder.bench.harness.timeline import Timeline, new_givebacks
 from polder.bench.report.metrics import RunRecords
-from polder.bench.report.result import Arms, ratios_over
-from polder.bench.stages.equality import OUTPUT_TOKENS, compare, questions
+from polder.bench.report.summary import arm_metrics, exhausted_seconds, ratio_intervals, weight_metrics
+from polder.bench.stages import comeback, restart, streaming
+from polder.bench.stages.context import Shape, planned_tbt_ms, planned_ttft_ms
+from polder.bench.stages.equality import OUTPUT_TOKENS, Act, Answered, Round, answer, compare
 from polder.bench.stages.resize import Resized, resize_metrics
 from polder.bench.stages.tax import TaxRun, tax_intervals, tax_metrics
-from polder.bench.workloads.agents import agents, agents_ideal_hit_ratio, bursts, one_by_one
-from polder.bench.workloads.models import MODEL_A, MODEL_B
-from polder.serve.fleet import load_fleet
+from polder.bench.suites.context import ContextSuite
+from polder.broker import client
+from polder.broker.wire import Done, Rouse, Sleep
+from polder.errors import EnvironmentFault
+from polder.planner.context_cost import Stream
+from tests.bench.fakes import LAYERS, FakeArm, FakeBroker, no_waiting, one_engine
+
+BROKER = Path("broker")
 
 
-def engine(name: str, recipe: object, path: Path, **more: object) -> EnginePlan:
-    fields = {"max_model_len": 1024, "core": 0, "share_bytes": BUDGET_BYTES // 2}
-    return EnginePlan(name=name, recipe=recipe, model_path=path, **(fields | more))  # type: ignore[arg-type]
+@pytest.fixture
+def broker(monkeypatch: pytest.MonkeyPatch) -> FakeBroker:
+    no_waiting(monkeypatch)
+    return FakeBroker(monkeypatch)
 
 
-def test_kv_bytes_per_token_are_those_of_the_reference() -> None:
-    assert MODEL_A.kv_bytes_per_token == 8 << 10
-    assert MODEL_B.kv_bytes_per_token == 4 << 10
-    assert MODEL_A.in_float32().kv_bytes_per_token == 16 << 10
-    assert MODEL_A.fingerprint != MODEL_A.in_float32().fingerprint
+def up(tmp_path: Path, system: Any = "polder", **behaviour: Any) -> FakeArm:
+    arm = FakeArm(system, ArmSpec(system, [one_engine()]), tmp_path, [], **behaviour)
+    arm.start()
+    return arm
 
 
-def test_both_arms_have_the_same_bytes_to_the_block() -> None:
-    a, b = engine("A", MODEL_A, Path()), engine("B", MODEL_B, Path())
-    used = sum(e.blocks * 32 * e.recipe.kv_bytes_per_token for e in (a, b))
-    assert used == BUDGET_BYTES
-    assert (a.blocks, b.blocks) == (640, 1280)
+def record(sent_s: float, end_s: float, prompt_tokens: int = 98, **more: Any) -> RequestRecord:
+    times = {"scheduled_s": sent_s, "sent_s": sent_s, "token_s": [sent_s + 0.1, end_s], "end_s": end_s}
+    return RequestRecord(key="x", prompt_tokens=prompt_tokens, **(times | more))
 
 
-def test_the_fleet_file_is_one_that_polder_serve_reads(tmp_path: Path) -> None:
-    config = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    path = tmp_path / "fleet.toml"
-    path.write_text(fleet_toml([engine("A", MODEL_A, tmp_path), engine("B", MODEL_B, tmp_path, core=1)], 8123))
-    fleet = load_fleet(path)
-    assert (fleet.port, fleet.budget_bytes, fleet.device) == (8123, BUDGET_BYTES, "cpu:0")
-    assert [model.settings.kv_share_bytes for model in fleet.models] == [BUDGET_BYTES // 2] * 2
-    assert fleet.models[1].env["VLLM_CPU_OMP_THREADS_BIND"] == "1"
-    assert "--enable-prefix-caching" in fleet.models[0].args
+def run(arm: str, *, wakes: float = 0.0) -> Run:
+    records = {"T1": [record(0, 2), record(1, 3)], "T2": [record(4, 6, 48)], "T3": []}
+    counts = dict.fromkeys(control.WEIGHT_COUNTERS, 0.0) | {"wakes": wakes}
+    times = {"started_at": 0.0, "wall_s": 6.0, "client_cpu_s": 0.0, "load_before": 0.0, "load_after": 0.0}
+    return Run(
+        arm=arm,
+        records=records,
+        preemptions={"T1": 1.0, "T2": 0.0, "T3": 0.0},
+        timeline=Timeline(),
+        weights=dict.fromkeys(records, counts) if wakes else {},
+        **times,  # type: ignore[arg-type]
+    )
 
 
-def test_agents_play_their_sessions_in_order() -> None:
-    load = agents(model="A", users=16, sessions=32)
-    assert len(load.users) == 16
-    assert [turn.key for turn in load.users[3]] == [f"s{s}t{t}" for s in (3, 19) for t in range(16)]
-    assert [turn.key for turn in load.users[3] if turn.cold_start] == ["s3t0"]
-    assert sum(len(turns) for turns in agents(model="A", users=16, sessions=QUICK.sessions).users) == 256
-    assert agents_ideal_hit_ratio(sessions=16, block_tokens=32) == pytest.approx(0.912, abs=0.001)
-
-
-def test_bursts_are_measured_once_and_go_on_as_load() -> None:
-    turns = bursts(model="B", rounds=3).turns
-    assert sum(turn.measured for turn in turns) == 238
-    assert len(turns) == 3 * 238
-    assert turns[238].at_s == turns[0].at_s + 120
-    assert turns[238].body == turns[0].body
-    assert bursts(model="B", time_scale=0.2).turns[-1].at_s == pytest.approx(turns[237].at_s / 5)
+# ---------------------------------------------------------------------- figures
 
 
 @pytest.mark.parametrize(
     ("before", "now", "new"),
     [
-        ([], [], []),
         ([], [1.0], [1.0]),
         ([1.0, 2.0], [1.0, 2.0], []),
-        ([1.0, 2.0], [1.0, 2.0, 3.0], [3.0]),
         ([1.0, 2.0, 3.0], [3.0, 4.0, 5.0], [4.0, 5.0]),
         ([1.0, 2.0], [7.0, 8.0], [7.0, 8.0]),
     ],
@@ -89,13 +86,11 @@ def test_new_givebacks_also_when_old_ones_have_left(before: list[float], now: li
 def test_resize_metrics_take_the_longest_gap_around_a_resize() -> None:
     times = [0.1 * i for i in range(20)]
     times[10:] = [t + 0.25 for t in times[10:]]  # a gap of 350 ms from 0.9 to 1.25
-    records = [RequestRecord(key="a", scheduled_s=0, token_s=times, end_s=3)]
     resized = [
         Resized(grew=False, started=100.95, ended=101.0, engine_ms=30),
         Resized(grew=True, started=101.6, ended=101.62, engine_ms=15),
     ]
-    found = resize_metrics(resized, records, started_at=100.0)
-    assert found["resizes"] == 2
+    found = resize_metrics(resized, [record(0, 3, token_s=times)], started_at=100.0)
     assert found["tbt_p50_ms"] == pytest.approx(100)
     assert found["shrink_p50_ms"] == pytest.approx(50)
     assert found["shrink_engine_max_ms"] == 30
@@ -103,28 +98,8 @@ def test_resize_metrics_take_the_longest_gap_around_a_resize() -> None:
     assert found["grow_step_delay_max_ms"] == pytest.approx(0, abs=1e-6)
 
 
-def test_questions_repeat_and_share_prefixes() -> None:
-    asked = questions(model="A", count=4, longest=300, seed=1)
-    assert asked == questions(model="A", count=4, longest=300, seed=1)
-    assert asked[1][1][: len(asked[0][1]) // 2] == asked[0][1][: len(asked[0][1]) // 2]
-    assert all(len(prompt) <= 300 for _, prompt in asked)
-
-
-def test_compare_counts_answers_that_differ_in_any_token() -> None:
-    answer = list(range(OUTPUT_TOKENS))
-    other = [*answer[:-1], 7]
-    found = compare([{"a": answer, "b": answer}], [{"a": answer, "b": other}])
-    assert (found["answers_compared"], found["answers_different"], found["failed_requests"]) == (2, 1, 0)
-    assert compare([{"a": answer}], [{"a": answer[:5]}])["failed_requests"] == 1
-
-
 def tax_run(scale: float) -> TaxRun:
-    records = [
-        RequestRecord(
-            key=str(i), scheduled_s=i, sent_s=i, token_s=[i + 0.1 * scale, i + 0.2 * scale], end_s=i + 0.2 * scale
-        )
-        for i in range(5)
-    ]
+    records = [record(i, i + 0.2 * scale, token_s=[i + 0.1 * scale, i + 0.2 * scale]) for i in range(5)]
     return TaxRun(records=RunRecords(records=records))
 
 
@@ -137,68 +112,201 @@ def test_tax_is_paired_and_its_ratio_is_the_metrics_ratio() -> None:
     assert ratio == pytest.approx(1.01)
 
 
-def arms(*, a_ms: float, hit: float, b_ms: float, giveback_ms: float) -> Arms:
-    return {
-        "stock": {
-            "A": {"ttft_p99_ms": 1000.0, "hit_ratio": 0.1, "failed_requests": 0.0},
-            "B": {"ttft_p99_ms": 100.0},
-            "all": {},
-        },
-        "polder": {
-            "A": {"ttft_p99_ms": a_ms, "hit_ratio": hit, "failed_requests": 0.0},
-            "B": {"ttft_p99_ms": b_ms, "givebacks": 9.0, "giveback_p99_ms": giveback_ms},
-            "all": {},
-        },
-    }
+def test_a_pool_is_exhausted_while_the_contexts_in_flight_do_not_fit_it() -> None:
+    records = [record(0, 2), record(1, 3), record(5, 6), record(7, 9, 400, error="HTTP 500")]
+    assert exhausted_seconds(records, 150) == (4.0, 1.0)
+    assert exhausted_seconds(records, 200) == (4.0, 0.0)
+    assert exhausted_seconds([], 1) == (0.0, 0.0)
 
 
-INTERVALS = {f"polder/stock:{e}.ttft_p99_ms": (0.1, 0.5) for e in "AB"}
+def test_metrics_of_each_engine_in_use_and_of_all_together() -> None:
+    runs, tokens = [run("polder", wakes=2.0)] * 2, {"T1": 150, "T2": 150, "T3": 150}
+    found = arm_metrics(runs)
+    assert found.keys() == {"T1", "T2", "all"}
+    assert (found["all"]["requests"], found["all"]["preemptions"]) == (6, 2)
+    assert found["all"]["output_tokens_per_s"] == pytest.approx(1.0)
+    assert weight_metrics(runs, tokens, "T1")["kv_exhausted_part"] == pytest.approx(1 / 3)
+    assert weight_metrics(runs, tokens, "all")["kv_exhausted_part"] == pytest.approx(1 / 5)
+    assert weight_metrics(runs, tokens, "all")["wakes"] == 12, "models without requests wake, too"
+    assert "wakes" not in weight_metrics([run("stock")], tokens, "all")
+
+
+def test_intervals_of_single_engines_and_of_all_together() -> None:
+    intervals = ratio_intervals([run("polder")], [run("stock")], name="polder/stock", engines=("all", "T3"))
+    quantiles = [f"{metric}_p{q}_ms" for metric in ("ttft", "tbt") for q in (50, 90, 99)]
+    assert intervals.keys() == {f"polder/stock:all.{metric}" for metric in quantiles}, "T3 has no requests"
+    low, high = intervals["polder/stock:all.ttft_p50_ms"]
+    assert low <= 1.0 <= high
+
+
+def test_answers_differ_when_any_token_does() -> None:
+    same = list(range(OUTPUT_TOKENS))
+    stock, ours = (
+        Answered(rounds=[{"a": same, "b": of_b}], cached_tokens=5.0, counts={}) for of_b in (same, [*same[:-1], 7])
+    )
+    found = compare(stock, ours)
+    assert (found["answers_compared"], found["answers_different"], found["failed_requests"]) == (2, 1, 0)
+    short = Answered(rounds=[{"a": same[:5], "b": same}], cached_tokens=0.0, counts={})
+    assert compare(stock, short)["failed_requests"] == 1
+
+
+def test_the_plan_adds_nothing_where_nothing_is_windowed_and_the_links_time_where_it_is_the_bound() -> None:
+    plan, stream = ContextSuite.quick, Stream(link_bytes_per_s=1e9, window_layers=2)
+    shape = plan.shape("window")
+    assert isinstance(shape, Shape)
+    short, long = plan.longest("stock") // 2, plan.longest("window")
+    assert planned_tbt_ms(shape, stream, short, 14.0) == pytest.approx(14.0)
+    link_ms = shape.windowed_blocks(long - 32) * shape.block_bytes * shape.layers / 1e9 * 1e3
+    assert planned_tbt_ms(shape, stream, long, 14.0) == pytest.approx(link_ms, rel=0.1)
+    ttfts = {n: 0.6 * (n - 64) + 1e-4 * (n - 64) ** 2 for n in (short, 2 * short, long)}
+    assert planned_ttft_ms(shape, stream, short, ttfts) == pytest.approx(ttfts[short])
+    planned = planned_ttft_ms(shape, stream, long, ttfts)
+    assert ttfts[long] <= planned <= ttfts[long] + link_ms * -(-long // plan.batched_tokens)
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def test_weights_are_counted_by_what_engines_report(broker: FakeBroker) -> None:
+    before = weight_counts(BROKER)
+    put_to_sleep(BROKER, "T2")
+    wake(BROKER, "T2")
+    gained = moved(before, weight_counts(BROKER))
+    assert (gained["T2"]["wakes"], gained["T2"]["sleeps"], gained["T2"]["layers_loaded"]) == (1, 1, LAYERS)
+    assert weight_counts(None) == {}
 
 
 @pytest.mark.parametrize(
-    ("changes", "missed"),
-    [
-        ({}, set()),
-        ({"a_ms": 320.0}, {"a_ttft_p99_ratio_at_most_0_31"}),
-        ({"hit": 0.39}, {"a_hit_ratio_gain_at_least_0_30"}),
-        ({"b_ms": 111.0}, {"b_ttft_p99_ratio_at_most_1_10"}),
-        ({"giveback_ms": 200.0}, {"giveback_p99_under_200_ms"}),
-    ],
+    "order", [put_to_sleep, lambda b, e: control.hold(b, e, 2), lambda b, e: control.resize(b, e, 5)]
 )
-def test_main_checks(changes: dict[str, float], missed: set[str]) -> None:
-    found = arms(**({"a_ms": 310.0, "hit": 0.41, "b_ms": 110.0, "giveback_ms": 199.0} | changes))
-    checks = elastic_checks(found, ratios_over(found, arm="polder", baseline="stock"), INTERVALS)
-    assert {check.name for check in checks if not check.passed} == missed
-    assert not any(check.name in ("tokens_equal", "tax_within_1_percent") for check in checks), "not run, not claimed"
+def test_an_engine_that_does_not_obey_is_a_fault(
+    order: Callable[[Path, str], None], broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "SETTLE_TIMEOUT_S", 0.0)
+    broker.obeys = False
+    with pytest.raises(EnvironmentFault, match="T2 does not"):
+        order(BROKER, "T2")
 
 
-@pytest.mark.parametrize(
-    ("change", "equal"),
-    [({}, True), ({"answers_different": 1.0}, False), ({"preemptions": 0.0}, False), ({"migrated_blocks": 0.0}, False)],
-)
-def test_equality_without_every_kind_of_move_shows_nothing(change: dict[str, float], equal: bool) -> None:
-    found = arms(a_ms=1, hit=1, b_ms=1, giveback_ms=1)
-    moved = dict.fromkeys(("grows", "shrinks", "migrated_blocks", "evicted_blocks", "preemptions"), 3.0)
-    found["polder-equality"] = {"all": {"answers_compared": 36.0, "answers_different": 0.0, **moved} | change}
-    checks = elastic_checks(found, ratios_over(found, arm="polder", baseline="stock"), INTERVALS)
-    assert {check.name: check.passed for check in checks}["tokens_equal"] is equal
+def test_a_reclaimed_model_is_asked_in_turn_with_a_resident_one(broker: FakeBroker, tmp_path: Path) -> None:
+    with Reporter(Console(quiet=True)).stage("x") as stage:
+        arm = up(tmp_path)
+        resident, reclaimed = comeback.resident_and_reclaimed(arm, prompts=(32, 128), samples=2, stage=stage)
+        prompts = [str(asked["prompt"]) for asked in arm.engine.asked]
+        stock = up(tmp_path, "stock")
+        _, none = comeback.resident_and_reclaimed(stock, prompts=(128,), samples=1, stage=stage)
+        for one in (arm, stock):
+            one.stop()
+    assert len(set(prompts)) == len(prompts) == 2 * 2 * 3, "a prompt that comes back would be found in the cache"
+    assert [type(message) for message in broker.asked[:4]] == [Rouse, Sleep, Rouse, Sleep]
+    assert resident.keys() == {"ttft_32_p50_ms", "ttft_128_p50_ms", "failed_requests"}
+    assert reclaimed is not None
+    assert reclaimed["layers_loaded_a_wake"] == LAYERS
+    assert none is None
 
 
-@pytest.mark.parametrize(
-    ("ttft", "speed", "within"),
-    [((0.99, 1.009), (0.995, 1.0), True), ((0.99, 1.02), (0.995, 1.0), False), ((0.99, 1.0), (0.98, 1.0), False)],
-)
-def test_tax_counts_the_whole_interval(ttft: tuple[float, float], speed: tuple[float, float], within: bool) -> None:
-    found = arms(a_ms=1, hit=1, b_ms=1, giveback_ms=1) | {"polder-alone": {"B": {}}}
-    key = "polder-alone/stock-alone:B."
-    intervals = INTERVALS | {f"{key}ttft_p50_ms": ttft, f"{key}busy_output_tokens_per_s": speed}
-    checks = elastic_checks(found, ratios_over(found, arm="polder", baseline="stock"), intervals)
-    assert {check.name: check.passed for check in checks}["tax_within_1_percent"] is within
+def test_loading_anew_counts_from_the_start_of_the_arm(broker: FakeBroker, tmp_path: Path) -> None:
+    def start(**behaviour: Any) -> FakeArm:
+        started = perf_counter()
+        while perf_counter() - started < 0.2:
+            pass
+        return up(tmp_path, "stock", **behaviour)
+
+    def measured(**behaviour: Any) -> dict[str, Any]:
+        with Reporter(Console(quiet=True)).stage("x") as stage:
+            return comeback.measure_comeback(
+                "stock", lambda: start(**behaviour), prompts=(128,), anew_prompt=128, samples=1, stage=stage
+            )
+
+    found = measured()
+    assert found["stock-anew"]["ttft_128_p50_ms"] > 200
+    assert found.keys() == {"stock-anew", "stock-resident"}
+    with pytest.raises(EnvironmentFault, match="does not answer"):
+        measured(fail_with=500)
 
 
-def test_blocks_hold_every_burst_request_once() -> None:
-    blocks = one_by_one(model="B", blocks=17)
-    keys = [turn.key for block in blocks for user in block.users for turn in user]
-    assert sorted(keys) == sorted(turn.key for turn in bursts(model="B").turns)
-    assert all(len(block.users) == 1 for block in blocks), "one request at a time"
-    assert {len(block.users[0]) for block in blocks} == {14}
+def test_acts_are_carried_out_in_mid_answer_and_only_where_there_is_a_broker(
+    broker: FakeBroker, tmp_path: Path
+) -> None:
+    acts = (Act(at=0.0, message=Sleep(engine="T2")), Act(at=0.5, message=Rouse(engine="T2")))  # type: ignore[arg-type]
+    rounds = [Round(asked={"T2": [("T20", [5] * 64)]}, acts=of) for of in (acts, ())]
+    ours, theirs = (
+        asyncio.run(answer(up(tmp_path, system, token_s=0.002), rounds, {"wakes": "wakes_total"}, settle_s=0.0))
+        for system in ("polder", "stock")
+    )
+    assert broker.asked == [Sleep(engine="T2"), Rouse(engine="T2")]
+    found = compare(theirs, ours)
+    assert (found["answers_compared"], found["answers_different"]) == (2, 0)
+    assert found["wakes"] == 4, "the fake's four engines wake together"
+    assert "wakes" not in theirs.counts
+
+
+def test_an_act_that_is_refused_ends_the_stage(
+    broker: FakeBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Done:
+        raise EnvironmentFault("refused")
+
+    monkeypatch.setattr(client, "request", refuse)
+    rounds = [Round(asked={"T2": [("T20", [5] * 64)]}, acts=(Act(at=0.0, message=Sleep(engine="T2")),))]
+    with pytest.raises(EnvironmentFault, match="refused"):
+        asyncio.run(answer(up(tmp_path, token_s=0.001), rounds, {}, settle_s=0.0))
+
+
+def test_the_formula_takes_the_slots_that_are_faster_and_possible() -> None:
+    formula = streaming.formula_ms
+    assert formula(12, 1, step_ms=24.0, layer_load_s=0.001) == pytest.approx(24.0), "hidden in the gaps"
+    assert formula(12, 11, step_ms=24.0, layer_load_s=0.010) == pytest.approx(24 + 12 * 10), "each waits for its copy"
+    assert formula(12, 10, step_ms=24.0, layer_load_s=0.010) == pytest.approx(120), "two slots: the link alone"
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_streaming_is_measured_for_every_number_of_segments(
+    copies: bool, broker: FakeBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not copies:
+        monkeypatch.setattr(broker, "count", lambda **_: None)
+    arm = up(tmp_path, token_s=0.0001)
+    with Reporter(Console(quiet=True)).stage("x") as stage:
+        measuring = streaming.measure_streaming(arm, "T2", stage=stage)
+        if not copies:
+            with pytest.raises(EnvironmentFault, match="3 of 4 segments and copies nothing"):
+                asyncio.run(measuring)
+            return
+        found = asyncio.run(measuring)
+    assert [message.segments for message in broker.asked[:-1]] == [4, 3, 2, 1]  # type: ignore[union-attr]
+    assert {f"{name}_{n}_ms" for name in ("step", "formula", "layer") for n in (1, 2, 3)} < found.keys()
+    assert found["layer_1_ms"] == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------- restart
+
+
+def restart_arm(name: str, folder: Path, rate: float | None = 400e6) -> ArmSpec:
+    return restart.restart_arm(name, one_engine("A"), folder, "polder-test-region", rate)
+
+
+def test_after_a_restart_native_tiers_have_the_bytes_of_polders(tmp_path: Path) -> None:
+    (polder,), (native,) = (restart_arm(name, tmp_path).engines for name in ("polder-disk", "native-fs"))
+    extra = json.loads(native.extra_args[1])["kv_connector_extra_config"]
+    assert polder.tiers is not None
+    assert extra["cpu_bytes_to_use"] == polder.tiers.host_bytes + restart.STAGED_BYTES
+    assert extra["disk_bytes_per_s"] == len(polder.tiers.disks) * restart.DISK_BYTES_PER_S
+    assert polder.extra_env["POLDER_LINKS"] == "host=400MB/s,disk=75MB/s"
+    assert not restart_arm("polder-disk", tmp_path, None).engines[0].extra_env
+
+
+def test_the_region_is_where_vllm_puts_it() -> None:
+    pytest.importorskip("vllm")
+    from vllm.config import KVTransferConfig
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+
+    (engine,) = restart_arm("native-fs", Path("/disks"), None).engines
+    engine_id = KVTransferConfig(**json.loads(engine.extra_args[1])).engine_id
+    assert engine_id == "polder-test-region"
+    region = SharedOffloadRegion(engine_id=engine_id, num_chunks=1, rank=0, kv_bytes_per_chunk=4096, cpu_page_size=4096)
+    try:
+        assert restart.offload_file(engine_id).exists()
+    finally:
+        region.cleanup()
+    assert not restart.offload_file(engine_id).exists()

@@ -32,8 +32,9 @@ from polder.broker.wire import (
     ToBroker,
     Welcome,
 )
-from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
+from polder.engines.vllm.rank.worker import Outcome, WeightsFound
 from polder.engines.vllm.weights.core import CoreWeights, offloader
+from polder.engines.vllm.weights.offloader import Taken
 from polder.planner.sharing import SharingConfig
 
 PAGE = 4096

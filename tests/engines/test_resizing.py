@@ -7,7 +7,7 @@ from typing import Any
 
 from polder.broker.wire import Grant, Grown, Returned
 from polder.engines.vllm.core.elastic import COUNTERS, ElasticCore
-from polder.engines.vllm.plans import Outcome
+from polder.engines.vllm.rank.worker import Outcome
 
 
 class Workers:

@@ -18,9 +18,8 @@ pytest.importorskip("vllm")
 
 from polder.diskstore.io import Arena
 from polder.engines.vllm import plugin
-from polder.engines.vllm.plans import DiskPlan
-from polder.engines.vllm.process import here
-from polder.engines.vllm.tiers.disk import OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
+from polder.engines.vllm.tiers import worker as tier_worker
+from polder.engines.vllm.tiers.disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
 from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.slots import block_ids
@@ -81,7 +80,7 @@ def test_ranks_begin_with_what_all_of_them_have(ranks: list[PolderWorker], monke
     def rpc(function: Any, *arguments: Any) -> list[Any]:
         answers = []
         for one in ranks:
-            monkeypatch.setattr(here, "tiers", one)
+            monkeypatch.setattr(tier_worker, "_worker", one)
             answers.append(function(None, *arguments))
         return answers
 
@@ -89,7 +88,7 @@ def test_ranks_begin_with_what_all_of_them_have(ranks: list[PolderWorker], monke
     slots = agree_on_slots(rpc, plan_like(ranks))
     assert slots.capacity == min(capacities)
     assert slots.slot_bytes == 2 * PAGE
-    assert slots.unclaimed == 2
+    assert slots.unbound == 2
     assert (slots.claim(KEYS) >= 0).nonzero()[0].tolist() == [1, 3]
     for one in ranks:
         assert one.disks is not None
@@ -113,12 +112,12 @@ def test_a_rank_that_has_nothing_stops_no_start(
     def rpc(function: Any, *arguments: Any) -> list[Any]:
         answers = []
         for one in workers:
-            monkeypatch.setattr(here, "tiers", one)
+            monkeypatch.setattr(tier_worker, "_worker", one)
             answers.append(function(None, *arguments))
         return answers
 
     slots = agree_on_slots(rpc, plan)
-    assert slots.unclaimed == 0
+    assert slots.unbound == 0
     assert (slots.capacity > 0) == (why == "no pages")
     assert (slots.claim(KEYS) == -1).all()
     for one in workers:
@@ -153,7 +152,7 @@ def test_new_weights_stop_the_disks_and_leave_their_pages(
     ranks: list[PolderWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = ranks[0]
-    monkeypatch.setattr(here, "tiers", one)
+    monkeypatch.setattr(tier_worker, "_worker", one)
     adopt(None, 8, KEYS[:2])
     monkeypatch.setattr(plugin, "_settings", lambda _: SimpleNamespace(weights="resident", disks=(("/mnt/a", 1),)))
     updated = plugin._watched_update(lambda self: "updated")

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+if TYPE_CHECKING:
+    from polder.bench.suites.plan import Plan
+
 __all__ = ["app"]
 
+P = TypeVar("P", bound="Plan")
+
 app = typer.Typer(help="Measure Polder against stock vLLM on this machine.", no_args_is_help=True, add_completion=False)
+
+JsonFile = Annotated[Path, typer.Option("--json", help="Write the result here.")]
+HtmlFile = Annotated[Path | None, typer.Option("--html", help="Write the tables and plots as HTML here.")]
+Workdir = Annotated[Path, typer.Option(help="Models (kept) and logs go here.")]
+WORKDIR = Path("out/bench")
 
 
 @app.callback()
 def bench() -> None:
-    """Every bench writes JSON of the same shape: bench, conditions, arms, ratios, checks."""
+    """Every bench writes JSON of one shape: bench, conditions, arms, ratios, checks."""
 
 
 class Order(StrEnum):
@@ -34,25 +45,24 @@ class LinkEmulation(StrEnum):
 
 @app.command()
 def elastic(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots here.")] = None,
+    json_file: JsonFile,
+    html_file: HtmlFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="256 requests of the agents instead of 512.")] = False,
     demo: Annotated[bool, typer.Option("--demo", help="As --quick, one run of each arm, no tax stage.")] = False,
     order: Annotated[Order | None, typer.Option(help="Order of runs: A is stock, B is Polder.")] = None,
-    workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
+    workdir: Workdir = WORKDIR,
 ) -> None:
     """Two models under one KV budget: fixed halves (stock vLLM) against memory that follows demand (Polder)."""
-    from polder.bench.elastic import ElasticBench
-    from polder.bench.plan import DEMO, FULL, QUICK
+    from polder.bench.suites.elastic import ElasticSuite
 
-    plan = DEMO if demo else QUICK if quick else FULL
-    ElasticBench(plan.ordered(order.value) if order else plan, workdir=workdir).run(json_file, html_file)
+    plan = ElasticSuite.demo if demo else ElasticSuite.quick if quick else ElasticSuite.full
+    ElasticSuite(plan.ordered(order.value) if order else plan, workdir=workdir).run(json_file, html_file)
 
 
 @app.command()
 def turns(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write the tables as HTML here.")] = None,
+    json_file: JsonFile,
+    html_file: HtmlFile = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="256 requests of the agents instead of 512, fewer arms and stages.")
     ] = False,
@@ -66,73 +76,54 @@ def turns(
     links: Annotated[
         LinkEmulation, typer.Option(help="Emulated: peer 3.2 GB/s, host 400 MB/s. None: memcpy's speed.")
     ] = LinkEmulation.EMULATED,
-    workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
+    workdir: Workdir = WORKDIR,
 ) -> None:
     """Agents of many turns on a pool that is too small: plain vLLM, vLLM's CPU offloading, and Polder's tiers."""
-    from dataclasses import replace
+    from polder.bench.suites.turns import TurnsSuite
 
-    from polder.bench.turns import TurnsBench
-    from polder.bench.turns_plan import ARMS, FULL_TURNS, QUICK_TURNS, RESTART_ARMS, STAGES, parse_names
-
-    known = tuple(dict.fromkeys((*ARMS, *RESTART_ARMS)))
-    plan = (QUICK_TURNS if quick else FULL_TURNS).only(
-        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, known, what="arm")
-    )
-    TurnsBench(replace(plan, links=links.value), workdir=workdir).run(json_file, html_file)
+    plan = _chosen(TurnsSuite.quick if quick else TurnsSuite.full, stages, arms)
+    TurnsSuite(replace(plan, links=links.value), workdir=workdir).run(json_file, html_file)
 
 
 @app.command()
 def tenants(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
-    html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
-    ] = None,
+    json_file: JsonFile,
+    html_file: HtmlFile = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Two rates instead of four, stock and polder alone, no spatial stage.")
     ] = False,
     stages: Annotated[str, typer.Option(help="Only these: temporal,spatial,comeback,streaming,equality.")] = "",
-    arms: Annotated[str, typer.Option(help="Only these: stock,kv-only,polder.")] = "",
-    workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
+    arms: Annotated[str, typer.Option(help="Only these: stock,stock-short,kv-only,polder.")] = "",
+    workdir: Workdir = WORKDIR,
 ) -> None:
-    """Three models under one budget for weights and KV: fixed parts, elastic KV alone, and weights that make room
-    too."""
-    from polder.bench.tenants import TenantsBench
-    from polder.bench.tenants_plan import ARMS, FULL_TENANTS, QUICK_TENANTS, STAGES
-    from polder.bench.turns_plan import parse_names
+    """Three models under one budget for weights and KV: fixed parts, elastic KV alone, and weights that make room too."""
+    from polder.bench.suites.tenants import TenantsSuite
 
-    plan = (QUICK_TENANTS if quick else FULL_TENANTS).only(
-        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
-    )
-    TenantsBench(plan, workdir=workdir).run(json_file, html_file)
+    plan = _chosen(TenantsSuite.quick if quick else TenantsSuite.full, stages, arms)
+    TenantsSuite(plan, workdir=workdir).run(json_file, html_file)
 
 
 @app.command()
 def context(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
-    html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
-    ] = None,
+    json_file: JsonFile,
+    html_file: HtmlFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="Less local memory, fewer arms and lengths.")] = False,
     arms: Annotated[
         str, typer.Option(help="Only these: stock,window,window-1,window-3,window-4,window-link,window-4-link.")
     ] = "",
-    workdir: Annotated[Path, typer.Option(help="Models (kept) and logs go here.")] = Path("out/bench"),
+    workdir: Workdir = WORKDIR,
 ) -> None:
     """How long a context can be with the same KV bytes on the device: stock, and windows of some layers."""
-    from polder.bench.context import ContextBench
-    from polder.bench.context_plan import ARMS, FULL_CONTEXT, QUICK_CONTEXT
-    from polder.bench.turns_plan import parse_names
+    from polder.bench.suites.context import ContextSuite
 
-    plan = (QUICK_CONTEXT if quick else FULL_CONTEXT).only(parse_names(arms, ARMS, what="arm"))
-    ContextBench(plan, workdir=workdir).run(json_file, html_file)
+    plan = _chosen(ContextSuite.quick if quick else ContextSuite.full, "", arms)
+    ContextSuite(plan, workdir=workdir).run(json_file, html_file)
 
 
 @app.command()
 def disks(
-    json_file: Annotated[Path, typer.Option("--json", help="Write the result here.")],
-    html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write the tables and the plot as HTML here.")
-    ] = None,
+    json_file: JsonFile,
+    html_file: HtmlFile = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, fewer sets and steps.")] = False,
     stages: Annotated[str, typer.Option(help="Only these: model,shares,wall,live.")] = "",
     arms: Annotated[
@@ -143,14 +134,19 @@ def disks(
     ] = "",
     workdir: Annotated[
         Path, typer.Option(help="The stages wall and live need up to 220 MiB here, for a while.")
-    ] = Path("out/bench"),
+    ] = WORKDIR,
 ) -> None:
     """Pages of KV on several disks: plain stores, the layouts of Swarm, and Polder's. Needs no engine."""
-    from polder.bench.disks import DisksBench
-    from polder.bench.disks_plan import ARMS, FULL_DISKS, QUICK_DISKS, STAGES
-    from polder.bench.turns_plan import parse_names
+    from polder.bench.suites.disks import DisksSuite
 
-    plan = (QUICK_DISKS if quick else FULL_DISKS).only(
-        stages=parse_names(stages, STAGES, what="stage"), arms=parse_names(arms, ARMS, what="arm")
-    )
-    DisksBench(plan, workdir=workdir).run(json_file, html_file)
+    plan = _chosen(DisksSuite.quick if quick else DisksSuite.full, stages, arms)
+    DisksSuite(plan, workdir=workdir).run(json_file, html_file)
+
+
+def _chosen(plan: P, stages: str, arms: str) -> P:
+    """The plan with the stages and arms that the user names. Raises ConfigError for what it does not know or cannot run."""
+    from polder.bench.suites.plan import parse_names
+
+    known = dict.fromkeys(arm for of in plan.choices.values() for arm in of.known)
+    named = parse_names(arms, known, what="arm")
+    return plan.only(stages=parse_names(stages, plan.choices, what="stage"), arms=named)

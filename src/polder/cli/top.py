@@ -1,4 +1,4 @@
-"""`polder top`: which engine holds how much memory, who borrows, and why."""
+"""`polder top`: who holds what memory, who borrows from whom, and why."""
 
 from __future__ import annotations
 

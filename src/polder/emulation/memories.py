@@ -61,8 +61,7 @@ class PacedMemory:
 
 
 class PacedBatch:
-    """A tier that carries out whole parts. What it loads crosses an emulated link between host memory and the
-    engine."""
+    """A tier that carries out whole parts. What it loads crosses an emulated link between host memory and the engine."""
 
     def __init__(self, inner: BatchMemory, link: EmulatedLink) -> None:
         self._inner, self._link = inner, link

@@ -1,2 +1,1 @@
-"""Decisions as pure functions of measured times: load or compute, stream or keep, whose weights go; and `polder
-plan`."""
+"""One comparison of seconds for every choice: reload from there, stream, or recompute."""

@@ -1,8 +1,7 @@
-"""Pages of entries on the disks of a store. They are written as a whole, read in parts, and found through the map.
+"""Pages of entries on the disks of a store: written whole, read in parts, found by the map.
 
-A new page is entered in the map after it was written, and a dead page is forgotten by the disks after it was removed
-from the map. So a reader that uses what the map said a moment ago either finds the bytes, or finds nothing and looks
-again.
+A page that is written is found by nobody before the map says so, and a page that died is forgotten by the disks only after. So
+whoever reads by what the map said a moment ago finds the bytes, or nothing and looks again.
 """
 
 from __future__ import annotations
@@ -21,42 +20,39 @@ from polder.swarm.cost import cheapest_runs
 from polder.swarm.entry_map import EntryMap, left_over
 from polder.swarm.reads import ReadPlan
 
-__all__ = ["EntryConfig", "EntryPages", "EntryStats"]
+__all__ = ["EntryConfig", "EntryFigures", "EntryPages"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntryConfig:
-    """Raises ConfigError for invalid sizes."""
+    """Raises ConfigError for what cannot be meant."""
 
     disks: tuple[DiskModel, ...]
-    """How fast each disk of the store is, as published or measured."""
+    """How fast each disk of the store is: published, or measured."""
     memory_bytes: int
-    """Memory for hot entries, the entries of a step, and entries that are read ahead."""
+    """Of DRAM: what is hot, what a step reads, what is read ahead."""
     hot_bytes: int
-    """The part of it, at most, for entries that stay from step to step."""
+    """Of it, at most, for entries that stay from step to step."""
     ahead_bytes: int = 0
-    """The part of it, at most, for entries that are read ahead."""
+    """Of it, at most, for entries that are read ahead."""
     replica_share: float = 0.10
-    """The share of pages with a second copy; no page has one on a single disk."""
+    """Of pages, with a second copy; none on a single disk."""
     learn_steps: int = 200
-    """Pages are packed by the sets of so many steps: the first ones, and those after reading has changed. 64 are too
-    few."""
+    """Pages are packed by so many steps: the first, and those after it was noticed that reading has changed. 64 are too few."""
     ring_steps: int = 512
-    """The number of steps that are remembered; the first packing uses up to as many."""
+    """Remembered; the first packing learns from as many."""
     ring_entries: int = 1 << 22
-    """The number of ids remembered for all these steps together, 4 bytes each. If steps are long, fewer are remembered.
-    """
+    """Of all these steps together, 4 bytes each. Where steps are so long that they fill it, fewer are remembered."""
     voting_steps: int = 64
-    """The number of steps that are remembered to read ahead."""
+    """Remembered to read ahead."""
     drift: float = 1.25
-    """Aged pages are packed again when a step reads this many times as many pages for each entry as after the last
-    packing."""
+    """What has aged is packed again when a step reads so many times the pages an entry that it did after the last packing."""
     halflife_steps: float = 1.0
-    """The half-life of the hot set's counts; see BenefitSet."""
+    """Of the hot set's counts: see BenefitSet."""
     host_s_per_request: float = 0.0
-    """CPU time of a request. Where requests take longer than the disks do, gaps between them are read as well."""
+    """What a request costs this process. Where requests take longer than the disks, gaps are read over."""
     gap_bytes: int = 8 << 20
-    """Memory for gaps that are read, besides memory_bytes. Gaps of one step are not larger together."""
+    """For what is read over, beside memory_bytes; more is not read over at a time."""
 
     def __post_init__(self) -> None:
         if min(self.hot_bytes, self.ahead_bytes) < 0 or self.hot_bytes + self.ahead_bytes >= self.memory_bytes:
@@ -71,36 +67,34 @@ class EntryConfig:
 
 
 @dataclass(kw_only=True)
-class EntryStats:
-    """Counters since the start. All but the last four count entries."""
+class EntryFigures:
+    """Counted since the start."""
 
     steps: int = 0
     wanted: int = 0
     resident: int = 0
-    """Wanted entries that were in memory already, but not read ahead."""
+    """Of these, in memory since the step before or longer."""
     ahead: int = 0
-    """Wanted entries that were read ahead."""
+    """Of these, read ahead."""
     lost: int = 0
-    """Wanted entries that could not be read."""
+    """Of these, not to be had."""
     read_ahead: int = 0
-    """Entries read ahead; this minus `ahead` were read in vain."""
+    """Entries; less `ahead` they were read in vain."""
     requests: int = 0
-    """Requests to all disks."""
+    """To all disks."""
     packed: int = 0
-    """How often pages were packed: all pages, or those that had aged."""
+    """How often pages were packed, all or those that had aged."""
     rewritten_pages: int = 0
     without_room: int = 0
-    """Pages that were not written for want of room: nothing is evicted for them."""
+    """Pages that were not written, for nothing may be evicted for them."""
 
 
 class EntryPages:
-    """See the module's docstring. Thread-safe."""
+    """See above. Thread-safe."""
 
     def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int) -> None:
-        """Removes pages that an earlier process left on the disks, since nobody can find them.
-
-        Raises ConfigError when the store has other disks than `config`, or more than can be scheduled.
-        """
+        """As EntryStore. Pages that a former process left on the disks go: nobody can find them. Raises ConfigError when the store
+        has other disks, or more than can be scheduled."""
         if len(config.disks) != len(store.config.disks):
             raise ConfigError(f"entries: models of {len(config.disks)} disks for a store on {len(store.config.disks)}")
         if len(config.disks) > MAX_DISKS:
@@ -108,16 +102,15 @@ class EntryPages:
         self.store, self.config = store, config
         self.page_entries, self.entry_bytes = store.config.parts, store.config.part_bytes
         self.map = EntryMap(entries, self.page_entries)
-        self.stats = EntryStats()
+        self.figures = EntryFigures()
         self.lock = threading.Lock()
-        """Guards map, stats and the entry store's memory. Never held while waiting for a disk."""
+        """Of map and figures, and of what else the entry store has; never held while a disk is waited for."""
         self._speeds = page_speeds(config.disks, self.entry_bytes)
         for disk in range(len(config.disks)):
             store.forget(left_over(store.by_recency(disk)))
 
     def deal(self, pages: int) -> IntArray:
-        """[pages, 2] chooses disks for pages about which nothing is known yet: one copy each, where there is least for
-        its speed."""
+        """[pages, 2] disks for pages of which nothing is known yet: one copy each, where there is least for its speed."""
         with self.lock:
             held = np.bincount(self.map.disk_of[self.map.live, 0], minlength=len(self._speeds)).astype(np.float64)
         disks = np.full((pages, 2), -1, dtype=np.int64)
@@ -127,12 +120,11 @@ class EntryPages:
         return disks
 
     def put(self, members: IntArray, sources: IntArray, addresses: IntArray, disks: IntArray, fill: FloatArray) -> int:
-        """Writes n pages of entries and enters them in the map. Returns how many pages were written.
+        """Writes [n, parts] entries, -1 for none, that lie at [n] addresses, to [n, 2] disks; they are found there from now on.
 
-        `members`: [n, parts] entries, -1 for none. `sources`: [n, parts] the page that each entry was in when its bytes
-        were read; an entry that has moved since stays where it is. `addresses`: [n] the pages in memory. `disks`: [n,
-        2]. Where the disk of the first copy does not accept a page, the others are tried; if none does, nothing
-        changes. No page is evicted, because it may be the only copy of its entries.
+        `sources`: the page that each was in when its bytes were taken. One that has gone elsewhere since stays where it is. Where
+        the disk of the first copy does not take a page the others are tried; if none does, all stays as it was. No page has to make
+        room: it may be the only copy of its entries. Returns how many were written.
         """
         with self.lock:
             rows = self.map.reserve(len(members))
@@ -158,19 +150,19 @@ class EntryPages:
                 on = on[np.argsort(on != disks[page, 0], kind="stable")]
                 dead.append(self.map.put(int(rows[page]), valid, np.append(on, -1)[:2]))
                 self.map.fill[rows[page]] = fill[page]
-            self.stats.without_room += int((~done).sum())
+            self.figures.without_room += int((~done).sum())
         self.bury(np.concatenate(dead))
         return int(done.sum())
 
     def _with_room(self, disks: IntArray) -> IntArray:
-        """[n] the given disks, with -1 instead of a disk that is full."""
+        """[n] disks, -1 instead of one that is full."""
         fits, free = disks.copy(), self.store.free
         for disk in range(len(free)):
             fits[np.flatnonzero(disks == disk)[free[disk] :]] = -1
         return fits
 
     def bury(self, rows: IntArray) -> None:
-        """Makes the disks forget dead rows of the map, and frees the rows."""
+        """Rows of the map that died: the disks forget them."""
         if len(rows):
             with self.lock:
                 keys = self.map.keys(rows)
@@ -179,12 +171,11 @@ class EntryPages:
                 self.map.cancel(rows)
 
     def fetch(self, ids: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
-        """Reads [n] entries to [n] addresses, from the disks that are done soonest. Returns [n]: which arrived.
+        """Reads [n] entries to [n] addresses, from the disks that are done soonest. Returns which arrived.
 
-        `spare`: addresses for unwanted entries that are read between wanted ones. Entries of which no disk has a copy
-        are removed from the map.
+        `spare`: addresses for unwanted entries in between. Entries of which no disk has a copy are lost to the map, too.
         """
-        spare = spare[~np.isin(spare, self.store.unsettled())]  # a hung read might write there and spoil a good entry
+        spare = spare[~np.isin(spare, self.store.unsettled())]  # else it might spoil a page that is well
         ok = np.zeros(len(ids), dtype=np.bool_)
         left = np.arange(len(ids))
         while len(left):
@@ -202,7 +193,7 @@ class EntryPages:
                 page_now = self.map.page_of[ids[left]]
                 dead = self.map.lose(ids[left[absent & (page_now == pages)]])
             self.bury(dead)
-            left = left[failed & (page_now != pages)]  # entries that moved meanwhile are read where they are now
+            left = left[failed & (page_now != pages)]  # moved meanwhile: it is read where it is now
         return ok
 
     def _read_parts(self, places: PageLocations, part: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
@@ -220,8 +211,8 @@ class EntryPages:
         )
         gap_disks, gap_slots = best.gaps()
         with self.lock:
-            self.stats.requests += best.runs
-        # A gap is narrower than a page, so it belongs to the page before or after it, and both are wanted.
+            self.figures.requests += best.runs
+        # A gap is narrower than a page, so it belongs to the page before it or to the one after it, which are both wanted.
         code = on[rows] * (1 << 40) + page_slot
         order = np.argsort(code, kind="stable")
         owner = rows[order[np.searchsorted(code[order], gap_disks * (1 << 40) + gap_slots // parts)]]

@@ -1,8 +1,8 @@
 """The two systems under test: the same two models with the same bytes, once in fixed halves, once elastic.
 
-Both arms answer on one gateway (the same code), start engines by `vllm serve` with the same arguments and environment, and
-stay up for the whole bench. They differ in one thing: a stock engine has its blocks fixed at the start, an elastic one is
-given a broker.
+Both arms answer on one gateway (the same code), start engines by `vllm serve` with the same arguments and environment,
+and stay up for the whole bench. They differ in one thing: a stock engine has its blocks fixed at the start, an elastic
+one is given a broker.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from polder.bench.harness.driver import Endpoint
 from polder.bench.harness.engines import EnginePlan, fleet_toml
-from polder.bench.harness.scrape import Sample, cache_samples
+from polder.bench.harness.scrape import PREEMPTIONS, Sample, cache_samples, counter
 from polder.errors import EnvironmentFault
 from polder.serve.process import ManagedProcess, ProcessSpec, free_port, vllm_serve
 
-__all__ = ["Arm", "PolderArm", "StockArm"]
+__all__ = ["Arm", "ArmSpec", "PolderArm", "StockArm"]
 
 READY_TIMEOUT_S = 300.0
 RESET_TIMEOUT_S = 30.0
@@ -30,6 +30,9 @@ RESET_TIMEOUT_S = 30.0
 
 class Arm(ABC):
     """Engines behind one endpoint. Start, wait until ready, use, stop."""
+
+    quiet_s: ClassVar[float] = 1.2
+    """Pause before another arm is measured: vLLM's processes spin for a second after their last message."""
 
     def __init__(self, name: str, engines: Sequence[EnginePlan], log_dir: Path) -> None:
         self.name = name
@@ -82,19 +85,11 @@ class Arm(ABC):
 
     def preemptions(self) -> dict[str, float]:
         """Requests preempted since the start, for each engine."""
-        return {engine.name: self._preemptions(engine.name) for engine in self.engines}
+        return {engine.name: counter(self._metrics_text(engine.name), PREEMPTIONS) for engine in self.engines}
 
     def samples(self) -> dict[str, dict[str, Sample]]:
-        """For each engine, what its /metrics says of caches and tiers."""
+        """What each engine's /metrics says of caches and tiers."""
         return {engine.name: cache_samples(self._metrics_text(engine.name)) for engine in self.engines}
-
-    def _preemptions(self, engine: str) -> float:
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self._metrics_text(engine))
-            for sample in family.samples
-            if sample.name == "vllm:num_preemptions_total"
-        )
 
     def _metrics_text(self, engine: str) -> str:
         return httpx.get(f"{self.engine_url(engine)}/metrics", timeout=30.0, trust_env=False).text
@@ -103,21 +98,18 @@ class Arm(ABC):
 class StockArm(Arm):
     """Plain `vllm serve`, each with a fixed number of blocks."""
 
-    def __init__(self, engines: Sequence[EnginePlan], log_dir: Path, name: str = "stock") -> None:
+    def __init__(self, engines: Sequence[EnginePlan], log_dir: Path, name: str) -> None:
         super().__init__(name, engines, log_dir)
         self._urls = {engine.name: f"http://127.0.0.1:{free_port()}" for engine in engines}
         self._processes = [ManagedProcess(self._serve(engine)) for engine in engines]
         pairs = (f"{name}={url}" for name, url in self._urls.items())
-        self._processes.append(
-            ManagedProcess(
-                ProcessSpec(
-                    name="gateway",
-                    argv=(sys.executable, "-m", "polder.bench.harness.gateway", str(self._port), *pairs),
-                    log_path=self._log_dir / "gateway.log",
-                    health_url=f"{self.endpoint.base_url}/health",
-                )
-            )
+        gateway = ProcessSpec(
+            name="gateway",
+            argv=(sys.executable, "-m", "polder.bench.harness.gateway", str(self._port), *pairs),
+            log_path=self._log_dir / "gateway.log",
+            health_url=f"{self.endpoint.base_url}/health",
         )
+        self._processes.append(ManagedProcess(gateway))
 
     def _serve(self, engine: EnginePlan) -> ProcessSpec:
         return vllm_serve(
@@ -146,9 +138,8 @@ class StockArm(Arm):
     def check(self) -> None:
         for process in self._processes:
             if not process.alive():
-                raise EnvironmentFault(
-                    f"{self.name}/{process.spec.name} died with {process.returncode}{process.log_tail()}"
-                )
+                what = f"{self.name}/{process.spec.name}"
+                raise EnvironmentFault(f"{what} died with {process.returncode}{process.log_tail()}")
 
     def stop(self) -> None:
         for process in self._processes:
@@ -163,24 +154,21 @@ class StockArm(Arm):
 class PolderArm(Arm):
     """`polder serve` with a fleet file: a broker, the same engines, elastic."""
 
-    def __init__(self, engines: Sequence[EnginePlan], log_dir: Path, runtime_dir: Path, name: str = "polder") -> None:
+    def __init__(self, engines: Sequence[EnginePlan], log_dir: Path, runtime_dir: Path, name: str) -> None:
         """`runtime_dir`: short (a socket's path has at most 107 bytes), private, gone after the bench."""
         super().__init__(name, engines, log_dir)
         self._socket = runtime_dir / f"{name}.sock"
         self.fleet_file = self._log_dir / "fleet.toml"
         self.fleet_file.write_text(fleet_toml(engines, self._port))
         self._urls: Mapping[str, str] = {}
-        self._process = ManagedProcess(
-            ProcessSpec(
-                name="polder serve",
-                argv=(
-                    *(sys.executable, "-m", "polder.cli.main", "serve", str(self.fleet_file)),
-                    *("--socket", str(self._socket), "--log-dir", str(self._log_dir)),
-                ),
-                log_path=self._log_dir / "serve.log",
-                health_url=f"{self.endpoint.base_url}/health",
-            )
+        command = (sys.executable, "-m", "polder.cli.main", "serve", str(self.fleet_file))
+        serve = ProcessSpec(
+            name="polder serve",
+            argv=(*command, "--socket", str(self._socket), "--log-dir", str(self._log_dir)),
+            log_path=self._log_dir / "serve.log",
+            health_url=f"{self.endpoint.base_url}/health",
         )
+        self._process = ManagedProcess(serve)
 
     @property
     def broker(self) -> Path | None:
@@ -217,3 +205,15 @@ def _listening_url(pid: int | str) -> str:
     """Address of a `vllm serve` child: the gateway does not tell, its command line does."""
     arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     return f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}"
+
+
+class ArmSpec(NamedTuple):
+    """How an arm serves the engines: plain vLLM, or `polder serve`."""
+
+    system: Literal["stock", "polder"]
+    engines: Sequence[EnginePlan]
+
+    def make(self, name: str, log_dir: Path, runtime_dir: Path) -> Arm:
+        if self.system == "polder":
+            return PolderArm(self.engines, log_dir, runtime_dir, name)
+        return StockArm(self.engines, log_dir, name)

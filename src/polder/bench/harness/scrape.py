@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["Sample", "cache_samples", "gained", "summed"]
+__all__ = ["PREEMPTIONS", "TIER_HITS", "Sample", "cache_samples", "counter", "gained", "summed"]
 
-PREFIXES = (
-    "polder_",
-    "vllm:polder_",
-    "vllm:kv_offload",
-    "vllm:prefix_cache",
-    "vllm:external_prefix_cache",
-)
-"""Of the samples' names: Polder's own, the native connector's, and the tokens that were looked for and found."""
+PREFIXES = ("polder_", "vllm:polder_", "vllm:kv_offload", "vllm:prefix_cache", "vllm:external_prefix_cache")
+"""Prefixes of samples' names: Polder's own, the native connector's, and the tokens that were looked for and found."""
 _IDENTITY = ("engine", "model_name")
-"""Labels that are the same in all samples of an engine, so that they tell nothing."""
+"""Labels that are the same in all samples of an engine."""
+PREEMPTIONS = "vllm:num_preemptions_total"
+TIER_HITS = "vllm:external_prefix_cache_hits_total"
+"""Prompt tokens found behind the engine's own pool."""
 _COUNTS_UP = ("_total", "_sum", "_count")
 _SKIPPED = ("_bucket", "_created")
 
@@ -27,7 +24,7 @@ _SKIPPED = ("_bucket", "_created")
 class Sample:
     value: float
     kind: str
-    """As Prometheus types it: a gauge tells of this moment, all others of the time since the start."""
+    """Prometheus' type: a gauge tells of this moment, all others of the time since the start."""
 
 
 def cache_samples(text: str) -> dict[str, Sample]:
@@ -37,10 +34,15 @@ def cache_samples(text: str) -> dict[str, Sample]:
         for sample in family.samples:
             if sample.name.startswith(PREFIXES) and not sample.name.endswith(_SKIPPED):
                 labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()) if k not in _IDENTITY)
-                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = Sample(
-                    value=sample.value, kind=family.type
-                )
+                name = f"{sample.name}{{{labels}}}" if labels else sample.name
+                found[name] = Sample(value=sample.value, kind=family.type)
     return found
+
+
+def counter(text: str, name: str) -> float:
+    """Sum of the samples of that name."""
+    families = text_string_to_metric_families(text)
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
 def gained(before: Mapping[str, Sample], after: Mapping[str, Sample]) -> dict[str, float]:

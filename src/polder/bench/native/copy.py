@@ -1,8 +1,9 @@
 """The copying half of the native comparison arm: blocks between a KV cache and a host buffer, behind the engine's back.
 
-One thread for each direction, so that a load, which a request is waiting for, never queues behind stores, for which nobody waits.
-Each direction carries out its jobs one after another, like a DMA engine. Neighbouring blocks go in one piece, and pieces move
-with the GIL released. Over an emulated link a job ends when the link would have carried its bytes. Knows nothing of vLLM.
+One thread for each direction, so that a load, which a request is waiting for, never queues behind stores, for which
+nobody waits. Each direction carries out its jobs one after another, like a DMA engine. Neighbouring blocks go in one
+piece, and pieces move with the GIL released. Over an emulated link a job ends when the link would have carried its
+bytes. Knows nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class BlockCopier:
     def __init__(
         self, device: Sequence[Blocks], host: Sequence[Blocks], *, link_bytes_per_s: float | None = None
     ) -> None:
-        """`device[i]` and `host[i]` are the same layer. `link_bytes_per_s`: of each direction; None: as fast as memcpy."""
+        """`device[i]` and `host[i]` are the same layer. `link_bytes_per_s`: of each direction; None: as fast as
+        memcpy."""
         self._over: queue.SimpleQueue[Copied] = queue.SimpleQueue()
         self._running: set[int] = set()
         self._changed = threading.Condition()

@@ -1,8 +1,8 @@
 """vLLM's own tiers on the CPU platform, CPU memory over files: the native-fs arm of `polder bench turns`.
 
-As native_offload.py: the connector, the scheduler's half, promotion, the file tier with its 32 threads, and the eviction are
-vLLM's, unchanged; only the worker copies without CUDA. The file tier knows one folder and no disks, so it stands for a stripe over
-all of them: over emulated disks its reads and its writes go at the rate of all disks together.
+As native_offload.py: the connector, the scheduler's half, promotion, the file tier with its 32 threads, and the
+eviction are vLLM's, unchanged; only the worker copies without CUDA. The file tier knows one folder and no disks, so it
+stands for a stripe over all of them: over emulated disks its reads and its writes go at the rate of all disks together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ __all__ = ["NativeTieringSpec"]
 
 
 class NativeTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
-    """TieringOffloadingSpec with a worker that runs without CUDA. Two keys more: `link_bytes_per_s`, `disk_bytes_per_s`."""
+    """TieringOffloadingSpec with a worker that runs without CUDA. Two keys more: `link_bytes_per_s`,
+    `disk_bytes_per_s`."""
 
     def get_manager(self) -> OffloadingManager:
         rate = float(self.extra_config.get("disk_bytes_per_s") or 0)

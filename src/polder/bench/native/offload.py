@@ -1,10 +1,11 @@
 """vLLM's own CPU offloading on the CPU platform: the native arm of `polder bench turns`.
 
-vLLM 0.32 refuses its OffloadingConnector on CPUs, because its worker copies with CUDA streams. This module is that worker
-without CUDA and nothing else: the connector, the scheduler's half, the manager, its LRU eviction and the block fences are vLLM's,
-unchanged. CPUOffloadingSpec is the one of vLLM's two specs that needs the least: only its worker is replaced.
+vLLM 0.32 refuses its OffloadingConnector on CPUs, because its worker copies with CUDA streams. This module is that
+worker without CUDA and nothing else: the connector, the scheduler's half, the manager, its LRU eviction and the block
+fences are vLLM's, unchanged. CPUOffloadingSpec is the one of vLLM's two specs that needs the least: only its worker is
+replaced.
 
-    --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+--kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
       "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {
         "spec_name": "NativeOffloadingSpec", "spec_module_path": "polder.bench.native.offload",
         "cpu_bytes_to_use": 369098752, "offload_prompt_only": false, "link_bytes_per_s": 400000000}}'
@@ -32,7 +33,8 @@ __all__ = ["CopyingWorker", "NativeOffloadingSpec", "device_blocks"]
 
 
 class NativeOffloadingSpec(CPUOffloadingSpec):  # type: ignore[misc]
-    """CPUOffloadingSpec with a worker that runs without CUDA. One key more: `link_bytes_per_s` (0 or absent: no emulation)."""
+    """CPUOffloadingSpec with a worker that runs without CUDA. One key more: `link_bytes_per_s` (0 or absent: no
+    emulation)."""
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         # Asked for once by each worker process. The buffer is private to it, as vLLM's is without a shared region. Filled, not only
@@ -67,7 +69,8 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
     def submit_load(
         self, job_id: int, src_spec: LoadStoreSpec, dst_spec: GPULoadStoreSpec, expedited: bool = False
     ) -> bool:
-        """`expedited`: vLLM 0.33 sets it with sync_load_budget_bytes, which the bench does not; such loads are not hurried."""
+        """`expedited`: vLLM 0.33 sets it with sync_load_budget_bytes, which the bench does not; such loads are not
+        hurried."""
         assert isinstance(src_spec, BlockIDsLoadStoreSpec)
         self._copier.load(job_id, src_spec.block_ids, dst_spec.block_ids)
         return True

@@ -1,6 +1,6 @@
-"""From what happened to requests to figures. Pure functions.
+"""Figures from the records of requests. Pure functions.
 
-Definitions (shared/reference/workloads.md section 4):
+Definitions:
 
 - TTFT: first token's arrival minus the moment the request was due. First turns of a user's first session are left out.
 - TBT: time between two tokens of one request, all requests together; `tbt_worst10_ms` is the mean over requests of the
@@ -22,26 +22,19 @@ import numpy.typing as npt
 from polder.bench.harness.driver import RequestRecord
 
 __all__ = [
-    "SLO_TBT_MS",
-    "SLO_TTFT_MS",
-    "Metric",
-    "Metrics",
-    "RunRecords",
-    "bootstrap_interval",
-    "busy_seconds",
-    "engine_metrics",
-    "merged",
-    "percentile",
-    "quantile_ratio_interval",
-    "tbts_ms",
-    "ttfts_ms",
+    *("SLO_TBT_MS", "SLO_TTFT_MS", "Floats", "Interval", "Metric", "Metrics", "RunRecords", "bootstrap_interval"),
+    *("busy_seconds", "engine_metrics", "merged", "percentile", "quantile_ratio_intervals", "tbts_ms", "ttfts_ms"),
 ]
 
 SLO_TTFT_MS = 500.0
 SLO_TBT_MS = 100.0
+MOST_DRAWN = 4_000_000
+"""Values in memory while resampling."""
 
 Metric = float | dict[str, float]
 Metrics = dict[str, Metric]
+Interval = tuple[float, float]
+"""(low, high), 95 %."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -108,7 +101,7 @@ def ttfts_ms(records: Sequence[RequestRecord]) -> Floats:
 
 
 def percentile(values: Sequence[float] | Floats, q: float) -> float:
-    """Linear between neighbours; nan of nothing."""
+    """Interpolates between neighbours; nan when there are no values."""
     return float(np.percentile(values, q)) if len(values) else math.nan
 
 
@@ -131,29 +124,33 @@ def bootstrap_interval(
     return float(np.exp(low)), float(np.exp(logs.mean())), float(np.exp(high))
 
 
-def quantile_ratio_interval(
+def quantile_ratio_intervals(
     arm: Sequence[float] | Floats,
     baseline: Sequence[float] | Floats,
     *,
-    q: float,
+    quantiles: Sequence[int],
     confidence: float = 0.95,
-    resamples: int = 2_000,
+    resamples: int = 1_000,
     seed: int = 0,
-) -> tuple[float, float]:
-    """(low, high) of the ratio of two arms' percentiles, by resampling the requests of each arm.
+) -> list[Interval]:
+    """(low, high) of the ratio of two arms' percentiles, for each quantile, by resampling the values of each arm.
 
-    Says how much a figure depends on the few requests in its tail; requests of one run are not independent, so the true
-    interval is wider.
+    It shows how much a figure depends on the few requests in its tail. Requests of one run are not independent, so the
+    true interval is wider.
     """
     rng = np.random.default_rng(seed)
 
     def draws(values: Sequence[float] | Floats) -> Floats:
+        """[resamples, quantiles]"""
         sample = np.asarray(values, dtype=np.float64)
-        picked: Floats = np.percentile(rng.choice(sample, size=(resamples, len(sample))), q, axis=1)
-        return picked
+        at_once = max(1, MOST_DRAWN // len(sample))
+        parts = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+        found = [np.percentile(rng.choice(sample, (rows, len(sample))), quantiles, axis=1).T for rows in parts]
+        return np.concatenate(found)
 
-    low, high = np.percentile(draws(arm) / draws(baseline), [50 * (1 - confidence), 50 * (1 + confidence)])
-    return float(low), float(high)
+    ratios = draws(arm) / draws(baseline)
+    low, high = np.percentile(ratios, [50 * (1 - confidence), 50 * (1 + confidence)], axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
 def merged(runs: Mapping[str, Sequence[RunRecords]]) -> list[RunRecords]:

@@ -1,9 +1,9 @@
-"""The one JSON shape of all Polder benches.
+"""The JSON shape of every Polder bench.
 
 {"bench": "elastic",
- "conditions": {...},                                     what was run, where, with what
+ "conditions": {...},                                     what was run, where, with what; also "intervals" and "runs"
  "arms": {arm: {engine or "all": {metric: value}}},
- "ratios": {"ARM/BASELINE:ENGINE.METRIC": value},         always the arm's metric over the baseline's
+ "ratios": {"ARM/BASELINE:ENGINE.METRIC": value},         the arm's metric over the baseline's
  "checks": {name: bool}}
 """
 
@@ -18,18 +18,18 @@ from typing import Any
 
 import msgspec
 
-from polder.bench.report.metrics import Metric
+from polder.bench.report.metrics import Interval, Metric
 
-__all__ = ["Arms", "BenchResult", "ratios_over", "read_result", "write_result"]
+__all__ = ["Arms", "BenchResult", "ratios_over", "read_result", "without_nan", "write_result"]
 
 Arms = dict[str, dict[str, dict[str, Metric]]]
 """arm -> engine or "all" -> metric -> value. A metric that is a distribution (e.g. by tier) is a dict of numbers."""
 
-_RATIO_KEY = re.compile(r"(?P<arm>[^/:]+)/(?P<baseline>[^/:]+):(?P<engine>[^.]+)\.(?P<metric>\w+)")
+_FIGURE = re.compile(r"(?P<arm>[^/:]+)(/(?P<baseline>[^/:]+))?:(?P<engine>[^.]+)\.(?P<metric>\w+)")
 
 
 class BenchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Result of one bench. Metrics that have no value on this machine are left out, never null or NaN."""
+    """The result of one bench. Metrics that have no value on this machine are left out, never null or NaN."""
 
     bench: str
     conditions: dict[str, Any]
@@ -38,24 +38,35 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     checks: dict[str, bool]
 
     def __post_init__(self) -> None:
-        """Raises ValueError when a ratio names what is not in `arms`, or is not what its name says."""
+        """Raises ValueError when a ratio is not the quotient of the two metrics that its name says."""
         for key, value in self.ratios.items():
-            match = _RATIO_KEY.fullmatch(key)
-            if match is None:
-                raise ValueError(f"ratio {key!r} is not ARM/BASELINE:ENGINE.METRIC")
-            arm, baseline, engine, metric = match.group("arm", "baseline", "engine", "metric")
-            try:
-                over, under = self.arms[arm][engine][metric], self.arms[baseline][engine][metric]
-            except KeyError as error:
-                raise ValueError(f"ratio {key!r} names {error}, which is not in arms") from error
-            if isinstance(over, dict) or isinstance(under, dict):
-                raise ValueError(f"ratio {key!r} is of a distribution")
-            if not math.isclose(value, over / under, rel_tol=1e-9):
-                raise ValueError(f"ratio {key!r} is {value}, the metrics give {over / under}")
+            expected = self.figure(key)
+            if "/" not in key or expected is None or not math.isclose(value, expected, rel_tol=1e-9):
+                raise ValueError(f"ratio {key!r} is {value}, the metrics in arms give {expected}")
+
+    def figure(self, key: str) -> float | None:
+        """The number that "ARM:ENGINE.METRIC" names, or the quotient "ARM/BASELINE:ENGINE.METRIC".
+
+        None when it was not measured, is a distribution, or would be divided by 0. Raises ValueError on another key.
+        """
+        match = _FIGURE.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{key!r} is neither ARM:ENGINE.METRIC nor ARM/BASELINE:ENGINE.METRIC")
+        arm, baseline, engine, metric = match.group("arm", "baseline", "engine", "metric")
+        over = self.arms.get(arm, {}).get(engine, {}).get(metric)
+        under = self.arms.get(baseline, {}).get(engine, {}).get(metric) if baseline else 1.0
+        if over is None or isinstance(over, dict) or not under or isinstance(under, dict):
+            return None
+        return over / under
+
+    def interval(self, key: str) -> Interval | None:
+        """The 95 % interval of a ratio: (low, high)."""
+        found = self.conditions.get("intervals", {}).get(key)
+        return (found[0], found[1]) if found else None
 
 
 def without_nan(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """JSON has no NaN: what could not be measured is left out."""
+    """Leaves out what could not be measured: JSON has no NaN."""
     return {name: value for name, value in metrics.items() if isinstance(value, dict) or math.isfinite(value)}
 
 
@@ -72,13 +83,12 @@ def ratios_over(arms: Arms, *, arm: str, baseline: str) -> dict[str, float]:
 
 
 def write_result(result: BenchResult, path: Path) -> None:
-    """Writes it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the whole file or nothing."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
     os.replace(draft, path)
 
 
 def read_result(path: Path) -> BenchResult:
-    """Raises msgspec.ValidationError when it has another shape."""
+    """Raises msgspec.ValidationError when the file has another shape."""
     return msgspec.json.decode(path.read_bytes(), type=BenchResult)

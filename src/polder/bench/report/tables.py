@@ -1,25 +1,58 @@
-"""Tables and checks of a bench's report, for the terminal and for HTML."""
+"""Tables of figures, for the terminal and for HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import rich.table
 from rich.console import Console
 
-from polder.bench.checks import Check
 from polder.bench.report.metrics import Metric
+from polder.bench.report.result import BenchResult
 
-__all__ = ["Table", "cell", "html_checks", "html_table", "print_checks", "print_tables"]
+__all__ = ["SHOWN", "Cell", "Table", "arm_tables", "cell", "figures", "metric_names", "print_tables", "same"]
+
+SHOWN = {
+    "TTFT p50, ms": "ttft_p50_ms",
+    "TTFT p90, ms": "ttft_p90_ms",
+    "TTFT p99, ms": "ttft_p99_ms",
+    "TBT p50, ms": "tbt_p50_ms",
+    "TBT p99, ms": "tbt_p99_ms",
+    "TBT, slowest tenth, ms": "tbt_worst10_ms",
+    "prompt tokens found, part": "hit_ratio",
+    "first turns' prompt tokens found, part": "first_turn_hit_ratio",
+    "found in a tier, part": "tier_hit_ratio",
+    "prompt tokens computed per s": "computed_prompt_tokens_per_s",
+    "output tokens per s": "output_tokens_per_s",
+    "output tokens per busy s": "busy_output_tokens_per_s",
+    "requests per s": "requests_per_s",
+    "requests per s within 500 / 100 ms": "goodput_requests_per_s",
+    "time to the last reply, s": "makespan_s",
+    "preemptions": "preemptions",
+    "failed requests": "failed_requests",
+}
+"""Headings of the metrics of requests."""
+
+R = TypeVar("R")
+C = TypeVar("C")
 
 
 class Table(NamedTuple):
     title: str
-    columns: list[str]
+    columns: Sequence[str]
     """Headings of all columns but the first, which has none."""
-    rows: list[list[str]]
+    rows: Sequence[Sequence[str]]
+
+
+class Cell(NamedTuple):
+    """Where the figure of a cell is found in the result."""
+
+    arm: str
+    engine: str
+    metric: str
+    baseline: str = ""
+    """Arm whose ratio stands behind the figure."""
 
 
 def cell(value: Metric | None, ratio: float | None = None) -> str:
@@ -28,6 +61,56 @@ def cell(value: Metric | None, ratio: float | None = None) -> str:
         return ""
     digits = 0 if value == int(value) or abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
     return f"{value:,.{digits}f}" + (f" (x{ratio:.2f})" if ratio is not None else "")
+
+
+def figures(
+    result: BenchResult,
+    title: str,
+    rows: Mapping[str, R],
+    columns: Mapping[str, C],
+    at: Callable[[R, C], Cell],
+    *,
+    scale: float = 1.0,
+) -> list[Table]:
+    """One table, or none when nothing of it was measured. Mappings are heading -> what `at` gets. Empty rows and
+    columns go."""
+    texts = {row: [_text(result, at(r, c), scale) for c in columns.values()] for row, r in rows.items()}
+    kept = [number for number in range(len(columns)) if any(of[number] for of in texts.values())]
+    heads = list(columns)
+    body = [[row, *(of[number] for number in kept)] for row, of in texts.items() if any(of)]
+    return [Table(title, [heads[number] for number in kept], body)] if body else []
+
+
+def arm_tables(
+    result: BenchResult,
+    title: str,
+    arms: Mapping[str, str],
+    engine: str,
+    metrics: Mapping[str, str],
+    baseline: str = "",
+) -> list[Table]:
+    """Metrics (heading -> name) of one engine, a column for each arm (heading -> name), with its ratio to the
+    baseline's."""
+    return figures(result, title, metrics, arms, lambda metric, arm: Cell(arm, engine, metric, baseline))
+
+
+def _text(result: BenchResult, at: Cell, scale: float) -> str:
+    value = result.arms.get(at.arm, {}).get(at.engine, {}).get(at.metric)
+    if value is None or isinstance(value, dict):
+        return ""
+    key = f"{at.arm}/{at.baseline}:{at.engine}.{at.metric}"
+    text, interval = cell(value * scale, result.ratios.get(key)), result.interval(key) if at.baseline else None
+    return text.replace(")", f", {interval[0]:.2f}-{interval[1]:.2f})") if interval else text
+
+
+def same(names: Iterable[str]) -> dict[str, str]:
+    """Headings that are the names themselves."""
+    return {name: name for name in names}
+
+
+def metric_names(result: BenchResult, arms: Iterable[str]) -> dict[str, str]:
+    """Heading -> name of every metric of these arms."""
+    return {n.replace("_", " "): n for arm in arms for of in result.arms.get(arm, {}).values() for n in of}
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
@@ -39,26 +122,3 @@ def print_tables(console: Console, tables: Iterable[Table]) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-
-
-def print_checks(console: Console, checks: Iterable[Check]) -> None:
-    """Passed and missed alike."""
-    for check in checks:
-        mark = "[green]ok    [/]" if check.passed else "[bold red]MISSED[/]"
-        console.print(f"{mark} {check.name}: {check.detail}", highlight=False, soft_wrap=True)
-
-
-def html_checks(checks: Iterable[Check]) -> str:
-    rows = "".join(
-        f"<tr><td class='{'yes' if c.passed else 'no'}'>{'met' if c.passed else 'missed'}</td>"
-        f"<td class='text'><code>{escape(c.name)}</code></td><td class='text'>{escape(c.detail)}</td></tr>"
-        for c in checks
-    )
-    return f"<section><h2>Checks</h2><div class='scroll'><table>{rows}</table></div></section>"
-
-
-def html_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in ("", *table.columns))
-    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in table.rows)
-    text = f"<table><tr>{head}</tr>{body}</table>"
-    return f"<section><h2>{escape(table.title)}</h2><div class='scroll'>{text}</div></section>"

@@ -1,10 +1,11 @@
-"""A fleet of two models for minutes: bursts of requests, clients that leave, sleeps, wakes, a broker that is stopped now and then.
+"""A fleet of two models for minutes: bursts of requests, clients that leave, sleeps, wakes, a broker that is stopped
+now and then.
 
-    python -m polder.bench.soak.fleet --minutes 10 [--seed 1] [--logs DIR]
+python -m polder.bench.soak.fleet --minutes 10 [--seed 1] [--logs DIR]
 
-Two models with elastic weights and tiers, served by `polder serve`. Every answer that is waited for must be a 200 with the tokens
-of stock vLLM, which is asked the same prompts before. No engine may end, `/health` may never be "down", and when the requests stop
-nothing may stay busy. Prints one JSON object; ends with 1 when anything is not as it must be.
+Two models with elastic weights and tiers, served by `polder serve`. Every answer that is waited for must be a 200 with
+the tokens of stock vLLM, which is asked the same prompts before. No engine may end, `/health` may never be "down", and
+when the requests stop nothing may stay busy. Prints one JSON object; ends with 1 when anything is not as it must be.
 """
 
 from __future__ import annotations

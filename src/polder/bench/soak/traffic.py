@@ -1,4 +1,5 @@
-"""What a soak does to a fleet, and what it checks: bursts, clients that leave, sleeps, wakes, a broker that is stopped."""
+"""What a soak does to a fleet, and what it checks: bursts, clients that leave, sleeps, wakes, a broker that is
+stopped."""
 
 from __future__ import annotations
 

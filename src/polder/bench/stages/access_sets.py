@@ -1,7 +1,9 @@
-"""Access sets for `polder bench disks`: what each step reads from disks. Known steps come first, measured ones after them in time.
+"""Access sets for `polder bench disks`: what each step reads from disks. Known steps come first, measured ones after
+them in time.
 
-Synthetic sets are those of polder.bench.sparse.generator. Conversations are real: a step is one turn, which reads those blocks of
-its prompt that earlier turns have written, as if nothing of them were left in memory. All of it is of one layer.
+Synthetic sets are those of polder.bench.sparse.generator. Conversations are real: a step is one turn, which reads those
+blocks of its prompt that earlier turns have written, as if nothing of them were left in memory. All of it is of one
+layer.
 """
 
 from __future__ import annotations
@@ -12,20 +14,41 @@ from importlib.util import find_spec
 import numpy as np
 
 from polder.arrays import BoolArray, IntArray
-from polder.bench.disks_plan import PAGE_BYTES, REAL_SETS, DisksPlan
 from polder.bench.sparse.generator import PESSIMISTIC, Groups, Sticky, latent_groups, resident, sticky_clusters
+from polder.diskstore.model import PM9A3, DiskModel
 from polder.errors import ConfigError
 from polder.sim.traces import Trace, load_trace
 from polder.swarm.activations import Profile
 
-__all__ = ["DESCRIPTIONS", "AccessSet", "access_sets", "turn_reads"]
+__all__ = [
+    "DESCRIPTIONS",
+    "DISKS",
+    "ENTRY_BYTES",
+    "PAGE_BYTES",
+    "AccessSet",
+    "SetSizes",
+    "access_sets",
+    "disks_of",
+    "turn_reads",
+]
 
+DISKS: dict[str, tuple[float, ...]] = {
+    "1": (1.0,),
+    "2": (1.0,) * 2,
+    "4": (1.0,) * 4,
+    "8": (1.0,) * 8,
+    "4-slow": (0.5, *(1.0,) * 3),
+    "8-slow": (0.5, *(1.0,) * 7),
+}
+"""The speed of each disk."""
+PAGE_BYTES = 64 << 10
 ENTRY_BYTES = 4 << 10
 """Keys and values of one token in one layer, of the models that Swarm was measured with."""
 ENTRY_PAGE_BLOCKS = PAGE_BYTES // ENTRY_BYTES
 RANDOM_BLOCKS, RANDOM_READS = 2048, 200
 PAGE_TOKENS = 128
-"""Of a conversation, on a page of 64 KiB: 512 B a token and layer, about what latent attention keeps in 8 bits."""
+"""Tokens of a conversation on a page of 64 KiB: 512 B a token and layer, about what latent attention keeps in 8
+bits."""
 TRACES = {"mooncake": "mooncake-conversation", "weka": "weka-u32-clip300"}
 
 DESCRIPTIONS = {
@@ -37,6 +60,18 @@ DESCRIPTIONS = {
     "mooncake": f"the last turns of an hour of Mooncake's conversations; {PAGE_TOKENS} tokens on a page of 64 KiB",
     "weka": f"the last turns of an hour of 32 users with WEKA's coding agents; {PAGE_TOKENS} tokens on a page of 64 KiB",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSizes:
+    seeds: tuple[int, ...]
+    """Seeds of the synthetic sets: one instance each, their steps taken together. Conversations are what they are."""
+    measured_steps: int
+    """After those that the layouts know."""
+    known_steps: int = 400
+    """What clusters, placement and replicas are made from."""
+    synthetic_blocks: int = 32768
+    """Blocks of 4 KiB; `sticky-64k` has an eighth as many, of 64 KiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +88,36 @@ class AccessSet:
         return self.block_bytes * self.page_blocks
 
 
-def access_sets(name: str, plan: DisksPlan) -> list[AccessSet]:
+def disks_of(name: str, model: DiskModel = PM9A3) -> list[DiskModel]:
+    """ "4-slow" -> four disks, the first at half speed."""
+    return [model if speed == 1 else model.slowed(speed) for speed in DISKS[name]]
+
+
+def access_sets(name: str, sizes: SetSizes) -> list[AccessSet]:
     """One for each seed; conversations are one. Raises ConfigError when traces cannot be unpacked."""
-    if name in REAL_SETS:
+    if name in TRACES:
         if find_spec("zstandard") is None:
             raise ConfigError("polder bench disks needs zstandard for its traces: install polder[bench]")
-        return [_conversations(load_trace(TRACES[name]), plan)]
-    return [_synthetic(name, plan, seed) for seed in plan.seeds]
+        return [_conversations(load_trace(TRACES[name]), sizes)]
+    return [_synthetic(name, sizes, seed) for seed in sizes.seeds]
 
 
-def _synthetic(name: str, plan: DisksPlan, seed: int) -> AccessSet:
-    blocks, steps = plan.synthetic_blocks, plan.known_steps + plan.measured_steps
+def _synthetic(name: str, sizes: SetSizes, seed: int) -> AccessSet:
+    blocks, steps = sizes.synthetic_blocks, sizes.known_steps + sizes.measured_steps
     if name == "random":
         rng = np.random.default_rng(seed)
         sets = [rng.choice(RANDOM_BLOCKS, RANDOM_READS, replace=False) for _ in range(steps)]
-        return _parted(Profile.of(sets, size=RANDOM_BLOCKS), plan, block_bytes=PAGE_BYTES, page_blocks=1)
+        return _parted(Profile.of(sets, size=RANDOM_BLOCKS), sizes, block_bytes=PAGE_BYTES, page_blocks=1)
     if name == "groups":
         profile = latent_groups(Groups(blocks=blocks, steps=steps, seed=seed))
-        return _parted(profile, plan, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
+        return _parted(profile, sizes, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
     if name == "sticky-64k":
         config = Sticky(blocks=blocks // 8, steps=steps, seed=seed, window=64)
-        return _parted(_from_disks(config), plan, block_bytes=PAGE_BYTES, page_blocks=1)
+        return _parted(_from_disks(config), sizes, block_bytes=PAGE_BYTES, page_blocks=1)
     config = Sticky(blocks=blocks, steps=steps, seed=seed)
     if name == "pessimistic":
         config = replace(PESSIMISTIC, blocks=blocks, steps=steps, seed=seed)
-    return _parted(_from_disks(config), plan, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
+    return _parted(_from_disks(config), sizes, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
 
 
 def _from_disks(config: Sticky) -> Profile:
@@ -87,18 +127,19 @@ def _from_disks(config: Sticky) -> Profile:
     return profile.mapped(kept, size=config.blocks)
 
 
-def _conversations(trace: Trace, plan: DisksPlan) -> AccessSet:
+def _conversations(trace: Trace, sizes: SetSizes) -> AccessSet:
     """The last turns that read anything. Blocks that none of them reads are left out: they would only lie there."""
-    wanted = plan.known_steps + plan.measured_steps
+    wanted = sizes.known_steps + sizes.measured_steps
     chosen = [blocks for blocks in turn_reads(trace) if len(blocks)][-wanted:]
     there = np.unique(np.concatenate(chosen))  # in order of first use, so that a prompt's blocks follow each other
     pages = trace.block_tokens // PAGE_TOKENS
     sets = [(np.searchsorted(there, blocks)[:, None] * pages + np.arange(pages)).reshape(-1) for blocks in chosen]
-    return _parted(Profile.of(sets, size=len(there) * pages), plan, block_bytes=PAGE_BYTES, page_blocks=1)
+    return _parted(Profile.of(sets, size=len(there) * pages), sizes, block_bytes=PAGE_BYTES, page_blocks=1)
 
 
 def turn_reads(trace: Trace) -> list[IntArray]:
-    """Of each request the leading blocks that earlier ones have written, but for one that all have: it stays in memory."""
+    """For each request the leading blocks that earlier ones have written, but for those that all share: they stay in
+    memory."""
     written: BoolArray = np.zeros(trace.unique_blocks, dtype=np.bool_)
     prompts = [trace.of(request) for request in range(trace.requests)]
     shared = np.bincount(np.concatenate([np.unique(blocks) for blocks in prompts])) == trace.requests
@@ -111,10 +152,10 @@ def turn_reads(trace: Trace) -> list[IntArray]:
     return reads
 
 
-def _parted(profile: Profile, plan: DisksPlan, *, block_bytes: int, page_blocks: int) -> AccessSet:
+def _parted(profile: Profile, sizes: SetSizes, *, block_bytes: int, page_blocks: int) -> AccessSet:
     return AccessSet(
-        known=profile.part(0, plan.known_steps),
-        measured=profile.part(plan.known_steps, profile.steps),
+        known=profile.part(0, sizes.known_steps),
+        measured=profile.part(sizes.known_steps, profile.steps),
         block_bytes=block_bytes,
         page_blocks=page_blocks,
     )

@@ -1,45 +1,66 @@
 """How long is the first token of a model that was asleep?
 
-One engine by itself, one request at a time, from when it is sent to its first token: while the model is resident, in stock and
-in Polder; after an operator put it to sleep, so that the request finds no weight on the device, with the copies awaited layer by
-layer ("streamed") and as a whole ("whole"); and, what is left to do without Polder, from the start of a new stock engine. Asleep
-and awake alternate, so that a slow minute of the machine falls on both. Its memory is free when it wakes: what it costs others
-to give it back is in the temporal stage.
+One engine by itself, one request at a time, from when it is sent to its first token: while the model is resident, in
+stock and in Polder; after an operator put it to sleep, so that the request finds no weight on the device, with the
+copies awaited layer by layer ("streamed") and as a whole ("whole"); and, what is left to do without Polder, from the
+start of a new stock engine. Asleep and awake alternate, so that a slow minute of the machine falls on both. Its memory
+is free when it wakes: what it costs others to give it back is in the temporal stage.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from polder.bench.harness.arms import Arm
-from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, RequestRecord, Turn, play
+from polder.bench.harness.control import moved, put_to_sleep, wake, weight_counts
+from polder.bench.harness.driver import ClosedLoop, RequestRecord, play
 from polder.bench.harness.progress import Stage
-from polder.bench.harness.weights import moved, put_to_sleep, rouse, weight_counts
 from polder.bench.report.metrics import Metrics, percentile
-from polder.bench.workloads.tenants import prompt_of
+from polder.bench.report.result import without_nan
+from polder.bench.workloads.prompts import prompt_of, single
+from polder.bench.workloads.tenants import VOCAB
 from polder.errors import EnvironmentFault
 
-__all__ = ["ARMS", "RESIDENT", "first_token_anew", "resident_and_reclaimed"]
+__all__ = ["ARMS", "RESIDENT", "measure_comeback", "resident_and_reclaimed"]
 
 ARMS = ("stock", "polder-streamed", "polder-whole", "polder-streamed-link", "polder-whole-link")
 """With copies at memcpy's speed, on the cores that compute, and with a link's."""
 RESIDENT = {"stock": "stock-resident", "polder-streamed": "polder-resident"}
 """Arm -> the name of what it measures while the model is resident, for those where that counts."""
 OUTPUT_TOKENS = 8
-QUIET_S = 1.2
-"""vLLM's processes spin for a second after their last message."""
 
 
-def first_token_anew(arm: Arm, *, prompt_tokens: int, started: float) -> Metrics:
-    """Asks an arm of one engine that was started at `started`, by perf_counter(), and just got ready. Raises EnvironmentFault."""
-    record = _ask(arm, prompt_tokens, number=0)
-    if record.error:
-        raise EnvironmentFault(f"{arm.name} does not answer: {record.error}")
-    first_token_s = time.perf_counter() - started - (record.end_s - record.token_s[0])
-    return {_metric(prompt_tokens): first_token_s * 1e3}
+def measure_comeback(
+    name: str,
+    start: Callable[[], Arm],
+    *,
+    prompts: Sequence[int],
+    anew_prompt: int,
+    samples: int,
+    stage: Stage,
+) -> dict[str, Metrics]:
+    """Figures by the name that they have in the result. `start`: starts the arm, which has one engine, and returns it
+    ready.
+
+    Raises EnvironmentFault when the engine does not answer.
+    """
+    found: dict[str, Metrics] = {}
+    started = time.perf_counter()
+    arm = start()
+    if name == "stock":
+        record = _ask(arm, anew_prompt, number=0)
+        if record.error:
+            raise EnvironmentFault(f"{arm.name} does not answer: {record.error}")
+        first_token_s = time.perf_counter() - started - (record.end_s - record.token_s[0])
+        found["stock-anew"] = {_metric(anew_prompt): first_token_s * 1e3}
+    resident, reclaimed = resident_and_reclaimed(arm, prompts=prompts, samples=samples, stage=stage)
+    if reclaimed is not None:
+        found[name] = without_nan(reclaimed)
+    if name in RESIDENT:
+        found[RESIDENT[name]] = without_nan(resident)
+    return found
 
 
 def resident_and_reclaimed(
@@ -56,11 +77,11 @@ def resident_and_reclaimed(
     for number in range(samples + 1):
         for tokens in prompts:
             if broker is not None:
-                rouse(broker, engine)
-            time.sleep(QUIET_S)
+                wake(broker, engine)
+            time.sleep(arm.quiet_s)
             resident[tokens].append(_ask(arm, tokens, number=2 * number))
             if broker is not None:
-                time.sleep(QUIET_S)
+                time.sleep(arm.quiet_s)
                 put_to_sleep(broker, engine)
                 reclaimed[tokens].append(_ask(arm, tokens, number=2 * number + 1))
         stage.update(number + 1, samples + 1)
@@ -80,9 +101,8 @@ def resident_and_reclaimed(
 
 def _ask(arm: Arm, prompt_tokens: int, *, number: int) -> RequestRecord:
     engine = arm.engines[0].name
-    prompt = prompt_of(prompt_tokens, (prompt_tokens, number, 3000))
-    body = encode_body(model=engine, prompt=prompt, output_tokens=OUTPUT_TOKENS)
-    load = ClosedLoop(users=[[Turn(key="comeback", body=body, output_tokens=OUTPUT_TOKENS)]])
+    prompt = prompt_of(prompt_tokens, (prompt_tokens, number, 3000), vocab=VOCAB)
+    load = ClosedLoop(users=[[single(engine, "comeback", prompt, output_tokens=OUTPUT_TOKENS)]])
     return asyncio.run(play({engine: (arm.endpoint, load)})).records[engine][0]
 
 

@@ -1,106 +1,102 @@
-"""Do answers stay the same while memory moves under them?
+"""Do answers stay the same while memory moves?
 
-A fixed set of prompts, greedy, on float32 models (in bf16 stock vLLM itself gives other tokens when a batch has another
-shape), sent all at once, then all once more, which hits the prefixes of the first time. Stock answers undisturbed. Polder
-answers while the bench pins the engine to other sizes in mid-decode: up, down with migration, down below what is in use so
-that requests are preempted, up again. Every token has to be the same.
+The same prompts, greedy, on float32 models (in bf16 stock vLLM itself gives other tokens when a batch has another
+shape), in several rounds, all prompts of a round at once. Stock answers undisturbed. An arm with a broker answers while
+the bench resizes its engines, puts them to sleep, or asks so much of one that it takes back what it lent. Every token
+has to be the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from polder.bench.harness.arms import Arm
-from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, Tally, Turn, play
-from polder.bench.harness.pinning import engine_status
+from polder.bench.harness.control import REPORT_S
+from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, play
+from polder.bench.harness.scrape import TIER_HITS, gained
 from polder.bench.report.metrics import Metrics
-from polder.bench.workloads.models import RESERVED_IDS
-from polder.bench.workloads.traces import VOCAB
+from polder.bench.workloads.prompts import single
 from polder.broker import client
-from polder.broker.wire import Resize
+from polder.broker.wire import Resize, Sleep
 
-__all__ = ["MOVES", "Answers", "Pin", "Questions", "compare", "disturbed", "question_turn", "questions", "undisturbed"]
+__all__ = ["MOVE_COUNTERS", "OUTPUT_TOKENS", "Act", "Answered", "Round", "answer", "compare"]
 
 OUTPUT_TOKENS = 96
-REPORT_S = 0.3  # engines report their counters every 50 ms
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pin:
-    """Pin engine A to `units` once `at` of the round's output tokens have come."""
-
-    at: float
-    units: int
-
-
-# Engine A in float32 has 1,024 tokens a unit; the questions of a round need about 8 units at their end.
-ROUNDS = (
-    (
-        Pin(at=0.0, units=10),
-        Pin(at=0.15, units=16),
-        Pin(at=0.35, units=9),
-        Pin(at=0.55, units=5),
-        Pin(at=0.75, units=14),
-    ),
-    (Pin(at=0.0, units=12), Pin(at=0.3, units=16), Pin(at=0.5, units=4), Pin(at=0.75, units=14)),
-)
-"""What is done to engine A in each round. In the second, the first one's prompts are asked again."""
-
-MOVES = {
+MOVE_COUNTERS = {
     "grows": "grows_total",
     "shrinks": "shrinks_total",
     "migrated_blocks": "migrated_blocks_total",
     "evicted_blocks": "evicted_blocks_total",
     "preemptions": "preemptions_total",
 }
-"""Metric -> engine's counter: what has to have happened while answers were compared, else their equality says nothing."""
+"""Metric -> engine's counter: what has to happen while answers are compared, or their equality says nothing."""
 
 Answers = dict[str, list[int]]
 """Request key -> output token ids."""
-
 Questions = Mapping[str, Sequence[tuple[str, list[int]]]]
 """Model -> (key, prompt's token ids)."""
 
 
-def questions(*, model: str, count: int, longest: int, seed: int) -> list[tuple[str, list[int]]]:
-    """(key, prompt) of `count` prompts of up to `longest` tokens; every second one begins like the one before it."""
-    rng = np.random.default_rng(seed)
-    found: list[tuple[str, list[int]]] = []
-    for number in range(count):
-        length = int(rng.integers(longest // 3, longest))
-        prompt = rng.integers(RESERVED_IDS, VOCAB, size=length).tolist()
-        if number % 2:
-            before = found[-1][1]
-            prompt = before[: len(before) // 2] + prompt[: longest - len(before) // 2]
-        found.append((f"{model}{number}", prompt))
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Act:
+    """Send `message` to the broker once the fraction `at` of the round's output tokens has come."""
+
+    at: float
+    message: Resize | Sleep
 
 
-async def undisturbed(arm: Arm, asked: Questions) -> list[Answers]:
-    """Both rounds."""
-    return [await _round(arm, asked) for _ in ROUNDS]
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    asked: Questions
+    acts: tuple[Act, ...] = ()
+    """Only where there is a broker."""
 
 
-async def disturbed(arm: Arm, asked: Questions) -> tuple[list[Answers], Metrics]:
-    """Both rounds, with engine A resized in mid-decode, and what happened to its memory meanwhile."""
-    broker = arm.broker
-    assert broker is not None, "only an elastic arm can be resized"
-    before = engine_status(await asyncio.to_thread(client.status, broker), "A")
-    answers = [await _round(arm, asked, broker, pins) for pins in ROUNDS]
-    await asyncio.sleep(REPORT_S)
-    after = engine_status(await asyncio.to_thread(client.status, broker), "A")
-    return answers, {name: after.stats[counter] - before.stats[counter] for name, counter in MOVES.items()}
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """All rounds of one arm."""
+
+    rounds: list[Answers]
+    cached_tokens: float
+    """Prompt tokens of all engines that came from a pool or a tier."""
+    counts: Metrics
+    """What happened to memory meanwhile, over all engines."""
 
 
-def compare(stock: Sequence[Answers], polder: Sequence[Answers]) -> Metrics:
-    """How many answers were compared, and how many of them are not the same token by token."""
-    pairs = [(ours[key], theirs[key]) for ours, theirs in zip(polder, stock, strict=True) for key in theirs]
+async def answer(arm: Arm, rounds: Sequence[Round], counters: Mapping[str, str], *, settle_s: float) -> Answered:
+    """Asks the arm all rounds, from empty caches. Raises what a message to the broker raised.
+
+    `counters`: metric -> engine's counter. `settle_s`: between rounds, in which stores end and idle engines fall
+    asleep.
+    """
+    await asyncio.to_thread(arm.reset_prefix_caches)
+    before, preempted = await asyncio.to_thread(arm.samples), await asyncio.to_thread(arm.preemptions)
+    counted = await asyncio.to_thread(_counts, arm.broker, counters, after_s=0.0)
+    answers: list[Answers] = []
+    cached_tokens = 0
+    for one in rounds:
+        records = [r for of in (await _round(arm, one)).values() for r in of]
+        answers.append({record.key: record.output_ids for record in records})
+        cached_tokens += sum(record.cached_tokens for record in records)
+        await asyncio.sleep(settle_s)
+    after = await asyncio.to_thread(arm.samples)
+    await asyncio.to_thread(arm.check)
+    moved = await asyncio.to_thread(_counts, arm.broker, counters, after_s=REPORT_S)
+    counts: Metrics = {
+        "tier_hit_tokens": sum(gained(before[e], after[e]).get(TIER_HITS, 0.0) for e in after),
+        "preemptions": sum((await asyncio.to_thread(arm.preemptions)).values()) - sum(preempted.values()),
+        **{metric: count - counted[metric] for metric, count in moved.items()},
+    }
+    return Answered(rounds=answers, cached_tokens=float(cached_tokens), counts=counts)
+
+
+def compare(stock: Answered, arm: Answered) -> Metrics:
+    """How many answers were compared, how many are not the same token by token, and what happened meanwhile."""
+    pairs = [(ours[key], theirs[key]) for ours, theirs in zip(arm.rounds, stock.rounds, strict=True) for key in theirs]
     tokens = [token for _, theirs in pairs for token in theirs]
     return {
         "answers_compared": float(len(pairs)),
@@ -108,39 +104,42 @@ def compare(stock: Sequence[Answers], polder: Sequence[Answers]) -> Metrics:
         "failed_requests": float(sum(len(answer) != OUTPUT_TOKENS for pair in pairs for answer in pair)),
         "tokens_compared": float(len(tokens)),
         "distinct_tokens": float(len(set(tokens))),
+        "cached_tokens": arm.cached_tokens,
+        "stock_cached_tokens": stock.cached_tokens,
+        **arm.counts,
     }
 
 
-async def _round(arm: Arm, asked: Questions, broker: Path | None = None, pins: Sequence[Pin] = ()) -> Answers:
-    """All questions at once, engine by engine; `pins` are carried out on engine A meanwhile."""
+async def _round(arm: Arm, one: Round) -> dict[str, list[RequestRecord]]:
     workloads = {
-        model: (arm.endpoint, ClosedLoop(users=[[question_turn(model, key, prompt)] for key, prompt in prompts]))
-        for model, prompts in asked.items()
+        model: ClosedLoop(users=[[single(model, key, ids, output_tokens=OUTPUT_TOKENS)] for key, ids in prompts])
+        for model, prompts in one.asked.items()
     }
     tally = Tally()
-    expected = sum(len(prompts) for prompts in asked.values()) * OUTPUT_TOKENS
-    pinning = asyncio.create_task(_pin(broker, pins, tally, expected)) if broker else None
+    expected = sum(map(len, one.asked.values())) * OUTPUT_TOKENS
+    acting = asyncio.create_task(_act(arm.broker, one.acts, tally, expected))
     try:
-        played = await play(workloads, tally)
+        played = await play({model: (arm.endpoint, load) for model, load in workloads.items()}, tally)
     finally:
-        if pinning is not None:
-            pinning.cancel()  # ended long ago, unless requests failed
-            await asyncio.gather(pinning, return_exceptions=True)
-    return {record.key: record.output_ids for of_engine in played.records.values() for record in of_engine}
+        acting.cancel()  # ended long ago, unless requests failed
+    (outcome,) = await asyncio.gather(acting, return_exceptions=True)
+    if isinstance(outcome, Exception):  # a cancellation is none
+        raise outcome
+    return played.records
 
 
-def question_turn(model: str, key: str, prompt: list[int]) -> Turn:
-    """A question as a request whose answer brings its token ids."""
-    extra = {"return_token_ids": True}
-    return Turn(
-        key=key,
-        body=encode_body(model=model, prompt=prompt, output_tokens=OUTPUT_TOKENS, extra=extra),
-        output_tokens=OUTPUT_TOKENS,
-    )
-
-
-async def _pin(broker: Path, pins: Sequence[Pin], tally: Tally, expected: int) -> None:
-    for pin in pins:
-        while tally.output_tokens < pin.at * expected:
+async def _act(broker: Path | None, acts: Sequence[Act], tally: Tally, expected: int) -> None:
+    for act in acts if broker is not None else ():
+        while tally.output_tokens < act.at * expected:
             await asyncio.sleep(0.005)
-        await asyncio.to_thread(client.request, broker, Resize(engine="A", units=pin.units))
+        assert broker is not None
+        await asyncio.to_thread(client.request, broker, act.message)
+
+
+def _counts(broker: Path | None, counters: Mapping[str, str], *, after_s: float) -> dict[str, float]:
+    """Sums over all engines; nothing without a broker."""
+    if broker is None:
+        return {}
+    time.sleep(after_s)
+    engines = client.status(broker).engines
+    return {metric: sum(e.stats.get(counter, 0.0) for e in engines) for metric, counter in counters.items()}

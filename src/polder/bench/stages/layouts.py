@@ -1,11 +1,13 @@
 """The layouts of an access set, and what they take on modelled disks.
 
-They are those of polder.bench.sparse.arms. Clusters and packed pages do not depend on the disks and take longest, so here they
-are made once for all disks.
+They are those of polder.bench.sparse.arms. Clusters and packed pages do not depend on the disks and take longest, so
+here they are made once for all disks.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -23,15 +25,18 @@ from polder.diskstore.schedule import exact, greedy
 from polder.swarm.activations import Profile
 from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
 
-__all__ = ["PARTS", "Layouts", "metrics_of", "modelled", "together"]
+__all__ = ["PARTS", "Layouts", "arm_metrics", "modelled", "part_metrics", "together"]
+
+LEAST_GAIN = 1.02
+"""Below it there is nothing to have a share of."""
 
 PARTS: tuple[str, ...] = ("packing", "placement", "replicas", "schedule", "parts")
-"""What polder adds to striped pages of successive blocks, one after another. Replicas are read greedily before `schedule`, whole
-pages before `parts`."""
+"""What polder adds to striped pages of successive blocks, one after another. Replicas are read greedily before
+`schedule`, whole pages before `parts`."""
 
 
 class Layouts:
-    """Of one access set, made from what is known of it."""
+    """The layouts of one access set, made from its known steps."""
 
     def __init__(self, of: AccessSet, *, replica_share: float) -> None:
         self.of = of
@@ -97,26 +102,19 @@ def modelled(
     )
 
 
-def together(runs: Sequence[Modelled]) -> Modelled:
-    """All their steps."""
-    return Modelled(
-        seconds=np.concatenate([run.seconds for run in runs]),
-        bound_s=np.concatenate([run.bound_s for run in runs]),
-        whole_page_bound_s=np.concatenate([run.whole_page_bound_s for run in runs]),
-        even_s=np.concatenate([run.even_s for run in runs]),
-        useful_bytes=sum(run.useful_bytes for run in runs),
-        read_bytes=sum(run.read_bytes for run in runs),
-        requests=sum(run.requests for run in runs),
-    )
-
-
-def metrics_of(run: Modelled, with_host: Modelled) -> Metrics:
-    """Times, requests and bytes are of one step, on average. `with_host`: the same steps, with the host's time for requests."""
+def arm_metrics(sets: Sequence[Layouts], arm: str, disks: Sequence[DiskModel], *, host_s_per_request: float) -> Metrics:
+    """Figures of a layout over several instances of an access set. Times, requests and bytes are of one step, on
+    average."""
+    layouts = [(of, of.build(arm, disks)) for of in sets]
+    run = together([modelled(layout, of.of, disks, arm=arm) for of, layout in layouts])
+    with_host = [
+        modelled(layout, of.of, disks, arm=arm, host_s_per_request=host_s_per_request) for of, layout in layouts
+    ]
     steps = len(run.seconds)
     return {
         "io_time_s": float(run.seconds.mean()),
         "io_time_p99_s": float(np.percentile(run.seconds, 99)),
-        "io_time_with_host_s": float(with_host.seconds.mean()),
+        "io_time_with_host_s": float(together(with_host).seconds.mean()),
         "bandwidth_bytes_per_s": run.useful_bytes_per_s,
         "over_bound": run.over_bound,
         "over_even": run.over_even,
@@ -124,4 +122,42 @@ def metrics_of(run: Modelled, with_host: Modelled) -> Metrics:
         "amplification": run.amplification,
         "requests": run.requests / steps,
         "wanted_bytes": run.useful_bytes / steps,
+        "stored_bytes": sum(layout.stored_bytes for _, layout in layouts) / len(sets),
     }
+
+
+def part_metrics(sets: Sequence[Layouts], disks: Sequence[DiskModel]) -> dict[str, Metrics]:
+    """What each part of polder adds to the ones before it: how many times shorter it makes a step, and its share of the
+    gain.
+
+    A share is the logarithm of the part's factor over that of the whole gain. Keys: "stage-" and the part's name.
+    """
+    seconds = dict.fromkeys(("striped", *PARTS), 0.0)
+    for layouts in sets:
+        built = layouts.stages(disks)
+        of = {"schedule": "replicas", **{name: name for name in ("striped", "packing", "placement", "parts")}}
+        for part, layout in of.items():
+            seconds[part] += float(modelled(built[layout], layouts.of, disks, arm="polder").seconds.sum())
+        greedily = modelled(built["replicas"], layouts.of, disks, arm="replicas-greedy")
+        seconds["replicas"] += float(greedily.seconds.sum())
+    steps = sum(layouts.of.measured.steps for layouts in sets)
+    factors = {part: seconds[before] / seconds[part] for before, part in itertools.pairwise(seconds)}
+    gain = seconds["striped"] / seconds["parts"]
+    shares = {part: math.log(of) / math.log(gain) for part, of in factors.items()} if gain >= LEAST_GAIN else {}
+    found: dict[str, Metrics] = {f"stage-{part}": {"io_time_s": taken / steps} for part, taken in seconds.items()}
+    found["stage-parts"] |= {
+        "gain": gain,
+        **{f"{part}_factor": factor for part, factor in factors.items()},
+        **{f"{part}_share": share for part, share in shares.items()},
+    }
+    return found
+
+
+def together(runs: Sequence[Modelled]) -> Modelled:
+    """All their steps."""
+    arrays = ("seconds", "bound_s", "whole_page_bound_s", "even_s")
+    counts = ("useful_bytes", "read_bytes", "requests")
+    return Modelled(
+        **{name: np.concatenate([getattr(run, name) for run in runs]) for name in arrays},
+        **{name: sum(getattr(run, name) for run in runs) for name in counts},
+    )

@@ -1,8 +1,8 @@
 """An entry store at work: packing, the hot set, reading ahead and packing again, each left out in turn.
 
-Entries are written to a store on emulated disks and read step by step, and every byte that comes is compared. Times are the disks'
-own, modelled; nobody sleeps. Upkeep runs between steps and reading ahead beside them: steps do not wait for them, and what they
-take of the disks is counted apart.
+Entries are written to a store on emulated disks and read step by step, and every byte that comes is compared. Times are
+the disks' own, modelled; nobody sleeps. Upkeep runs between steps and reading ahead beside them: steps do not wait for
+them, and what they take of the disks is counted apart.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from polder.arrays import FloatArray, IntArray
-from polder.bench.disks_plan import PAGE_BYTES, DisksPlan, disks_of
 from polder.bench.report.metrics import Metrics
 from polder.bench.sparse.generator import Sticky, resident, sticky_clusters
-from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS
+from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS, PAGE_BYTES, SetSizes, disks_of
 from polder.diskstore.disk import DiskConfig
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.model import DiskModel
@@ -32,7 +31,8 @@ from polder.swarm.hotset import LruSet
 __all__ = ["LIVE_ARMS", "LIVE_DISKS", "LIVE_SETS", "live_run", "live_set"]
 
 LIVE_ARMS: tuple[str, ...] = ("live", "live-no-packing", "live-packed-once", "live-lru", "live-no-ahead")
-"""All of it; no upkeep; the first packing alone; least recently used in place of the benefit score; nothing read ahead."""
+"""All of it; no upkeep; the first packing alone; least recently used in place of the benefit score; nothing read
+ahead."""
 LIVE_SETS: dict[str, str] = {
     "sticky": "as the set of that name, a quarter of its entries",
     "drift": "the same; halfway the clusters are all others",
@@ -42,10 +42,10 @@ HOT_SHARE, AHEAD_SHARE, MEMORY_SHARE = 0.10, 0.05, 0.30
 """Of all entries, in DRAM."""
 
 
-def live_set(name: str, plan: DisksPlan) -> Profile:
-    """Twice the known steps, of a quarter of the plan's entries."""
-    blocks, steps = plan.synthetic_blocks // 4, 2 * plan.known_steps
-    config = Sticky(blocks=blocks, steps=steps, seed=plan.seeds[0], window=64)
+def live_set(name: str, sizes: SetSizes) -> Profile:
+    """Twice the known steps, of a quarter of the entries."""
+    blocks, steps = sizes.synthetic_blocks // 4, 2 * sizes.known_steps
+    config = Sticky(blocks=blocks, steps=steps, seed=sizes.seeds[0], window=64)
     (profile,) = sticky_clusters(config)
     if name == "drift":
         (after,) = sticky_clusters(replace(config, seed=config.seed + 1))
@@ -54,12 +54,12 @@ def live_set(name: str, plan: DisksPlan) -> Profile:
     return profile.mapped(kept, size=blocks)
 
 
-def live_run(arm: str, profile: Profile, plan: DisksPlan, *, folder: Path) -> Metrics:
-    """Times are of a step, on average, of the disks alone: of the quarter before the first packing; of the steps before the middle,
-    where reading changes in the set `drift`; of those after it; of the last quarter.
+def live_run(arm: str, profile: Profile, *, known_steps: int, replica_share: float, folder: Path) -> Metrics:
+    """Times are of a step, on average, of the disks alone: of the quarter before the first packing; of the steps before
+    the middle, where reading changes in the set `drift`; of those after it; of the last quarter.
 
-    `disk_time_s`: of all batches, those ahead and those of upkeep among them, a step. Raises IntegrityError for an entry that is
-    not what was written.
+    `disk_time_s`: of all batches, those ahead and those of upkeep among them, a step. Raises IntegrityError for an
+    entry that is not what was written.
     """
     models = disks_of(LIVE_DISKS)
     clock = VirtualClock()
@@ -71,9 +71,9 @@ def live_run(arm: str, profile: Profile, plan: DisksPlan, *, folder: Path) -> Me
         # What is not read ahead leaves its memory to what is hot.
         hot_bytes=_share(HOT_SHARE + (AHEAD_SHARE if arm == "live-no-ahead" else 0.0), profile.size),
         ahead_bytes=0 if arm == "live-no-ahead" else _share(AHEAD_SHARE, profile.size),
-        replica_share=plan.replica_share,
-        learn_steps=plan.known_steps // 2,
-        ring_steps=plan.known_steps,
+        replica_share=replica_share,
+        learn_steps=known_steps // 2,
+        ring_steps=known_steps,
     )
     hot = LruSet(np.full(profile.size, ENTRY_BYTES), config.hot_bytes) if arm == "live-lru" else None
     entries = EntryStore(store, config, entries=profile.size, hot=hot)
@@ -83,21 +83,21 @@ def live_run(arm: str, profile: Profile, plan: DisksPlan, *, folder: Path) -> Me
         written = len(engine.steps)
         rounds = 1 if arm == "live-packed-once" else profile.steps
         io_s, requests = _steps(entries, upkeep, profile, engine, rounds=rounds)
-        stats, eighth = entries.stats, len(io_s) // 8
+        figures, eighth = entries.figures, len(io_s) // 8
         return {
             "io_time_first_s": float(io_s[: 2 * eighth].mean()),
             "io_time_packed_s": float(io_s[3 * eighth : 4 * eighth].mean()),
             "io_time_aged_s": float(io_s[4 * eighth : 5 * eighth].mean()),
             "io_time_last_s": float(io_s[-2 * eighth :].mean()),
-            "disk_time_s": sum(batch.modelled_s for batch in engine.steps[written:]) / stats.steps,
-            "requests_an_entry": float(requests.sum()) / stats.wanted,
-            "resident_share": stats.resident / stats.wanted,
-            "ahead_share": stats.ahead / stats.wanted,
-            "ahead_used_share": stats.ahead / stats.read_ahead if stats.read_ahead else 0.0,
-            "packed": float(stats.packed),
-            "rewritten_pages": float(stats.rewritten_pages),
-            "lost": float(stats.lost),
-            "steps": float(stats.steps),
+            "disk_time_s": sum(batch.modelled_s for batch in engine.steps[written:]) / figures.steps,
+            "requests_an_entry": float(requests.sum()) / figures.wanted,
+            "resident_share": figures.resident / figures.wanted,
+            "ahead_share": figures.ahead / figures.wanted,
+            "ahead_used_share": figures.ahead / figures.read_ahead if figures.read_ahead else 0.0,
+            "packed": float(figures.packed),
+            "rewritten_pages": float(figures.rewritten_pages),
+            "lost": float(figures.lost),
+            "steps": float(figures.steps),
         }
     finally:
         entries.close()
@@ -111,14 +111,14 @@ def _steps(
     rows: list[tuple[float, int]] = []
     for wanted in profile:
         entries.wait()
-        stats, batches, before = entries.stats, len(engine.steps), entries.stats.requests
+        figures, batches, before = entries.figures, len(engine.steps), entries.figures.requests
         read = entries.read(wanted)
-        rows.append((sum(step.modelled_s for step in engine.steps[batches:]), stats.requests - before))
+        rows.append((sum(step.modelled_s for step in engine.steps[batches:]), figures.requests - before))
         if not (read.ok.all() and np.array_equal(entries.memory.bytes[read.rows], _content(wanted))):
             raise IntegrityError("an entry that was read is not what was written")
         entries.read_ahead(wanted)
-        if upkeep is not None and stats.packed < rounds:
-            upkeep.advance()
+        if upkeep is not None and figures.packed < rounds:
+            upkeep.tend()
     io_s, requests = np.array(rows).T
     return io_s, requests
 

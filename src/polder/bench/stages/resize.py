@@ -1,9 +1,9 @@
 """How long does a resize of 100 pages take under load, and how much does it hold a step up?
 
-A few long decodes run on engine A while the bench pins it down and up by as many units as hold 100 pages. Three times of
-each resize: from the request to the broker until it is seen to be done (`shrink_*`, `grow_*`; a growth is seen up to 50 ms
-late, when the engine reports it), the engine's own time for it (`*_engine_*`), and the longest gap between two tokens of a
-running request around it, less the ordinary gap (`*_step_delay_*`).
+A few long decodes run on engine A while the bench pins it down and up by as many units as hold 100 pages. Three times
+of each resize: from the request to the broker until it is seen to be done (`shrink_*`, `grow_*`; a growth is seen up to
+50 ms late, when the engine reports it), the engine's own time for it (`*_engine_*`), and the longest gap between two
+tokens of a running request around it, less the ordinary gap (`*_step_delay_*`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from time import perf_counter
 import numpy as np
 
 from polder.bench.harness.arms import Arm
-from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, Turn, play
-from polder.bench.harness.pinning import engine_status, settle
+from polder.bench.harness.control import engine_status_soon, resize
+from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, play
 from polder.bench.harness.progress import Stage, following
 from polder.bench.report.metrics import Metrics, percentile
 from polder.bench.report.result import without_nan
-from polder.bench.stages.equality import questions
+from polder.bench.stages.equality import MOVE_COUNTERS
+from polder.bench.workloads.prompts import questions, single
 from polder.broker import client
 from polder.broker.wire import Resize
 
@@ -55,10 +55,10 @@ async def resize_under_load(arm: Arm, *, stream_tokens: int, stage: Stage) -> Me
     """Shrinks and grows engine A in turn until its streams have ended."""
     broker = arm.broker
     assert broker is not None, "only an elastic arm can be resized"
-    before = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    before = await engine_status_soon(broker, "A")
     units = math.ceil(PAGES / before.pages_per_unit)
     large = SMALL_UNITS + units
-    await asyncio.to_thread(settle, broker, "A", large)
+    await asyncio.to_thread(resize, broker, "A", large)
     tally = Tally()
     total = STREAMS * stream_tokens
     async with following(stage, lambda: (tally.output_tokens, total)):
@@ -71,22 +71,22 @@ async def resize_under_load(arm: Arm, *, stream_tokens: int, stage: Stage) -> Me
             resized.append(await _resize(broker, size))
         played = await playing
     await asyncio.to_thread(client.request, broker, Resize(engine="A", units=0))
-    after = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    after = await engine_status_soon(broker, "A")
     return resize_metrics(resized, played.records["A"], started_at=played.started_at) | {
         "pages": float(units * before.pages_per_unit),
-        "evicted_blocks": after.stats["evicted_blocks_total"] - before.stats["evicted_blocks_total"],
-        "migrated_blocks": after.stats["migrated_blocks_total"] - before.stats["migrated_blocks_total"],
-        "preemptions": after.stats["preemptions_total"] - before.stats["preemptions_total"],
+        **{
+            name: after.stats[MOVE_COUNTERS[name]] - before.stats[MOVE_COUNTERS[name]]
+            for name in ("evicted_blocks", "migrated_blocks", "preemptions")
+        },
     }
 
 
 async def _resize(broker: Path, units: int) -> Resized:
-    before = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    before = await engine_status_soon(broker, "A")
     started = perf_counter()
-    await asyncio.to_thread(settle, broker, "A", units)
+    await asyncio.to_thread(resize, broker, "A", units)
     ended = perf_counter()
-    await asyncio.sleep(PAUSE_S)  # the engine reports its counters every 50 ms
-    after = engine_status(await asyncio.to_thread(client.status, broker), "A")
+    after = await engine_status_soon(broker, "A", after_s=PAUSE_S)  # the engine reports its counters every 50 ms
     grew = units > before.held_units
     counter = "grow_seconds_total" if grew else "shrink_seconds_total"
     engine_ms = (after.stats[counter] - before.stats[counter]) * 1e3
@@ -114,26 +114,13 @@ def resize_metrics(resized: Sequence[Resized], records: Sequence[RequestRecord],
     for name, ones in (("shrink", [r for r in resized if not r.grew]), ("grow", [r for r in resized if r.grew])):
         times_ms = [(one.ended - one.started) * 1e3 for one in ones]
         delays_ms = [max(0.0, longest_ms(one) - usual_ms) for one in ones]
-        for metric, values in (
-            ("", times_ms),
-            ("_engine", [one.engine_ms for one in ones]),
-            ("_step_delay", delays_ms),
-        ):
+        engine_ms = [one.engine_ms for one in ones]
+        for metric, values in (("", times_ms), ("_engine", engine_ms), ("_step_delay", delays_ms)):
             found[f"{name}{metric}_p50_ms"] = percentile(values, 50)
             found[f"{name}{metric}_max_ms"] = max(values, default=math.nan)
     return without_nan(found)
 
 
 def _streams(tokens: int) -> ClosedLoop:
-    return ClosedLoop(
-        users=[
-            [
-                Turn(
-                    key=key,
-                    body=encode_body(model="A", prompt=prompt, output_tokens=tokens),
-                    output_tokens=tokens,
-                )
-            ]
-            for key, prompt in questions(model="A", count=STREAMS, longest=PROMPT_TOKENS, seed=7)
-        ]
-    )
+    asked = questions(model="A", count=STREAMS, longest=PROMPT_TOKENS, seed=7)
+    return ClosedLoop(users=[[single("A", key, prompt, output_tokens=tokens)] for key, prompt in asked])

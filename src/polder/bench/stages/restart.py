@@ -1,146 +1,117 @@
-"""The restart stage of `polder bench turns`: agents on a small host tier and disks, stopped half-way and started anew.
+"""What is left after a restart? Agents are stopped half-way, and go on with an arm that was started anew over the same
+disks.
 
-Each arm serves the first turns of every session, is ended, and comes up again over the same disks. Stock has nothing then,
-vLLM's own tiers have files, Polder has its disk tier. Engine A is alone, on both cores; disks are emulated, and as fast in all
-arms together.
+Each arm serves the first turns of every session, is ended, comes up again, and serves the other turns. Engine A is
+alone, on both cores, with a small host tier over disks. Disks are emulated, and equally fast in all arms together.
+Stock has nothing after the restart, vLLM's own tiers have files, Polder has its disk tier.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polder.bench.harness.arms import Arm, PolderArm, StockArm
+from polder.bench.harness.arms import Arm, ArmSpec
 from polder.bench.harness.driver import RequestRecord
-from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, TierPlan
-from polder.bench.harness.machine import two_cores
-from polder.bench.harness.progress import Reporter
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, TierPlan, links_env
+from polder.bench.harness.pool import ArmPool
+from polder.bench.harness.progress import Stage
 from polder.bench.harness.runs import Run, run_loads, run_on
 from polder.bench.harness.scrape import summed
+from polder.bench.native.args import offloading_args
 from polder.bench.report.metrics import Metrics, RunRecords, engine_metrics
 from polder.bench.report.result import without_nan
-from polder.bench.turns_plan import LINKS_BYTES_PER_S, Links
-from polder.bench.workloads.agents import agents, parted
+from polder.bench.workloads.agents import TURNS, USERS, agents, parted
 from polder.bench.workloads.models import MODEL_A
 from polder.engines.vllm.tiers.disk import staged_pages
 
-__all__ = [
-    *("RESTART_SUFFIXES", "RestartPlan", "describe_restart", "offload_file", "restart_engine", "restart_metrics"),
-    "run_restart",
-]
+__all__ = ["ARMS", "SUFFIXES", "describe", "offload_file", "restart_arm", "restart_metrics", "run_restart"]
 
-RESTART_SUFFIXES = ("-before", "-restart")
-TURNS = 16
-"""Of each session of tiny-agent-v1."""
-_SHARED = Path("/dev/shm")
+ARMS = ("stock", "native-fs", "polder-disk")
+SUFFIXES = ("-before", "-restart")
+TURNS_BEFORE = TURNS // 2
 SETTLE_S = 4.0
 """After the last reply, for writes under way: every arm gets it."""
+HOST_BYTES = 64 << 20
+DISKS, DISK_BYTES, DISK_BYTES_PER_S = 4, 256 << 20, 75e6
+"""The limit and the rate of each disk. Together they are slower than the emulated host link."""
+_PAGE_BYTES = BLOCK_TOKENS * MODEL_A.kv_bytes_per_token
+STAGED_BYTES = staged_pages(_PAGE_BYTES) * _PAGE_BYTES
+"""Polder's memory for pages on their way from and to disk."""
+NATIVE_BYTES = HOST_BYTES + STAGED_BYTES
 
 
-@dataclass(frozen=True, kw_only=True)
-class RestartPlan:
-    sessions: int
-    users: int = 16
-    turns_before: int = 8
-    """Of each session; the others come after the restart."""
-    host_bytes: int = 64 << 20
-    disks: int = 4
-    disk_bytes: int = 256 << 20
-    """Limit of each."""
-    disk_bytes_per_s: float = 75e6
-    """Of each: together less than the emulated host link."""
+def restart_arm(name: str, engine: EnginePlan, folder: Path, engine_id: str, host_bytes_per_s: float | None) -> ArmSpec:
+    """Engine A as the arm serves it.
 
-    @property
-    def staged_bytes(self) -> int:
-        """Polder's memory for pages on their way from and to disk."""
-        page_bytes = BLOCK_TOKENS * MODEL_A.kv_bytes_per_token
-        return staged_pages(page_bytes) * page_bytes
-
-    @property
-    def native_bytes(self) -> int:
-        """CPU tier of the native arm: Polder's host tier and that memory."""
-        return self.host_bytes + self.staged_bytes
-
-
-def restart_engine(
-    arm: str, engine: EnginePlan, plan: RestartPlan, links: Links, folder: Path, engine_id: str
-) -> EnginePlan:
-    """Engine A as `arm` serves it; `folder` is the arm's own, and holds what it keeps on disk. `engine_id`: of vLLM's connector."""
-    core, *more = dict.fromkeys(two_cores())
-    engine = replace(engine, core=core, more_cores=tuple(more))
-    if arm == "stock":
-        return engine
-    if arm == "native-fs":
-        return replace(engine, extra_args=("--kv-transfer-config", _native_config(plan, links, folder, engine_id)))
-    disks = tuple(f"{folder.resolve() / f'disk{n}'}:{plan.disk_bytes}B" for n in range(plan.disks))
-    rates = f"host={LINKS_BYTES_PER_S['host'] / 1e6:g}MB/s,disk={plan.disk_bytes_per_s / 1e6:g}MB/s"
-    return replace(
-        engine,
-        sizing="fixed",
-        tiers=TierPlan(store_to=("host", "disk"), host_bytes=plan.host_bytes, disks=disks),
-        extra_env={"POLDER_LINKS": rates} if links == "emulated" else {},
-    )
-
-
-def offload_file(engine_id: str) -> Path:
-    """The shared memory that vLLM's connector makes for an engine."""
-    return _SHARED / f"vllm_offload_{engine_id}.mmap"
+    `folder`: the arm's own, for what it keeps on disk. `engine_id`: for vLLM's file tier. `host_bytes_per_s`: of the
+    emulated host link; None: links and disks are not emulated.
+    """
+    if name == "stock":
+        return ArmSpec("stock", [engine])
+    if name == "native-fs":
+        options: dict[str, object] = {"secondary_tiers": [{"type": "fs", "root_dir": str(folder.resolve() / "disk0")}]}
+        if host_bytes_per_s:
+            options |= {"link_bytes_per_s": host_bytes_per_s, "disk_bytes_per_s": DISKS * DISK_BYTES_PER_S}
+        args = offloading_args(
+            spec="NativeTieringSpec", module="fs", cpu_bytes=NATIVE_BYTES, options=options, engine_id=engine_id
+        )
+        return ArmSpec("stock", [replace(engine, extra_args=args)])
+    disks = tuple(f"{folder.resolve() / f'disk{n}'}:{DISK_BYTES}B" for n in range(DISKS))
+    tiers = TierPlan(store_to=("host", "disk"), host_bytes=HOST_BYTES, disks=disks)
+    links = links_env({"host": host_bytes_per_s, "disk": DISK_BYTES_PER_S} if host_bytes_per_s else {})
+    return ArmSpec("polder", [replace(engine, sizing="fixed", tiers=tiers, extra_env=links)])
 
 
 def run_restart(
-    arm: str,
+    name: str,
     engine: EnginePlan,
-    plan: RestartPlan,
-    links: Links,
     *,
-    logs: Path,
-    runtime: Path,
+    sessions: int,
+    host_bytes_per_s: float | None,
     workdir: Path,
-    report: Reporter,
-) -> tuple[Run, Run]:
-    """(run before, run after the restart) of one arm, on empty disks. Raises EnvironmentFault when an engine fails."""
-    folder = workdir / f"restart-{arm}"
+    pool: Callable[[ArmSpec], AbstractContextManager[ArmPool]],
+    stage: Callable[[str], AbstractContextManager[Stage]],
+) -> list[Run]:
+    """Runs before and after the restart of one arm, on empty disks. Raises EnvironmentFault when an engine fails."""
+    folder = workdir / f"restart-{name}"
     shutil.rmtree(folder, ignore_errors=True)
-    for number in range(plan.disks):
+    for number in range(DISKS):
         (folder / f"disk{number}").mkdir(parents=True)
-    before, after = parted(agents(model="A", users=plan.users, sessions=plan.sessions), plan.turns_before, TURNS)
+    before, after = parted(agents(model="A", users=USERS, sessions=sessions), TURNS_BEFORE, TURNS)
 
-    @contextlib.contextmanager
+    @contextmanager
     def served() -> Iterator[Arm]:
         engine_id = f"polder-bench-{uuid.uuid4()}"  # its own: no engine opens, or loses, what is another's
         try:
-            up = _started(arm, restart_engine(arm, engine, plan, links, folder, engine_id), logs, runtime)
-            try:
-                yield up
-            finally:
-                up.stop()
+            with pool(restart_arm(name, engine, folder, engine_id, host_bytes_per_s)) as up:
+                yield up.get(name)
         finally:
-            with contextlib.suppress(OSError):  # vLLM's shutdown kills its engine core before that unlinks it
+            with suppress(OSError):  # vLLM's shutdown kills its engine core before that unlinks the file
                 offload_file(engine_id).unlink()
 
     try:
         with served() as up:
-            with report.stage(f"restart, {arm}: the first {plan.turns_before} turns of each session") as stage:
-                first = asyncio.run(run_loads(up, {"A": before}, stage))
+            with stage(f"restart, {name}: the first {TURNS_BEFORE} turns of each session") as shown:
+                first = asyncio.run(run_loads(up, {"A": before}, shown))
             time.sleep(SETTLE_S)
-        with served() as up, report.stage(f"restart, {arm}: the other turns, after a restart") as stage:
-            second = asyncio.run(run_on(up, {"A": after}, stage))
+        with served() as up, stage(f"restart, {name}: the other turns, after a restart") as shown:
+            second = asyncio.run(run_on(up, {"A": after}, shown))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    first.arm, second.arm = f"{arm}-before", f"{arm}-restart"
-    return first, second
+    first.arm, second.arm = (name + suffix for suffix in SUFFIXES)
+    return [first, second]
 
 
 def restart_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
-    """Of engine A; `first_turn_hit_ratio`: of the prompts that come first of their sessions."""
+    """Metrics of engine A. `first_turn_hit_ratio` is that of the prompts that come first of their sessions."""
     records = [RunRecords(records=run.records["A"], preemptions=run.preemptions["A"]) for run in runs]
     found = without_nan(engine_metrics(records))
     firsts = [record for run in records for record in _first_turns(run.good)]
@@ -150,70 +121,27 @@ def restart_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
     return {"A": found}
 
 
-def describe_restart(plan: RestartPlan, links: Links) -> dict[str, Any]:
-    native = (
-        f"CPU tier of {plan.native_bytes} B = polder-disk's host tier and staging memory together, vLLM's file tier over one "
-        "folder without a limit"
-    )
-    polder = (
-        f"host tier of {plan.host_bytes} B and {plan.staged_bytes} B of staging memory, "
-        f"{plan.disks} disks of {plan.disk_bytes} B"
-    )
-    if links == "emulated":
-        rate, host = plan.disk_bytes_per_s / 1e6, LINKS_BYTES_PER_S["host"] / 1e6
-        native += f", at {plan.disks * rate:g} MB/s each way; the CPU tier is behind a link of {host:g} MB/s, and files behind it"
-        polder += f", each at {rate:g} MB/s; the host tier is behind a link of {host:g} MB/s, and so is what is loaded from disk"
+def offload_file(engine_id: str) -> Path:
+    """The shared memory that vLLM's connector makes for an engine."""
+    return Path("/dev/shm") / f"vllm_offload_{engine_id}.mmap"
+
+
+def describe(sessions: int) -> dict[str, Any]:
     return {
         "stock": "engine A's pool alone",
-        "native-fs": native,
-        "polder-disk": polder,
-        "turns_before": plan.turns_before,
-        "sessions": plan.sessions,
+        "native-fs": f"CPU tier of {NATIVE_BYTES} B = polder-disk's host tier and staging memory together, vLLM's file tier over "
+        "one folder without a limit, if emulated as fast as all disks together; files lie behind the host link",
+        "polder-disk": f"host tier of {HOST_BYTES} B and {STAGED_BYTES} B of staging memory, {DISKS} disks of {DISK_BYTES} B, if "
+        f"emulated {DISK_BYTES_PER_S / 1e6:g} MB/s each; what is loaded from disk passes the host link",
+        "turns_before": TURNS_BEFORE,
+        "sessions": sessions,
         "settled_s": SETTLE_S,
     }
 
 
-def _started(arm: str, engine: EnginePlan, logs: Path, runtime: Path) -> Arm:
-    name = f"{arm}-restart"
-    up: Arm = (
-        PolderArm([engine], logs, runtime, name=name) if arm == "polder-disk" else StockArm([engine], logs, name=name)
-    )
-    try:
-        up.start()
-        up.wait_ready()
-    except BaseException:
-        up.stop()
-        raise
-    return up
-
-
 def _first_turns(records: Sequence[RequestRecord]) -> list[RequestRecord]:
+    """A user's turns are due one after the other, so the first one due is the session's first."""
     firsts: dict[str, RequestRecord] = {}
-    for record in records:
-        session, _, turn = record.key.partition("t")
-        known = firsts.get(session)
-        if known is None or int(turn) < int(known.key.partition("t")[2]):
-            firsts[session] = record
+    for record in sorted(records, key=lambda record: record.scheduled_s):
+        firsts.setdefault(record.key.partition("t")[0], record)
     return list(firsts.values())
-
-
-def _native_config(plan: RestartPlan, links: Links, folder: Path, engine_id: str) -> str:
-    extra: dict[str, object] = {
-        "spec_name": "NativeTieringSpec",
-        "spec_module_path": "polder.bench.native.fs",
-        "cpu_bytes_to_use": plan.native_bytes,
-        "offload_prompt_only": False,
-        "secondary_tiers": [{"type": "fs", "root_dir": str(folder.resolve() / "disk0")}],
-    }
-    if links == "emulated":
-        extra["link_bytes_per_s"] = LINKS_BYTES_PER_S["host"]
-        extra["disk_bytes_per_s"] = plan.disks * plan.disk_bytes_per_s
-    return json.dumps(
-        {
-            "kv_connector": "OffloadingConnector",
-            "engine_id": engine_id,
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": extra,
-        }
-    )

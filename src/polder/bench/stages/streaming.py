@@ -1,11 +1,11 @@
 """How long is a step of a model that streams some of its layers, beside what the formula says?
 
-One request decodes, again and again, while the engine holds ever fewer segments than it has layers. A step is the median time
-between two tokens. The formula (planner/rotation_cost.py) gets the step with nothing streamed and the time of a layer's copy,
-both measured here, the copies at each number of segments by themselves.
+One request decodes, again and again, while the engine holds ever fewer segments than it has layers. A step is the
+median time between two tokens. The formula (planner/rotation_cost.py) gets the step with nothing streamed and the time
+of a layer's copy, both measured here, the copies at each number of segments by themselves.
 
-Copies go over an emulated link: at memcpy's speed they would take the time of the cores that compute, which no device's copy
-engine does.
+Copies go over an emulated link: at memcpy's speed they would take the time of the cores that compute, which no device's
+copy engine does.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from __future__ import annotations
 import asyncio
 
 from polder.bench.harness.arms import Arm
-from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, Turn, play
-from polder.bench.harness.pinning import engine_status
+from polder.bench.harness.control import REPORT_S, engine_status_soon, hold, wake
+from polder.bench.harness.driver import ClosedLoop, play
 from polder.bench.harness.progress import Stage
-from polder.bench.harness.weights import REPORT_S, hold, rouse
 from polder.bench.report.metrics import Metrics, percentile, tbts_ms
-from polder.bench.workloads.tenants import prompt_of
-from polder.broker import client
+from polder.bench.workloads.prompts import prompt_of, single
+from polder.bench.workloads.tenants import VOCAB
 from polder.errors import EnvironmentFault
 from polder.planner.rotation_cost import pass_seconds
 
@@ -37,7 +35,7 @@ async def measure_streaming(arm: Arm, engine: str, *, stage: Stage) -> Metrics:
     Raises EnvironmentFault when the engine, told to hold some segments, does not, or streams nothing then.
     """
     assert arm.broker is not None, "weights move through a broker"
-    layers = engine_status(await asyncio.to_thread(client.status, arm.broker), engine).layers
+    layers = (await engine_status_soon(arm.broker, engine)).layers
     found: Metrics = {}
     errors: list[float] = []
     resident_ms = 0.0
@@ -58,7 +56,7 @@ async def measure_streaming(arm: Arm, engine: str, *, stage: Stage) -> Metrics:
         found[f"formula_{given_up}_ms"] = expected_ms
         found[f"layer_{given_up}_ms"] = layer_load_s * 1e3
         errors.append(abs(step_ms - expected_ms) / step_ms)
-    await asyncio.to_thread(rouse, arm.broker, engine)
+    await asyncio.to_thread(wake, arm.broker, engine)
     return {**found, "worst_error": max(errors)}
 
 
@@ -69,15 +67,13 @@ def formula_ms(layers: int, given_up: int, *, step_ms: float, layer_load_s: floa
 
 
 async def _step_ms(arm: Arm, engine: str, number: int) -> float:
-    prompt = prompt_of(PROMPT_TOKENS, (number, 4000))
-    body = encode_body(model=engine, prompt=prompt, output_tokens=OUTPUT_TOKENS)
-    load = ClosedLoop(users=[[Turn(key="streaming", body=body, output_tokens=OUTPUT_TOKENS)]])
+    prompt = prompt_of(PROMPT_TOKENS, (number, 4000), vocab=VOCAB)
+    load = ClosedLoop(users=[[single(engine, "streaming", prompt, output_tokens=OUTPUT_TOKENS)]])
     return percentile(tbts_ms((await play({engine: (arm.endpoint, load)})).records[engine]), 50)
 
 
 async def _copied(arm: Arm, engine: str) -> tuple[float, float]:
     """(layers copied in, seconds of copying) since the engine's start."""
     assert arm.broker is not None
-    await asyncio.sleep(REPORT_S)
-    stats = engine_status(await asyncio.to_thread(client.status, arm.broker), engine).stats
+    stats = (await engine_status_soon(arm.broker, engine, after_s=REPORT_S)).stats
     return stats.get("weights_loads_total", 0.0), stats.get("weights_copy_seconds_total", 0.0)

@@ -1,11 +1,11 @@
-"""What elasticity costs when there is nothing to win: no reuse, and nobody else who wants memory.
+"""What Polder costs when there is nothing to win: no reuse, and nobody else who wants memory.
 
-Engine B alone, the burst trace's requests one after the other, straight to the engines. The trace is cut into blocks of a
-second or two, and every block is played on both arms in turn, A B B A, so that a slow second of the machine falls on both. One
-block on both arms is a pair; the intervals come from resampling the pairs. One at a time, because at any load that queues the
-median TTFT is waiting, which multiplies the machine's noise: 8 pairs of whole traces at five times their speed left an interval
-of -18 to +21 %. Prefix caches are emptied before each round, so no request finds anything. Throughput is output tokens over
-time with work.
+One engine alone, requests one after the other, sent straight to the engine. The trace is cut into blocks of a second or
+two, and every block is played on both arms in turn, A B B A, so that a slow second of the machine falls on both. One
+block on both arms is a pair; intervals come from resampling the pairs. Requests do not queue, because the median TTFT
+of a queue is waiting, which multiplies the machine's noise: 8 pairs of whole traces at five times their speed left an
+interval of -18 to +21 %. Prefix caches are emptied before each round, so no request finds anything. Throughput is
+output tokens over time with work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from polder.bench.harness.arms import Arm
 from polder.bench.harness.driver import ClosedLoop, Endpoint, play
 from polder.bench.harness.progress import Stage
 from polder.bench.report.metrics import (
+    Interval,
     Metrics,
     RunRecords,
     bootstrap_interval,
@@ -47,12 +48,8 @@ class TaxRun:
         return sum(len(record.token_s) for record in good) / busy_seconds(good)
 
 
-QUIET_S = 1.2
-"""vLLM's processes spin for a second after their last message: without this pause the other arm's would take the core."""
-
-
-async def play_alone(arm: Arm, block: ClosedLoop, engine: str = "B") -> TaxRun:
-    await asyncio.sleep(QUIET_S)
+async def play_alone(arm: Arm, block: ClosedLoop, engine: str) -> TaxRun:
+    await asyncio.sleep(arm.quiet_s)
     played = await play({engine: (Endpoint(base_url=arm.engine_url(engine)), block)})
     return TaxRun(records=RunRecords(records=played.records[engine]))
 
@@ -62,20 +59,21 @@ async def tax_pairs(
     polder: Arm,
     blocks: Sequence[ClosedLoop],
     *,
+    engine: str,
     rounds: int,
+    uncounted_rounds: int,
     stage: Stage,
-    engine: str = "B",
-    uncounted_rounds: int = 1,
 ) -> tuple[list[TaxRun], list[TaxRun]]:
-    """All `blocks` on one engine of both arms, `rounds` times over, after some rounds that are not counted."""
+    """Plays all `blocks` on one engine of both arms, `rounds` times over, after some rounds that are not counted."""
     done: dict[str, list[TaxRun]] = {stock.name: [], polder.name: []}
+    total = (rounds + uncounted_rounds) * len(blocks)
     for _ in range(rounds + uncounted_rounds):
         for arm in (stock, polder):
             await asyncio.to_thread(arm.reset_prefix_caches)
         for number, block in enumerate(blocks):
             for arm in (stock, polder) if number % 2 else (polder, stock):
                 done[arm.name].append(await play_alone(arm, block, engine))
-            stage.update(len(done[stock.name]), (rounds + uncounted_rounds) * len(blocks))
+            stage.update(len(done[stock.name]), total)
     uncounted = uncounted_rounds * len(blocks)
     return done[stock.name][uncounted:], done[polder.name][uncounted:]
 
@@ -88,7 +86,7 @@ def tax_metrics(runs: Sequence[TaxRun]) -> Metrics:
     return without_nan(found)
 
 
-def tax_intervals(stock: Sequence[TaxRun], polder: Sequence[TaxRun]) -> dict[str, tuple[float, float]]:
+def tax_intervals(stock: Sequence[TaxRun], polder: Sequence[TaxRun]) -> dict[str, Interval]:
     """95 % intervals of Polder over stock, paired."""
     pairs = list(zip(stock, polder, strict=True))
     ttft = bootstrap_interval([ours.ttft_p50_ms / theirs.ttft_p50_ms for theirs, ours in pairs])

@@ -1,7 +1,8 @@
-"""The same steps, really read: pages written to a store on emulated disks and read back as planned, with the clock running.
+"""The same steps, really read: pages written to a store on emulated disks and read back as planned, with the clock
+running.
 
-Emulated disks are slow on purpose. They take the time that the model says, the real reads beneath them far less; a step for which
-that was not so is counted as late.
+Emulated disks are slow on purpose. They take the time that the model says, the real reads beneath them far less; a step
+for which that was not so is counted as late.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class WallStep:
     modelled_s: float
     """By polder.swarm.cost, which knows nothing of emulated disks."""
     late_s: float
-    """By how much the real reads took longer than the emulated disks: above 0 the wall time says nothing about the disks."""
+    """By how much the real reads took longer than the emulated disks: above 0 the wall time says nothing about the
+    disks."""
     planned_bytes: int
     read_bytes: int
     """By system calls on the disks' files."""
@@ -219,5 +221,6 @@ def _write(store: DiskStore, layout: Layout) -> Keys:
 
 
 def _content(pages: IntArray, at: IntArray) -> Words:
-    """The words of each page at these places, [m] of all or [n, m] of each. No two pages have the same word at the same place."""
+    """The words of each page at these places, [m] of all or [n, m] of each. No two pages have the same word at the same
+    place."""
     return (pages.astype(np.uint64)[:, None] << np.uint64(20)) + at.astype(np.uint64) * _ODD

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
+from typing import Any
 
 import msgspec
 
 from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn, Workload
+from polder.bench.workloads.models import MODEL_A, MODEL_B
 from polder.bench.workloads.traces import (
     AgentRow,
     agent_prompt,
@@ -22,21 +23,29 @@ from polder.bench.workloads.traces import (
 )
 
 __all__ = [
-    "BURST_PERIOD_S",
-    "agents",
-    "agents_ideal_hit_ratio",
-    "bursts",
-    "chats",
-    "chats_ideal_hit_ratio",
-    "one_by_one",
-    "parted",
-    "unique_prompts",
-    "unmeasured",
-    "warm_up",
+    *(
+        "BURST_PERIOD_S",
+        "BURST_ROUNDS",
+        "MAX_MODEL_LEN",
+        "RECIPES",
+        "TURNS",
+        "USERS",
+        "agents",
+        "agents_ideal_hit_ratio",
+    ),
+    *("bursts", "chats", "chats_ideal_hit_ratio", "one_by_one", "parted", "unique_prompts", "unmeasured", "warm_up"),
 ]
 
 STAGGER_S = 0.3
-"""Users start one after the other (reference/workloads.md section 2)."""
+"""Users start one after the other."""
+RECIPES = {"A": MODEL_A, "B": MODEL_B}
+MAX_MODEL_LEN = {"A": 4224, "B": 1024}
+"""A: the longest prompt of the trace, 3,988, and its 64 tokens, in whole blocks. B: 929 and 32."""
+USERS = 16
+BURST_ROUNDS = 8
+"""More than a run ever needs: it ends when the last measured request has ended."""
+TURNS = 16
+"""Requests of each session of tiny-agent-v1."""
 BURST_PERIOD_S = 120.0
 """Length of tiny-burst-v1 on its own clock."""
 
@@ -48,39 +57,29 @@ def agents(*, model: str, users: int, sessions: int) -> ClosedLoop:
         by_session.setdefault(row.session, []).append(row)
 
     def turn(row: AgentRow) -> Turn:
-        return Turn(
-            key=f"s{row.session}t{row.turn}",
-            body=encode_body(model=model, prompt=agent_prompt(row), output_tokens=row.output_tokens),
-            output_tokens=row.output_tokens,
-            think_s=row.think_s,
-            cold_start=row.session < users and row.turn == 0,
-        )
+        cold = row.session < users and row.turn == 0
+        key, prompt = f"s{row.session}t{row.turn}", agent_prompt(row)
+        return _turn(model, key, prompt, row.output_tokens, think_s=row.think_s, cold_start=cold)
 
-    return ClosedLoop(
-        users=[
-            [turn(row) for row in chain.from_iterable(by_session[s] for s in range(user, sessions, users))]
-            for user in range(users)
-        ],
-        stagger_s=STAGGER_S,
-    )
+    users_turns = [
+        [turn(row) for s in range(user, sessions, users) for row in by_session.get(s, ())] for user in range(users)
+    ]
+    return ClosedLoop(users=users_turns, stagger_s=STAGGER_S)
 
 
 def parted(load: ClosedLoop, turns_before: int, turns_of_session: int) -> tuple[ClosedLoop, ClosedLoop]:
     """The first `turns_before` turns of each session, and the others. Users keep their sessions and their order."""
-    parts: list[list[list[Turn]]] = [[], []]
-    for turns in load.users:
-        early = [turn for at, turn in enumerate(turns) if at % turns_of_session < turns_before]
-        late = [turn for at, turn in enumerate(turns) if at % turns_of_session >= turns_before]
-        parts[0].append(early)
-        parts[1].append(late)
-    before, after = (ClosedLoop(users=users, stagger_s=load.stagger_s) for users in parts)
-    return before, after
+
+    def part(wanted: Callable[[int], bool]) -> ClosedLoop:
+        users = [[turn for at, turn in enumerate(turns) if wanted(at % turns_of_session)] for turns in load.users]
+        return replace(load, users=users)
+
+    return part(lambda at: at < turns_before), part(lambda at: at >= turns_before)
 
 
 def unmeasured(load: ClosedLoop) -> ClosedLoop:
     """The same as load only, beside another engine that is measured."""
-    users = [[replace(turn, measured=False) for turn in turns] for turns in load.users]
-    return ClosedLoop(users=users, stagger_s=load.stagger_s)
+    return replace(load, users=[[replace(turn, measured=False) for turn in turns] for turns in load.users])
 
 
 def agents_ideal_hit_ratio(*, sessions: int, block_tokens: int) -> float:
@@ -90,17 +89,8 @@ def agents_ideal_hit_ratio(*, sessions: int, block_tokens: int) -> float:
 
 def chats(*, model: str) -> OpenLoop:
     """Engine A under tiny-chat-v1: 227 requests at the times of the trace."""
-    return OpenLoop(
-        turns=[
-            Turn(
-                key=f"c{number}",
-                body=encode_body(model=model, prompt=chat_prompt(row), output_tokens=row.output_tokens),
-                output_tokens=row.output_tokens,
-                at_s=row.t,
-            )
-            for number, row in enumerate(load_chat())
-        ]
-    )
+    rows = enumerate(load_chat())
+    return OpenLoop(turns=[_turn(model, f"c{n}", chat_prompt(row), row.output_tokens, at_s=row.t) for n, row in rows])
 
 
 def chats_ideal_hit_ratio(*, block_tokens: int) -> float:
@@ -116,8 +106,7 @@ def unique_prompts(*, model: str, requests: int, scale: int, blocks: int, at_a_t
     turns = []
     for number, row in enumerate(load_burst()[:requests]):
         longer = msgspec.structs.replace(row, input_tokens=row.input_tokens * scale)
-        body = encode_body(model=model, prompt=burst_prompt(longer), output_tokens=row.output_tokens)
-        turns.append(Turn(key=f"u{number}", body=body, output_tokens=row.output_tokens))
+        turns.append(_turn(model, f"u{number}", burst_prompt(longer), row.output_tokens))
     cut = [turns[number::blocks] for number in range(blocks)]
     return [ClosedLoop(users=[block[user::at_a_time] for user in range(at_a_time)]) for block in cut]
 
@@ -133,46 +122,30 @@ def bursts(*, model: str, rounds: int = 1, time_scale: float = 1.0) -> OpenLoop:
 
     `time_scale` 0.2 plays it five times as fast.
     """
-    rows = load_burst()
-    once: Sequence[tuple[float, bytes, int]] = [
-        (
-            row.t,
-            encode_body(model=model, prompt=burst_prompt(row), output_tokens=row.output_tokens),
-            row.output_tokens,
-        )
-        for row in rows
+    once = [
+        _turn(model, f"b{number}", burst_prompt(row), row.output_tokens, at_s=row.t * time_scale)
+        for number, row in enumerate(load_burst())
     ]
-    return OpenLoop(
-        turns=[
-            Turn(
-                key=f"b{number}" if turn == 0 else f"b{number}r{turn}",
-                body=body,
-                output_tokens=output_tokens,
-                at_s=(at_s + turn * BURST_PERIOD_S) * time_scale,
-                measured=turn == 0,
-            )
-            for turn in range(rounds)
-            for number, (at_s, body, output_tokens) in enumerate(once)
-        ]
-    )
+    again = [
+        replace(turn, key=f"{turn.key}r{n}", at_s=turn.at_s + n * BURST_PERIOD_S * time_scale, measured=False)
+        for n in range(1, rounds)
+        for turn in once
+    ]
+    return OpenLoop(turns=once + again)
 
 
-def warm_up(*, model: str, users: int) -> ClosedLoop:
-    """The longest prompt of each user's first session, one after the other: they fill the whole budget once.
+def warm_up(*, time_scale: float) -> dict[str, Workload]:
+    """The longest prompt of each user's first session on A, one after the other, and B's trace, `time_scale` times as
+    long.
 
-    Memory that was never touched costs page faults at its first use, and first steps allocate: neither is to fall on
-    the first run of one arm.
+    They fill all memory and run all code once. Memory that was never touched costs page faults at its first use, which
+    must not fall on the first run of one arm.
     """
-    rows = [row for row in load_agent() if row.session < users and row.turn == 15]
-    return ClosedLoop(
-        users=[
-            [
-                Turn(
-                    key=f"w{row.session}",
-                    body=encode_body(model=model, prompt=agent_prompt(row), output_tokens=2),
-                    output_tokens=2,
-                )
-                for row in rows
-            ]
-        ]
-    )
+    rows = [row for row in load_agent() if row.session < USERS and row.turn == TURNS - 1]
+    longest = [_turn("A", f"w{row.session}", agent_prompt(row), 2) for row in rows]
+    return {"A": ClosedLoop(users=[longest]), "B": bursts(model="B", time_scale=time_scale)}
+
+
+def _turn(model: str, key: str, prompt: Sequence[int], output_tokens: int, **more: Any) -> Turn:
+    body = encode_body(model=model, prompt=prompt, output_tokens=output_tokens)
+    return Turn(key=key, body=body, output_tokens=output_tokens, **more)

@@ -18,7 +18,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-__all__ = ["MODEL_A", "MODEL_B", "RESERVED_IDS", "ModelRecipe", "ensure_model"]
+from polder.memory.page import PAGE_BYTES
+
+__all__ = ["MODEL_A", "MODEL_B", "RESERVED_IDS", "ModelRecipe", "ensure_model", "layer_bytes", "weights_bytes"]
 
 RESERVED_IDS = 3
 """Ids 0, 1, 2 are `<unk>`, `<s>` and `</s>`; prompts never hold them."""
@@ -53,6 +55,11 @@ class ModelRecipe:
         """Bytes of keys and values that one token takes in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * _DTYPE_BYTES[self.dtype]
 
+    def describe(self) -> str:
+        """One line for the conditions of a result."""
+        kv = f"{self.kv_bytes_per_token} B of KV per token, {self.dtype}"
+        return f"{self.name}: {self.family}, {self.layers} layers, {kv}"
+
     @property
     def fingerprint(self) -> str:
         """Short hash of the recipe; names the folder."""
@@ -69,6 +76,19 @@ MODEL_A = ModelRecipe(name="tiny-llama", family="llama", layers=8, seed=1)
 
 MODEL_B = ModelRecipe(name="tiny-qwen", family="qwen3", layers=4, seed=2)
 """4 layers, 4 KiB of KV per token: the model that bursts and is idle in between."""
+
+
+def layer_bytes(recipe: ModelRecipe) -> int:
+    """Bytes of the parameters of one decoder layer of a Llama or Qwen3."""
+    queries, keys = recipe.heads * recipe.head_dim, recipe.kv_heads * recipe.head_dim
+    attention = recipe.hidden * (2 * queries + 2 * keys)
+    norms = 2 * recipe.hidden + (2 * recipe.head_dim if recipe.family == "qwen3" else 0)
+    return (attention + 3 * recipe.hidden * recipe.intermediate + norms) * _DTYPE_BYTES[recipe.dtype]
+
+
+def weights_bytes(recipe: ModelRecipe) -> int:
+    """Bytes of the pages under all decoder layers, each layer in whole pages."""
+    return recipe.layers * -(-layer_bytes(recipe) // PAGE_BYTES) * PAGE_BYTES
 
 
 def ensure_model(recipe: ModelRecipe, directory: Path) -> Path:

@@ -1,26 +1,43 @@
-"""Loads of `polder bench tenants`: conversations whose contexts grow, of one model after the other, or of two at once.
+"""Models and loads of `polder bench tenants`: conversations whose contexts grow, of one model after the other, or of
+two.
 
-Temporal sharing: the trace tenants-v1 says whose turn a slot is and how busy it is; conversations begin in it at the trace's
-times, and their turns follow at times of their own, whatever the server does (open loop). A rate multiplies the conversations
-that begin, so contexts that are in use at once grow with it, as they do for a service with more users. Spatial sharing: users of
-two models in a closed loop, without pauses.
+Temporal sharing: the trace tenants-v1 says whose turn a slot is and how busy it is; conversations begin in it at the
+trace's times, and their turns follow at times of their own, whatever the server does (open loop). A rate multiplies the
+conversations that begin, so contexts that are in use at once grow with it, as they do for a service with more users.
+Spatial sharing: users of two models in a closed loop, without pauses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from polder.bench.harness.completions import encode_body
 from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn
-from polder.bench.tenants_plan import SLOT_S
-from polder.bench.workloads.models import RESERVED_IDS
-from polder.bench.workloads.tenants_models import TENANTS, VOCAB
+from polder.bench.workloads.models import ModelRecipe
+from polder.bench.workloads.prompts import prompt_of, single
 from polder.bench.workloads.traces import TenantSlot, TenantStart, load_tenants
 
-__all__ = ["MAX_MODEL_LEN", "SPATIAL_ENGINES", "conversations_begun", "prompt_of", "spatial", "temporal", "warm_up"]
+__all__ = [
+    *("MAX_MODEL_LEN", "SLOT_S", "SPATIAL_ENGINES", "TENANTS", "TURNS", "VOCAB", "conversations_begun", "spatial"),
+    *("temporal", "warm_up"),
+]
 
+VOCAB = 8192
+"""Small, because embeddings and heads stay where they are in all arms and should be few beside the layers."""
+_SHAPE: dict[str, Any] = {"layers": 12, "hidden": 768, "intermediate": 2016, "heads": 12, "vocab": VOCAB}
+_WIDE: dict[str, Any] = {"hidden": 1024, "intermediate": 1504, "heads": 16}
+TENANTS = {
+    "T1": ModelRecipe(name="tenant-llama", family="llama", seed=11, **_SHAPE),
+    "T2": ModelRecipe(name="tenant-qwen", family="qwen3", seed=12, **_SHAPE),
+    "T3": ModelRecipe(name="tenant-wide", family="llama", seed=13, **(_SHAPE | _WIDE)),
+}
+"""Layers of 12, 12 and 14 MiB in bf16 that fill their pages to 99 %: 144, 144 and 168 MiB that move, and 24 to 32 MiB
+beside them that do not. Three shapes, so that no layer of one fits another's place by chance. 12 KiB of KV per token
+for each, so that the same bytes hold as many tokens of each."""
+SLOT_S = 9.0
 CONVERSATIONS_PER_SLOT = 1.0
 """At rate 1 and a load of 1."""
 MOST_LOAD = 1.5
@@ -75,35 +92,22 @@ def spatial(*, users: int, seed: int) -> dict[str, ClosedLoop]:
 
 def warm_up(model: str, *, seed: int) -> ClosedLoop:
     """Long prompts one after the other: they touch all of the model's memory and run its code once."""
-    prompts = [prompt_of(1400, (seed, 2000 + number, _tenant(model))) for number in range(5)]
-    bodies = [encode_body(model=model, prompt=prompt, output_tokens=4) for prompt in prompts]
-    return ClosedLoop(users=[[Turn(key=f"w{n}", body=body, output_tokens=4) for n, body in enumerate(bodies)]])
-
-
-def prompt_of(tokens: int, entropy: tuple[int, ...]) -> list[int]:
-    """Token ids that are the same for the same entropy, and share no prefix with others."""
-    ids: list[int] = np.random.default_rng(entropy).integers(RESERVED_IDS, VOCAB, size=tokens).tolist()
-    return ids
+    prompts = [prompt_of(1400, (seed, 2000 + number, _tenant(model)), vocab=VOCAB) for number in range(5)]
+    return ClosedLoop(users=[[single(model, f"w{n}", prompt, output_tokens=4) for n, prompt in enumerate(prompts)]])
 
 
 def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entropy: tuple[int, ...]) -> Iterator[Turn]:
     """Its turns; each prompt begins with the whole of the one before."""
     rng = np.random.default_rng((*entropy, 1))
-    lengths = [
-        start.input_tokens,
-        *rng.integers(*GROWTH_TOKENS, size=TURNS - 1, endpoint=True).tolist(),
-    ]
+    lengths = [start.input_tokens, *rng.integers(*GROWTH_TOKENS, size=TURNS - 1, endpoint=True).tolist()]
     pauses_s = [0.0, *rng.uniform(*PAUSE_S, size=TURNS - 1).tolist()]
-    context = prompt_of(sum(lengths), entropy)
+    context, output_tokens = prompt_of(sum(lengths), entropy, vocab=VOCAB), OUTPUT_SCALE * start.output_tokens
     for turn in range(TURNS):
+        prompt = context[: sum(lengths[: turn + 1])]
         yield Turn(
             key=f"{key}.{turn}",
-            body=encode_body(
-                model=model,
-                prompt=context[: sum(lengths[: turn + 1])],
-                output_tokens=OUTPUT_SCALE * start.output_tokens,
-            ),
-            output_tokens=OUTPUT_SCALE * start.output_tokens,
+            body=encode_body(model=model, prompt=prompt, output_tokens=output_tokens),
+            output_tokens=output_tokens,
             at_s=begun_s + sum(pauses_s[: turn + 1]),
         )
 

@@ -1,8 +1,8 @@
 """The traces of `bench/data`, decoded, and the prompts they stand for.
 
-The files hold lengths, times and block ids of real traffic, scaled down to tiny models (sources and licences
-in `data/README.md`). They hold no text: the prompt of a row is made from its block ids by a fixed hash, so that two prompts
-share exactly the prefix that the real requests shared.
+The files hold lengths, times and block ids of real traffic, scaled down to tiny models (sources and licences in
+`data/README.md`). They hold no text: the prompt of a row is made from its block ids by a fixed hash, so that two
+prompts share exactly the prefix that the real requests shared.
 """
 
 from __future__ import annotations

@@ -33,11 +33,10 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from polder import metrics
 from polder.broker.client import fetch_table
 from polder.broker.wire import FetchTable, Neighbours
-from polder.engines.vllm.plans import TierPlan
-from polder.engines.vllm.process import here
+from polder.engines.vllm.rank import worker
 from polder.engines.vllm.tiers.disk import agree_on_slots
 from polder.engines.vllm.tiers.lenders import Lenders
-from polder.engines.vllm.tiers.worker import TierJob, open_worker
+from polder.engines.vllm.tiers.worker import TierJob, TierPlan, open_worker
 from polder.errors import ConfigError
 from polder.tiers.borrowing import PeerSlots
 from polder.tiers.density import HitDensity
@@ -48,7 +47,7 @@ from polder.tiers.spill import SpillConfig
 from polder.tiers.tierset import TierSet
 from polder.tiers.transfer import Job
 
-__all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager"]
+__all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager", "agree"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -72,6 +71,15 @@ class TierAgreement:
     rpc: Callable[..., list[Any]]
     """Calls a function in all workers."""
     disk_writes_bytes: int | None = None
+
+
+_agreed: TierAgreement | None = None
+
+
+def agree(agreement: TierAgreement) -> None:
+    """Notes the agreement; the next manager in this process follows it."""
+    global _agreed
+    _agreed = agreement
 
 
 class TierManager(OffloadingManager):  # type: ignore[misc]
@@ -231,15 +239,15 @@ class PolderOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
 
     def get_manager(self) -> TierManager:
         if self._manager is None:
-            if here.tier_agreement is None:
+            if _agreed is None:
                 raise ConfigError(
                     "PolderConnector needs an engine with tiers: set POLDER_TIERS, and POLDER_BROKER or POLDER_KV_BUDGET"
                 )
-            self._manager = TierManager(here.tier_agreement)
+            self._manager = TierManager(_agreed)
         return self._manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        memory = here.memory
+        memory = worker.memory()
         if memory is None or memory.plan.tiers is None:
             raise ConfigError("PolderConnector needs an engine with tiers: set POLDER_TIERS")
         return open_worker(memory, memory.plan.tiers, kv_caches)

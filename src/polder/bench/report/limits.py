@@ -1,0 +1,156 @@
+"""Checks as data: a limit names a figure of the result, a relation and a bound.
+
+A figure is a key as in the result ("ARM:ENGINE.METRIC", or "ARM/BASELINE:ENGINE.METRIC" for a quotient), or one of the
+functions below, which make one figure of several. A check passes when all of its limits hold. A check is left out when
+the first of its figures was not measured, because then its stage was not run; a later figure that is missing fails it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from polder.bench.report.metrics import Interval
+from polder.bench.report.result import BenchResult
+
+__all__ = [
+    *(
+        "Check",
+        "Figure",
+        "Limit",
+        "Verdict",
+        "at_most",
+        "difference",
+        "failed_requests",
+        "first_of",
+        "highest",
+        "judge",
+    ),
+    *("mean", "none_different", "within_one_percent"),
+]
+
+_RELATIONS = {"<": operator.lt, "<=": operator.le, "==": operator.eq, ">=": operator.ge, ">": operator.gt}
+
+
+class Figure(NamedTuple):
+    value: float
+    label: str
+    interval: Interval | None = None
+
+
+Source = str | Callable[[BenchResult], Figure | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    figure: Source
+    relation: Literal["<", "<=", "==", ">=", ">"]
+    bound: float
+    end: Literal["value", "low", "high"] = "value"
+    """What is compared with the bound: the figure, or one end of its 95 % interval."""
+    why: str = ""
+
+    def judge(self, result: BenchResult) -> tuple[bool, str] | None:
+        """(holds, the figure with its bound); None when the figure or its interval is missing."""
+        found = _figure(self.figure, result)
+        if found is None or (self.end != "value" and found.interval is None):
+            return None
+        low, high = found.interval or (found.value, found.value)
+        compared = {"value": found.value, "low": low, "high": high}[self.end]
+        interval = f"95 % interval {low:.3f} to {high:.3f}; " if found.interval else ""
+        end = "" if self.end == "value" else f"{self.end} end "
+        text = f"{found.label} {found.value:.4g} ({interval}{end}{self.relation} {self.bound:g}"
+        return bool(_RELATIONS[self.relation](compared, self.bound)), f"{text}{'; ' if self.why else ''}{self.why})"
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    """As in the files that are already written."""
+    limits: tuple[Limit, ...]
+
+
+class Verdict(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def judge(checks: Iterable[Check], result: BenchResult) -> list[Verdict]:
+    """Verdicts of the checks whose first figure was measured."""
+    verdicts = []
+    for check in checks:
+        found = [limit.judge(result) for limit in check.limits]
+        if found and found[0] is not None:
+            details = ", ".join(one[1] if one else "one figure is missing" for one in found)
+            verdicts.append(Verdict(check.name, all(one is not None and one[0] for one in found), details))
+    return verdicts
+
+
+def at_most(name: str, figure: Source, bound: float, *, why: str = "") -> Check:
+    return Check(name, (Limit(figure=figure, relation="<=", bound=bound, why=why),))
+
+
+def none_different(name: str, arm: str, *happened: str) -> Check:
+    """No answer of `arm` differs from stock's, some were compared, and what had to happen meanwhile did happen."""
+    none = Limit(figure=f"{arm}:all.answers_different", relation="==", bound=0)
+    some = (Limit(figure=f"{arm}:all.{metric}", relation=">", bound=0) for metric in ("answers_compared", *happened))
+    return Check(name, (none, *some))
+
+
+def within_one_percent(name: str, arm: str, baseline: str, engine: str) -> Check:
+    """The whole 95 % intervals of a tax stage lie within 1 % of the baseline, on the side that costs."""
+    pair = f"{arm}/{baseline}:{engine}."
+    ttft = Limit(figure=f"{pair}ttft_p50_ms", relation="<=", bound=1.01, end="high")
+    return Check(name, (ttft, Limit(figure=f"{pair}busy_output_tokens_per_s", relation=">=", bound=0.99, end="low")))
+
+
+def failed_requests() -> Check:
+    """No request failed in any arm: the sum over all arms and engines."""
+
+    def failed(result: BenchResult) -> Figure:
+        found = (result.figure(f"{arm}:{e}.failed_requests") or 0.0 for arm, of in result.arms.items() for e in of)
+        return Figure(sum(found), "failed")
+
+    return Check("no_failed_requests", (Limit(figure=failed, relation="==", bound=0),))
+
+
+def first_of(*keys: str) -> Source:
+    """The first of the figures that was measured."""
+    return lambda result: next((found for key in keys if (found := _figure(key, result))), None)
+
+
+def highest(keys: Iterable[str]) -> Source:
+    """The highest of those that were measured."""
+    known = tuple(keys)
+    return lambda result: max((found for key in known if (found := _figure(key, result))), default=None)
+
+
+def mean(keys: Iterable[str], *, label: str) -> Source:
+    """Their mean, if all were measured."""
+    known = tuple(keys)
+
+    def of(result: BenchResult) -> Figure | None:
+        values = [value for key in known if (value := result.figure(key)) is not None]
+        return Figure(sum(values) / len(values), label) if len(values) == len(known) else None
+
+    return of
+
+
+def difference(key: str, less: str) -> Source:
+    def of(result: BenchResult) -> Figure | None:
+        over, under = result.figure(key), result.figure(less)
+        return None if over is None or under is None else Figure(over - under, f"{key} less {under:.3f}")
+
+    return of
+
+
+def _figure(source: Source, result: BenchResult) -> Figure | None:
+    if not isinstance(source, str):
+        return source(result)
+    value = result.figure(source)
+    return None if value is None else Figure(value, source, result.interval(source))

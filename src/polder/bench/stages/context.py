@@ -1,0 +1,194 @@
+"""How long can a context be, and what does a token of it cost? Contexts grow until an arm refuses.
+
+Each answer, prompt and decoded tokens, is compared with that of the arm `enough`, stock with memory for all of it. What
+copies of windowed blocks should cost is planned from what `enough` takes for the same context
+(planner/context_cost.py): each layer's windowed blocks arrive before its attention, in the window's order, at the rate
+and with the cost that the engine measured at its start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.control import engine_status
+from polder.bench.harness.driver import ClosedLoop, RequestRecord, play
+from polder.bench.harness.engines import BLOCK_TOKENS
+from polder.bench.harness.progress import Stage
+from polder.bench.report.metrics import Metrics, percentile, tbts_ms, ttfts_ms
+from polder.bench.workloads.prompts import prompt_of, single
+from polder.bench.workloads.tenants import VOCAB
+from polder.broker import client
+from polder.errors import EnvironmentFault
+from polder.metrics import WINDOW_POINTS
+from polder.planner.context_cost import Stream, even_step_seconds
+
+__all__ = ["OUTPUT_TOKENS", "Answer", "Contexts", "Shape", "measured_stream", "planned_tbt_ms", "planned_ttft_ms"]
+
+OUTPUT_TOKENS = 64
+SHORT_TOKENS = 4 * BLOCK_TOKENS
+
+
+class Answer(NamedTuple):
+    tokens: list[int]
+    ttft_ms: float
+    tbt_ms: float
+    """Median."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a windowed arm streams."""
+
+    layers: int
+    window_layers: int
+    batched_tokens: int
+    block_bytes: float
+    """Bytes of one block in one layer."""
+    windowed_blocks: Callable[[int], int]
+    """Tokens of a context that is alone -> its blocks that the regular units have no room for."""
+
+
+@dataclass(kw_only=True)
+class Contexts:
+    """Asks the arms, one context at a time."""
+
+    engine: str
+    seed: int
+    found: dict[str, Metrics] = field(default_factory=dict)
+    """Arm -> metrics."""
+    expected: dict[int, Answer] = field(default_factory=dict)
+    """Tokens of a context -> the answer of `enough`."""
+
+    def grow(
+        self,
+        name: str,
+        arm: Arm,
+        lengths: Sequence[int],
+        *,
+        shape: Shape | None,
+        stage: Stage,
+        after: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """The arm at its lengths, `enough` before all others. `shape`: what it streams; None: a stock arm. `after`:
+        called with each length once it was measured."""
+        found = self.found.setdefault(name, {"answers_compared": 0.0, "answers_different": 0.0})
+        self.ask(arm, SHORT_TOKENS, entropy=1)  # all code has run once
+        for number, length in enumerate(lengths, start=1):
+            answer = self.ask(arm, length, entropy=0)
+            found[f"ttft_{length}_ms"], found[f"tbt_{length}_ms"] = answer.ttft_ms, answer.tbt_ms
+            if name == "enough":
+                self.expected[length] = answer
+            else:
+                _count(found, "answers_compared", 1)
+                _count(found, "answers_different", answer.tokens != self.expected[length].tokens)
+                found["context_tokens"] = float(length)
+            if shape is not None:
+                found[f"windowed_{length}_blocks"] = float(shape.windowed_blocks(length - OUTPUT_TOKENS // 2))
+            after(length)
+            stage.update(number, len(lengths))
+        longest = lengths[-1]
+        # One block more is refused, and a short request served after it.
+        found["refused_beyond"] = float(bool(self._play(arm, longest + BLOCK_TOKENS, entropy=2)[0].error))
+        self.ask(arm, SHORT_TOKENS, entropy=3)
+
+    def plan(self, name: str, arm: Arm, length: int, shape: Shape, enough: Arm) -> None:
+        """What the copies should cost, by the engine's own measurements, beside what was measured."""
+        assert arm.broker is not None
+        stream = measured_stream(engine_status(client.status(arm.broker), self.engine).stats, shape)
+        found, stock = self.found[name], {n: answer.ttft_ms for n, answer in self.expected.items()}
+        found["windowed_step_more_ms"] = 1e3 * max((more_s for _, more_s in stream.least_s), default=0.0)
+        found["link_bytes_per_s"], found["layer_overhead_us"] = stream.link_bytes_per_s, 1e6 * stream.overhead_s
+        found["contention_s_per_gb"] = 1e9 * stream.contention_s_per_byte
+        step_ms = self.ask(enough, length, entropy=0).tbt_ms  # now: the machine changes with what others do
+        found[f"enough_tbt_{length}_ms"] = step_ms
+        found[f"planned_ttft_{length}_ms"] = planned_ttft_ms(shape, stream, length, stock)
+        found[f"planned_tbt_{length}_ms"] = planned_tbt_ms(shape, stream, length, step_ms)
+
+    def alternate(self, arms: Mapping[str, Arm], length: int, *, samples: int, stage: Stage) -> None:
+        """TTFT of the arms in turn at one length, a new prompt each."""
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for number in range(samples):
+            for name in list(arms)[:: -1 if number % 2 else 1]:
+                time.sleep(arms[name].quiet_s)
+                times[name].append(self.ask(arms[name], length, entropy=10 + number).ttft_ms)
+            stage.update(number + 1, samples)
+        for name, ttfts in times.items():
+            self.found[name]["ttft_stocks_longest_ms"] = statistics.median(ttfts)
+
+    def ask(self, arm: Arm, length: int, *, entropy: int) -> Answer:
+        """Raises EnvironmentFault when the request fails."""
+        records = self._play(arm, length, entropy)
+        if records[0].error:
+            raise EnvironmentFault(f"{arm.name}: a context of {length} tokens failed: {records[0].error}")
+        return Answer(records[0].output_ids, percentile(ttfts_ms(records), 50), percentile(tbts_ms(records), 50))
+
+    def _play(self, arm: Arm, length: int, entropy: int) -> list[RequestRecord]:
+        prompt = prompt_of(length - OUTPUT_TOKENS, (self.seed, length, entropy), vocab=VOCAB)
+        load = ClosedLoop(users=[[single(self.engine, f"{length}", prompt, output_tokens=OUTPUT_TOKENS)]])
+        return asyncio.run(play({self.engine: (arm.endpoint, load)})).records[self.engine]
+
+
+def measured_stream(stats: Mapping[str, float], shape: Shape) -> Stream:
+    """What an engine measured at its start, from its counters."""
+    steps = [
+        (stats[f"window_measured_{point}_blocks"] * shape.block_bytes, stats[f"window_measured_{point}_seconds"])
+        for point in WINDOW_POINTS
+        if f"window_measured_{point}_blocks" in stats
+    ]
+    return Stream(
+        link_bytes_per_s=stats["window_link_bytes_per_second"],
+        window_layers=shape.window_layers,
+        overhead_s=stats["window_layer_seconds"],
+        contention_s_per_byte=stats["window_contention_seconds_per_byte"],
+        least_s=tuple(sorted(steps)),
+    )
+
+
+def planned_tbt_ms(shape: Shape, stream: Stream, length: int, step_ms: float) -> float:
+    """A decode step in the middle of the answer. `step_ms`: with all KV local."""
+    blocks = shape.windowed_blocks(length - OUTPUT_TOKENS // 2)
+    return _step_ms(shape, stream, step_ms, loaded=blocks, stored=min(1, blocks))
+
+
+def planned_ttft_ms(shape: Shape, stream: Stream, length: int, ttfts_ms: Mapping[int, float]) -> float:
+    """The prompt's chunks, one after the other. `ttfts_ms`: by length, with all KV local; two lengths or more.
+
+    A chunk's computing grows with what comes before it, so the whole is a n + b n^2 in chunks, fitted to the measured
+    ones.
+    """
+    chunks = np.array([(n - OUTPUT_TOKENS) / shape.batched_tokens for n in ttfts_ms])
+    weights = 1 / np.array(list(ttfts_ms.values()))  # short ones count as much as long ones
+    terms = np.stack([chunks, chunks**2], axis=1)
+    (linear, square), *_ = np.linalg.lstsq(terms * weights[:, None], np.ones(len(chunks)), rcond=None)
+    prompt = length - OUTPUT_TOKENS
+    regular = -(-prompt // BLOCK_TOKENS) - shape.windowed_blocks(prompt)
+    total = 0.0
+    for start in range(0, prompt, shape.batched_tokens):
+        end = min(start + shape.batched_tokens, prompt)
+        first, last = start / shape.batched_tokens, end / shape.batched_tokens
+        compute_ms = linear * (last - first) + square * (last**2 - first**2)
+        before, after = -(-start // BLOCK_TOKENS), -(-end // BLOCK_TOKENS)
+        loaded, stored = max(0, before - regular), max(0, after - max(before, regular))
+        total += _step_ms(shape, stream, compute_ms, loaded=loaded, stored=stored)
+    return float(total)
+
+
+def _step_ms(shape: Shape, stream: Stream, compute_ms: float, *, loaded: int, stored: int) -> float:
+    """`loaded`, `stored`: blocks of a layer."""
+    load_bytes, store_bytes = loaded * shape.block_bytes, stored * shape.block_bytes
+    step_s = even_step_seconds(compute_ms / 1e3, shape.layers, stream, load_bytes=load_bytes, store_bytes=store_bytes)
+    return 1e3 * step_s
+
+
+def _count(found: Metrics, metric: str, more: float) -> None:
+    value = found[metric]
+    assert isinstance(value, float)
+    found[metric] = value + more

@@ -1,0 +1,1 @@
+"""One file for each bench: its plan, its arms, its stages and its limits."""

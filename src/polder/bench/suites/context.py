@@ -1,0 +1,278 @@
+"""`polder bench context`: how long can a context be with the same KV bytes on the device, and what does a token of it
+cost?
+
+Stock holds what fits. With a window most layers of a long context lie in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+from polder.bench.harness.arms import Arm, ArmSpec
+from polder.bench.harness.engines import BLOCK_TOKENS, links_env, on_one_core
+from polder.bench.harness.pool import ArmPool
+from polder.bench.harness.runs import Run
+from polder.bench.report import limits
+from polder.bench.report.limits import Check, Figure, Limit
+from polder.bench.report.page import Plot
+from polder.bench.report.result import BenchResult
+from polder.bench.report.tables import Cell, Table, arm_tables, figures, same
+from polder.bench.stages.context import OUTPUT_TOKENS, Contexts, Shape
+from polder.bench.suites.base import Suite
+from polder.bench.suites.plan import Plan, StageArms
+from polder.bench.workloads.models import ModelRecipe
+from polder.window.regions import WindowShape
+
+__all__ = ["ContextPlan", "ContextSuite"]
+
+ENGINE = "long"
+LINK_BYTES_PER_S = 1e9
+"""Emulated link, for what is compared with the plan: a copy engine's copies take nobody's computing time."""
+MODEL = ModelRecipe(
+    name="deep-llama", family="llama", layers=16, kv_heads=2, max_positions=16_384, seed=7
+).in_float32()  # float32, so that tokens can be compared whatever the batch
+LAYER_BLOCK_BYTES = BLOCK_TOKENS * MODEL.kv_bytes_per_token // MODEL.layers
+
+
+class Window(NamedTuple):
+    """What an arm does with long contexts."""
+
+    layers: int = 0
+    """Layers whose KV is local; 0: all of them, in stock vLLM."""
+    emulated_link: bool = False
+
+
+ARMS = {
+    "enough": Window(),  # stock with memory for all lengths, which says what the tokens are
+    "stock": Window(),
+    "window": Window(2),
+    "window-1": Window(1),
+    "window-3": Window(3),
+    "window-4": Window(4),
+    "window-link": Window(2, emulated_link=True),
+    "window-4-link": Window(4, emulated_link=True),
+}
+SHOWN = {"TTFT, ms": "ttft", "TTFT planned, ms": "planned_ttft", "TBT p50, ms": "tbt", "TBT planned, ms": "planned_tbt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextPlan(Plan):
+    """The local KV bytes are the same in all arms but `enough`."""
+
+    choices: ClassVar[Mapping[str, StageArms]] = {
+        "lengths": StageArms(known=tuple(ARMS), always=("enough",), described_as="arms")
+    }
+    stages: tuple[str, ...] = ("lengths",)
+    local_bytes: int
+    page_bytes: int = 64 << 10
+    """Small, so that a small local memory has many units."""
+    growth: float
+    """Factor from one length to the next."""
+    samples: int
+    """Pairs of requests at the longest context that stock holds."""
+    batched_tokens: int = 512
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return self.orders["lengths"]
+
+    @property
+    def unit_blocks(self) -> int:
+        return max(1, self.page_bytes // LAYER_BLOCK_BYTES)
+
+    @property
+    def units(self) -> int:
+        """Held by every arm but `enough`."""
+        return self.local_bytes // (self.unit_blocks * MODEL.layers * LAYER_BLOCK_BYTES)
+
+    def store_units(self, window_layers: int) -> int:
+        """As many as all units but one can carry."""
+        return (self.units - 1) * (MODEL.layers // window_layers)
+
+    def window(self, window_layers: int) -> WindowShape:
+        store_units = self.store_units(window_layers)
+        return WindowShape(layers=MODEL.layers, window_layers=window_layers, store_units=store_units)
+
+    def shape(self, arm: str) -> Shape | None:
+        """What the arm streams; None in stock."""
+        layers = ARMS[arm].layers
+        if not layers:
+            return None
+
+        def windowed_blocks(tokens: int) -> int:
+            return self.window(layers).windowed_blocks(-(-(tokens + 1) // BLOCK_TOKENS), self.units, self.unit_blocks)
+
+        return Shape(
+            layers=MODEL.layers,
+            window_layers=layers,
+            batched_tokens=self.batched_tokens,
+            block_bytes=LAYER_BLOCK_BYTES,
+            windowed_blocks=windowed_blocks,
+        )
+
+    def longest(self, arm: str) -> int:
+        """Tokens of the longest context that an arm can hold, prompt and output."""
+        if arm == "enough":
+            return max(self.longest(other) for other in self.arms if other != "enough")
+        layers = ARMS[arm].layers
+        units = self.window(layers).most(self.units) if layers else self.units
+        return min((units * self.unit_blocks - 1) * BLOCK_TOKENS, MODEL.max_positions)
+
+    def lengths(self, arm: str) -> list[int]:
+        """Growing contexts, the arm's longest at the end; prompt and output together. `enough` is asked all of the
+        others'."""
+        if arm == "enough":
+            return sorted({length for other in self.arms if other != "enough" for length in self.lengths(other)})
+        found = [self.longest("stock") // 2]
+        while found[-1] * self.growth < self.longest("enough"):
+            found.append(int(found[-1] * self.growth))
+        most = self.longest(arm)
+        return sorted({*(length for length in found if length < most), most, min(most, self.longest("stock"))})
+
+
+class ContextSuite(Suite[ContextPlan]):
+    name = "context"
+    title = "Contexts longer than the device's KV memory"
+    subtitle = "The same KV bytes on the device: stock, and windows of w layers over a store in host memory."
+    full = ContextPlan(name="full", local_bytes=24 << 20, orders={"lengths": tuple(ARMS)}, growth=1.6, samples=12)
+    quick = ContextPlan(
+        name="quick",
+        local_bytes=16 << 20,
+        orders={"lengths": ("enough", "stock", "window", "window-4", "window-link")},
+        growth=2.0,
+        samples=8,
+    )
+    baselines: ClassVar = {arm: ("stock", "enough") for arm, window in ARMS.items() if window.layers}
+    tiles: ClassVar = {"window/stock:all.context_tokens": "longest context over stock's"}
+
+    def measure(self) -> None:
+        plan, contexts = self.plan, Contexts(engine=ENGINE, seed=self.plan.seed)
+        with self.pool(self._arm, at_most=2) as pool:
+            for name in plan.arms:
+                arm, shape = pool.get(name), plan.shape(name)
+
+                def planned(length: int, name: str = name, arm: Arm = arm, shape: Shape | None = shape) -> None:
+                    if shape is not None and ARMS[name].emulated_link:
+                        contexts.plan(name, arm, length, shape, pool.get("enough"))
+
+                with self.stage(f"growing contexts: {name}") as stage:
+                    contexts.grow(name, arm, plan.lengths(name), shape=shape, stage=stage, after=planned)
+            if {"stock", "window"} <= set(plan.arms):
+                self._at_stocks_longest(contexts, pool)
+        self.arms |= {name: {"all": contexts.found[name]} for name in plan.arms}
+
+    def _at_stocks_longest(self, contexts: Contexts, pool: ArmPool) -> None:
+        arms = {name: pool.get(name) for name in ("stock", "window")}
+        with self.stage("the longest context that stock holds, in turn") as stage:
+            contexts.alternate(arms, self.plan.longest("stock"), samples=self.plan.samples, stage=stage)
+
+    def _arm(self, name: str) -> ArmSpec:
+        plan, window = self.plan, ARMS[name]
+        (engine,) = on_one_core(
+            {ENGINE: MODEL},
+            self.workdir / "models",
+            max_model_len=plan.longest(name),
+            share_bytes=plan.local_bytes,
+            batched_tokens=plan.batched_tokens,
+        )
+        if name == "enough":
+            blocks = -(-plan.longest(name) // BLOCK_TOKENS) + 2
+            engine = replace(engine, share_bytes=blocks * BLOCK_TOKENS * MODEL.kv_bytes_per_token)
+        if not window.layers:
+            return ArmSpec("stock", [engine])
+        link = {}
+        if window.emulated_link:  # a goal that is always kept makes the engine measure what the plan needs
+            link = links_env({"window": LINK_BYTES_PER_S}) | {"POLDER_TBT_GOAL": "60s"}
+        store_bytes = plan.store_units(window.layers) * (plan.local_bytes // plan.units)
+        engine = replace(engine, page_bytes=plan.page_bytes, extra_env=link)
+        return ArmSpec("polder", [replace(engine, window_bytes=store_bytes, window_layers=window.layers)])
+
+    # ------------------------------------------------------------------ limits and report
+
+    @classmethod
+    def checks(cls, result: BenchResult) -> list[Check]:
+        ratio = "window/stock:all.context_tokens"
+        nine_tenths = 0.9 * MODEL.layers / ARMS["window"].layers
+
+        def compared(result: BenchResult) -> Figure:
+            return Figure(
+                sum(result.figure(f"{arm}:all.answers_compared") or 0 for arm in result.arms), "answers compared"
+            )
+
+        def different(result: BenchResult) -> Figure:
+            return Figure(
+                sum(result.figure(f"{arm}:all.answers_different") or 0 for arm in result.arms), "answers different"
+            )
+
+        def served(result: BenchResult) -> Figure:
+            return Figure(
+                sum(result.figure(f"{arm}:all.refused_beyond") == 0 for arm in result.arms), "arms that served"
+            )
+
+        best = Limit(figure=ratio, relation=">=", bound=3.98, why="SwiftCache's best against chunked prefill")
+        most = Limit(figure=ratio, relation=">=", bound=nine_tenths, why="0.9 of layers over window")
+        none = Limit(figure=different, relation="==", bound=0), Limit(figure=compared, relation=">", bound=0)
+        return [
+            Check("context_at_least_3_98_times_stocks", (best,)),
+            Check("context_at_least_nine_tenths_of_layers_over_window", (most,)),
+            limits.at_most(
+                "first_token_at_stocks_longest_at_most_1_10",
+                "window/stock:all.ttft_stocks_longest_ms",
+                1.10,
+                why="medians",
+            ),
+            limits.at_most("decode_within_20_percent_of_the_plan", _worst_plan, 0.20, why="of the step"),
+            Check("tokens_equal", none),
+            Check("longer_contexts_are_refused", (Limit(figure=served, relation="==", bound=0),)),
+        ]
+
+    @classmethod
+    def tables(cls, result: BenchResult) -> Iterator[Table]:
+        arms, lengths = same(result.arms), {f"{n:,} tokens": n for n in _plan_of(result).lengths("enough")}
+        yield from arm_tables(
+            result, "The same KV bytes on the device", arms, "all", {"longest context, tokens": "context_tokens"}
+        )
+        for title, metric in SHOWN.items():
+            at = lambda n, arm, m=metric: Cell(arm, "all", f"{m}_{n}_ms")  # noqa: E731
+            yield from figures(result, f"{title}, by context", lengths, arms, at)
+
+    @classmethod
+    def plots(cls, result: BenchResult, runs: Sequence[Run]) -> Iterator[Plot]:
+        from polder.bench.report import plots
+
+        yield plots.times_by_context(result, _plan_of(result).lengths("enough"))
+
+    def describe(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "plan": plan.describe(),
+            "model": MODEL.describe(),
+            "local_kv_bytes": plan.local_bytes,
+            "units": plan.units,
+            "unit_tokens": plan.unit_blocks * BLOCK_TOKENS,
+            "longest": {arm: plan.longest(arm) for arm in plan.arms},
+            "output_tokens": OUTPUT_TOKENS,
+            "link": f"{LINK_BYTES_PER_S / 1e9:g} GB/s emulated in the arms that end in -link; memcpy's speed in the others",
+        }
+
+
+def _plan_of(result: BenchResult) -> ContextPlan:
+    """The plan that a result was made by: its lengths are not in the result by themselves."""
+    plan = ContextSuite.full if result.conditions["plan"]["name"] == "full" else ContextSuite.quick
+    return replace(plan, orders={"lengths": tuple(result.conditions["plan"]["arms"])})
+
+
+def _worst_plan(result: BenchResult) -> Figure | None:
+    """The error of a planned decode step as a part of the measured one, where there are copies to plan."""
+    errors = []
+    for arm in result.arms:
+        for length in _plan_of(result).lengths("enough"):
+            planned, measured, blocks = (
+                result.figure(f"{arm}:all.{metric}")
+                for metric in (f"planned_tbt_{length}_ms", f"tbt_{length}_ms", f"windowed_{length}_blocks")
+            )
+            if planned and measured and blocks:
+                errors.append(Figure(abs(planned / measured - 1), f"worst error, {arm} at {length} tokens,"))
+    return max(errors, default=None)

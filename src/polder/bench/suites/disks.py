@@ -1,0 +1,329 @@
+"""`polder bench disks`: pages of KV on several disks. What does a layout cost or save, and how near is it to the
+physical bound?
+
+Layouts are made from the first part of an access set and measured on the rest. Disk times are modelled, so they are the
+same on every machine; in the wall stage the same steps are really read, from a store on emulated disks. Starts no
+engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from polder.bench.harness.machine import load_average
+from polder.bench.harness.runs import Run
+from polder.bench.report import limits
+from polder.bench.report.limits import Check, Figure, Limit
+from polder.bench.report.page import Plot
+from polder.bench.report.result import BenchResult
+from polder.bench.report.tables import Cell, Table, arm_tables, figures, same
+from polder.bench.stages.access_sets import DESCRIPTIONS, DISKS, PAGE_BYTES, SetSizes, access_sets, disks_of
+from polder.bench.stages.layouts import PARTS, Layouts, arm_metrics, part_metrics
+from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
+from polder.bench.stages.wall import LATENCY_S, wall_metrics, wall_steps
+from polder.bench.suites.base import Suite
+from polder.bench.suites.plan import Plan, StageArms
+from polder.diskstore.model import PM9A3, DiskModel
+from polder.emulation.disks import Clock, RealClock
+
+__all__ = ["DisksPlan", "DisksSuite"]
+
+ARMS = (
+    *("sequential", "hash", "raid0", "cluster-per-disk", "no-cluster", "fixed-blocks", "swarm"),
+    *("polder-pages", "polder"),
+)
+"""polder.bench.sparse.arms says what each is. `swarm` is read by the paper's own schedule, the others by the exact
+one."""
+SETS = tuple(DESCRIPTIONS)
+CO_ACTIVATED = "sticky"
+"""What is compared with the paper's figures: entries of 4 KiB, a tenth of them read by a step, clusters of about
+ten."""
+MOST = "8"
+"""As many disks as the paper had."""
+WALL_ARMS = ("hash", "fixed-blocks", "polder-pages", "polder")
+COMPARED = ("io_time_s", "io_time_with_host_s", "bandwidth_bytes_per_s")
+BASELINES = ("no-cluster", "fixed-blocks", "cluster-per-disk")
+"""The paper's kinds of baseline; its means over them, sections 1 and 8: I/O time 2.41 times lower, bandwidth 2.72 times
+higher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisksPlan(Plan, SetSizes):
+    choices: ClassVar[Mapping[str, StageArms]] = {
+        "model": StageArms(known=ARMS, described_as="arms"),
+        "shares": StageArms(),
+        "wall": StageArms(known=WALL_ARMS),
+        "live": StageArms(),
+    }
+    stages: tuple[str, ...] = ("model", "shares", "wall", "live")
+    orders: Mapping[str, tuple[str, ...]]
+    sets: tuple[str, ...]
+    wall_steps: int
+    """The first of the measured steps, really read."""
+    wall_disks: tuple[str, ...]
+    replica_share: float = 0.10
+    host_s_per_request: float = 5e-6
+    """What the host needs for a request: 4 to 11 us were measured. For `io_time_with_host_s` alone."""
+    wall_bytes_per_s: float = 100e6
+    """All emulated disks together, were none of them slow: looking 3,300 entries up and summing them takes the host 4
+    ms."""
+
+    def only(self, *, stages: Sequence[str] = (), arms: Sequence[str] = ()) -> Self:
+        """With arms named, the live stage, whose arms are its own, runs only where it is named."""
+        plan = super().only(stages=stages, arms=arms)
+        kept = tuple(stage for stage in plan.stages if not arms or stage in stages or stage != "live")
+        return replace(plan, stages=kept)
+
+    def wall_model(self, disks: str) -> DiskModel:
+        """The modelled disk, slowed in bytes and requests alike, so that the real reads are never what takes the
+        time."""
+        return PM9A3.slowed(self.wall_bytes_per_s / len(DISKS[disks]) / PM9A3.bytes_per_s)
+
+
+class DisksSuite(Suite[DisksPlan]):
+    name = "disks"
+    title = "KV on several disks"
+    subtitle = "Layouts of the same blocks on the same modelled disks, measured on steps that they were not made from."
+    full = DisksPlan(
+        name="full",
+        orders={"model": ARMS, "wall": WALL_ARMS},
+        sets=SETS,
+        seeds=(5, 6, 7),
+        measured_steps=120,
+        wall_steps=30,
+        wall_disks=("4", "4-slow", "8", "8-slow"),
+    )
+    quick = replace(
+        full,
+        name="quick",
+        sets=tuple(name for name in SETS if name != "groups"),
+        seeds=(5,),
+        measured_steps=40,
+        wall_steps=10,
+        wall_disks=("4", "4-slow"),
+    )
+    baselines: ClassVar = {"polder": ARMS[:-1]}
+    tiles: ClassVar = {f"polder:{CO_ACTIVATED}-{MOST}.over_even": "I/O time over the same requests evenly on 8 disks"}
+    intervals_how = "none: modelled times are exact"
+    starts_engines = False
+    clock: Clock = RealClock()
+    """Clock of the wall stage."""
+
+    def __init__(self, plan: DisksPlan, **more: Any) -> None:
+        super().__init__(plan, **more)
+        self._sets: dict[str, Any] = {}
+        self._loads: list[float] = []
+
+    # ------------------------------------------------------------------ stages
+
+    def measure(self) -> None:
+        plan = self.plan
+        for name in plan.sets if {"model", "shares"} & set(plan.stages) else ():
+            self._layouts(name)
+        if "wall" in plan.stages:
+            self._wall()
+        if "live" in plan.stages:
+            runs = list(itertools.product(LIVE_SETS, LIVE_ARMS))
+            with self.stage("an entry store at work") as stage:
+                for number, (name, arm) in enumerate(runs, start=1):
+                    sizes = {"known_steps": plan.known_steps, "replica_share": plan.replica_share}
+                    with self._folder() as folder:
+                        found = live_run(arm, live_set(name, plan), folder=folder, **sizes)  # type: ignore[arg-type]
+                    self._add(arm, f"{name}-{LIVE_DISKS}", found)
+                    stage.update(number, len(runs))
+
+    def _layouts(self, name: str) -> None:
+        """All layouts of one access set on all disks, on modelled disks."""
+        plan = self.plan
+        with self.stage(f"layouts, modelled: {name}") as stage:
+            sets = [Layouts(of, replica_share=plan.replica_share) for of in access_sets(name, plan)]
+            self._sets[name] = {"what": DESCRIPTIONS[name], **_describe_set(sets)}
+            for number, disks in enumerate(DISKS, start=1):
+                models, engine = disks_of(disks), f"{name}-{disks}"
+                for arm in plan.orders["model"] if "model" in plan.stages else ():
+                    found = arm_metrics(sets, arm, models, host_s_per_request=plan.host_s_per_request)
+                    self._add(arm, engine, found)
+                if "shares" in plan.stages and len(models) > 1:
+                    for arm, of_part in part_metrics(sets, models).items():
+                        self._add(arm, engine, of_part)
+                stage.update(number, len(DISKS))
+
+    def _wall(self) -> None:
+        plan = self.plan
+        layouts = Layouts(access_sets(CO_ACTIVATED, plan)[0], replica_share=plan.replica_share)
+        steps = layouts.of.measured.part(0, plan.wall_steps)
+        runs = list(itertools.product(plan.wall_disks, plan.orders["wall"]))
+        with self.stage("layouts, really read from emulated disks") as stage:
+            for number, (disks, arm) in enumerate(runs, start=1):
+                models = disks_of(disks, plan.wall_model(disks))
+                self._loads.append(load_average())
+                with self._folder() as folder:
+                    found = wall_steps(layouts.build(arm, models), steps, models, folder=folder, clock=self.clock)
+                self._add(arm, f"wall-{CO_ACTIVATED}-{disks}", wall_metrics(found))
+                stage.update(number, len(runs))
+
+    def _add(self, arm: str, engine: str, found: dict[str, Any]) -> None:
+        self.arms.setdefault(arm, {})[engine] = found
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        with TemporaryDirectory(prefix="polder-disks-", dir=self.workdir) as folder:
+            yield Path(folder)
+
+    def ratios(self) -> dict[str, float]:
+        return {key: ratio for key, ratio in super().ratios().items() if key.rpartition(".")[2] in COMPARED}
+
+    # ------------------------------------------------------------------ limits and report
+
+    @classmethod
+    def checks(cls, result: BenchResult) -> Iterator[Check]:
+        for disks in ("4", "8", "4-slow", "8-slow"):
+            label, engine = disks.replace("-", "_"), f"{CO_ACTIVATED}-{disks}"
+            yield limits.at_most(f"over_bound_at_most_1_02_on_{label}", f"polder-pages:{engine}.over_bound", 1.02)
+            even = f"polder:{engine}.over_even"
+            yield limits.at_most(f"parts_over_even_at_most_1_02_on_{label}", even, 1.02)
+        of, why = f"{CO_ACTIVATED}-{MOST}", f"on {MOST} disks"
+        for name, bound, gains in (
+            ("io_time_at_least_2_41_times_lower", 2.41, {b: f"{b}/polder:{of}.io_time_s" for b in BASELINES}),
+            (
+                "bandwidth_at_least_2_72_times_higher",
+                2.72,
+                {b: f"polder/{b}:{of}.bandwidth_bytes_per_s" for b in BASELINES},
+            ),
+        ):
+            asked = Limit(figure=limits.mean(gains.values(), label="mean gain"), relation=">=", bound=bound, why=why)
+            yield Check(f"{name}_as_the_paper_counts", (asked,))
+            for baseline, gain in gains.items():
+                yield Check(f"{name}_than_{baseline.replace('-', '_')}", (replace(asked, figure=gain),))
+        plain = (f"polder/{store}:{name}-1.io_time_s" for name in SETS for store in ("sequential", "hash"))
+        yield limits.at_most("one_disk_no_worse_than_the_plain_store", limits.highest(plain), 1 + 1e-6)
+        random = (f"polder/hash:random-{disks}.io_time_s" for disks in DISKS)
+        yield limits.at_most("random_no_worse_than_hash_by_2_percent", limits.highest(random), 1.02)
+        yield limits.at_most("wall_within_5_percent_of_modelled", _furthest_wall, 0.05)
+        planned = Limit(figure=_wall_sum("planned_bytes", "read_bytes"), relation="==", bound=0)
+        missed = Limit(figure=_wall_sum("missed_units"), relation="==", bound=0)
+        yield Check("bytes_read_as_planned", (planned, missed))
+        yield limits.at_most("live_no_entry_lost", _lost, 0)
+        for name in LIVE_SETS:
+            shorter = f"live/live-no-packing:{name}-{LIVE_DISKS}.io_time_packed_s"
+            yield Check(f"live_packing_shortens_steps_of_{name}", (Limit(figure=shorter, relation="<", bound=1),))
+        drift = f"drift-{LIVE_DISKS}"
+        again = Limit(figure=f"live:{drift}.packed", relation=">", bound=1)
+        once = Limit(figure=f"live/live-packed-once:{drift}.io_time_last_s", relation="<=", bound=1)
+        yield Check("live_packs_again_what_has_aged", (again, once))
+
+    @classmethod
+    def tables(cls, result: BenchResult) -> Iterator[Table]:
+        arms, disks = same(ARMS), same(DISKS)
+        for name in SETS:
+            for title, metric, scale in (
+                ("I/O time of a step, ms", "io_time_s", 1e3),
+                ("over the bound", "over_bound", 1),
+            ):
+                at = lambda arm, d, n=name, m=metric: Cell(arm, f"{n}-{d}", m)  # noqa: E731
+                yield from figures(result, f"{name}, by disks: {title}", arms, disks, at, scale=scale)
+        for title, metric, scale in (
+            ("read / wanted", "amplification", 1),
+            ("requests of a step", "requests", 1),
+            ("stored, MiB", "stored_bytes", 2**-20),
+        ):
+            on = lambda arm, name, m=metric: Cell(arm, f"{name}-{MOST}", m)  # noqa: E731
+            yield from figures(result, f"{title}, on {MOST} disks", arms, same(SETS), on, scale=scale)
+        gains = {"gain": "gain", **{f"{p} {what}": f"{p}_{what}" for what in ("factor", "share") for p in PARTS}}
+        engines = same(f"{name}-{d}" for name in SETS for d in DISKS)
+        title = "Striped successive pages over polder: the gain in I/O time, each part's factor, its share of the gain"
+        yield from figures(result, title, engines, gains, lambda engine, metric: Cell("stage-parts", engine, metric))
+        for name in LIVE_SETS:
+            names = {m.replace("_", " "): m for m in result.arms.get("live", {}).get(f"{name}-{LIVE_DISKS}", {})}
+            title = f"An entry store at work on {LIVE_DISKS} disks: {name}; times are of a step"
+            yield from arm_tables(result, title, same(LIVE_ARMS), f"{name}-{LIVE_DISKS}", names)
+        walls = same(("wall_s", "modelled_s", "wall_over_modelled", "late_steps", "steps", "read_bytes"))
+        for d in DISKS:
+            title = f"Really read from emulated disks: {CO_ACTIVATED}-{d}, a step"
+            yield from arm_tables(result, title, arms, f"wall-{CO_ACTIVATED}-{d}", walls)
+
+    @classmethod
+    def plots(cls, result: BenchResult, runs: Sequence[Run]) -> Iterator[Plot]:
+        from polder.bench.report import plots
+
+        if any(f"{name}-{MOST}" in result.arms.get("polder", {}) for name in SETS):
+            yield plots.layouts(result, ARMS, SETS, MOST)
+
+    def describe(self) -> dict[str, Any]:
+        plan, model = self.plan, f"{PM9A3.bytes_per_s / 1e9:g} GB/s, {PM9A3.requests_per_s / 1e6:g} M requests/s"
+        return {
+            "plan": plan.describe() | {"page_bytes": PAGE_BYTES},
+            "sets": self._sets,
+            "measured": "layouts are made from the known steps of a set; all figures are of the steps after them",
+            "disks": {name: list(speeds) for name, speeds in DISKS.items()},
+            "disk_model": f"PM9A3 as published: {model}; a request takes the longer of its bytes and its turn; modelled",
+            "io_time_s": "of one step, mean; each step alone on the disks, over when the last disk is",
+            "io_time_with_host_s": f"the same, and no shorter than {plan.host_s_per_request * 1e6:g} us of one host core a request",
+            "bandwidth_bytes_per_s": "wanted bytes over I/O time; all layouts want the same, so it is the I/O time's inverse",
+            "schedule": "exact; swarm is read by the paper's greedy one",
+            "gaps": "of units below 64 KiB the cheapest of 0 to 15 unwanted ones are read over, for every layout, a step at a time",
+            "one_disk": "no replicas",
+            "shares": "striped pages of successive blocks, then packing, placement, replicas read greedily, the exact schedule, "
+            "wanted parts of pages alone; a share is the logarithm of its factor over that of the gain",
+            "wall": {
+                "set": CO_ACTIVATED,
+                "disks": plan.wall_disks,
+                "arms": plan.orders["wall"],
+                "steps": plan.wall_steps,
+                "bytes_per_s_of_all_disks": plan.wall_bytes_per_s,
+                "why_so_slow": "real reads of a shared machine must be faster than the emulated disks; late steps are counted in",
+                "latency_s": LATENCY_S,
+                "load_before_each": self._loads,
+            },
+            "live": {"sets": LIVE_SETS, "disks": LIVE_DISKS, "what": "bytes are read and compared, times are modelled"},
+        }
+
+
+def _describe_set(sets: Sequence[Layouts]) -> dict[str, Any]:
+    known, measured = [layouts.of.known for layouts in sets], [layouts.of.measured for layouts in sets]
+    read_before = [(k.counts()[m.items] > 0).mean() for k, m in zip(known, measured, strict=True)]
+    return {
+        "blocks": [of.size for of in known],
+        "known_steps": [of.steps for of in known],
+        "measured_steps": [of.steps for of in measured],
+        "reads_a_step": round(float(np.mean([np.diff(of.starts).mean() for of in measured])), 1),
+        # What was never read before is where it was put when it was written.
+        "measured_reads_of_blocks_read_before": round(float(np.mean(read_before)), 3),
+    }
+
+
+def _walls(result: BenchResult) -> Iterable[str]:
+    """Arms and engines of the wall stage, as the beginnings of keys."""
+    known = (f"wall-{CO_ACTIVATED}-{disks}" for disks in DISKS)
+    return [f"{arm}:{engine}." for engine in known for arm, engines in result.arms.items() if engine in engines]
+
+
+def _furthest_wall(result: BenchResult) -> Figure | None:
+    """How far the wall time is from the modelled one, at worst."""
+    of = {key: result.figure(f"{key}wall_over_modelled") for key in _walls(result)}
+    return max(
+        (Figure(abs(ratio - 1), f"off at {key}") for key, ratio in of.items() if ratio is not None), default=None
+    )
+
+
+def _wall_sum(metric: str, less: str | None = None) -> limits.Source:
+    def of(result: BenchResult) -> Figure | None:
+        keys = _walls(result)
+        values = [(result.figure(key + metric) or 0) - (result.figure(key + less) or 0 if less else 0) for key in keys]
+        return Figure(sum(map(abs, values)), metric) if keys else None
+
+    return of
+
+
+def _lost(result: BenchResult) -> Figure | None:
+    lost = [result.figure(f"{arm}:{name}-{LIVE_DISKS}.lost") for arm in LIVE_ARMS for name in LIVE_SETS]
+    known = [count for count in lost if count is not None]
+    return Figure(sum(known), "entries lost") if known else None

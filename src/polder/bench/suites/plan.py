@@ -1,0 +1,85 @@
+"""What a run consists of: stages, the arms of each, and which of them the user has named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+from polder.errors import ConfigError
+
+__all__ = ["Plan", "StageArms", "parse_names"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageArms:
+    """Which arms a stage can run."""
+
+    known: tuple[str, ...] = ()
+    """None: the stage has arms of its own, whichever are named."""
+    always: tuple[str, ...] = ()
+    """Run whichever are named, because the others are compared with them."""
+    needs_all: tuple[str, ...] = ()
+    """The stage compares these with each other, so it cannot run with some of them."""
+    described_as: str = ""
+    """Name of its order in the plan of a result's conditions; empty: it is not described."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run of a bench consists of. Subclasses add the sizes of their stages."""
+
+    choices: ClassVar[Mapping[str, StageArms]]
+    """Every stage of the bench, in the order in which they run."""
+    name: str
+    stages: tuple[str, ...]
+    orders: Mapping[str, tuple[str, ...]]
+    """Stage -> the arms of its runs in time."""
+    seed: int = 0
+    """For prompts that are drawn; traces are fixed."""
+
+    def only(self, *, stages: Sequence[str] = (), arms: Sequence[str] = ()) -> Self:
+        """The same with these stages and arms alone; none named: all of the plan's.
+
+        An arm that is named and that a stage's order lacks runs once, after the others. A stage of the plan that none
+        of the named arms belongs to is left out. Raises ConfigError when such a stage is named itself.
+        """
+        kept = [stage for stage in self.choices if stage in (stages or self.stages)]
+        if not arms:
+            return replace(self, stages=tuple(kept))
+        lacking = {stage: text for stage in kept if (text := self._lacking(stage, arms))}
+        if stages and lacking:
+            raise ConfigError("; ".join(lacking.values()))
+        orders = {stage: self._order(stage, arms) for stage in self.orders}
+        return replace(self, stages=tuple(stage for stage in kept if stage not in lacking), orders=orders)
+
+    def describe(self) -> dict[str, Any]:
+        """Its fields, with the orders that have a name of their own."""
+        orders = {of.described_as: self.orders[stage] for stage, of in self.choices.items() if of.described_as}
+        return {f.name: asdict(self)[f.name] for f in fields(self) if f.name != "orders"} | orders
+
+    def _order(self, stage: str, arms: Sequence[str]) -> tuple[str, ...]:
+        of, order = self.choices[stage], self.orders[stage]
+        if not of.known:
+            return order
+        kept = tuple(arm for arm in order if arm in (*arms, *of.always))
+        return kept + tuple(arm for arm in of.known if arm in arms and arm not in order)
+
+    def _lacking(self, stage: str, arms: Sequence[str]) -> str:
+        """Why these arms give the stage nothing to run; empty when they do."""
+        of = self.choices[stage]
+        there = set(of.needs_all) <= set(arms) if of.needs_all else (set(of.known) - set(of.always)) & set(arms)
+        if there or not of.known:
+            return ""
+        wanted = ", ".join(of.needs_all or [arm for arm in of.known if arm not in of.always])
+        words = "all" if of.needs_all else "some"
+        return f"stage {stage} has nothing to run of {', '.join(arms)}: name {words} of {wanted}"
+
+
+def parse_names(text: str, known: Iterable[str], *, what: str) -> list[str]:
+    """`"a,b"` -> ["a", "b"]; empty text: none. Raises ConfigError for a name that is not known."""
+    names = [name for name in (word.strip() for word in text.split(",")) if name]
+    for name in names:
+        if name not in (allowed := list(known)):
+            raise ConfigError(f"unknown {what} {name!r}; known are {', '.join(allowed)}")
+    return names

@@ -1,0 +1,112 @@
+"""From the words on the command line to stages and arms: what would run nothing is refused before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import typer
+
+from polder.bench.suites.context import ARMS as WINDOWS
+from polder.bench.suites.context import ContextPlan, ContextSuite
+from polder.bench.suites.disks import DisksSuite
+from polder.bench.suites.plan import Plan, parse_names
+from polder.bench.suites.tenants import TenantsSuite
+from polder.bench.suites.turns import ARMS, TurnsSuite
+from polder.cli.main import app
+from polder.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("plan", "stages", "arms", "words"),
+    [
+        (TurnsSuite.full, ["restart"], ["polder"], "restart .* polder: name some of stock, native-fs, polder-disk"),
+        (TurnsSuite.full, ["noreuse"], ["polder"], "noreuse .* polder: name all of stock, polder"),
+        (TurnsSuite.quick, ["agents", "lender"], ["stock", "native"], "stage lender .* name all of stock, polder"),
+        (TurnsSuite.quick, ["chat"], ["native-fs"], "stage chat .* name some of stock, native"),
+        (TurnsSuite.full, ["equality"], ["stock"], "stage equality .* name some of native, polder-host"),
+        (DisksSuite.full, ["wall"], ["swarm"], "stage wall .* name some of hash, fixed-blocks"),
+        (DisksSuite.quick, ["model", "wall"], ["raid0"], "stage wall .* name some of hash"),
+    ],
+)
+def test_a_named_stage_without_an_arm_is_refused(plan: Plan, stages: list[str], arms: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan.only(stages=stages, arms=arms)
+
+
+@pytest.mark.parametrize(
+    ("plan", "stages", "arms", "kept"),
+    [
+        (TurnsSuite.full, (), ["polder-disk"], ("restart",)),
+        (TurnsSuite.quick, (), ["native"], ("agents", "equality")),
+        (TurnsSuite.full, (), ["stock", "polder"], tuple(TurnsSuite.full.choices)),
+        (DisksSuite.full, (), ["swarm"], ("model", "shares")),
+        (DisksSuite.full, (), ["swarm", "hash"], ("model", "shares", "wall")),
+        (DisksSuite.full, ["live"], ["swarm"], ("live",)),
+        (TenantsSuite.full, ["comeback", "spatial"], ["polder"], ("spatial", "comeback")),
+    ],
+)
+def test_stages_run_in_their_order_and_only_with_their_arms(
+    plan: Plan, stages: list[str], arms: list[str], kept: tuple[str, ...]
+) -> None:
+    assert plan.only(stages=stages, arms=arms).stages == kept
+    assert plan.only() == plan
+
+
+def test_arms_keep_their_order_and_one_that_the_plan_lacks_runs_once_at_the_end() -> None:
+    orders = TurnsSuite.full.only(stages=["equality", "agents"], arms=["native", "stock"]).orders
+    assert orders["agents"] == ("stock", "native", "native", "stock")
+    assert orders["equality"] == ("stock", "native")
+    assert TurnsSuite.quick.only(arms=["polder-peer"]).orders["agents"] == ("polder-peer",)
+    assert TurnsSuite.quick.only(arms=["polder-peer"]).orders["equality"] == ("stock", "polder-peer")
+    assert TenantsSuite.quick.only(arms=["kv-only", "stock"]).orders["temporal"] == ("stock", "stock", "kv-only")
+    assert ContextSuite.quick.only(arms=["window-1"]).arms == ("enough", "window-1")
+    assert TurnsSuite.full.describe()["agents_order"] == TurnsSuite.full.orders["agents"] == (*ARMS, *reversed(ARMS))
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    assert parse_names(" agents, chat ,", TurnsSuite.full.choices, what="stage") == ["agents", "chat"]
+    with pytest.raises(ConfigError, match=r"unknown arm 'polder-disk'; known are stock, native"):
+        parse_names("polder-disk", ARMS, what="arm")
+
+
+@pytest.mark.parametrize("name", ["elastic", "turns", "tenants", "context", "disks"])
+def test_the_help_of_a_bench_names_all_of_its_stages_and_arms(name: str) -> None:
+    command = typer.main.get_command(app).commands["bench"].commands[name]  # type: ignore[attr-defined]
+    options = {parameter.opts[0]: parameter.help or "" for parameter in command.params}
+    suites = {"turns": TurnsSuite, "tenants": TenantsSuite, "context": ContextSuite, "disks": DisksSuite}
+    assert {"--json", "--html", "--quick", "--workdir"} <= options.keys()
+    if name in suites:
+        plan = suites[name].full
+        assert all(stage in options.get("--stages", "lengths") for stage in plan.choices)
+        assert all(arm in options["--arms"] or arm == "enough" for of in plan.choices.values() for arm in of.known)
+
+
+def test_rates_rise_on_one_leg_and_fall_on_the_next() -> None:
+    rates = [leg.rates for leg in TenantsSuite.quick.legs]
+    assert rates == [(0.5, 4.0), (4.0, 0.5), (0.5, 4.0), (4.0, 0.5)]
+    assert all(not leg.rates for leg in TenantsSuite.full.only(stages=["spatial"]).legs)
+
+
+PLANS = [ContextSuite.quick, replace(ContextSuite.full, name="full")]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+@pytest.mark.parametrize("arm", [arm for arm in WINDOWS if arm != "enough"])
+def test_contexts_grow_to_the_arms_longest_and_pass_stocks(plan: ContextPlan, arm: str) -> None:
+    lengths = plan.lengths(arm)
+    assert lengths == sorted(set(lengths))
+    assert lengths[-1] == plan.longest(arm)
+    assert plan.longest("stock") in lengths
+    assert arm not in plan.arms or set(lengths) <= set(plan.lengths("enough"))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_a_window_of_two_layers_holds_nine_tenths_of_layers_over_two_times_stocks(plan: ContextPlan) -> None:
+    assert plan.longest("window") / plan.longest("stock") >= 0.9 * 16 / 2
+    assert plan.longest("window-4") < plan.longest("window-3") < plan.longest("window") <= plan.longest("enough")
+    shape = plan.shape("window")
+    assert shape is not None
+    assert shape.windowed_blocks(plan.longest("stock") // 2) == 0
+    found = [shape.windowed_blocks(tokens) for tokens in range(32, plan.longest("window"), 32)]
+    assert found == sorted(found)

@@ -1,0 +1,189 @@
+"""Every bench from end to end, on arms without engines: each stage is run, and what it finds gets to the files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from polder.bench.harness.arms import ArmSpec
+from polder.bench.report.result import BenchResult, read_result
+from polder.bench.suites.base import Suite
+from polder.bench.suites.context import ContextSuite
+from polder.bench.suites.disks import ARMS as LAYOUTS
+from polder.bench.suites.disks import DisksSuite
+from polder.bench.suites.elastic import ElasticSuite
+from polder.bench.suites.tenants import TenantsSuite
+from polder.bench.suites.turns import ARMS, TurnsSuite
+from polder.emulation.disks import VirtualClock
+from tests.bench.fakes import FakeArm, FakeBroker, no_waiting, short_traces
+
+Run = Callable[[Suite[Any]], tuple[BenchResult, list[str], str]]
+"""Runs a suite: (result, arms in the order of their starts, what was printed)."""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    FakeBroker(monkeypatch)
+    no_waiting(monkeypatch)
+    short_traces(monkeypatch)
+    journal: list[str] = []
+    monkeypatch.setattr(ArmSpec, "make", lambda spec, name, logs, _: FakeArm(name, spec, logs, journal))
+
+    def of(suite: Suite[Any]) -> tuple[BenchResult, list[str], str]:
+        text = io.StringIO()
+        suite._reporter._console = suite._console = Console(file=text, width=200)
+        json_file, html_file = tmp_path / "out" / "result.json", tmp_path / "out" / "result.html"
+        result = suite.run(json_file, html_file)
+        assert read_result(json_file).arms == result.arms
+        assert html_file.read_text() == suite.page(result, suite.runs)
+        assert (suite.workdir / f"{suite.name}-runs.json").exists()
+        assert all(name in text.getvalue() for name in result.checks)
+        started = [line for line in journal if not line.startswith("stop ")]
+        assert sorted(journal) == sorted([*started, *(f"stop {name}" for name in started)]), "all are stopped"
+        return result, started, text.getvalue()
+
+    return of
+
+
+def test_elastic_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
+    plan = replace(ElasticSuite.quick, resize_stream_tokens=60, tax_rounds=1)
+    result, started, _ = run(ElasticSuite(plan, workdir=tmp_path))
+    assert set(result.arms) == {
+        *("stock", "polder", "polder-resize", "stock-alone", "polder-alone", "polder-equality"),
+    }
+    assert result.arms["polder"]["A"]["requests"] == 64, "two runs of two sessions"
+    assert {"polder/stock:A.ttft_p99_ms", "polder-alone/stock-alone:B.ttft_p50_ms"} <= result.ratios.keys()
+    assert {"polder/stock:B.tbt_p99_ms", "polder-alone/stock-alone:B.ttft_p50_ms"} <= result.conditions[
+        "intervals"
+    ].keys()
+    assert set(result.checks) == {
+        *("a_ttft_p99_ratio_at_most_0_31", "b_ttft_p99_ratio_at_most_1_10", "a_hit_ratio_gain_at_least_0_30"),
+        *("giveback_p99_under_200_ms", "tokens_equal", "tax_within_1_percent", "no_failed_requests"),
+    }
+    assert result.checks["tokens_equal"]
+    assert [one["arm"] for one in result.conditions["runs"]] == ["stock", "polder", "polder", "stock"]
+    assert started == ["stock", "polder", "stock-equality", "polder-equality"]
+
+
+def test_turns_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
+    plan = replace(TurnsSuite.full, noreuse_rounds=1)
+    result, started, text = run(TurnsSuite(plan, workdir=tmp_path))
+    restarted = [f"{arm}-{when}" for arm in ("stock", "native-fs", "polder-disk") for when in ("before", "restart")]
+    assert set(result.arms) == {
+        *ARMS,
+        *(f"{arm}-chat" for arm in ("stock", "native", "polder")),
+        *(f"{arm}-{stage}" for arm in ("stock", "polder") for stage in ("lender", "noreuse-1", "noreuse-4")),
+        *(f"{arm}-equality" for arm in ARMS if arm != "stock"),
+        *restarted,
+    }
+    assert result.arms["polder-disk-before"]["A"]["requests"] == 32, "two runs of half of two sessions"
+    assert result.arms["polder-disk-restart"]["A"]["first_turn_hit_ratio"] == 48 / 64
+    assert result.arms["polder-lender"].keys() == {"B"}
+    by_tier = result.arms["polder"]["A"]["hit_ratio_by_tier"]
+    assert isinstance(by_tier, dict)
+    assert sum(by_tier.values()) == pytest.approx(1.0)
+    assert by_tier["tiers"] > 0
+    pairs = {"polder/stock", "polder/native", "polder-lender/stock-lender", "polder-disk-restart/native-fs-restart"}
+    assert pairs <= {key.partition(":")[0] for key in result.ratios}
+    assert pairs <= {key.partition(":")[0] for key in result.conditions["intervals"]}
+    assert len(result.checks) == 14
+    assert result.checks["no_failed_requests"]
+    assert result.checks["tokens_equal_polder_peer"]
+    assert started[:3] == ["stock", "polder", "native"], "noreuse first: its arms are those that the agents need first"
+    assert started.count("polder-disk-restart") == 4
+    assert not list(tmp_path.glob("restart-*")), "nothing is left on the disks"
+    assert "links emulated: peer 3.2 GB/s, host 400 MB/s" in text
+
+
+def test_tenants_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
+    plan = replace(TenantsSuite.full, rates=(0.5, 2.0), comeback_samples=1)
+    result, started, _ = run(TenantsSuite(plan, workdir=tmp_path))
+    ran = ("stock", "kv-only", "polder")
+    assert set(result.arms) == {
+        *(f"{arm}-{load}" for arm in ran for load in ("x0.5", "x2", "spatial")),
+        *(ran if "polder" in result.arms else ()),
+        *("stock-resident", "polder-resident", "stock-anew", "polder-streamed", "polder-whole"),
+        *("polder-streamed-link", "polder-whole-link", "polder-streaming", "polder-equality"),
+    }
+    assert result.arms["polder-streamed"]["T2"]["wakes"] == 5, (
+        "the last sleeper is woken by a request, not by the broker"
+    )
+    assert {
+        "polder-x2/stock-x2:all.ttft_p99_ms",
+        "polder-streamed/stock-anew:T2.ttft_128_p50_ms",
+    } <= result.ratios.keys()
+    assert {"stock_exhausts_its_kv_at_some_rates_not_at_all", "tokens_equal"} <= result.checks.keys()
+    assert result.checks["reclaimed_model_had_lost_all_its_layers"]
+    assert not result.checks["tokens_equal"], "nobody wakes a sleeping engine here"
+    played = [(one["arm"], one["load"]) for one in result.conditions["runs"]]
+    assert played[:6] == [
+        *(("stock", "x0.5"), ("stock", "x2"), ("stock", "spatial")),
+        *(("polder", "x2"), ("polder", "x0.5"), ("polder", "spatial")),
+    ]
+    assert started == [
+        *("stock", "polder", "kv-only", "stock"),
+        *("stock-comeback", "polder-streamed-comeback", "polder-whole-comeback"),
+        *("polder-streamed-link-comeback", "polder-whole-link-comeback", "polder-link-streaming"),
+        *("stock-equality", "polder-equality"),
+    ]
+
+
+def test_context_grows_every_arm_to_its_longest(run: Run, tmp_path: Path) -> None:
+    plan = replace(ContextSuite.quick, samples=2)
+    result, _, _ = run(ContextSuite(plan, workdir=tmp_path))
+    assert set(result.arms) == set(plan.arms)
+    for arm in plan.arms:
+        found = result.arms[arm]["all"]
+        assert found["refused_beyond"] == 1.0
+        assert arm == "enough" or found["context_tokens"] == plan.longest(arm)
+    assert f"planned_tbt_{plan.longest('window-link')}_ms" in result.arms["window-link"]["all"]
+    assert {name for name, passed in result.checks.items() if not passed} <= {
+        *("first_token_at_stocks_longest_at_most_1_10", "decode_within_20_percent_of_the_plan"),
+    }
+    assert len(result.checks) == 6
+
+
+def test_disks_runs_all_of_its_stages(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DisksSuite, "clock", VirtualClock())
+    sizes = {"known_steps": 40, "measured_steps": 8, "synthetic_blocks": 4096, "wall_steps": 3}
+    plan = replace(DisksSuite.quick, sets=("sticky", "random"), **sizes)  # type: ignore[arg-type]
+    result, started, text = run(DisksSuite(plan, workdir=tmp_path / "work"))
+    assert not started, "no engine"
+    assert set(LAYOUTS) < result.arms.keys()
+    assert {"stage-parts", "live-lru"} < result.arms.keys()
+    assert {"sticky-8", "random-4-slow", "wall-sticky-4"} <= result.arms["polder"].keys()
+    assert {key.rpartition(".")[2] for key in result.ratios} == {
+        *("io_time_s", "io_time_with_host_s", "bandwidth_bytes_per_s"),
+    }
+    exact = ("one_disk_no_worse_than_the_plain_store", "bytes_read_as_planned", "wall_within_5_percent_of_modelled")
+    assert all(result.checks[name] for name in (*exact, "live_no_entry_lost"))
+    assert len(result.checks) == 4 + 4 + 8 + 2 + 2 + 4
+    shares = result.arms["stage-parts"]["sticky-8"]
+    assert sum(value for name, value in shares.items() if name.endswith("_share")) == pytest.approx(1.0)
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {"logs-disks", "disks-runs.json"}, "no page is left"
+    assert "sticky, by disks" in text
+
+
+def test_only_what_is_asked_for_is_started(run: Run, tmp_path: Path) -> None:
+    plan = TurnsSuite.full.only(stages=["equality"], arms=["polder-peer"])
+    result, started, _ = run(TurnsSuite(plan, workdir=tmp_path))
+    assert started == ["stock-equality", "polder-peer-equality"]
+    assert set(result.checks) == {"tokens_equal_polder_peer", "no_failed_requests"}
+
+
+def test_what_was_measured_before_an_engine_failed_is_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(suite: Suite[Any]) -> None:
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(TurnsSuite, "measure", broken)
+    with pytest.raises(RuntimeError):
+        run(TurnsSuite(TurnsSuite.full, workdir=tmp_path))
+    assert (tmp_path / "turns-runs.json").exists()
