@@ -17,7 +17,7 @@ from polder.bench.harness.scrape import TIER_HITS, Sample
 from polder.bench.stages import equality, resize, restart, streaming
 from polder.bench.workloads import agents, tenants
 from polder.broker import client
-from polder.broker.wire import Done, Resize, Rouse, Sleep, Status, Stream
+from polder.broker.wire import Done, Resize, Wake, Sleep, Status, Stream
 from tests.bench.fake_server import FakeEngine, serving
 from tests.serve.fakes import canned_status, engine_status
 
@@ -28,7 +28,7 @@ class FakeBroker:
     """Stands for the client module: sizes, sleep, wakes and segments are as ordered; streamed layers are copied in."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[Resize | Sleep | Rouse | Stream] = []
+        self.asked: list[Resize | Sleep | Wake | Stream] = []
         self.obeys = True
         self.held_units, self.segments = 10, LAYERS
         self.stats = dict.fromkeys(
@@ -48,7 +48,7 @@ class FakeBroker:
         for name, value in more.items():
             self.stats[f"{name}_total"] += value
 
-    def request(self, _: Path, message: Resize | Sleep | Rouse | Stream) -> Done:
+    def request(self, _: Path, message: Resize | Sleep | Wake | Stream) -> Done:
         self.asked.append(message)
         if not self.obeys:
             return Done()
@@ -60,10 +60,10 @@ class FakeBroker:
         elif isinstance(message, Sleep):
             self.segments = 0
             self.count(sleeps=1)
-        elif isinstance(message, Rouse) and not self.segments:
+        elif isinstance(message, Wake) and not self.segments:
             self.segments = LAYERS
             self.count(wakes=1, weights_loads=LAYERS)
-        elif isinstance(message, Rouse | Stream):
+        elif isinstance(message, Wake | Stream):
             self.segments = message.segments if isinstance(message, Stream) else LAYERS
         return Done()
 

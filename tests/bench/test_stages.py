@@ -28,7 +28,7 @@ from polder.bench.stages.resize import Resized, resize_metrics
 from polder.bench.stages.tax import TaxRun, tax_intervals, tax_metrics
 from polder.bench.suites.context import ContextSuite
 from polder.broker import client
-from polder.broker.wire import Done, Rouse, Sleep
+from polder.broker.wire import Done, Wake, Sleep
 from polder.errors import EnvironmentFault
 from polder.planner.context_cost import Stream
 from tests.bench.fakes import LAYERS, FakeArm, FakeBroker, no_waiting, one_engine
@@ -198,7 +198,7 @@ def test_a_reclaimed_model_is_asked_in_turn_with_a_resident_one(broker: FakeBrok
         for one in (arm, stock):
             one.stop()
     assert len(set(prompts)) == len(prompts) == 2 * 2 * 3, "a prompt that comes back would be found in the cache"
-    assert [type(message) for message in broker.asked[:4]] == [Rouse, Sleep, Rouse, Sleep]
+    assert [type(message) for message in broker.asked[:4]] == [Wake, Sleep, Wake, Sleep]
     assert resident.keys() == {"ttft_32_p50_ms", "ttft_128_p50_ms", "failed_requests"}
     assert reclaimed is not None
     assert reclaimed["layers_loaded_a_wake"] == LAYERS
@@ -228,13 +228,13 @@ def test_loading_anew_counts_from_the_start_of_the_arm(broker: FakeBroker, tmp_p
 def test_acts_are_carried_out_in_mid_answer_and_only_where_there_is_a_broker(
     broker: FakeBroker, tmp_path: Path
 ) -> None:
-    acts = (Act(at=0.0, message=Sleep(engine="T2")), Act(at=0.5, message=Rouse(engine="T2")))  # type: ignore[arg-type]
+    acts = (Act(at=0.0, message=Sleep(engine="T2")), Act(at=0.5, message=Wake(engine="T2")))  # type: ignore[arg-type]
     rounds = [Round(asked={"T2": [("T20", [5] * 64)]}, acts=of) for of in (acts, ())]
     ours, theirs = (
         asyncio.run(answer(up(tmp_path, system, token_s=0.002), rounds, {"wakes": "wakes_total"}, settle_s=0.0))
         for system in ("polder", "stock")
     )
-    assert broker.asked == [Sleep(engine="T2"), Rouse(engine="T2")]
+    assert broker.asked == [Sleep(engine="T2"), Wake(engine="T2")]
     found = compare(theirs, ours)
     assert (found["answers_compared"], found["answers_different"]) == (2, 0)
     assert found["wakes"] == 4, "the fake's four engines wake together"

@@ -66,7 +66,7 @@ def test_while_one_writes_others_are_refused_and_when_it_dies_the_next_may_write
     os.close(other)
     assert not filled
     ended(process)
-    wait_for(lambda: "k" not in broker.server._host_files.sizes())
+    wait_for(lambda: "k" not in broker.server.host_files.sizes())
     file, filled = client.fetch_copy(broker.path, "k")
     os.close(file)
     assert not filled

@@ -59,7 +59,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model: dict[tuple[str, Owner], set[int]] = {}
 
     devices = st.sampled_from(["cpu:0", "cuda:0"])
-    owners = st.sampled_from([A, B, Owner("a", "staging")])
+    owners = st.sampled_from([A, B, Owner("a", "lent")])
 
     def mine(self, device: str, owner: Owner) -> set[int]:
         return self.model.setdefault((device, owner), set())

@@ -38,7 +38,7 @@ class Engine:
         )
         welcome = answer_on(self.channel)
         assert isinstance(welcome, wire.Welcome)
-        self.lease, self.pages = welcome.lease, welcome.pages[0]
+        self.lease, self.pages = welcome.lease, welcome.held.kv[0]
 
     def fetch(self, pages: list[int] | None = None) -> int:
         """How many handles came."""
@@ -50,7 +50,7 @@ class Engine:
         return len(answer.fd_index)
 
     def give_all_back(self) -> None:
-        self.channel.send(wire.Returned(lease=self.lease, pages=[self.pages]))
+        self.channel.send(wire.Returned(lease=self.lease, use="kv", pages=[self.pages]))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polder.broker.policy import EngineView, PolicyConfig, ample_pages, decide, missing_pages
+from polder.broker.policy import Claim, EngineView, PolicyConfig, ample_pages, decide, missing_pages
 from polder.errors import ConfigError
 
 NO_RESERVE = PolicyConfig(reserve_low_ratio=0.0, reserve_high_ratio=0.0)
@@ -108,10 +108,38 @@ def test_needs_of_the_last_seconds_and_useful_cache_are_not_ample() -> None:
     assert ample_pages(100, engines) == 100 - 30 - 20 - 8
 
 
+def test_an_urgent_claim_comes_before_requests_and_takes_what_comes_free() -> None:
+    claim = Claim(engine="w", pages=30, urgent=True)
+    plan = decide(100, 10, [view(held=90, busy=90, waiting=20, share=90)], NO_RESERVE, claims=[claim])
+    assert plan.claimed == {"w": 10}
+    assert plan.grants == {}
+    assert plan.recalls["a"] == (20, True)
+
+
+def test_a_claim_that_is_not_urgent_comes_before_caches_in_whole_steps_and_preempts_nobody() -> None:
+    claim = Claim(engine="w", pages=40, step_pages=8, urgent=False)
+    cache = view(held=90, busy=50, cached=90, curve=[float(units) for units in range(101)])
+    plan = decide(100, 10, [cache], NO_RESERVE, claims=[claim])
+    assert plan.claimed == {"w": 8}
+    assert plan.recalls["a"] == (30, False)
+    assert decide(100, 10, [view(held=90, busy=90, share=90)], NO_RESERVE, claims=[claim]).recalls == {}
+    assert decide(100, 10, [cache], PolicyConfig(), claims=[claim]).claimed == {"w": 0}, "the reserve is not used"
+
+
 @pytest.mark.parametrize("bad", [{"reserve_low_ratio": 0.4, "reserve_high_ratio": 0.1}, {"deadline_s": 0.0}])
 def test_bad_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         PolicyConfig(**bad)
+
+
+@st.composite
+def some_claims(draw: st.DrawFn) -> list[Claim]:
+    claims = []
+    for name in draw(st.sampled_from(["", "x", "xy"])):
+        step = draw(st.integers(1, 9))
+        pages = step * draw(st.integers(0, 12))
+        claims.append(Claim(engine=name, pages=pages, step_pages=step, urgent=draw(st.booleans())))
+    return claims
 
 
 @st.composite
@@ -147,20 +175,25 @@ def devices(draw: st.DrawFn) -> tuple[int, int, list[EngineView]]:
     return used + free, free, engines
 
 
-@given(devices())
-def test_any_plan_can_be_carried_out(device: tuple[int, int, list[EngineView]]) -> None:
+@given(devices(), some_claims())
+def test_any_plan_can_be_carried_out(device: tuple[int, int, list[EngineView]], claims: list[Claim]) -> None:
     total, free, engines = device
     config = PolicyConfig()
-    plan = decide(total, free, engines, config)
+    plan = decide(total, free, engines, config, claims=claims)
     by_name = {e.name: e for e in engines}
+    claimed = sum(plan.claimed.values())
     assert sum(t.units * by_name[n].pages_per_unit for n, t in plan.targets.items()) <= total
-    assert sum(u * by_name[n].pages_per_unit for n, u in plan.grants.items()) <= free
+    assert claimed + sum(u * by_name[n].pages_per_unit for n, u in plan.grants.items()) <= free
+    for claim in claims:
+        assert 0 <= plan.claimed[claim.engine] <= claim.pages
+        assert plan.claimed[claim.engine] % claim.step_pages == 0
+    floors_fit = not any(claim.urgent for claim in claims)
     for name, target in plan.targets.items():
-        assert by_name[name].floor <= target.units <= by_name[name].ceiling
+        assert (by_name[name].floor if floors_fit else 0) <= target.units <= by_name[name].ceiling
     for name, units in plan.grants.items():
         assert 0 < units <= by_name[name].ceiling - by_name[name].held
     for name, recall in plan.recalls.items():
-        assert by_name[name].kept - recall.units >= by_name[name].floor
+        assert by_name[name].kept - recall.units >= (by_name[name].floor if floors_fit else 0)
         assert recall.preempt == (by_name[name].kept - recall.units < by_name[name].busy)
     assert not set(plan.grants) & set(plan.recalls)
 

@@ -102,11 +102,11 @@ class Ballast(threading.Thread):
             while True:
                 message = self._channel.receive()
                 if isinstance(message, Welcome | Grant):
-                    self._held += message.pages[0]
+                    self._held += message.held.kv[0] if isinstance(message, Welcome) else message.pages[0]
                     self._channel.send(Grown(lease=message.lease))
                 elif isinstance(message, Recall):
                     back, self._held = self._held[: message.units], self._held[message.units :]
-                    self._channel.send(Returned(lease=message.lease, pages=[back]))
+                    self._channel.send(Returned(lease=message.lease, use="kv", pages=[back]))
         except BrokerUnavailable:
             pass
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 from vllm.v1.core.sched.interface import PauseState
 
-from polder.broker.wire import Demand, GiveSegments, Grown, SegmentsReturned, TakeSegments, Wake
+from polder.broker.wire import Demand, Grant, Grown, NeedWeights, Recall, Returned
 from polder.engines.vllm.rank.worker import Outcome, WeightsFound
 from polder.engines.vllm.weights.core import SLOWDOWN, TOO_SLOW_S, CoreWeights, offloader
 from polder.engines.vllm.weights.offloader import Taken
@@ -48,7 +48,7 @@ class Core:
             layers=LAYERS, layer_pages=PAGES, moved_bytes=1, resident_bytes=0, copy_share=copy_share, streams=streams
         )
         self.weights = CoreWeights(self.scheduler, found, self.rpc, self.said.append, lambda: self.in_transfer)
-        self.weights.start(1, segments(0, LAYERS))
+        self.weights.start(1, pages(0, LAYERS))
 
     def rpc(self, function: Any, *args: Any) -> list[Any]:
         if function in (offloader.adopt, offloader.give):
@@ -75,12 +75,13 @@ class Core:
             self.weights.on_step(seconds, 1, self.now)
             self.weights.stats(self.now)
 
-    def take(self, count: int, **values: bool) -> SegmentsReturned:
-        self.weights.on_take(TakeSegments(lease=7, segments=count, deadline_s=1.0, **values), 1, self.now)
-        return next(m for m in reversed(self.said) if isinstance(m, SegmentsReturned))
+    def take(self, count: int, **values: bool) -> Returned:
+        self.weights.on_recall(recall(count, **values), 1, self.now)
+        return next(m for m in reversed(self.said) if isinstance(m, Returned))
 
     def give(self, first: int, count: int) -> None:
-        self.weights.on_give(GiveSegments(lease=9, segments=segments(first, count)), 1, self.now)
+        grant = Grant(lease=9, use="weights", units=count, pages=pages(first, count))
+        self.weights.on_grant(grant, 1, self.now)
 
     @property
     def spare(self) -> int:
@@ -88,8 +89,13 @@ class Core:
         return spare
 
 
-def segments(first: int, count: int) -> list[list[list[int]]]:
-    return [[[PAGES * at, PAGES * at + 1]] for at in range(first, first + count)]
+def pages(first: int, count: int) -> list[list[int]]:
+    """The pages of some segments on one rank."""
+    return [list(range(PAGES * first, PAGES * (first + count)))]
+
+
+def recall(units: int, **values: bool) -> Recall:
+    return Recall(lease=7, use="weights", units=units, deadline_s=1.0, **values)
 
 
 def test_who_has_requests_gives_all_up_only_when_paused_and_asks_for_them_at_once() -> None:
@@ -99,7 +105,7 @@ def test_who_has_requests_gives_all_up_only_when_paused_and_asks_for_them_at_onc
     assert core.take(LAYERS, preempt=True).short == 0
     assert core.weights.asleep
     assert core.scheduler.pause_state == PauseState.PAUSED_ALL
-    assert isinstance(core.said[-1], Wake)
+    assert isinstance(core.said[-1], NeedWeights)
     core.give(20, LAYERS)
     assert core.scheduler.pause_state == PauseState.UNPAUSED
     assert isinstance(core.said[-1], Grown)
@@ -131,7 +137,7 @@ def test_a_request_wakes_what_sleeps_and_asks_once() -> None:
     core.take(LAYERS)
     for _ in range(3):
         core.weights.on_request(core.now)
-    assert [type(message) for message in core.said] == [SegmentsReturned, Wake]
+    assert [type(message) for message in core.said] == [Returned, NeedWeights]
 
 
 @pytest.mark.parametrize("layer_load_s", [0.0005, 0.002, 0.003, 0.02])
@@ -159,7 +165,7 @@ def test_time_that_steps_stood_still_makes_no_room_for_more_streaming() -> None:
     core.counts["weights_pass_stall_seconds"] = 0.020
     core.steps(0.030)
     assert core.spare == 0
-    assert not any(isinstance(message, Wake) for message in core.said), "nor do they need layers back"
+    assert not any(isinstance(message, NeedWeights) for message in core.said), "nor do they need layers back"
 
 
 def test_when_steps_have_become_too_short_it_wants_its_layers_back() -> None:
@@ -167,7 +173,7 @@ def test_when_steps_have_become_too_short_it_wants_its_layers_back() -> None:
     core.steps(0.010)
     core.take(core.spare)
     core.steps(0.003, count=2 + int(TOO_SLOW_S))
-    assert isinstance(core.said[-1], Wake)
+    assert isinstance(core.said[-1], NeedWeights)
 
 
 def test_a_wish_that_the_broker_passed_over_does_not_keep_a_later_request_from_waking() -> None:
@@ -176,11 +182,11 @@ def test_a_wish_that_the_broker_passed_over_does_not_keep_a_later_request_from_w
     core.take(core.spare)
     core.steps(0.003, count=2 + int(TOO_SLOW_S))
     core.scheduler.requests.clear()
-    core.take(len(core.weights.segments))
+    core.take(LAYERS - core.weights.lost)
     assert core.weights.asleep
     core.said.clear()
     core.weights.on_request(core.now)
-    assert [type(message) for message in core.said] == [Wake]
+    assert [type(message) for message in core.said] == [NeedWeights]
 
 
 def test_who_waits_for_its_weights_asks_again_but_not_all_the_time() -> None:
@@ -190,7 +196,7 @@ def test_who_waits_for_its_weights_asks_again_but_not_all_the_time() -> None:
     core.scheduler.requests["r"] = object()
     for seconds in (0.1, 0.9, 1.0, 1.1, 2.1):
         core.weights.remind(core.now + seconds)
-    assert [type(message) for message in core.said] == [SegmentsReturned, Wake, Wake, Wake]
+    assert [type(message) for message in core.said] == [Returned, NeedWeights, NeedWeights, NeedWeights]
     core.give(20, LAYERS)
     core.weights.remind(core.now + 9.0)
     assert isinstance(core.said[-1], Grown)
@@ -202,15 +208,15 @@ def test_what_cannot_be_mapped_goes_back_and_the_engine_stays_as_it_was() -> Non
     core.fails = "no room"
     core.give(20, LAYERS)
     assert core.weights.asleep
-    assert core.said[-1] == SegmentsReturned(lease=9, segments=segments(20, LAYERS))
+    assert core.said[-1] == Returned(lease=9, use="weights", pages=pages(20, LAYERS))
 
 
 def test_a_take_that_fails_on_the_workers_is_answered_with_nothing() -> None:
     core = Core()
     core.fails = "cannot map"
     answer = core.take(LAYERS)
-    assert (answer.segments, answer.short) == ([], LAYERS)
-    assert len(core.weights.segments) == LAYERS
+    assert (answer.pages, answer.short) == ([], LAYERS)
+    assert core.weights.lost == 0
 
 
 def test_a_turn_to_idle_busy_asleep_or_awake_is_told_at_once() -> None:
@@ -238,11 +244,11 @@ def test_ranks_may_choose_different_segments() -> None:
         offloader.take: [Taken(segments=((1,),)), Taken(segments=((12,),))],
     }
     weights = CoreWeights(scheduler, found, lambda function, *_: answers[function], said.append, lambda: False)
-    weights.start(1, [[[1], [11]], [[2], [12]]])
+    weights.start(1, [[1, 2], [11, 12]])
     weights._figures = {}
-    weights.on_take(TakeSegments(lease=7, segments=1, deadline_s=1.0), 1, 0.0)
-    assert said[-1].segments == [[[1], [12]]]
-    assert weights.segments == [[[2], [11]]]
+    weights.on_recall(recall(1), 1, 0.0)
+    assert said[-1].pages == [[1], [12]]
+    assert weights.pages == [[2], [11]]
 
 
 def test_when_one_rank_cannot_give_up_the_others_get_theirs_back() -> None:
@@ -260,11 +266,11 @@ def test_when_one_rank_cannot_give_up_the_others_get_theirs_back() -> None:
         return answers[function]
 
     weights = CoreWeights(scheduler, found, rpc, said.append, lambda: False)
-    weights.start(1, [[[1], [11]], [[2], [12]]])
-    weights.on_take(TakeSegments(lease=7, segments=1, deadline_s=1.0), 1, 0.0)
+    weights.start(1, [[1, 2], [11, 12]])
+    weights.on_recall(recall(1), 1, 0.0)
     assert given == [(1, [[[2], []]])]
-    assert said == [SegmentsReturned(lease=7, segments=[], short=1)]
-    assert len(weights.segments) == 2
+    assert said == [Returned(lease=7, use="weights", pages=[], short=1)]
+    assert weights.lost == 0
 
 
 def test_one_that_computes_in_graphs_gives_all_up_or_nothing() -> None:
@@ -285,4 +291,4 @@ def test_a_request_that_follows_an_aborted_one_wakes_what_sleeps() -> None:
     core.weights.on_request(core.now)
     core.weights.demand(core.now)
     core.weights.on_request(core.now)
-    assert [type(message) for message in core.said] == [SegmentsReturned, Wake, Wake]
+    assert [type(message) for message in core.said] == [Returned, NeedWeights, NeedWeights]

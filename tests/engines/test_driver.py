@@ -17,7 +17,7 @@ import pytest
 
 from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
-from polder.broker.wire import Rouse
+from polder.broker.wire import Wake
 from tests.engines.conftest import Stock
 from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_window import DEEP, WINDOW
@@ -185,13 +185,13 @@ def test_weights_leave_are_streamed_and_come_back_under_late_steps(stock: Stock,
     events = {
         3: lambda: engine.utility("polder_give_up", 3),
         8: lambda: engine.utility("polder_give_up", 2),
-        12: lambda: request(broker.socket, Rouse(engine="a")),
+        12: lambda: request(broker.socket, Wake(engine="a")),
         18: lambda: engine.utility("polder_give_up", layers - 2),
     }
     for _ in rounds():
         for question, tokens in zip(questions, expected, strict=True):
             assert tokens_of(engine.generate([question], events=dict(events))) == [tokens]
-            request(broker.socket, Rouse(engine="a"))
+            request(broker.socket, Wake(engine="a"))
             wait_for(lambda: broker.engine("a").segments == layers, "all layers to be back", 60.0)
     assert check(engine)["weights_loads_total"] > 10 * layers
 

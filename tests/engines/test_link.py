@@ -25,7 +25,7 @@ HELLO = Hello(
     ceiling_units=1,
     share_units=1,
 )
-LATE = Returned(lease=7, pages=[[1]])
+LATE = Returned(lease=7, use="kv", pages=[[1]])
 LIMIT_S = 30.0
 
 

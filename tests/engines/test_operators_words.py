@@ -20,16 +20,14 @@ from polder.broker.core import BrokerCore
 from polder.broker.wire import (
     Demand,
     FromBroker,
-    GiveSegments,
     Grant,
     Grown,
     Hello,
     Recall,
     Returned,
-    Rouse,
     Sleep,
-    TakeSegments,
     ToBroker,
+    Wake,
     Welcome,
 )
 from polder.engines.vllm.rank.worker import Outcome, WeightsFound
@@ -102,9 +100,13 @@ class Engine:
     def act(self, message: FromBroker, now: float) -> None:
         match message:
             case Welcome():
-                self.pages = list(message.pages[0])
-                self.weights.start(message.generation, message.segments)
+                self.pages = list(message.held.kv[0])
+                self.weights.start(message.generation, message.held.weights)
                 self.outbox.append(Grown(lease=message.lease))
+            case Grant(use="weights"):
+                self.weights.on_grant(message, 1, now)
+            case Recall(use="weights"):
+                self.weights.on_recall(message, 1, now)
             case Grant():
                 self.pages += message.pages[0]
                 self.outbox.append(Grown(lease=message.lease))
@@ -112,11 +114,8 @@ class Engine:
                 least = 1 if self.weights.asleep else FLOOR
                 count = max(0, min(message.units, len(self.pages) - least))
                 pages = [self.pages.pop() for _ in range(count)]
-                self.outbox.append(Returned(lease=message.lease, pages=[pages], short=message.units - count))
-            case GiveSegments():
-                self.weights.on_give(message, 1, now)
-            case TakeSegments():
-                self.weights.on_take(message, 1, now)
+                short = message.units - count
+                self.outbox.append(Returned(lease=message.lease, use="kv", pages=[pages], short=short))
 
     def report(self, now: float) -> None:
         self.weights.remind(now)
@@ -193,7 +192,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(name=names)
     def an_operator_says_wake(self, name: str) -> None:
-        self.core.handle(999, 1, Rouse(engine=name), self.now)
+        self.core.handle(999, 1, Wake(engine=name), self.now)
         self.deliver()
         self.engines[name].due = False
 

@@ -18,7 +18,7 @@ import pytest
 
 from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
-from polder.broker.wire import Rouse, Sleep
+from polder.broker.wire import Sleep, Wake
 from tests.engines.conftest import Stock
 from tests.engines.harness import (
     A32,
@@ -112,12 +112,12 @@ def test_layers_taken_streamed_and_returned_in_mid_request_change_no_token(
     events = {
         3: lambda: a.utility("polder_give_up", 3),
         8: lambda: a.utility("polder_give_up", 2),
-        12: lambda: request(device.socket, Rouse(engine=name)),
+        12: lambda: request(device.socket, Wake(engine=name)),
         18: lambda: a.utility("polder_give_up", layers - 2),
     }
     for prompt, tokens in zip(PROMPTS, expected[name], strict=True):
         assert tokens_of(a.generate([prompt], events=dict(events))) == [tokens]
-        request(device.socket, Rouse(engine=name))
+        request(device.socket, Wake(engine=name))
         wait_for(lambda: device.engine(name).segments == layers, "all layers to be back")
     with pytest.raises(Exception, match="weights cannot be replaced"):
         a.llm.collective_rpc("reload_weights")

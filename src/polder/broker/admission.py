@@ -1,33 +1,27 @@
-"""Who may join, and with what: the checks of a Hello, and the booking of what a reconnecting engine reports. No messages here."""
+"""Who may join, and with what: the checks of a Hello, and the booking of what an engine reports after a reconnection."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from polder.broker.lease import book, pages_by_device, units_in
 from polder.broker.ledger import Ledger, Owner
-from polder.broker.roster import HOST, Engine, Roster, least_pages
-from polder.broker.wire import PROTOCOL, Hello, Pages, Segments
+from polder.broker.roster import HOST, Roster, least_pages
+from polder.broker.wire import PROTOCOL, USES, Held, Hello, Pages
 from polder.errors import ProtocolError
 from polder.units import format_bytes
 
-__all__ = ["Held", "claim", "fits_awake", "host_pages", "pages_by_device", "refusal", "reported", "take_segments"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """What an engine holds, or may use from now on."""
-
-    pages: Pages
-    segments: Segments
+__all__ = ["book_host", "book_reported", "check_reported", "fits_awake", "pages_held", "refusal"]
 
 
 def refusal(roster: Roster, hello: Hello, pid: int, page_bytes: int) -> str | None:
-    """Why this engine can never be served as things are, and what to change; None if it can."""
+    """Why this engine cannot be served, and what to change. None: it can."""
     known = roster.engines.get(hello.engine)
     if hello.protocol != PROTOCOL:
         return f"protocol {hello.protocol} spoken, {PROTOCOL} expected: install the same Polder on both sides"
     if known is not None and known.pid != pid and known.processes:
         return f"engine name {hello.engine!r} is in use by process {known.pid}: choose another POLDER_ENGINE"
+    if hello.page_bytes not in (0, page_bytes):
+        sizes = f"{format_bytes(page_bytes)} here, {format_bytes(hello.page_bytes)} in {hello.engine!r}"
+        return f"pages have {sizes}: start the broker and the engine with the same page size"
     if not hello.devices or hello.pages_per_unit < 1 or not 1 <= hello.floor_units <= hello.ceiling_units:
         sizes = f"floor {hello.floor_units}, ceiling {hello.ceiling_units}"
         return f"impossible geometry: {hello.pages_per_unit} pages a unit, {sizes}"
@@ -43,12 +37,12 @@ def refusal(roster: Roster, hello: Hello, pid: int, page_bytes: int) -> str | No
 
 
 def _budget_refusal(roster: Roster, hello: Hello, device: str, page_bytes: int) -> str | None:
-    """The floors must fit, and beside them the model that needs most to run: others may sleep meanwhile."""
+    """The floors of all must fit, and beside them the largest model awake, while the others sleep."""
     others = [engine.hello for engine in roster.engines.values() if engine.name != hello.engine]
     total, mine = roster.ledger.total(device), least_pages(hello, device)
     theirs = sum(least_pages(other, device) for other in others)
-    largest = max((hello, *others), key=lambda h: _to_run(h, device))
-    running = _to_run(largest, device)
+    largest = max((hello, *others), key=lambda h: _pages_to_run(h, device))
+    running = _pages_to_run(largest, device)
     missing = mine + theirs + running - total
     if missing <= 0:
         return None
@@ -63,14 +57,14 @@ def _budget_refusal(roster: Roster, hello: Hello, device: str, page_bytes: int) 
     )
 
 
-def _to_run(hello: Hello, device: str) -> int:
-    """Pages beyond the least that an engine can do with: its weights, and the rest of its floor."""
-    awake = hello.floor_units * hello.pages_per_unit + hello.layers * hello.layer_pages
-    return awake * hello.devices.count(device) - least_pages(hello, device)
+def _pages_to_run(hello: Hello, device: str) -> int:
+    """Pages beyond `least_pages` that an engine needs to run: its weights, and the rest of its floor."""
+    awake = hello.floor_units * hello.unit_pages_on(device) + hello.layers * hello.unit_pages_on(device, "weights")
+    return awake - least_pages(hello, device)
 
 
 def _host_refusal(ledger: Ledger, hello: Hello, page_bytes: int) -> str | None:
-    pages = host_pages(hello)
+    pages = _host_pages(hello)
     if not pages:
         return None
     if HOST not in ledger.devices:
@@ -85,83 +79,68 @@ def _host_refusal(ledger: Ledger, hello: Hello, page_bytes: int) -> str | None:
     return None
 
 
-def host_pages(hello: Hello) -> int:
+def _host_pages(hello: Hello) -> int:
     return hello.host_pages * len(hello.devices)
+
+
+def book_host(ledger: Ledger, hello: Hello) -> Pages:
+    """Books the engine's pages of the host tier. An engine that comes back keeps those that it has."""
+    if HOST not in ledger.devices:
+        return []
+    owner, wanted = Owner(hello.engine, "lent"), _host_pages(hello)
+    if ledger.held(HOST, owner) != wanted:
+        ledger.forget(owner)
+        ledger.take(HOST, owner, wanted)
+    pages = ledger.pages_of(HOST, owner).tolist()
+    return [pages[rank :: len(hello.devices)] for rank in range(len(hello.devices))]
 
 
 def fits_awake(roster: Roster, hello: Hello) -> bool:
     """Whether a newcomer's floor and all of its weights fit beside what the others hold and are still owed."""
     for device in set(hello.devices):
-        room = roster.ledger.free(device)
-        for use in ("kv", "weights"):
-            room += roster.ledger.held(device, Owner(hello.engine, use))
-        for other in roster.engines.values():
-            if other.name == hello.engine or device not in other.hello.devices:
+        room = roster.ledger.free(device) + sum(roster.ledger.held(device, Owner(hello.engine, use)) for use in USES)
+        for other in roster.on(device):
+            if other.name == hello.engine:
                 continue
             waking = other.weights.waking_since is not None
             floor = other.hello.floor_units if waking else roster.floor(other)
-            room -= max(0, floor - roster.held(other, device)) * other.pages_per_unit(device)
-            room -= (other.hello.layers - roster.segments(other)) * other.layer_pages(device) if waking else 0
-        if room < least_pages(hello, device) + _to_run(hello, device):
+            room -= max(0, floor - roster.units_on(other, device, "kv")) * other.hello.unit_pages_on(device)
+            room -= roster.lacking(other) * other.hello.unit_pages_on(device, "weights") if waking else 0
+        if room < least_pages(hello, device) + _pages_to_run(hello, device):
             return False
     return True
 
 
-def reported(hello: Hello) -> Held:
-    """What a reconnecting engine says it holds, in rising order of units. Raises ProtocolError when it is malformed."""
-    pages = list[list[int]]([] for _ in hello.devices)
-    for unit, ranks in sorted(hello.held.items()):
-        if len(ranks) != len(hello.devices) or any(len(p) != hello.pages_per_unit for p in ranks):
-            raise ProtocolError(f"{hello.engine} reports unit {unit} with a wrong number of pages")
-        for rank, numbers in enumerate(ranks):
-            pages[rank] += numbers
-    if len(hello.held_segments) > hello.layers:
-        raise ProtocolError(f"{hello.engine} reports {len(hello.held_segments)} segments of {hello.layers}")
-    pages_by_device(hello, hello.held_segments)
-    return Held(pages=pages, segments=hello.held_segments)
+def check_reported(hello: Hello) -> None:
+    """Checks what a reconnecting engine says it holds. Raises ProtocolError when it is malformed."""
+    units_in(hello, "kv", hello.held.kv)
+    segments = units_in(hello, "weights", hello.held.weights)
+    if segments > hello.layers:
+        raise ProtocolError(f"{hello.engine} reports {segments} segments of {hello.layers}")
 
 
-def claim(ledger: Ledger, engine: Engine, held: Held) -> Held | None:
-    """Books what a reconnecting engine holds and says under which numbers; None, having booked nothing, if there is no room.
+def book_reported(ledger: Ledger, hello: Hello) -> Held | None:
+    """Books what a reconnecting engine holds. Returns it with the numbers booked, or None, having booked nothing, without room.
 
-    An engine that reports after the recovery time may find its numbers granted to others. Its memory is another (pages of
-    the former broker's segment, destroyed when given back), so any free numbers will do to keep the budget.
+    An engine that reports after the recovery time may find its page numbers granted to others. Its memory belongs to the former
+    broker and is destroyed when given back, so any free numbers will do to keep the budget.
     """
-    hello = engine.hello
     try:
-        for device, numbers in zip(hello.devices, held.pages, strict=True):
-            ledger.claim(device, engine.owner, numbers)
-        for device, numbers in pages_by_device(hello, held.segments).items():
-            ledger.claim(device, engine.weights_owner, numbers)
+        for use in USES:
+            for device, numbers in pages_by_device(hello, hello.held.of(use)).items():
+                ledger.claim(device, Owner(hello.engine, use), numbers)
     except ProtocolError:
-        ledger.forget(engine.owner)
-        ledger.forget(engine.weights_owner)
+        for use in USES:
+            ledger.forget(Owner(hello.engine, use))
     else:
-        return held
-    pages_each, segments = len(held.pages[0]), len(held.segments)
-    for device in set(hello.devices):
-        wanted = (pages_each + segments * hello.layer_pages) * hello.devices.count(device)
-        if ledger.free(device) < wanted:
-            return None
-    pages = [ledger.take(device, engine.owner, pages_each).tolist() for device in hello.devices]
-    return Held(pages=pages, segments=take_segments(ledger, engine, segments))
+        return hello.held
+    if any(ledger.free(device) < pages for device, pages in pages_held(hello).items()):
+        return None
+    kv, weights = (book(ledger, hello, use, units_in(hello, use, hello.held.of(use))) for use in USES)
+    return Held(kv=kv, weights=weights)
 
 
-def take_segments(ledger: Ledger, engine: Engine, count: int) -> Segments:
-    """Books `count` segments' pages, which must be free on all devices."""
-    size = engine.hello.layer_pages
-    ranks = [
-        ledger.take(device, engine.weights_owner, count * size).reshape(count, size) for device in engine.hello.devices
-    ]
-    return [[pages[number].tolist() for pages in ranks] for number in range(count)]
-
-
-def pages_by_device(hello: Hello, segments: Segments) -> dict[str, list[int]]:
-    """All page numbers of some segments, by device. Raises ProtocolError when they are not whole segments of this engine."""
-    pages: dict[str, list[int]] = {}
-    for ranks in segments:
-        if len(ranks) != len(hello.devices) or any(len(numbers) != hello.layer_pages for numbers in ranks):
-            raise ProtocolError(f"{hello.engine}: not a segment of {hello.layer_pages} pages on each rank")
-        for device, numbers in zip(hello.devices, ranks, strict=True):
-            pages.setdefault(device, []).extend(numbers)
-    return pages
+def pages_held(hello: Hello) -> dict[str, int]:
+    """Pages that a reconnecting engine reports, by device."""
+    units = {use: units_in(hello, use, hello.held.of(use)) for use in USES}
+    return {device: sum(units[use] * hello.unit_pages_on(device, use) for use in USES) for device in set(hello.devices)}

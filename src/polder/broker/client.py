@@ -1,4 +1,4 @@
-"""One question to a broker, and its answer."""
+"""Sends one request to a broker and returns its answer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from polder.broker.wire import (
     Handles,
     Refused,
     Resize,
-    Rouse,
     Sleep,
     Status,
     StatusRequest,
     Stock,
     Stream,
     Table,
+    Wake,
 )
 from polder.errors import BrokerUnavailable, ProtocolError, UsageError
 
 __all__ = ["Question", "check_socket_path", "fetch_copy", "fetch_handles", "fetch_table", "request", "status"]
 
-Question = StatusRequest | Resize | Sleep | Rouse | Stream | CopyFilled | Stock
-"""What is answered by Status or Done."""
+Question = StatusRequest | Resize | Sleep | Wake | Stream | CopyFilled | Stock
+"""Requests that are answered by Status or Done."""
 
 
 def request(socket: Path, message: Question, *, timeout_s: float = 5.0) -> Status | Done:

@@ -1,4 +1,4 @@
-"""What a broker is told at its start."""
+"""The configuration of a broker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BrokerConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
     recovery_s: float = 2.0
-    """After a crash of the former broker: time given to its engines to report before anything is granted."""
+    """After a crash of the former broker: time for its engines to report, before anything is granted."""
 
     def __post_init__(self) -> None:
         if not self.devices:

@@ -1,9 +1,9 @@
-"""Host copies of weights that engines share: which file has whose, and who uses it. The bytes are the engines'
-(weights/host_copy.py).
+"""Host copies of weights that engines share: which file holds whose weights, and who uses it. The engines write and read the
+bytes (weights/host_copy.py).
 
-The first process that asks for a key gets an empty file to fill, and says so when it has; whoever asks later gets the full one.
-Meanwhile others get none and make a copy of their own; if it dies before, the next to ask fills one. A file is let go of when all
-processes that got it have ended; those that have mapped it keep its bytes whatever becomes of the broker.
+The first process that asks for a key gets an empty file to fill, and reports when it is full. Processes that ask later get the full
+file. Until then they get none and make a copy of their own; if the first process dies, the next one that asks fills a new file. A
+file is closed here when all processes that got it have ended. Processes that have mapped it keep its bytes.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ __all__ = ["HostFile", "HostFiles"]
 @dataclass(kw_only=True)
 class HostFile:
     fd: int
-    """The registry's."""
+    """Closed by HostFiles."""
     maker: int
     filled: bool = False
     users: set[int] = field(default_factory=set)
 
 
 class HostFiles:
-    """One broker's."""
+    """All shared files of one broker."""
 
     def __init__(self) -> None:
         self._files: dict[str, HostFile] = {}
 
     def ask(self, key: str, pid: int) -> HostFile | None:
-        """The file of `key` for the process `pid`, to fill if it made none before; None while another one fills it."""
+        """The file of `key`, for the process `pid` to read, or to fill if it is new. None while another process fills it."""
         file = self._files.get(key)
         if file is None:
             fd = os.memfd_create("polder-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -41,7 +41,7 @@ class HostFiles:
         return file
 
     def filled(self, key: str, pid: int) -> bool:
-        """The maker has written everything. False: it is not the maker."""
+        """The process has written everything. False if it was not the one to fill this file."""
         file = self._files.get(key)
         if file is None or file.maker != pid:
             return False

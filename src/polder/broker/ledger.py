@@ -1,32 +1,35 @@
 """The ledger: who owns each page of each device. Law 1, conservation: free + owned = total, after every call.
 
-Pages for which the device has no memory are withheld: they are nobody's, nobody gets them, and the total is without them.
+Pages are numbers 0 .. total - 1 on their device. The ledger knows nothing of bytes or handles. For each device an int32 array holds
+the owner's index of every page (0: free), so giving or taking a thousand pages is two numpy operations. Counts are kept beside
+the array and compared with it by `check_integrity`.
 
-Pages are numbers 0 .. total - 1 on their device; the ledger knows nothing of bytes or handles. One int32 array a device holds
-the owner's index of every page (0 = free), so that giving or taking a thousand pages is two numpy operations. Counts are
-kept beside the array and checked against it by `check_integrity`.
+A page that the device has no memory for is missing. Missing pages that nobody owns are withheld: nobody gets them, and the total
+is without them. A missing page that somebody owns is withheld when it is given back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from polder.errors import IntegrityError, OutOfPages, ProtocolError
 
-__all__ = ["Ledger", "LedgerStatistics", "Owner", "PageArray", "Use"]
+__all__ = ["PURPOSES", "Ledger", "LedgerStatistics", "Owner", "PageArray", "Purpose"]
 
-Use = Literal["kv", "weights", "staging", "lent"]
+Purpose = Literal["kv", "weights", "lent"]
+"""What an owner has pages for. "lent": for the host tier."""
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 PageArray = npt.NDArray[np.int64]
 
 
 class Owner(NamedTuple):
     engine: str
-    use: Use
+    use: Purpose
 
     def __str__(self) -> str:
         return f"{self.engine}/{self.use}"
@@ -40,12 +43,13 @@ class LedgerStatistics:
 
 
 _WITHHELD = -2
-"""In place of an owner's index. -1 stands for an owner who never had a page."""
+"""In place of an owner's index. -1 stands for an owner that never had a page."""
 
 
 class _Device:
     def __init__(self, total: int) -> None:
         self.owner_of = np.zeros(total, dtype=np.int32)
+        self.missing = np.zeros(total, dtype=np.bool_)
         self.free = total
         self.withheld = 0
         self.count: dict[int, int] = {}
@@ -63,20 +67,31 @@ class Ledger:
         return tuple(self._devices)
 
     def total(self, device: str) -> int:
-        """Pages that there is memory for, as far as that is known."""
+        """Pages that have an owner or could have one."""
         state = self._device(device)
         return len(state.owner_of) - state.withheld
 
-    def withheld(self, device: str) -> int:
-        return self._device(device).withheld
+    def missing(self, device: str) -> PageArray:
+        """Pages that the device has no memory for, in rising order."""
+        return np.flatnonzero(self._device(device).missing)
 
-    def withhold(self, device: str, pages: Sequence[int] | PageArray) -> int:
-        """Takes those of `pages` that are free out of use. Returns how many those are."""
-        return self._change(device, pages, 0, _WITHHELD)
+    def mark_missing(self, device: str, pages: Sequence[int] | PageArray) -> None:
+        """The device has no memory for these pages. Nobody gets them until `restore`; owners keep theirs."""
+        state, index = self._device(device), self._checked(device, pages)
+        state.missing[index] = True
+        free = index[state.owner_of[index] == 0]
+        state.owner_of[free] = _WITHHELD
+        state.free -= len(free)
+        state.withheld += len(free)
 
-    def restore(self, device: str, pages: Sequence[int] | PageArray) -> int:
-        """Makes those of `pages` that are withheld free. Returns how many those are."""
-        return self._change(device, pages, _WITHHELD, 0)
+    def restore(self, device: str, pages: Sequence[int] | PageArray) -> None:
+        """There is memory for these pages again."""
+        state, index = self._device(device), self._checked(device, pages)
+        state.missing[index] = False
+        withheld = index[state.owner_of[index] == _WITHHELD]
+        state.owner_of[withheld] = 0
+        state.free += len(withheld)
+        state.withheld -= len(withheld)
 
     def free(self, device: str) -> int:
         return self._device(device).free
@@ -89,7 +104,7 @@ class Ledger:
         return np.flatnonzero(self._device(device).owner_of == self._index.get(owner, -1))
 
     def take(self, device: str, owner: Owner, count: int) -> PageArray:
-        """Gives `count` free pages to `owner`, lowest numbers first so that neighbours stay neighbours (one map call a run).
+        """Gives `count` free pages to `owner`: the lowest numbers, so that runs of pages stay together and map in one call.
 
         Raises OutOfPages, having taken nothing, when fewer are free.
         """
@@ -101,7 +116,7 @@ class Ledger:
         return pages
 
     def claim(self, device: str, owner: Owner, pages: Sequence[int] | PageArray) -> None:
-        """Books pages that `owner` is known to hold already (a broker that restarted learns them from the engines).
+        """Books pages that `owner` already holds: a broker that restarted learns them from the engines.
 
         Raises ProtocolError, having changed nothing, when one of them is out of range, named twice or not free.
         """
@@ -126,12 +141,14 @@ class Ledger:
         for device, index in checked.items():
             if len(index):
                 state = self._device(device)
-                state.owner_of[index] = 0
-                state.free += len(index)
+                missing = state.missing[index]
+                state.owner_of[index] = np.where(missing, _WITHHELD, 0)
+                state.withheld += int(missing.sum())
+                state.free += len(index) - int(missing.sum())
                 state.count[number] -= len(index)
 
     def forget(self, owner: Owner) -> dict[str, int]:
-        """Frees everything `owner` holds, on all devices: {device: pages}. Only when no process of it is left (law 4)."""
+        """Frees everything that `owner` holds: {device: pages}. Only when no process of it is left (law 4)."""
         freed: dict[str, int] = {}
         for name in self._devices:
             pages = self.pages_of(name, owner)
@@ -153,8 +170,9 @@ class Ledger:
             seen = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
             free = seen.pop(0, 0)
             withheld = seen.pop(_WITHHELD, 0)
+            absent = int(np.count_nonzero(state.missing & (state.owner_of <= 0)))
             booked = {index: n for index, n in state.count.items() if n}
-            if (free, withheld, seen) != (state.free, state.withheld, booked):
+            if (free, withheld, absent, seen) != (state.free, state.withheld, state.withheld, booked):
                 raise IntegrityError(
                     f"{name}: total {len(state.owner_of)}, free {state.free} (counted {free}), owned {booked} (counted {seen})"
                 )
@@ -171,14 +189,6 @@ class Ledger:
         if index.ndim != 1 or np.any((index < 0) | (index >= total)) or len(np.unique(index)) != len(index):
             raise ProtocolError(f"{device}: not a set of pages of 0..{total - 1}: {index.ravel()[:8].tolist()}")
         return index
-
-    def _change(self, device: str, pages: Sequence[int] | PageArray, before: int, after: int) -> int:
-        state, index = self._device(device), self._checked(device, pages)
-        index = index[state.owner_of[index] == before]
-        state.owner_of[index] = after
-        state.free += len(index) * (1 if after == 0 else -1)
-        state.withheld += len(index) * (1 if after == _WITHHELD else -1)
-        return len(index)
 
     def _assign(self, state: _Device, pages: PageArray, owner: Owner) -> None:
         number = self._index.setdefault(owner, len(self._index) + 1)

@@ -1,32 +1,44 @@
 """Who should hold how much: pure functions from what the engines report to targets, grants and recalls.
 
-In order, on each device (sizes in units of the engine concerned, capacity in pages):
+In this order, on each device (sizes in units of the engine concerned, capacity in pages):
 
-1. every engine keeps its floor; a pinned engine gets exactly its pin;
-2. what running and waiting requests need, up to the engine's share: the owner comes first (law 6);
-3. the same beyond the share, levelled, out of what is left;
-4. what was needed in the last seconds (`peak`), so that a burst's memory is not fought over between its waves;
-5. a reserve of free pages, so that the next need is met without waiting for anybody;
-6. cache, where a unit saves most seconds of prefill a second. The curves have cliffs (an agent's prefixes fit wholly or
+1. urgent claims: the weights of an engine that wakes;
+2. every engine keeps its floor; a pinned engine gets exactly its pin;
+3. what running and waiting requests need, up to the engine's share: the owner comes first (law 6);
+4. the same beyond the share, levelled, out of what is left;
+5. what was needed in the last seconds (`peak`), so that engines do not fight over a burst's memory between its waves;
+6. a reserve of free pages, so that the next need is met without waiting for anybody;
+7. other claims: weights that may come back because memory is ample;
+8. cache, where a unit saves most seconds of prefill a second. The curves have cliffs (an agent's prefixes fit wholly or
    not at all), so the next step is the best *run* of units, not the next unit: the lookahead of Qureshi and Patt,
    "Utility-Based Cache Partitioning", MICRO 2006, Algorithm 1;
-7. what is left stays where it is, or goes to an engine that would otherwise evict, first to one whose cache is known to be reused.
+9. what is left stays where it is, or goes to an engine that would otherwise evict, first to one whose cache is known to be reused.
 
-Memory is recalled only when somebody has a use for it: at once for requests, and for cache only against an engine that got
-nothing, and in favour of one that gave nothing, for `min_hold_s`. The reserve has two watermarks: it is refilled to the high
-one when it falls below the low one, else left alone.
+Memory is recalled only when somebody has a use for it. For requests it is recalled at once. For cache it is recalled only from an
+engine that got nothing for `min_hold_s`, and in favour of one that gave nothing for as long. The reserve has two watermarks: it
+is refilled to the high one when it falls below the low one, else left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from polder.errors import ConfigError
 from polder.settings import PART, SECONDS, setting
 
-__all__ = ["EngineView", "Plan", "PolicyConfig", "Recalled", "Target", "ample_pages", "decide", "missing_pages"]
+__all__ = [
+    "Claim",
+    "EngineView",
+    "Plan",
+    "PolicyConfig",
+    "Recalled",
+    "Target",
+    "ample_pages",
+    "decide",
+    "missing_pages",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +72,7 @@ class PolicyConfig:
         help="Time to give recalled memory back; an engine that takes longer is overdue",
     )
     stickiness: float = 0.2
-    """Cache that an engine holds already counts this much more than cache it would still have to fill."""
+    """Cache that an engine already holds counts this much more than cache that it would have to fill."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.reserve_low_ratio <= self.reserve_high_ratio < 0.5:
@@ -72,19 +84,32 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Claim:
+    """Pages that an engine needs for its weights on one device. The policy sets them aside as they come free."""
+
+    engine: str
+    pages: int
+    step_pages: int = 1
+    """They are of use in multiples of this only."""
+    urgent: bool
+    """True: before all engines' KV, with the reserve, by recalls that may preempt. False: after requests and the reserve, and
+    before any cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineView:
-    """What the policy knows of one engine on one device. Sizes in units."""
+    """What the policy knows of one engine's KV on one device. Sizes in units."""
 
     name: str
     pages_per_unit: int
-    """On this device, all ranks together."""
+    """All ranks on this device together."""
     floor: int
     share: int
     ceiling: int
     held: int
     """Booked to it, grants in flight included."""
     recalled: int = 0
-    """Part of `held` that it has been asked for and has not yet returned."""
+    """Part of `held` that was recalled and is not returned yet."""
     pinned: int = 0
     busy: int = 0
     waiting: int = 0
@@ -93,9 +118,9 @@ class EngineView:
     curve: Sequence[float] = ()
     """Seconds of prefill saved per second with 0, 1, 2, ... units."""
     since_grow_s: float = float("inf")
-    """Time since it last got memory for cache ..."""
+    """Time since it last got memory for cache."""
     since_shrink_s: float = float("inf")
-    """... and since it last gave some back."""
+    """Time since it last gave some back."""
 
     @property
     def need(self) -> int:
@@ -119,8 +144,12 @@ class Recalled(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     targets: dict[str, Target] = field(default_factory=dict)
+    """KV units that each engine should have."""
     grants: dict[str, int] = field(default_factory=dict)
+    """KV units to hand out now."""
     recalls: dict[str, Recalled] = field(default_factory=dict)
+    claimed: dict[str, int] = field(default_factory=dict)
+    """Engine -> free pages set aside for its claim."""
 
 
 def decide(
@@ -129,15 +158,17 @@ def decide(
     engines: Sequence[EngineView],
     config: PolicyConfig,
     *,
+    claims: Sequence[Claim] = (),
     coming_pages: int = 0,
 ) -> Plan:
     """Targets of all engines, and the moves towards them that `free_pages` and the hold times allow now.
 
-    `coming_pages`: will be free without a recall (weights that are being given up); they are part of `total_pages`.
+    `claims`: one per engine at most. `coming_pages`: part of `total_pages` that will be free without a recall, because weights
+    are being given up.
     """
     high = int(total_pages * config.reserve_high_ratio)
     low = int(total_pages * config.reserve_low_ratio)
-    targets = choose_targets(total_pages, high, engines, config)
+    targets, claims = choose_targets(total_pages, high, engines, claims, config)
 
     hard: dict[str, int] = {}
     soft: dict[str, int] = {}
@@ -149,30 +180,30 @@ def decide(
         soft[engine.name] = max(0, target - engine.held) - hard[engine.name] if may_grow else 0
     by_name = {engine.name: engine for engine in engines}
 
-    def pages(units: dict[str, int]) -> int:
-        return sum(n * by_name[name].pages_per_unit for name, n in units.items())
+    def pages(units: dict[str, int], *, urgent: bool) -> int:
+        claimed = sum(claim.pages for claim in claims if claim.urgent is urgent)
+        return claimed + sum(n * by_name[name].pages_per_unit for name, n in units.items())
 
     coming = coming_pages + sum(engine.recalled * engine.pages_per_unit for engine in engines)
-    after_hard = free_pages + coming - pages(hard)
+    after_hard = free_pages + coming - pages(hard, urgent=True)
     refill = high - after_hard if after_hard < low else max(0, -after_hard)
-    for_cache = max(0, pages(soft) - max(0, after_hard - high))
+    for_cache = max(0, pages(soft, urgent=False) - max(0, after_hard - high))
+    grants, claimed = _grants(free_pages, high, engines, hard, soft, claims)
     return Plan(
         targets=targets,
-        grants=_grants(free_pages, high, engines, hard, soft),
+        grants=grants,
         recalls=_recalls(max(0, refill), for_cache, engines, targets, config.min_hold_s),
+        claimed=claimed,
     )
 
 
 def missing_pages(total_pages: int, engines: Sequence[EngineView]) -> int:
-    """What requests need beyond `total_pages`, all that is free, coming, or held by engines without being needed.
-
-    More than any recall can bring, unlike the plan of `decide`, whose targets end where the memory does.
-    """
+    """What requests need beyond `total_pages`: beyond what any recall can bring. The targets of `decide` never exceed the total."""
     return max(0, sum((e.pinned or e.need) * e.pages_per_unit for e in engines) - total_pages)
 
 
 def ample_pages(total_pages: int, engines: Sequence[EngineView]) -> int:
-    """What of `total_pages` would be left if all had what they need, or needed lately, and the cache that is known to be of use."""
+    """What would be left of `total_pages` if all engines had what they need or needed lately, and all cache that saves time."""
 
     def kept(engine: EngineView) -> int:
         useful = next((units for units, saved in enumerate(engine.curve) if saved >= engine.curve[-1] - 1e-6), 0)
@@ -182,12 +213,25 @@ def ample_pages(total_pages: int, engines: Sequence[EngineView]) -> int:
 
 
 def choose_targets(
-    total_pages: int, reserve_pages: int, engines: Sequence[EngineView], config: PolicyConfig
-) -> dict[str, Target]:
-    """Where every engine should stand, steps 1 to 7 of the module's text. The sum never exceeds `total_pages`."""
+    total_pages: int, reserve_pages: int, engines: Sequence[EngineView], claims: Sequence[Claim], config: PolicyConfig
+) -> tuple[dict[str, Target], list[Claim]]:
+    """What every engine should have, and how much of each claim fits: the steps of the module's text.
+
+    The sum never exceeds `total_pages`.
+    """
     level: dict[str, int] = {}
     reason: dict[str, str] = {}
     left = total_pages
+    met: list[Claim] = []
+
+    def meet_claims(*, urgent: bool) -> None:
+        nonlocal left
+        for claim in claims:
+            if claim.urgent is urgent:
+                met.append(replace(claim, pages=_whole_steps(claim, left)))
+                left -= met[-1].pages
+
+    meet_claims(urgent=True)
     for engine in engines:
         wanted = engine.pinned or engine.floor
         level[engine.name] = min(wanted, max(0, left // engine.pages_per_unit))
@@ -205,7 +249,7 @@ def choose_targets(
     def raise_to(
         goal: dict[str, int], why: str, order: Callable[[EngineView], tuple[float, ...]] = part_of_share
     ) -> None:
-        """Levels the engines up to their goals, a unit at a time, the one furthest below its share first."""
+        """Raises engines to their goals, one unit at a time, the one with the smallest part of its share first."""
         nonlocal left
         open_ = {e.name: e for e in free_to_move if goal[e.name] > level[e.name]}
         while open_:
@@ -227,6 +271,7 @@ def choose_targets(
     held_back = min(left, reserve_pages)
     left -= held_back
     raise_to(recent, "requests of the last seconds")
+    meet_claims(urgent=False)
     left = _fill_by_utility(left, free_to_move, level, reason, config.stickiness)
     raise_to({e.name: min(e.kept, e.ceiling) for e in free_to_move}, "nobody else has a use for it")
     raise_to(
@@ -234,13 +279,18 @@ def choose_targets(
         "free memory instead of evictions",
         useful_first,
     )
-    return {engine.name: Target(level[engine.name], reason[engine.name]) for engine in engines}
+    return {engine.name: Target(level[engine.name], reason[engine.name]) for engine in engines}, met
+
+
+def _whole_steps(claim: Claim, pages: int) -> int:
+    """As much of a claim as `pages` can meet."""
+    return min(claim.pages, max(0, pages) // claim.step_pages * claim.step_pages)
 
 
 def _fill_by_utility(
     left: int, engines: Sequence[EngineView], level: dict[str, int], reason: dict[str, str], stickiness: float
 ) -> int:
-    """Spends `left` pages on the runs of units with the most seconds saved per page. Returns the pages not spent."""
+    """Spends `left` pages on the runs of units that save most seconds per page. Returns the pages that are left."""
     while True:
         best: tuple[float, EngineView, int] | None = None
         for engine in engines:
@@ -262,25 +312,40 @@ def _fill_by_utility(
 
 
 def _grants(
-    free_pages: int, reserve_pages: int, engines: Sequence[EngineView], hard: dict[str, int], soft: dict[str, int]
-) -> dict[str, int]:
-    """Units to hand out now: requests may use the reserve, cache may not. Owners below their share are served first."""
+    free_pages: int,
+    reserve_pages: int,
+    engines: Sequence[EngineView],
+    hard: dict[str, int],
+    soft: dict[str, int],
+    claims: Sequence[Claim],
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Units to hand out now, and pages to set aside for claims. Requests may use the reserve, cache may not."""
     grants: dict[str, int] = {}
-    order = sorted(engines, key=lambda e: (e.held >= e.share, e.held / max(1, e.share)))
+    claimed: dict[str, int] = {}
+    below_share_first = sorted(engines, key=lambda e: (e.held >= e.share, e.held / max(1, e.share)))
     left = free_pages
-    for engine in order:
-        units = min(hard[engine.name], left // engine.pages_per_unit)
-        if units:
-            grants[engine.name] = units
+
+    def hand_out(units_of: dict[str, int], *, urgent: bool) -> int:
+        """Returns the pages that were wanted and not free."""
+        nonlocal left
+        missing = 0
+        for claim in claims:
+            if claim.urgent is urgent:
+                claimed[claim.engine] = _whole_steps(claim, left)
+                left -= claimed[claim.engine]
+                missing += claim.pages - claimed[claim.engine]
+        for engine in below_share_first:
+            units = min(units_of[engine.name], max(0, left) // engine.pages_per_unit)
+            if units:
+                grants[engine.name] = grants.get(engine.name, 0) + units
             left -= units * engine.pages_per_unit
-    waiting = sum((hard[e.name] - grants.get(e.name, 0)) * e.pages_per_unit for e in engines)
+            missing += (units_of[engine.name] - units) * engine.pages_per_unit
+        return missing
+
+    waiting = hand_out(hard, urgent=True)
     left -= max(reserve_pages, waiting)
-    for engine in order:
-        units = min(soft[engine.name], max(0, left) // engine.pages_per_unit)
-        if units:
-            grants[engine.name] = grants.get(engine.name, 0) + units
-            left -= units * engine.pages_per_unit
-    return grants
+    hand_out(soft, urgent=False)
+    return grants, claimed
 
 
 def _recalls(
@@ -290,9 +355,9 @@ def _recalls(
     targets: dict[str, Target],
     min_hold_s: float,
 ) -> dict[str, Recalled]:
-    """Takes `refill_pages` from anybody above its target, and `cache_pages` more from those that have held it long enough.
+    """Takes `refill_pages` from any engine above its target, and `cache_pages` more from those that held theirs long enough.
 
-    Who holds most above its share gives first. An engine pinned below what it holds gives back whether anybody waits or not.
+    The engine that holds most, measured in its share, gives first. An engine pinned below what it holds gives back in any case.
     """
     recalls: dict[str, Recalled] = {}
     need = refill_pages + cache_pages

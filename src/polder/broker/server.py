@@ -1,14 +1,14 @@
-"""The broker's sockets: one thread, one selector, the core's state machine in the middle.
+"""The broker's sockets: one thread and one selector around the state machine of core.py.
 
-Who may speak: processes of our own user (SO_PEERCRED), through a socket of mode 0600. A peer that sends nonsense loses its
-connection and nothing else. Every process that says Hello or Fetch is watched by a pidfd taken from its connection, so a
-recycled process id is never mistaken for it; its end wakes the selector at once.
+Only processes of the broker's own user may speak (SO_PEERCRED), through a socket of mode 0600. A peer that sends nonsense loses its
+connection; nobody else is affected. Every process that says Hello or Fetch is watched by a pidfd taken from its connection, so a
+recycled process id is never mistaken for it. The end of a process wakes the selector at once.
 
-A device that is out of memory, or a file table that is full, costs the Fetch that met it and nothing else: it is refused, and the
-engine gives its grant back. Pages that could not be made are withheld, and tried again now and then.
+If a device is out of memory, or a file table is full, the Fetch that met it is refused and the engine gives its grant back. Pages
+that could not be made are missing (ledger.py); the server tries again now and then to make them.
 
-A stale socket file (nobody listens, yet the file is there) means that the former broker was killed: its engines may still hold
-memory, so this one grants nothing until `recovery_s` has passed or they have all reported.
+A stale socket file (it is there, and nobody listens) means that the former broker was killed. Its engines may still hold memory, so
+this broker grants nothing until `recovery_s` has passed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 
 from polder.broker.config import BrokerConfig
 from polder.broker.core import BrokerCore
+from polder.broker.fetching import check_fetch, check_table
 from polder.broker.host_files import HostFiles
 from polder.broker.transport import Deframer, address_of, check_socket_path, encode, to_broker
 from polder.broker.wire import (
@@ -64,13 +65,13 @@ logger = logging.getLogger("polder.broker")
 TICK_S = 0.05
 ORPHAN_GRACE_S = 0.5
 MISSING_EVERY_S = 5.0
-MISSING_AT_ONCE = 16  # pages that a tick may make, 0.2 ms each on an A100
+MISSING_AT_ONCE = 16  # pages made in one tick; each takes 0.2 ms on an A100
 MAX_BACKLOG = 16 << 20  # bytes queued for a peer that does not read
 SO_PEERPIDFD = 77  # <linux/socket.h>, since Linux 6.5; not in Python's socket module
 
 
 def serve(config: BrokerConfig, *, stop: threading.Event | None = None) -> None:
-    """Runs a broker until `stop`, SIGTERM or SIGINT; removes its socket. Raises AddressInUse if one runs there already."""
+    """Runs a broker until `stop`, SIGTERM or SIGINT, then removes its socket. Raises AddressInUse if one runs there already."""
     stop = stop or threading.Event()
     server = BrokerServer(config)
     previous = {}
@@ -123,7 +124,7 @@ class BrokerServer:
         self._peers: dict[int, _Peer] = {}
         self._processes: dict[int, _Process] = {}
         self._tables: dict[str, tuple[int, int]] = {}  # lender -> (process of its core, fd of its table)
-        self._host_files = HostFiles()
+        self.host_files = HostFiles()
         self._missing_next: dict[str, float] = {}  # device -> when to try again what there was no memory for
         self._next = 1
 
@@ -144,7 +145,7 @@ class BrokerServer:
             logger.info("%s: %d pages, %s", device, total, format_bytes(total * config.page_bytes))
 
     def _check_free(self, device: str, backend: Backend, crashed_before: bool) -> None:
-        """Raises ConfigError when the budget is more than the device has free. After a crash, engines still hold a part of it."""
+        """Raises ConfigError when the budget exceeds the free memory. Not after a crash: then engines still hold a part of it."""
         free, budget = backend.free_bytes(), self._config.devices[device]
         if free is None or crashed_before:
             return
@@ -179,7 +180,7 @@ class BrokerServer:
         self._processes.clear()
         for lender in list(self._tables):
             self._retire(lender)
-        self._host_files.close()
+        self.host_files.close()
         self._selector.close()
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
@@ -241,31 +242,33 @@ class BrokerServer:
     def _handle(self, peer: _Peer, message: ToBroker) -> None:
         if isinstance(message, Hello | Fetch | FetchCopy | Stock) and peer.pid not in self._processes:
             self._watch(peer)
-        self.core.handle(peer.number, peer.pid, message, time.monotonic())
-        if isinstance(message, Fetch) and self.core.fetchable(message):
-            self._send_handles(peer, message)
-        elif isinstance(message, FetchTable):
-            self._send_table(peer, message)
-        elif isinstance(message, FetchCopy):
-            file = self._host_files.ask(message.key, peer.pid)
-            if file is None:
-                self._queue(peer, Refused(reason="another engine is writing this copy just now"), [])
-            else:
-                self._queue(peer, CopyFile(filled=file.filled), [os.dup(file.fd)])
-        elif isinstance(message, CopyFilled):
-            if not self._host_files.filled(message.key, peer.pid):
-                raise ProtocolError("a host copy was reported full by a process that did not fill it")
-            self._queue(peer, Done(), [])
+        match message:
+            case Fetch():
+                refused = check_fetch(self.core.roster, peer.pid, message)
+                self._queue(peer, refused) if refused else self._send_handles(peer, message)
+            case FetchTable():
+                refused = check_table(self.core.roster, message)
+                self._queue(peer, refused) if refused else self._send_table(peer, message)
+            case FetchCopy():
+                file = self.host_files.ask(message.key, peer.pid)
+                if file is None:
+                    self._queue(peer, Refused(reason="another engine is writing this copy just now"))
+                else:
+                    self._queue(peer, CopyFile(filled=file.filled), [os.dup(file.fd)])
+            case CopyFilled():
+                if not self.host_files.filled(message.key, peer.pid):
+                    raise ProtocolError("a host copy was reported full by a process that did not fill it")
+                self._queue(peer, Done())
+            case _:
+                self.core.handle(peer.number, peer.pid, message, time.monotonic())
 
     def _send_table(self, peer: _Peer, message: FetchTable) -> None:
-        """The lender's table; made when it is first asked for, which is by the lender itself."""
-        lender = self.core.engines.get(message.lender)
-        if lender is None or not lender.hello.table_bytes or lender.core_ended_at is not None:
-            return  # refused by the core
+        """Sends the lender's table. It is made when the lender itself asks for it first."""
+        lender = self.core.engines[message.lender]
         pid, fd = self._tables.get(message.lender, (0, -1))
         if pid != lender.pid:
             if message.engine != message.lender:
-                self._queue(peer, Refused(reason=f"{message.lender!r} has no table yet"), [])
+                self._queue(peer, Refused(reason=f"{message.lender!r} has no table yet"))
                 return
             self._retire(message.lender)
             fd = os.memfd_create(f"polder-lent-{message.lender}", os.MFD_CLOEXEC)
@@ -274,7 +277,7 @@ class BrokerServer:
         self._queue(peer, Table(), [os.dup(fd)])
 
     def _retire(self, lender: str) -> None:
-        """Takes back what a lender that is no more had lent, before its pages can become anybody else's (law 4)."""
+        """Takes back what an ended lender had lent, before its pages can go to anybody else (law 4)."""
         _, fd = self._tables.pop(lender, (0, -1))
         if fd >= 0:
             try:
@@ -293,11 +296,11 @@ class BrokerServer:
             fds, fd_index, offsets = pool.export(message.pages)
         except OutOfPages as error:
             self._withhold(message.device, pool.unmade())
-            self._queue(peer, Refused(reason=f"{message.device} is out of memory: {error}"), [])
+            self._queue(peer, Refused(reason=f"{message.device} is out of memory: {error}"))
             return
         except PolderError as error:
             logger.warning("%d pages of %s cannot be handed out: %s", len(message.pages), message.device, error)
-            self._queue(peer, Refused(reason=f"{message.device}: {error}"), [])
+            self._queue(peer, Refused(reason=f"{message.device}: {error}"))
             return
         if len(fds) > MAX_FDS:
             for fd in fds:
@@ -307,15 +310,14 @@ class BrokerServer:
             )
         answer = Handles(
             generation=self.core.generation,
-            page_bytes=self._config.page_bytes,
             fd_index=list(fd_index),
             offsets=list(offsets),
         )
-        self._queue(peer, answer, list(fds))
-        self._write(peer)  # at once: a descriptor for each page is open here until it is sent
+        self._queue(peer, answer, fds)
+        self._write(peer)  # at once: one descriptor per page stays open here until it is sent
 
     def _check_room(self, message: Fetch) -> None:
-        """Raises OutOfPages when pages that must be made would take what engines still need for their steps."""
+        """Raises OutOfPages when making new pages would use memory that engines still need in their steps."""
         device, pool = message.device, self._pools[message.device]
         new = len(set(message.pages).intersection(pool.unmade()))
         free = self._backends[device].free_bytes() if new else None
@@ -324,7 +326,7 @@ class BrokerServer:
             raise OutOfPages(f"{format_bytes(free)} are free, of which engines need {reserve} in their steps")
 
     def _withhold(self, device: str, pages: Sequence[int]) -> None:
-        self.core.withhold(device, pages)
+        self.core.ledger.mark_missing(device, pages)
         self._missing_next[device] = time.monotonic() + MISSING_EVERY_S
         page_bytes = self._config.page_bytes
         logger.warning(
@@ -336,17 +338,17 @@ class BrokerServer:
         )
 
     def _try_missing(self, now: float) -> None:
-        """Makes pages that there was no memory for, a few at a time, since each takes as long as a small copy."""
+        """Makes missing pages, if there is memory for them now: a few at a time, because the loop stands still meanwhile."""
         for device, due in list(self._missing_next.items()):
             if now < due:
                 continue
-            missing = self.core.missing(device)
+            missing = self.core.ledger.missing(device).tolist()
             free = self._backends[device].free_bytes()
             room = (
                 MISSING_AT_ONCE if free is None else (free - self.core.reserve_bytes(device)) // self._config.page_bytes
             )
             made = self._pools[device].make(missing[: max(0, min(MISSING_AT_ONCE, room))])
-            self.core.restore(device, made)
+            self.core.ledger.restore(device, made)
             if len(made) == len(missing):
                 del self._missing_next[device]
                 logger.info("%s: there is memory for the whole budget again", device)
@@ -354,7 +356,7 @@ class BrokerServer:
                 self._missing_next[device] = now + MISSING_EVERY_S
 
     def _watch(self, peer: _Peer) -> None:
-        """Takes a pidfd of the peer from its connection (no race with a recycled id), or by its id on older kernels."""
+        """Watches the peer's process by a pidfd: from its connection, which excludes a recycled id, or by id on older kernels."""
         try:
             pidfd = peer.socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
         except OSError:
@@ -373,7 +375,7 @@ class BrokerServer:
         logger.info("process %d ended", process.pid)
         for lender in [name for name, (pid, _) in self._tables.items() if pid == process.pid]:
             self._retire(lender)
-        self._host_files.ended(process.pid)
+        self.host_files.ended(process.pid)
         self.core.process_ended(process.pid, time.monotonic())
 
     # ------------------------------------------------------------------ output
@@ -383,14 +385,14 @@ class BrokerServer:
         for number, message in outbox:
             peer = self._peers.get(number)
             if peer is not None:
-                self._queue(peer, message, [])
+                self._queue(peer, message)
         for peer in list(self._peers.values()):
             if peer.out:
                 self._write(peer)
 
-    def _queue(self, peer: _Peer, message: Message, fds: list[int]) -> None:
+    def _queue(self, peer: _Peer, message: Message, fds: Sequence[int] = ()) -> None:
         frame = encode(message)
-        peer.out.append((frame, fds))
+        peer.out.append((frame, list(fds)))
         peer.queued += len(frame)
         if peer.queued > MAX_BACKLOG:
             logger.warning("process %d does not read: closing its connection", peer.pid)
@@ -412,7 +414,7 @@ class BrokerServer:
             self._selector.modify(peer.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
             return
         except OSError as error:
-            # ETOOMANYREFS: so many descriptors are on their way that the kernel takes no more until some are received.
+            # ETOOMANYREFS: too many descriptors are in flight; the kernel takes more when some are received.
             if error.errno != errno.ETOOMANYREFS:
                 self._drop(peer)
             return
@@ -430,7 +432,7 @@ class BrokerServer:
 
 
 def _listen(path: Path) -> tuple[socket.socket, bool]:
-    """Binds the socket. The second value: a former broker left its file behind, so it was killed."""
+    """Binds the socket. The second value says whether a former broker left its file behind, so that it was killed."""
     stale = False
     abstract = str(path).startswith("@")
     if path.exists() and not abstract:

@@ -1,8 +1,7 @@
-"""The roster in the words of wire.Status: what `polder top`, `ctl explain` and the metrics show."""
+"""The roster as a wire.Status: what `polder top`, `ctl explain` and the metrics show."""
 
 from __future__ import annotations
 
-from polder.broker.lease import ASKED
 from polder.broker.roster import Engine, Roster
 from polder.broker.wire import DeviceStatus, EngineStatus
 
@@ -23,16 +22,14 @@ def device_status(roster: Roster, device: str, page_bytes: int, uuid: str) -> De
 
 def engine_status(roster: Roster, engine: Engine) -> EngineStatus:
     hello, demand = engine.hello, engine.demand
-    held, share = roster.held_units(engine), roster.share(engine)
-    on_loan = any(roster.held_units(other) > roster.share(other) for other in roster.others(engine))
-    overdue = any(lease.overdue for kind in ASKED for lease in roster.leases.of(engine.name, kind))
-    gone = engine.core_ended_at is not None
+    held, share = roster.units(engine, "kv"), roster.share(engine)
+    on_loan = any(roster.units(other, "kv") > roster.share(other) for other in roster.others(engine))
     return EngineStatus(
         engine=engine.name,
         model=hello.model,
         pid=engine.pid,
         devices=hello.devices,
-        state="gone" if gone else "overdue" if overdue else "serving" if engine.connection is not None else "silent",
+        state=_state(roster, engine),
         pages_per_unit=hello.pages_per_unit,
         unit_tokens=hello.unit_tokens,
         held_units=held,
@@ -53,7 +50,15 @@ def engine_status(roster: Roster, engine: Engine) -> EngineStatus:
         stats=demand.stats if demand else {},
         layers=hello.layers,
         layer_pages=hello.layer_pages,
-        segments=roster.segments(engine),
+        segments=roster.units(engine, "weights"),
         asleep=roster.asleep(engine),
         weights_reason=engine.weights.reason,
     )
+
+
+def _state(roster: Roster, engine: Engine) -> str:
+    if not engine.alive:
+        return "gone"
+    if roster.leases.is_overdue(engine.name):
+        return "overdue"
+    return "silent" if engine.connection is None else "serving"

@@ -1,4 +1,4 @@
-"""Frames on a stream socket: 4 bytes of length, then one MessagePack message. Both ends use this file."""
+"""Frames on a stream socket: 4 bytes of length, then one MessagePack message. Used by both ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def encode(message: Message) -> bytes:
 
 
 class Deframer(Generic[T]):
-    """Bytes in, messages of one direction out. Raises ProtocolError at the first oversized or malformed message."""
+    """Turns received bytes into messages. Raises ProtocolError at the first oversized or malformed message."""
 
     def __init__(self, decoder: msgspec.msgpack.Decoder[T]) -> None:
         self._decoder = decoder
@@ -64,13 +64,13 @@ def from_broker() -> Deframer[FromBroker]:
 
 
 def address_of(path: Path) -> str:
-    """The kernel's address of a socket path. "@name" is an abstract one: no file, gone with its process."""
+    """The kernel's address of a socket path. "@name" is an abstract address: no file, and it ends with its process."""
     text = str(path)
     return "\0" + text[1:] if text.startswith("@") else text
 
 
 def check_socket_path(path: Path) -> None:
-    """Raises ConfigError when the kernel cannot hold the path (107 bytes), before anything is started."""
+    """Raises ConfigError when the path is longer than the kernel's limit of 107 bytes."""
     length = len(str(path).encode())
     if length > _SUN_PATH:
         raise ConfigError(f"socket path is {length} bytes long, the limit is {_SUN_PATH}: {path}. Choose a shorter one")

@@ -1,43 +1,47 @@
-"""The words engines, tools and the broker exchange over one Unix socket.
+"""The messages that engines, tools and the broker exchange over one Unix socket.
 
 A message is a 4-byte little-endian length and that many bytes of MessagePack: one of the structs below, tagged by `t`.
-File descriptors travel beside the first byte of a message (SCM_RIGHTS). A message over MAX_MESSAGE bytes, or one that
-does not decode to a struct of the expected direction, closes the connection it came by and harms nobody else.
+File descriptors travel with the first byte of a message (SCM_RIGHTS). A message over MAX_MESSAGE bytes, or one that does
+not decode to a struct of the expected direction, closes the connection it came by. No other connection is affected.
 
-    engine core  ── Hello ──────────────► broker        once per connection; on reconnection `held` is not empty
+Pages change hands in units, under leases. There is one lease for both uses of pages:
+
+    use       unit                                     pages of a unit on each rank
+    kv        one page in every layer                  Hello.pages_per_unit
+    weights   the weights of one decoder layer         Hello.layer_pages
+              (a segment)
+
+    engine core  ── Hello ──────────────► broker        once per connection; after a reconnection `held` is not empty
                  ◄── Welcome ────────────               the first units, or Refused
-                 ── Demand ─────────────►               whenever it changes, at most every 50 ms, at least every second
-                 ◄── Grant ──────────────               pages to map
-                 ── Grown ──────────────►               they are mapped and offered to the scheduler
-                 ◄── Recall ─────────────               give `units` back before `deadline_s`
-                 ── Returned ───────────►               the acknowledgement: these pages are unmapped
-                 ── Wake ───────────────►               a request came: it wants the weights of all its layers
-                 ◄── GiveSegments ───────               pages for layers' weights, answered by Grown
-                 ◄── TakeSegments ───────               give that many layers' pages back before `deadline_s`
-                 ── SegmentsReturned ───►               the acknowledgement: these are unmapped
+                 ── Demand ─────────────►               when it changes, at most every 50 ms, at least every second
+                 ── NeedWeights ────────►               a request waits for the weights of this engine
+                 ◄── Grant ──────────────               pages to map, for one use
+                 ── Grown ──────────────►               they are mapped and in use
+                 ◄── Recall ─────────────               give `units` of one use back before `deadline_s`
+                 ── Returned ───────────►               these pages are unmapped
     worker       ── Fetch ──────────────► broker        handles of pages it is about to map: its own, or lent ones
                  ◄── Handles + fds ──────
     engine core  ◄── Neighbours ────────  broker        whenever an engine comes or goes: who lends, who lives
                  ── FetchCopy ──────────►               the host copy of some weights, to fill or to share
                  ◄── CopyFile + fd ──────               or Refused
-                 ── CopyFilled ─────────►               others may have it
+                 ── CopyFilled ─────────►               other engines may use it now
                  ◄── Done ───────────────
-                 ── Stock ──────────────►               it serves as stock vLLM, in place of Hello
+                 ── Stock ──────────────►               it serves as stock vLLM; sent in place of Hello
                  ◄── Done ───────────────
-    both         ── FetchTable ─────────► broker        the table of a lender's blocks (tiers/lending.py)
+    both         ── FetchTable ─────────► broker        the table of the blocks that an engine lends (tiers/lending.py)
                  ◄── Table + fd ─────────
     anybody      ── StatusRequest ──────► broker
                  ◄── Status ─────────────
-    operator     ── Resize ─────────────► broker        pin an engine to a number of units (0 = let the policy decide)
-                 ◄── Done / Refused ─────
-                 ── Sleep, Rouse ───────►               an engine shall give up all of its weights, or get them back
-                 ── Stream ─────────────►               it shall hold the weights of so many layers and stream the others
+    operator     ── Resize ─────────────► broker        pin an engine to a number of KV units (0: the policy decides)
+                 ── Sleep, Wake ────────►               an engine shall give up all of its weights, or get them back
+                 ── Stream ─────────────►               it shall hold the weights of some layers and stream the others
                  ◄── Done / Refused ─────
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -45,6 +49,7 @@ __all__ = [
     "MAX_FDS",
     "MAX_MESSAGE",
     "PROTOCOL",
+    "USES",
     "CopyFile",
     "CopyFilled",
     "Decision",
@@ -56,52 +61,63 @@ __all__ = [
     "FetchCopy",
     "FetchTable",
     "FromBroker",
-    "GiveSegments",
     "Grant",
     "Grown",
     "Handles",
+    "Held",
     "Hello",
+    "NeedWeights",
     "Neighbours",
     "Pages",
     "Recall",
     "Refused",
     "Resize",
     "Returned",
-    "Rouse",
-    "Segments",
-    "SegmentsReturned",
     "Sleep",
     "Status",
     "StatusRequest",
     "Stock",
     "Stream",
     "Table",
-    "TakeSegments",
     "ToBroker",
+    "Use",
     "Wake",
     "Welcome",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE = 4 << 20
 MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
 
-Pages = list[list[int]]
-"""Pages of some units: one list per rank, each `units * pages_per_unit` page numbers of that rank's device, unit by unit."""
+Use = Literal["kv", "weights"]
+USES: tuple[Use, ...] = ("kv", "weights")
 
-Segments = list[list[list[int]]]
-"""For each segment, per rank, its `layer_pages` page numbers of that rank's device."""
+Pages = list[list[int]]
+"""Pages of some units of one use: one list per rank, with the page numbers on that rank's device, unit after unit."""
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """The pages that one engine holds, by use. An empty list stands for no pages on any rank."""
+
+    kv: Pages = []
+    weights: Pages = []
+
+    def __bool__(self) -> bool:
+        return any(self.kv) or any(self.weights)
+
+    def of(self, use: Use) -> Pages:
+        return self.kv if use == "kv" else self.weights
 
 
 class Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
-    """Root of all messages."""
+    """Base class of all messages."""
 
 
 # ---------------------------------------------------------------- to the broker
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
-    """An engine core presents itself. Sizes are in units: one page in every layer, on every rank."""
+    """An engine core introduces itself. Sizes are in units of KV cache unless named otherwise."""
 
     engine: str
     model: str
@@ -109,89 +125,88 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     devices: list[str]
     """The device of each rank, e.g. ["cpu:0"] or ["cuda:0", "cuda:1"]."""
     page_bytes: int
-    """0: whatever the broker uses."""
+    """Size of its pages, which must be the broker's. 0: whatever that is."""
     pages_per_unit: int
-    """Pages of one unit on each rank."""
+    """Pages of one KV unit on each rank."""
     unit_tokens: int
-    """Tokens whose KV fits one unit."""
+    """Tokens whose KV cache fits in one unit."""
     floor_units: int
     ceiling_units: int
     share_units: int
-    """Guaranteed on demand; what an engine holds above it is on loan. 0: an equal part of the device."""
+    """The engine gets this much whenever it needs it. What it holds above its share is borrowed. 0: an equal part of the device."""
     host_pages: int = 0
-    """Pages of host memory that each rank wants for its host tier, for as long as the engine lives."""
+    """Pages of host memory for the host tier of each rank, for the lifetime of the engine."""
     table_bytes: int = 0
-    """Above 0: this engine lends, and wants a table of that size."""
-    held: dict[int, list[list[int]]] = {}
-    """On reconnection: unit -> pages per rank (one list a rank)."""
+    """Above 0: this engine lends blocks and needs a table of that size."""
     layers: int = 0
-    """Decoder layers whose weights move. 0: they stay where they are, and the broker knows nothing of them."""
+    """Decoder layers whose weights can move. 0: the weights stay where they are and are not booked by the broker."""
     layer_pages: int = 0
-    """Pages of one segment, a layer's weights, on each rank."""
+    """Pages of one segment, the weights of one layer, on each rank."""
     streams: bool = True
-    """Whether it can serve with fewer segments than layers. With CUDA graphs it has all or none."""
-    held_segments: Segments = []
-    """On reconnection: the segments that it holds."""
+    """Whether the engine can serve with fewer segments than layers. With CUDA graphs it needs all of them."""
+    held: Held = msgspec.field(default_factory=Held)
+    """After a reconnection: what the engine holds, KV units in rising order."""
     reserve_bytes: list[int] = []
-    """What each rank will still take from its device while it computes: activations, graphs. Empty: not known."""
+    """Device memory that each rank will still allocate while it computes: activations, graphs. Empty: not known."""
+
+    def unit_pages(self, use: Use) -> int:
+        """Pages of one unit on each rank."""
+        return self.pages_per_unit if use == "kv" else self.layer_pages
+
+    def unit_pages_on(self, device: str, use: Use = "kv") -> int:
+        """Pages of one unit on one device, all ranks together. 0 when the engine has no rank there."""
+        return self.unit_pages(use) * self.devices.count(device)
 
 
 class Demand(Message, frozen=True, kw_only=True, tag="demand"):
-    """What an engine holds, uses and could use. The numbers are in units unless named otherwise."""
+    """What an engine holds, uses and could use. Numbers are in KV units unless named otherwise."""
 
     held_units: int
     busy_units: int
-    """Needed for the blocks of running requests, now."""
+    """Needed now, for the blocks of running requests."""
     waiting_units: int
-    """Needed in addition by requests that wait for memory (capped by the ceiling)."""
+    """Needed in addition by requests that wait for memory, up to the ceiling."""
     peak_units: int
-    """Largest busy + waiting of the last seconds (decaying)."""
+    """Largest busy + waiting of the last seconds."""
     cached_units: int
-    """Blocks that hold reusable KV, busy ones included."""
+    """Units of blocks that hold reusable KV, busy ones included."""
     curve: list[float]
-    """Expected seconds of prefill saved per second with 0, 1, 2, ... units of cache (non-decreasing)."""
+    """Expected seconds of prefill saved per second with 0, 1, 2, ... units of cache. Non-decreasing."""
     urgent: bool
-    """A request cannot be scheduled for want of memory."""
+    """A request cannot be scheduled because memory is missing."""
     stats: dict[str, float] = {}
     """Counters and gauges shown by `polder top` and Prometheus, see EngineStatus.stats."""
     asleep: bool = False
-    """It holds no weights. Its KV floor does not count meanwhile: it can give up all of its units but one."""
+    """The engine holds no weights. Meanwhile its KV floor is one unit."""
     spare_segments: int = 0
-    """What it could give up now: while it serves, what its own cost formula allows it to stream; idle: all."""
+    """Segments that it could give up now. While it serves: those that it could stream without delay. While idle: all."""
     idle_s: float = 0.0
-    """Since its last request ended; 0 while it has any."""
+    """Time since its last request ended; 0 while it has any."""
     next_use_s: float = math.inf
-    """Until its next request, as it predicts from its own record of arrivals."""
+    """Time until its next request, predicted by the engine from its past arrivals."""
     layer_load_s: float = 0.0
-    """Measured time to bring one layer back; 0: never measured."""
+    """Measured time to copy one layer back; 0: never measured."""
 
 
 class Grown(Message, frozen=True, kw_only=True, tag="grown"):
-    """The pages of a grant are mapped, zeroed and offered to the scheduler."""
+    """The pages of a grant are mapped and in use. KV pages are zeroed first."""
 
     lease: int
 
 
 class Returned(Message, frozen=True, kw_only=True, tag="returned"):
-    """Pages unmapped on every rank. Fewer units than recalled (`short`) means the rest is impossible now."""
+    """These pages are unmapped on every rank. It answers a Recall, gives a Grant back, or comes unasked."""
 
     lease: int
-    """The recall this answers; 0: given back unasked."""
-    pages: list[list[int]]
+    """The Recall or Grant that this answers; 0: none."""
+    use: Use
+    pages: Pages
     short: int = 0
+    """Units that were recalled and cannot be given back now."""
 
 
-class SegmentsReturned(Message, frozen=True, kw_only=True, tag="segments-returned"):
-    """Segments unmapped on every rank. Fewer than asked for (`short`) means the rest is impossible now."""
-
-    lease: int
-    """The TakeSegments this answers; 0: given back unasked."""
-    segments: Segments
-    short: int = 0
-
-
-class Wake(Message, frozen=True, kw_only=True, tag="wake"):
-    """The engine wants the weights of all its layers, before anybody gets anything else. To be said again on a new connection."""
+class NeedWeights(Message, frozen=True, kw_only=True, tag="need-weights"):
+    """The engine needs the weights of all its layers. It comes before every other demand. To be repeated on a new connection."""
 
 
 class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
@@ -202,30 +217,30 @@ class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
     device: str
     pages: list[int]
     lender: str = ""
-    """Not empty: the pages are under this engine's KV cache, and some of their blocks are lent."""
+    """Not empty: the pages belong to the KV cache of this engine, which lends blocks in them."""
 
 
 class FetchTable(Message, frozen=True, kw_only=True, tag="table?"):
-    """Asks for the table of a lender's blocks; a lender asks for its own."""
+    """Asks for a lender's table of lent blocks. A lender asks for its own."""
 
     engine: str
     lender: str
 
 
 class FetchCopy(Message, frozen=True, kw_only=True, tag="copy?"):
-    """Asks for the host copy of the weights that `key` names: model, precision, ranks and this one's number."""
+    """Asks for the host copy of some weights. `key` names model, precision, number of ranks and rank."""
 
     key: str
 
 
 class CopyFilled(Message, frozen=True, kw_only=True, tag="copied"):
-    """The file that the sender got to fill is full and sealed."""
+    """The sender has filled and sealed the file that it got."""
 
     key: str
 
 
 class Stock(Message, frozen=True, kw_only=True, tag="stock"):
-    """This engine serves as stock vLLM: it takes no memory from the broker, and gives none. Answered by Done."""
+    """This engine serves as stock vLLM and uses no memory of the broker. Answered by Done."""
 
     engine: str
     reason: str
@@ -236,26 +251,26 @@ class StatusRequest(Message, frozen=True, kw_only=True, tag="status?"):
 
 
 class Resize(Message, frozen=True, kw_only=True, tag="resize"):
-    """Pin an engine to `units` (tests, benchmarks, operators). 0 hands it back to the policy."""
+    """Pins an engine to `units` of KV cache. 0: the policy decides again."""
 
     engine: str
     units: int
 
 
 class Stream(Message, frozen=True, kw_only=True, tag="stream"):
-    """An engine that is awake shall hold so many segments, and stream its other layers, until Rouse or Sleep."""
+    """An engine that is awake shall hold this many segments and stream its other layers, until Wake or Sleep."""
 
     engine: str
     segments: int
 
 
 class Sleep(Message, frozen=True, kw_only=True, tag="sleep"):
-    """An engine shall give up all of its weights as soon as it is idle, and not get them back before Rouse or its own Wake."""
+    """An engine shall give up all of its weights as soon as it is idle. They come back with Wake, or with its next request."""
 
     engine: str
 
 
-class Rouse(Message, frozen=True, kw_only=True, tag="rouse"):
+class Wake(Message, frozen=True, kw_only=True, tag="wake"):
     """An engine shall get all of its weights back."""
 
     engine: str
@@ -266,80 +281,65 @@ class Rouse(Message, frozen=True, kw_only=True, tag="rouse"):
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     generation: int
-    """Changes when the broker restarts: pages of another generation must be discarded when given back."""
-    page_bytes: int
+    """Changes when the broker restarts. Pages of an earlier generation must be destroyed when they are given back."""
     lease: int
-    pages: list[list[int]]
-    """Per rank: the floor's pages (those of one unit, if it starts asleep), or the numbers under which the reported units are
-    booked, in rising order of units. Those are others than reported only if the engine came back so late that its own numbers
-    had been granted again."""
+    """The lease of the first KV units, to be answered by Grown. 0 after a reconnection."""
+    held: Held
+    """At first: the pages of the KV floor and of all layers' weights. If the weights do not fit now, the engine starts asleep,
+    with one KV unit. After a reconnection: the numbers under which the reported pages are booked, in the same order. They
+    differ from the reported ones if those were granted to others before the engine came back."""
     share_units: int
     ceiling_units: int
-    """Clipped to what the device can ever spare."""
-    host: list[list[int]] = []
-    """Per rank: its pages of host memory."""
-    segments: Segments = []
-    """Pages for the weights of all its layers; none: it starts asleep, there is no room now. On reconnection the numbers under
-    which the reported segments are booked, in their order."""
+    """At most what the device can ever spare."""
+    host: Pages = []
+    """Host memory for the host tier."""
 
 
 class Neighbours(Message, frozen=True, kw_only=True, tag="neighbours"):
-    """All engines here, the receiver included."""
+    """All engines of this broker, the receiver included."""
 
     lenders: list[str]
-    """Engines with a table, in the order in which they came; a lender that came back with a new process has a new table."""
+    """Engines with a table, in order of arrival. A lender that returns with a new process has a new table."""
     pids: list[int]
-    """Processes of the lenders' cores, in the same order."""
+    """Process ids of the lenders' engine cores, in the same order."""
     cores: list[int]
-    """Processes of all engines' cores."""
+    """Process ids of all engine cores."""
 
 
 class Table(Message, frozen=True, kw_only=True, tag="table"):
-    """The table's file descriptor comes with it."""
+    """Carries the file descriptor of the table."""
 
 
 class CopyFile(Message, frozen=True, kw_only=True, tag="copy"):
-    """A memory file comes with it: of another process's weights, or empty, to be filled by the receiver."""
+    """Carries the descriptor of a memory file: full, or empty for the receiver to fill."""
 
     filled: bool
 
 
 class Grant(Message, frozen=True, kw_only=True, tag="grant"):
+    """Pages to map. An engine that sleeps gets its weights all at once."""
+
     lease: int
+    use: Use
     units: int
-    pages: list[list[int]]
+    pages: Pages
 
 
 class Recall(Message, frozen=True, kw_only=True, tag="recall"):
     lease: int
+    use: Use
     units: int
     deadline_s: float
     """Seconds from now until the pages must be back."""
-    preempt: bool
-    """True: preempt running requests if nothing else frees enough. False: only idle and cached memory."""
-
-
-class GiveSegments(Message, frozen=True, kw_only=True, tag="give-segments"):
-    """To an engine that sleeps, all of its segments at once."""
-
-    lease: int
-    segments: Segments
-
-
-class TakeSegments(Message, frozen=True, kw_only=True, tag="take-segments"):
-    lease: int
-    segments: int
-    deadline_s: float
-    """Seconds from now until they must be back."""
     preempt: bool = False
-    """True: all of them, though it has requests, which stand still until it has its weights again. It asks for them at once."""
+    """False: only idle and cached memory; weights that are not needed. True, for KV: preempt running requests if nothing else
+    frees enough. True, for weights: all of them; requests stand still until the weights are back, for which the engine asks."""
 
 
 class Handles(Message, frozen=True, kw_only=True, tag="handles"):
-    """`fds` file descriptors come with it: handle i is (fds[fd_index[i]], offsets[i])."""
+    """Carries file descriptors `fds`. Handle i is (fds[fd_index[i]], offsets[i])."""
 
     generation: int
-    page_bytes: int
     fd_index: list[int]
     offsets: list[int]
 
@@ -350,8 +350,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     devices: list[str]
     state: str
-    """"serving" | "overdue" (a recall passed its deadline) | "silent" (its connection broke, it serves on with what it
-    holds) | "gone" (its core ended, its pages are not back yet)."""
+    """ "serving" | "overdue" (a recall passed its deadline) | "silent" (its connection broke; it serves on with what it holds) |
+    "gone" (its core ended; its pages are not back yet)."""
     pages_per_unit: int
     unit_tokens: int
     held_units: int
@@ -364,27 +364,26 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     waiting_units: int
     cached_units: int
     borrowed_units: int
-    """Held above its share: on loan from the others."""
+    """Held above its share."""
     lent_units: int
-    """Missing from its share while others hold it."""
+    """Missing from its share because others hold it."""
     recalled_units: int
-    """Given back on recall since it came."""
+    """KV units that it gave back on recall, since its start."""
     reason: str
-    """Why the policy chose the target, in words."""
+    """Why the policy chose the target."""
     curve: list[float]
     giveback_ms: list[float]
-    """The last 512 times, in milliseconds, from its need (of what is within its share) to mapped pages, newest last."""
+    """The last 512 times, newest last, from a need within its share until its pages were mapped."""
     stats: dict[str, float]
     """Metrics by the names that polder/metrics.py declares."""
     layers: int = 0
-    """Decoder layers whose weights move."""
+    """Decoder layers whose weights can move."""
     layer_pages: int = 0
     segments: int = 0
-    """Of them held; fewer than `layers` and more than 0: the others are streamed."""
+    """Layers whose weights it holds. It streams the others; at 0 it sleeps."""
     asleep: bool = False
-    """It holds none of its weights."""
     weights_reason: str = ""
-    """Why it holds these, in words."""
+    """Why it holds this many."""
 
 
 class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -393,19 +392,19 @@ class DeviceStatus(msgspec.Struct, frozen=True, kw_only=True):
     total_pages: int
     free_pages: int
     pages_by_owner: dict[str, int]
-    """ "engine/use" -> pages, use one of kv, weights, staging, lent; "free" is not listed."""
+    """ "engine/use" -> pages, with use kv, weights or lent (the host tier). Free pages are not listed."""
     uuid: str = ""
-    """Of a GPU: its number means another device to a process with another CUDA_VISIBLE_DEVICES."""
+    """UUID of a GPU. Its number alone means another device to a process with another CUDA_VISIBLE_DEVICES."""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that was decided about an engine's weights."""
+    """A decision about the weights of an engine."""
 
     uptime_s: float
-    """When: Status.uptime_s of that moment."""
+    """Status.uptime_s at that moment."""
     engine: str
     action: str
-    """"take" | "pause" (take, though it has requests) | "give" | "wake" | "sleep" | "rouse" | "stream"."""
+    """ "recall" | "pause" (a recall although it has requests) | "grant" | "wake" | "sleep" | "stream"."""
     segments: int
     reason: str
 
@@ -416,17 +415,20 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     devices: list[DeviceStatus]
     engines: list[EngineStatus]
     grants: int
+    """Grants of KV units so far."""
     recalls: int
+    """Recalls of KV units so far."""
     overdue: int
+    """Recalls of either use that ever passed their deadline."""
     refused_messages: int
     reclaimed_pages: int
-    """Pages taken back from dead engines."""
+    """Pages that came back because their engine died."""
     giveback_ms: list[float]
-    """Those of all engines, see EngineStatus.giveback_ms; newest last."""
+    """EngineStatus.giveback_ms of all engines together, newest last."""
     decisions: list[Decision] = []
     """The last 64, newest last."""
     stock: dict[str, str] = {}
-    """Engines that serve as stock vLLM, with the reason."""
+    """Engines that serve as stock vLLM -> the reason."""
 
 
 class Done(Message, frozen=True, kw_only=True, tag="done"):
@@ -434,11 +436,11 @@ class Done(Message, frozen=True, kw_only=True, tag="done"):
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
-    """The request cannot be met; `reason` says what to change."""
+    """The request cannot be met. `reason` says what to change."""
 
     reason: str
     retry_s: float = 0.0
-    """Above 0: nothing needs changing, ask again after that time."""
+    """Above 0: nothing needs to change; ask again after this time."""
 
 
 ToBroker = (
@@ -446,8 +448,7 @@ ToBroker = (
     | Demand
     | Grown
     | Returned
-    | SegmentsReturned
-    | Wake
+    | NeedWeights
     | Fetch
     | FetchTable
     | FetchCopy
@@ -456,20 +457,7 @@ ToBroker = (
     | StatusRequest
     | Resize
     | Sleep
-    | Rouse
+    | Wake
     | Stream
 )
-FromBroker = (
-    Welcome
-    | Grant
-    | Recall
-    | GiveSegments
-    | TakeSegments
-    | Handles
-    | Neighbours
-    | Table
-    | CopyFile
-    | Status
-    | Done
-    | Refused
-)
+FromBroker = Welcome | Grant | Recall | Handles | Neighbours | Table | CopyFile | Status | Done | Refused

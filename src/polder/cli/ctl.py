@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polder.broker.wire import EngineStatus, Resize, Rouse, Sleep, Stream
+from polder.broker.wire import EngineStatus, Resize, Sleep, Stream, Wake
 from polder.cli.options import AsJson, Socket, find_socket
 
 __all__ = ["app"]
@@ -54,7 +54,7 @@ def wake(
     """Give an engine its weights back before its next request."""
     from polder.broker import client
 
-    client.request(find_socket(socket), Rouse(engine=engine))
+    client.request(find_socket(socket), Wake(engine=engine))
     print(json.dumps({"engine": engine}) if as_json else f"{engine}: gets its weights back")
 
 

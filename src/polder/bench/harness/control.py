@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from polder.broker import client
-from polder.broker.wire import EngineStatus, Resize, Rouse, Sleep, Status, Stream
+from polder.broker.wire import EngineStatus, Resize, Sleep, Status, Stream, Wake
 from polder.errors import EnvironmentFault
 
 __all__ = [
@@ -76,7 +76,7 @@ def hold(broker: Path, engine: str, segments: int) -> None:
 def wake(broker: Path, engine: str) -> None:
     """Returns when the engine holds the weights of all its layers. Raises EnvironmentFault when it does not get
     them."""
-    client.request(broker, Rouse(engine=engine))
+    client.request(broker, Wake(engine=engine))
     _wait(broker, engine, lambda status: status.segments == status.layers, "does not get its weights back")
 
 

@@ -17,7 +17,7 @@ import httpx
 
 from polder.bench.workloads.models import MODEL_A, MODEL_B
 from polder.broker import client
-from polder.broker.wire import Rouse, Sleep, Status
+from polder.broker.wire import Sleep, Status, Wake
 from polder.errors import PolderError
 
 __all__ = ["ANSWER_S", "ANSWER_TOKENS", "MODELS", "FleetReport", "Traffic", "complete", "prompts_of", "tokens_of"]
@@ -135,7 +135,7 @@ class Traffic:
             name, sleeps = self._draw.choice(sorted(MODELS)), self._draw.random() < 0.6
             try:
                 await asyncio.to_thread(
-                    client.request, self._socket, Sleep(engine=name) if sleeps else Rouse(engine=name), timeout_s=1.0
+                    client.request, self._socket, Sleep(engine=name) if sleeps else Wake(engine=name), timeout_s=1.0
                 )
             except PolderError:
                 continue  # the broker is stopped just now, or there is nothing to do

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from polder.broker.reuse import ReuseTracker
 from polder.broker.wire import Demand, Hello
 from polder.engines.vllm.core.blocks import BlockUnits
 from polder.engines.vllm.weights.core import CoreWeights
 from polder.planner.rates import PrefillRate
+from polder.planner.reuse import ReuseTracker
 
 __all__ = ["DemandReports"]
 

@@ -21,15 +21,15 @@ from polder import metrics
 from polder.broker.client import fetch_table
 from polder.broker.wire import (
     FetchTable,
-    GiveSegments,
     Grant,
     Grown,
+    Held,
     Hello,
     Neighbours,
+    Pages,
     Recall,
     Refused,
     Returned,
-    TakeSegments,
     Welcome,
 )
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
@@ -70,7 +70,7 @@ class ElasticCore:
         self.blocks = BlockUnits(
             self._scheduler, agreement.unit_blocks, ranks[0]["units"], rule, windowed_units=windowed
         )
-        self._pages: dict[int, list[list[int]]] = self._by_unit(self.blocks.mapped, agreement.welcome.pages)
+        self._pages: dict[int, list[list[int]]] = self._by_unit(self.blocks.mapped, agreement.welcome.held.kv)
         self._refusal = ""
         self._slow: dict[str, float] = {}
         self._slow_at = float("-inf")
@@ -92,7 +92,7 @@ class ElasticCore:
             self.weights = CoreWeights(
                 self._scheduler, agreement.weights, self._rpc, lambda m: self.link.send(m), self._in_transfer
             )
-            self.weights.start(self._generation, agreement.welcome.segments)
+            self.weights.start(self._generation, agreement.welcome.held.weights)
         self._prefill: PrefillRate = PrefillRate() if self.tiers is None else self.tiers.tiers.prefill
         if self.tiers is not None:
             Prefetch(self._scheduler, self.tiers.tiers.counters)
@@ -137,14 +137,14 @@ class ElasticCore:
         while inbox:
             message = inbox.popleft()
             match message:
+                case Grant(use="weights") if self.weights is not None:
+                    self.weights.on_grant(message, self._generation, time.monotonic())
+                case Recall(use="weights") if self.weights is not None:
+                    self.weights.on_recall(message, self._generation, time.monotonic())
                 case Grant():
                     self._grow(message)
                 case Recall():
                     self._postponed.append(message)
-                case GiveSegments() if self.weights is not None:
-                    self.weights.on_give(message, self._generation, time.monotonic())
-                case TakeSegments() if self.weights is not None:
-                    self.weights.on_take(message, self._generation, time.monotonic())
                 case Neighbours():
                     if self.tiers is not None:
                         self.tiers.on_neighbours(message)
@@ -157,9 +157,9 @@ class ElasticCore:
                     new_broker = message.generation != self._generation
                     self._generation, self._refusal = message.generation, ""
                     self._demand.start_over()
-                    self._pages = self._by_unit(sorted(self._pages), message.pages)
+                    self._pages = self._by_unit(sorted(self._pages), message.held.kv)
                     if self.weights is not None:
-                        self.weights.on_welcome(message.segments, time.monotonic())
+                        self.weights.on_welcome(message.held.weights, time.monotonic())
                     if new_broker and self.lender is not None and self._own_table is not None:
                         self.lender.close()  # it knows nothing of what was lent
                         self._own_table.ask()
@@ -216,7 +216,7 @@ class ElasticCore:
         """Gives weights up unasked, as far as possible; they come back by the broker's decision, or `polder ctl wake`."""
         assert self.weights is not None
         now = time.monotonic()
-        self.weights.on_take(TakeSegments(lease=0, segments=segments, deadline_s=0.0), self._generation, now)
+        self.weights.on_recall(Recall(lease=0, use="weights", units=segments, deadline_s=0.0), self._generation, now)
         self._demand.report_soon()
         self._report(now)
 
@@ -282,7 +282,7 @@ class ElasticCore:
             logger.warning("cannot map %d units: %s", grant.units, "; ".join(errors) or "already at the ceiling")
             if outcomes:
                 self._rpc(worker.unmap_units, self._generation, units)  # some ranks may have mapped theirs
-            self.link.send(Returned(lease=grant.lease, pages=grant.pages))
+            self.link.send(Returned(lease=grant.lease, use="kv", pages=grant.pages))
             return
         added = self._by_unit(units, grant.pages)
         self._pages |= added
@@ -311,9 +311,8 @@ class ElasticCore:
             self.lender.unmapped(units)
         if units:
             self._rpc(worker.unmap_units, self._generation, units, plan.sources.tolist(), plan.targets.tolist())
-        taken = [self._pages.pop(unit) for unit in units]
-        pages = [[page for unit in taken for page in unit[rank]] for rank in range(len(self._hello.devices))]
-        self.link.send(Returned(lease=recall.lease, pages=pages, short=recall.units - len(units)))
+        pages = self._by_rank([self._pages.pop(unit) for unit in units])
+        self.link.send(Returned(lease=recall.lease, use="kv", pages=pages, short=recall.units - len(units)))
         self.counters["evicted_blocks_total"] += done.evicted_blocks
         self.counters["migrated_blocks_total"] += done.migrated_blocks
         self.counters["giveback_preemptions_total"] += done.preempted_requests
@@ -407,12 +406,16 @@ class ElasticCore:
 
     def _hello_again(self) -> Hello:
         """Hello on a new connection: what is really held, taken between two steps."""
-        segments = self.weights.segments if self.weights is not None else []
-        return replace(self._hello, held=dict(self._pages), held_segments=segments)
+        pages = self._by_rank([self._pages[unit] for unit in sorted(self._pages)])
+        return replace(self._hello, held=Held(kv=pages, weights=self.weights.pages if self.weights is not None else []))
 
     def _by_unit(self, units: list[int], pages: list[list[int]]) -> dict[int, list[list[int]]]:
         size = self._hello.pages_per_unit
         return {unit: [rank[i * size : (i + 1) * size] for rank in pages] for i, unit in enumerate(units)}
+
+    def _by_rank(self, units: list[list[list[int]]]) -> Pages:
+        """The pages of some units, per rank."""
+        return [[page for unit in units for page in unit[rank]] for rank in range(len(self._hello.devices))]
 
     def _rpc(self, function: Any, *args: Any) -> list[Any]:
         answers: list[Any] = self._core.model_executor.collective_rpc(function, args=args)

@@ -1,8 +1,8 @@
 """The engine core's side of elastic weights: what it offers, when it sleeps, how it comes back.
 
     asleep      the scheduler is paused, nothing lies under the weights' addresses; requests queue
-    a request   -> Wake. The broker finds pages, by recalls and from idle neighbours -> GiveSegments
-    given       workers map the pages and begin to copy layer after layer; the scheduler goes on at once, and the first forward
+    a request   -> NeedWeights. The broker finds pages, by recalls and from idle neighbours -> Grant
+    granted     workers map the pages and begin to copy layer after layer; the scheduler goes on at once, and the first forward
                 waits for each layer only as it comes to it
 
 A model sleeps only when it has no request, or when the broker pauses it for one that has waited long: then its requests stand
@@ -22,7 +22,7 @@ from typing import Any
 from vllm.v1.core.sched.interface import PauseState
 
 from polder import metrics
-from polder.broker.wire import Demand, GiveSegments, Grown, Message, Segments, SegmentsReturned, TakeSegments, Wake
+from polder.broker.wire import Demand, Grant, Grown, Message, NeedWeights, Pages, Recall, Returned
 from polder.engines.vllm.rank.worker import WeightsFound
 from polder.engines.vllm.weights import offloader
 from polder.engines.vllm.weights.offloader import Taken
@@ -81,9 +81,9 @@ class CoreWeights:
         self.counters: dict[str, float] = metrics.zeros(metrics.WEIGHTS)
 
     @property
-    def segments(self) -> Segments:
-        """Held: for each its pages, per rank, in the broker's numbers."""
-        return [[booked for _, booked in ranks] for ranks in self._held]
+    def pages(self) -> Pages:
+        """Pages of the segments held, per rank, in the broker's numbers."""
+        return _by_rank([[booked for _, booked in ranks] for ranks in self._held])
 
     @property
     def asleep(self) -> bool:
@@ -96,8 +96,9 @@ class CoreWeights:
 
     # ------------------------------------------------------------------ what happens
 
-    def start(self, generation: int, segments: Segments) -> None:
-        """The broker's first word: all segments, or none. Raises RuntimeError when a rank cannot map them."""
+    def start(self, generation: int, pages: Pages) -> None:
+        """The pages that the broker gives at first: of all segments, or none. Raises RuntimeError when a rank cannot map them."""
+        segments = self._by_segment(pages)
         errors = [outcome.error for outcome in self._rpc(offloader.adopt, generation, segments) if outcome.error]
         if errors:
             raise RuntimeError(f"cannot place the weights: {'; '.join(errors)}")
@@ -118,7 +119,7 @@ class CoreWeights:
             and now - self._asked_at >= REMIND_S
         ):
             self._asked_at = now
-            self._send(Wake())
+            self._send(NeedWeights())
 
     def on_step(self, seconds: float, tokens: int, now: float) -> None:
         """A step that computed `tokens` tokens has ended."""
@@ -136,23 +137,23 @@ class CoreWeights:
         elif now - self._too_many_since > TOO_SLOW_S:
             self._want(now)
 
-    def on_welcome(self, segments: Segments, now: float) -> None:
-        """On a new connection: `segments` is how the broker has booked what it was told. What was promised before is void."""
-        for ranks, booked in zip(self._held, segments, strict=True):
+    def on_welcome(self, pages: Pages, now: float) -> None:
+        """On a new connection: `pages` is how the broker has booked what it was told. What was promised before is void."""
+        for ranks, booked in zip(self._held, self._by_segment(pages), strict=True):
             ranks[:] = [(known, pages) for (known, _), pages in zip(ranks, booked, strict=True)]
         waking, self._waking_since = self._waking_since, None
         if waking is not None:
             self._want(now)
 
-    def on_take(self, message: TakeSegments, generation: int, now: float) -> None:
-        count = min(message.segments, len(self._held))
+    def on_recall(self, message: Recall, generation: int, now: float) -> None:
+        count = min(message.units, len(self._held))
         everything = count == len(self._held)
         paused = message.preempt and everything
         in_use = everything and self._scheduler.requests and not paused
         if (
             not count or in_use or (not everything and self._slots(count) == 0)
         ):  # 0 slots: it cannot stream so many layers
-            self._send(SegmentsReturned(lease=message.lease, segments=[], short=message.segments))
+            self._send(Returned(lease=message.lease, use="weights", pages=[], short=message.units))
             return
         taken: list[Taken] = self._rpc(offloader.take, count, 0 if everything else self._slots(count), generation)
         errors = [answer.error for answer in taken if answer.error]
@@ -163,23 +164,25 @@ class CoreWeights:
         back = [self._forget(pages) for pages in zip(*(rank.segments for rank in taken), strict=True)]
         self._apply_pause()
         self.counters["sleeps_total"] += self.asleep
-        self._send(SegmentsReturned(lease=message.lease, segments=back, short=message.segments - len(back)))
+        short = message.units - len(back)
+        self._send(Returned(lease=message.lease, use="weights", pages=_by_rank(back), short=short))
         if self.asleep:
             self._waking_since = None  # what it asked for before was not granted: the next request must ask again
         if self.asleep and self._scheduler.requests:  # paused: it stands in line again
             self.counters["pauses_total"] += 1
             self._want(now)
 
-    def on_give(self, message: GiveSegments, generation: int, now: float) -> None:
-        outcomes = self._rpc(offloader.give, generation, message.segments)
+    def on_grant(self, message: Grant, generation: int, now: float) -> None:
+        segments = self._by_segment(message.pages)
+        outcomes = self._rpc(offloader.give, generation, segments)
         errors = [outcome.error for outcome in outcomes if outcome.error]
         if errors:
-            logger.warning("cannot map %d segments: %s", len(message.segments), "; ".join(errors))
-            self._rpc(offloader.take, len(message.segments), 2, generation)  # ranks that did map them
-            self._send(SegmentsReturned(lease=message.lease, segments=message.segments))
+            logger.warning("cannot map %d segments: %s", len(segments), "; ".join(errors))
+            self._rpc(offloader.take, len(segments), 2, generation)  # ranks that did map them
+            self._send(Returned(lease=message.lease, use="weights", pages=message.pages))
             return
         slept = self.asleep
-        self._hold(message.segments)
+        self._hold(segments)
         self._send(Grown(lease=message.lease))
         self._apply_pause()
         if slept:
@@ -244,7 +247,7 @@ class CoreWeights:
     def _want(self, now: float) -> None:
         if self._waking_since is None:
             self._waking_since = self._asked_at = now
-            self._send(Wake())
+            self._send(NeedWeights())
 
     def _winnable(self) -> int | None:
         """Segments in all that the formula lets it win. None: no step was measured since the last change."""
@@ -288,7 +291,13 @@ class CoreWeights:
             back = [[list(rank.segments[at]) if rank.segments else [] for rank in taken] for at in range(most)]
             self._rpc(offloader.give, generation, back)  # a rank that gets empty segments refuses them
 
-    def _hold(self, segments: Segments) -> None:
+    def _by_segment(self, pages: Pages) -> list[list[list[int]]]:
+        """Cuts the pages of each rank into segments: for each segment, its pages per rank."""
+        size = self.found.layer_pages
+        ranks = [[numbers[at : at + size] for at in range(0, len(numbers), size)] for numbers in pages]
+        return [list(segment) for segment in zip(*ranks, strict=True)]
+
+    def _hold(self, segments: list[list[list[int]]]) -> None:
         self._forget_steps()
         self._held += [[(tuple(pages), pages) for pages in ranks] for ranks in segments]
 
@@ -307,3 +316,8 @@ class CoreWeights:
             ranks = next(ranks for ranks in self._held if ranks[rank][0] == pages)
             ranks[rank], last[rank] = last[rank], ranks[rank]
         return [booked for _, booked in self._held.pop()]
+
+
+def _by_rank(segments: Sequence[Sequence[list[int]]]) -> Pages:
+    """The pages of all segments per rank; empty when there are no segments."""
+    return [[page for pages in rank for page in pages] for rank in zip(*segments, strict=True)]

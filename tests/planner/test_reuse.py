@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from polder.broker.reuse import ReuseTracker
+from polder.planner.reuse import ReuseTracker
 
 
 def keys(session: int, count: int) -> list[bytes]:
