@@ -17,7 +17,7 @@ from polder.bench.harness.scrape import TIER_HITS, Sample
 from polder.bench.stages import equality, resize, restart, streaming
 from polder.bench.workloads import agents, tenants
 from polder.broker import client
-from polder.broker.wire import Done, Resize, Wake, Sleep, Status, Stream
+from polder.broker.wire import Done, Resize, Sleep, Status, Stream, Wake
 from tests.bench.fake_server import FakeEngine, serving
 from tests.serve.fakes import canned_status, engine_status
 

@@ -28,7 +28,7 @@ from polder.bench.stages.resize import Resized, resize_metrics
 from polder.bench.stages.tax import TaxRun, tax_intervals, tax_metrics
 from polder.bench.suites.context import ContextSuite
 from polder.broker import client
-from polder.broker.wire import Done, Wake, Sleep
+from polder.broker.wire import Done, Sleep, Wake
 from polder.errors import EnvironmentFault
 from polder.planner.context_cost import Stream
 from tests.bench.fakes import LAYERS, FakeArm, FakeBroker, no_waiting, one_engine
