@@ -13,7 +13,7 @@ from polder.broker.wire import Sleep, Stream
 from polder.errors import UsageError
 from tests.engines.conftest import Stock
 from tests.engines.controls import LATE_COPIES, Switches
-from tests.engines.harness import ORDINARY, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import BLOCK_TOKENS, ORDINARY, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
@@ -24,7 +24,9 @@ RECIPES = {
     name: dataclasses.replace(TINY, name=f"tiny-rig-{name}", layers=LAYERS, seed=seed)
     for name, seed in (("a", 3), ("b", 4))
 }
-ASKED = [[7], [1999], *prompts(2, 150, seed=31, vocabulary=VOCABULARY)]
+CACHED = prompts(1, 33, seed=32, vocabulary=VOCABULARY)[0]
+"""Asked again, all of it but one token is found in the cache, and that one is computed in a graph."""
+ASKED = [[7], CACHED, *prompts(2, 150, seed=31, vocabulary=VOCABULARY)]
 TOKENS = 10
 LATE = ("given: weights that sleep leave other bytes behind", LATE_COPIES)
 PAGES = 73
@@ -72,7 +74,15 @@ def test_two_models_take_turns_and_graphs_are_replayed_only_over_all_layers(stoc
                 request(device.socket, Stream(engine="a", segments=3))
             with switches.on(*LATE):
                 sleeps(device, a)
+                (again,) = a.generate([CACHED], TOKENS)
+                assert again.cached == BLOCK_TOKENS, "the first step after the wake was to be a graph's"
+                assert again.tokens == expected["a"][1]
                 assert one_by_one(a) == expected["a"]
+            with switches.on(*LATE, "graphs are replayed before all layers are there"):
+                sleeps(device, a)
+                wrong = tokens_of(a.generate([CACHED], TOKENS))
+            assert wrong != expected["a"][1:2], "nobody waits for layers, and no token shows it"
+            assert one_by_one(a) == expected["a"]
         finally:
             for engine in engines:
                 engine.stop()
