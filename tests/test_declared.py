@@ -60,6 +60,17 @@ def test_each_declared_metric_is_emitted_somewhere() -> None:
         assert f'"{literal}"' in written or {key for key, _ in metric.series} <= of_tiers.keys(), metric.key
 
 
+def test_each_counter_in_the_code_is_declared() -> None:
+    """What an engine emits is checked when it runs (`metrics.checked`); this finds a missing declaration without one."""
+    declared = {key for metric in metrics.ENGINE for key, _ in metric.series}
+    declared |= {metric.name for group in (metrics.BROKER, metrics.STATUS, metrics.CHILD) for metric in group}
+    for path in SOURCES.rglob("*.py"):
+        if path.is_relative_to(SOURCES / "bench") or path.name == "metrics.py":
+            continue
+        named = set(re.findall(r'"([a-z][a-z_0-9]+_total)"', path.read_text()))
+        assert named <= declared, path
+
+
 def test_a_metric_that_is_not_declared_is_refused() -> None:
     assert metrics.checked({"steps_total": 3.0, "tier_host_used_bytes": 1.0}) == {
         "steps_total": 3.0,

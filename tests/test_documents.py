@@ -1,11 +1,17 @@
-"""Documents name what exists: sections, tests and files."""
+"""Documents name what exists, and the prose of the code can be read at once."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src" / "polder"
+READ = ("planner", "cli", "serve", "sim", ".")
+"""Packages whose prose was read for these rules; the others follow."""
 
 
 def anchor(heading: str) -> str:
@@ -25,3 +31,17 @@ def test_each_row_of_what_can_fail_has_its_details_and_its_tests() -> None:
         assert f"def {name}(" in sources, name
     for name in set(re.findall(r"`(tests/[\w/.]+)`", text)):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("package", READ)
+def test_prose_begins_with_its_subject_and_fits_its_lines(package: str) -> None:
+    for path in (SOURCES / package).glob("*.py"):
+        source = path.read_text()
+        nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr))
+        texts = [
+            node.value for node in nodes if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ]
+        for text in texts:
+            assert not text.value.lstrip().startswith("Of "), f"{path.name}:{text.lineno}"
+            lines = source.splitlines()[text.lineno - 1 : text.end_lineno]
+            assert max(map(len, lines)) <= 120, f"{path.name}:{text.lineno}"

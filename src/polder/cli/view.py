@@ -83,7 +83,7 @@ def _memory(status: Status, colours: dict[str, str]) -> Table:
         table.add_row(
             Text(engine.engine, style=colours[engine.engine]),
             Text(engine.state, style="green" if engine.state == "serving" else "red"),
-            *(format_bytes(getattr(engine, f"{name}_units") * size).replace(" ", "\u00a0") for name in _MEMORY),
+            *(_size(getattr(engine, f"{name}_units") * size) for name in _MEMORY),
         )
     return table
 
@@ -123,10 +123,10 @@ def _weights(status: Status, colours: dict[str, str]) -> list[RenderableType]:
         table.add_row(
             Text(engine.engine, style=colours[engine.engine]),
             "asleep" if engine.asleep else f"{engine.segments} of {engine.layers}",
-            format_bytes(engine.segments * layer_bytes).replace(" ", "\u00a0"),
+            _size(engine.segments * layer_bytes),
             *(f"{stats.get(f'{name}_total', 0.0):.0f}" for name in ("sleeps", "wakes", "pauses")),
             f"{stats.get('wake_seconds_total', 0.0):.2f}\u00a0s",
-            format_bytes(int(stats.get("weights_loaded_bytes_total", 0.0))).replace(" ", "\u00a0"),
+            _size(stats.get("weights_loaded_bytes_total", 0.0)),
             f"{stats.get('weights_stall_seconds_total', 0.0):.2f}\u00a0s",
             engine.weights_reason,
         )
@@ -137,14 +137,17 @@ def _weights(status: Status, colours: dict[str, str]) -> list[RenderableType]:
     return [table, *last, Text()]
 
 
-_TIER = (
-    "used_bytes",
-    "size_bytes",
-    "hit_tokens_total",
-    "loaded_bytes_total",
-    "stored_bytes_total",
-    "corrupt_blocks_total",
-)
+def _of_tier(tier: str) -> tuple[str, ...]:
+    return (
+        *(f"tier_{tier}_used_bytes", f"tier_{tier}_size_bytes"),
+        *(f"tier_{tier}_loaded_bytes_total", f"tier_{tier}_stored_bytes_total"),
+        *(f"tier_{tier}_hit_tokens_total", f"tier_{tier}_corrupt_blocks_total", f"tier_{tier}_load_bytes_per_second"),
+    )
+
+
+def _size(size_bytes: float) -> str:
+    """Without a space at which a table could break it."""
+    return format_bytes(int(size_bytes)).replace(" ", "\u00a0")
 
 
 def _tiers(engines: list[EngineStatus], colours: dict[str, str]) -> list[RenderableType]:
@@ -156,30 +159,28 @@ def _tiers(engines: list[EngineStatus], colours: dict[str, str]) -> list[Rendera
             "tiers of", "tier", "used", "size", "hit tokens", "loaded", "stored", "corrupt", "GB/s", "late", "refused"
         )
         for engine, tier in rows:
-            stats = engine.stats
-            used, size, hits, loaded, stored, corrupt = (stats.get(f"tier_{tier}_{name}", 0.0) for name in _TIER)
+            used, size, loaded, stored, hits, corrupt, rate = (engine.stats.get(name, 0.0) for name in _of_tier(tier))
             table.add_row(
                 Text(engine.engine, style=colours[engine.engine]),
                 tier,
-                *(format_bytes(int(number)).replace(" ", "\u00a0") for number in (used, size)),
+                *(_size(number) for number in (used, size)),
                 f"{hits:.0f}",
-                *(format_bytes(int(number)).replace(" ", "\u00a0") for number in (loaded, stored)),
+                *(_size(number) for number in (loaded, stored)),
                 f"{corrupt:.0f}",
-                f"{stats.get(f'tier_{tier}_load_bytes_per_second', 0.0) / 1e9:.2f}",
-                f"{stats.get('tier_late_loads_total', 0.0):.0f}",
-                f"{stats.get('tier_refused_loads_total', 0.0):.0f}",
+                f"{rate / 1e9:.2f}",
+                f"{engine.stats.get('tier_late_loads_total', 0.0):.0f}",
+                f"{engine.stats.get('tier_refused_loads_total', 0.0):.0f}",
             )
         parts += [table, *(Text(f"{e.engine}: {verdict(e.stats)}") for e in engines if verdict(e.stats)), Text()]
     for engine in engines:
         if "lent_offered_bytes" in engine.stats:
-            offered, borrowed, recalls, p99 = (
-                engine.stats[f"lent_{name}"]
-                for name in ("offered_bytes", "borrowed_bytes", "borrowed_recalls_total", "recall_p99_seconds")
-            )
+            stats = engine.stats
+            offered, borrowed = (format_bytes(int(stats[f"lent_{name}_bytes"])) for name in ("offered", "borrowed"))
+            recalls, p99_s = stats["lent_borrowed_recalls_total"], stats["lent_recall_p99_seconds"]
             parts.append(
                 Text(
-                    f"{engine.engine} offers {format_bytes(int(offered))}, {format_bytes(int(borrowed))} of it are borrowed; "
-                    f"{recalls:.0f} borrowed blocks taken back, p99 {p99 * 1e3:.2f} ms"
+                    f"{engine.engine} offers {offered}, {borrowed} of it are borrowed; "
+                    f"{recalls:.0f} borrowed blocks taken back, p99 {p99_s * 1e3:.2f} ms"
                 )
             )
     return parts

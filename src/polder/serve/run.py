@@ -145,7 +145,7 @@ def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: 
 
 
 def _sockets_in(private: Path) -> dict[str, str]:
-    """Puts the engines' own sockets into the fleet's directory, with which they go; not where a path would be too long for one."""
+    """Puts vLLM's own sockets into the fleet's directory, which is removed at the end, if the path is short enough."""
     try:
         client.check_socket_path(private / str(UUID(int=0)))
     except ConfigError:

@@ -66,15 +66,9 @@ DISKS: Kind[tuple[tuple[str, int], ...]] = Kind(parse_disks, lambda disks: ",".j
 class EngineSettings:
     """Sizes are for all ranks of the engine together."""
 
-    broker: Path | None = setting(
-        PATH,
-        default=None,
-        help="Socket of the broker that shares memory between engines",
-    )
+    broker: Path | None = setting(PATH, default=None, help="Socket of the broker that shares memory between engines")
     engine: str = setting(
-        TEXT,
-        default_text="the served model's name",
-        help="This engine's name at the broker; each engine needs its own",
+        TEXT, default_text="the served model's name", help="This engine's name at the broker; each engine needs its own"
     )
     kv_budget_bytes: int | None = setting(
         SIZE,
@@ -82,12 +76,7 @@ class EngineSettings:
         default=None,
         help="In place of a broker: KV memory of this engine alone, grown on demand",
     )
-    page_bytes: int = setting(
-        SIZE,
-        key="page",
-        default=PAGE_BYTES,
-        help="Size of a page, with `kv_budget` only",
-    )
+    page_bytes: int = setting(SIZE, key="page", default=PAGE_BYTES, help="Size of a page, with `kv_budget` only")
     kv_floor_bytes: int | None = setting(
         SIZE,
         key="kv_floor",
@@ -132,9 +121,7 @@ class EngineSettings:
         help="The engine's quota of host memory, for the tier `host`",
     )
     disks: tuple[tuple[str, int], ...] = setting(
-        DISKS,
-        default=(),
-        help='"PATH:SIZE,PATH:SIZE": a directory on each disk and its limit, for the tier `disk`',
+        DISKS, default=(), help='"PATH:SIZE,PATH:SIZE": a directory on each disk and its limit, for the tier `disk`'
     )
     disk_writes_bytes: int | None = setting(
         SIZE,
@@ -204,9 +191,7 @@ class EngineSettings:
         help="For tests: emulated links, `peer=3.2GB/s,host=400MB/s,disk=200MB/s,weights=2GB/s,window=2GB/s`",
     )
     faults: str = setting(
-        _checked_text(parse_faults),
-        default="",
-        help="For tests: faults of the tiers, `fail=0.2,corrupt=0.01,seed=1`",
+        _checked_text(parse_faults), default="", help="For tests: faults of the tiers, `fail=0.2,corrupt=0.01,seed=1`"
     )
 
     def environment(self) -> dict[str, str]:
