@@ -1,4 +1,5 @@
-"""Leases: every promise is closed once, by the engine that it was made to; a passed deadline is counted once and frees nothing."""
+"""Leases: every promise is closed once, by the engine that it was made to; a passed deadline is counted once and frees
+nothing."""
 
 from __future__ import annotations
 

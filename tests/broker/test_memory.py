@@ -1,4 +1,5 @@
-"""A device that has less memory than its budget, and a file table that is full: the broker serves on, and the budget shrinks."""
+"""A device that has less memory than its budget, and a file table that is full: the broker serves on, and the budget
+shrinks."""
 
 from __future__ import annotations
 

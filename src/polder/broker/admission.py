@@ -1,4 +1,5 @@
-"""Who may join, and with what: the checks of a Hello, and the booking of what an engine reports after a reconnection."""
+"""Who may join, and with what: the checks of a Hello, and the booking of what an engine reports after a
+reconnection."""
 
 from __future__ import annotations
 
@@ -120,10 +121,11 @@ def check_reported(hello: Hello) -> None:
 
 
 def book_reported(ledger: Ledger, hello: Hello) -> Held | None:
-    """Books what a reconnecting engine holds. Returns it with the numbers booked, or None, having booked nothing, without room.
+    """Books what a reconnecting engine holds. Returns it with the numbers booked, or None, having booked nothing,
+    without room.
 
-    An engine that reports after the recovery time may find its page numbers granted to others. Its memory belongs to the former
-    broker and is destroyed when given back, so any free numbers will do to keep the budget.
+    An engine that reports after the recovery time may find its page numbers granted to others. Its memory belongs to
+    the former broker and is destroyed when given back, so any free numbers will do to keep the budget.
     """
     try:
         for use in USES:

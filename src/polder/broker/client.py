@@ -59,7 +59,8 @@ def fetch_handles(socket: Path, message: Fetch, *, timeout_s: float = 5.0) -> tu
 
 
 def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) -> int:
-    """The file descriptor of a lender's table, which is the caller's to close. Raises UsageError when there is no such lender."""
+    """The file descriptor of a lender's table, which is the caller's to close. Raises UsageError when there is no such
+    lender."""
     answer, fds = _ask(socket, message, timeout_s)
     if isinstance(answer, Table) and len(fds) == 1:
         return fds[0]
@@ -67,7 +68,8 @@ def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) ->
 
 
 def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, bool]:
-    """A memory file for the host copy of some weights, the caller's to close, and whether another process has filled it.
+    """A memory file for the host copy of some weights, the caller's to close, and whether another process has filled
+    it.
 
     Raises UsageError while another process fills it.
     """

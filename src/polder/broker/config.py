@@ -19,7 +19,8 @@ __all__ = ["BROKER_SETTINGS", "BrokerConfig"]
 class BrokerConfig:
     socket: Path
     devices: dict[str, int]
-    """Device name ("cpu:0", "cuda:1") -> bytes of KV budget on it; "host:0" -> bytes of the host tier. Rounded down to pages."""
+    """Device name ("cpu:0", "cuda:1") -> bytes of KV budget on it; "host:0" -> bytes of the host tier. Rounded down to
+    pages."""
     page_bytes: int = setting(
         SIZE,
         key="page",

@@ -1,11 +1,12 @@
 """The broker without its sockets: messages in, messages out, time as an argument.
 
-Everything that the broker knows is here, so that tests drive it step by step with a clock of their own and check the laws after
-each step. The server (server.py) only moves bytes, watches processes and calls `handle`, `process_ended` and `plan`.
+Everything that the broker knows is here, so that tests drive it step by step with a clock of their own and check the
+laws after each step. The server (server.py) only moves bytes, watches processes and calls `handle`, `process_ended` and
+`plan`.
 
 Whatever the peers do:
-  * a page is booked to at most one owner (ledger.py), and becomes free only when its owner returns it or when every process of
-    its owner has ended (law 4);
+  * a page is booked to at most one owner (ledger.py), and becomes free only when its owner returns it or when every
+    process of its owner has ended (law 4);
   * a message that breaks the protocol changes nothing and raises ProtocolError; the server then closes that connection;
   * an engine whose connection broke keeps its pages until it reports again or its processes end.
 """
@@ -79,7 +80,8 @@ class BrokerCore:
     # ------------------------------------------------------------------ events
 
     def handle(self, connection: int, pid: int, message: ToBroker, now: float) -> None:
-        """One message from the process `pid`. Raises ProtocolError, having changed nothing, if it breaks the protocol."""
+        """One message from the process `pid`. Raises ProtocolError, having changed nothing, if it breaks the
+        protocol."""
         match message:
             case Hello():
                 self._hello(connection, pid, message, now)
@@ -165,7 +167,8 @@ class BrokerCore:
                 self._recall(engine, max(recalls), now)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless free + owned = total, and engines hold whole units and no more segments than layers."""
+        """Raises IntegrityError unless free + owned = total, and engines hold whole units and no more segments than
+        layers."""
         self.ledger.check_integrity()
         self.roster.check_integrity()
 
@@ -187,7 +190,8 @@ class BrokerCore:
             return
         engine = Engine(hello=hello, pid=pid, connection=connection, processes={pid})
         if known is not None:
-            # The same process again: what it reports replaces what was booked, and promises of the old connection are void.
+            # The same process again: what it reports replaces what was booked, and promises of the old connection are
+            # void.
             engine.processes |= known.processes
             engine.pinned, engine.recalled_total = known.pinned, known.recalled_total
             engine.weights = WeightState(pinned=known.weights.pinned, sleep_due=known.weights.sleep_due)

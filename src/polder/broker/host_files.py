@@ -1,9 +1,10 @@
-"""Host copies of weights that engines share: which file holds whose weights, and who uses it. The engines write and read the
-bytes (weights/host_copy.py).
+"""Host copies of weights that engines share: which file holds whose weights, and who uses it. The engines write and
+read the bytes (weights/host_copy.py).
 
-The first process that asks for a key gets an empty file to fill, and reports when it is full. Processes that ask later get the full
-file. Until then they get none and make a copy of their own; if the first process dies, the next one that asks fills a new file. A
-file is closed here when all processes that got it have ended. Processes that have mapped it keep its bytes.
+The first process that asks for a key gets an empty file to fill, and reports when it is full. Processes that ask later
+get the full file. Until then they get none and make a copy of their own; if the first process dies, the next one that
+asks fills a new file. A file is closed here when all processes that got it have ended. Processes that have mapped it
+keep its bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class HostFiles:
         self._files: dict[str, HostFile] = {}
 
     def ask(self, key: str, pid: int) -> HostFile | None:
-        """The file of `key`, for the process `pid` to read, or to fill if it is new. None while another process fills it."""
+        """The file of `key`, for the process `pid` to read, or to fill if it is new. None while another process fills
+        it."""
         file = self._files.get(key)
         if file is None:
             fd = os.memfd_create("polder-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

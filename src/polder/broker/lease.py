@@ -1,8 +1,9 @@
 """Leases: pages change hands under a numbered promise, the same for KV units and for segments of weights.
 
-A grant is open from the moment its pages are booked to an engine until the engine says Grown, or returns them unmapped. A recall
-is open until the engine has unmapped the pages and returned them. Until then the pages are the engine's, even after the deadline:
-a page must not be reused before its last writer is known to be done (law 4). A deadline that passed is counted and shown.
+A grant is open from the moment its pages are booked to an engine until the engine says Grown, or returns them unmapped.
+A recall is open until the engine has unmapped the pages and returned them. Until then the pages are the engine's, even
+after the deadline: a page must not be reused before its last writer is known to be done (law 4). A deadline that passed
+is counted and shown.
 
 Numbers only rise within one broker, so a late answer to a closed lease is recognised and ignored.
 """
@@ -58,7 +59,8 @@ class LeaseBook:
     def returned(self, hello: Hello, message: Returned) -> tuple[Lease | None, int]:
         """Frees what an engine returned. Gives the lease that this closes, if it was open, and the number of units.
 
-        Raises ProtocolError, having changed nothing, unless all pages are the engine's, of that use, and make whole units.
+        Raises ProtocolError, having changed nothing, unless all pages are the engine's, of that use, and make whole
+        units.
         """
         units = units_in(hello, message.use, message.pages)
         self.ledger.give_all_back(Owner(hello.engine, message.use), pages_by_device(hello, message.pages))
@@ -111,7 +113,8 @@ def book(ledger: Ledger, hello: Hello, use: Use, units: int) -> Pages:
 
 
 def units_in(hello: Hello, use: Use, pages: Pages) -> int:
-    """How many units these pages are. Raises ProtocolError unless they are as many whole units on every rank of the engine."""
+    """How many units these pages are. Raises ProtocolError unless they are as many whole units on every rank of the
+    engine."""
     size = hello.unit_pages(use)
     counts = {len(numbers) for numbers in pages}
     if not any(counts):

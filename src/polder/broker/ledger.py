@@ -1,11 +1,11 @@
 """The ledger: who owns each page of each device. Law 1, conservation: free + owned = total, after every call.
 
-Pages are numbers 0 .. total - 1 on their device. The ledger knows nothing of bytes or handles. For each device an int32 array holds
-the owner's index of every page (0: free), so giving or taking a thousand pages is two numpy operations. Counts are kept beside
-the array and compared with it by `check_integrity`.
+Pages are numbers 0 .. total - 1 on their device. The ledger knows nothing of bytes or handles. For each device an int32
+array holds the owner's index of every page (0: free), so giving or taking a thousand pages is two numpy operations.
+Counts are kept beside the array and compared with it by `check_integrity`.
 
-A page that the device has no memory for is missing. Missing pages that nobody owns are withheld: nobody gets them, and the total
-is without them. A missing page that somebody owns is withheld when it is given back.
+A page that the device has no memory for is missing. Missing pages that nobody owns are withheld: nobody gets them, and
+the total is without them. A missing page that somebody owns is withheld when it is given back.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Ledger:
         return np.flatnonzero(self._device(device).owner_of == self._index.get(owner, -1))
 
     def take(self, device: str, owner: Owner, count: int) -> PageArray:
-        """Gives `count` free pages to `owner`: the lowest numbers, so that runs of pages stay together and map in one call.
+        """Gives `count` free pages to `owner`: the lowest numbers, so that runs of pages stay together and map in one
+        call.
 
         Raises OutOfPages, having taken nothing, when fewer are free.
         """
@@ -127,7 +128,8 @@ class Ledger:
         self._assign(state, index, owner)
 
     def give_back(self, device: str, owner: Owner, pages: Sequence[int] | PageArray) -> None:
-        """Returns pages to the free ones. Raises ProtocolError, having changed nothing, unless all of them are the owner's."""
+        """Returns pages to the free ones. Raises ProtocolError, having changed nothing, unless all of them are the
+        owner's."""
         self.give_all_back(owner, {device: pages})
 
     def give_all_back(self, owner: Owner, pages: Mapping[str, Sequence[int] | PageArray]) -> None:

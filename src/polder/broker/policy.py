@@ -12,11 +12,12 @@ In this order, on each device (sizes in units of the engine concerned, capacity 
 8. cache, where a unit saves most seconds of prefill a second. The curves have cliffs (an agent's prefixes fit wholly or
    not at all), so the next step is the best *run* of units, not the next unit: the lookahead of Qureshi and Patt,
    "Utility-Based Cache Partitioning", MICRO 2006, Algorithm 1;
-9. what is left stays where it is, or goes to an engine that would otherwise evict, first to one whose cache is known to be reused.
+9. what is left stays where it is, or goes to an engine that would otherwise evict, first to one whose cache is known to
+   be reused.
 
-Memory is recalled only when somebody has a use for it. For requests it is recalled at once. For cache it is recalled only from an
-engine that got nothing for `min_hold_s`, and in favour of one that gave nothing for as long. The reserve has two watermarks: it
-is refilled to the high one when it falls below the low one, else left alone.
+Memory is recalled only when somebody has a use for it. For requests it is recalled at once. For cache it is recalled
+only from an engine that got nothing for `min_hold_s`, and in favour of one that gave nothing for as long. The reserve
+has two watermarks: it is refilled to the high one when it falls below the low one, else left alone.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class Claim:
     step_pages: int = 1
     """They are of use in multiples of this only."""
     urgent: bool
-    """True: before all engines' KV, with the reserve, by recalls that may preempt. False: after requests and the reserve, and
-    before any cache."""
+    """True: before all engines' KV, with the reserve, by recalls that may preempt. False: after requests and the
+    reserve, and before any cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +164,8 @@ def decide(
 ) -> Plan:
     """Targets of all engines, and the moves towards them that `free_pages` and the hold times allow now.
 
-    `claims`: one per engine at most. `coming_pages`: part of `total_pages` that will be free without a recall, because weights
-    are being given up.
+    `claims`: one per engine at most. `coming_pages`: part of `total_pages` that will be free without a recall, because
+    weights are being given up.
     """
     high = int(total_pages * config.reserve_high_ratio)
     low = int(total_pages * config.reserve_low_ratio)
@@ -198,12 +199,14 @@ def decide(
 
 
 def missing_pages(total_pages: int, engines: Sequence[EngineView]) -> int:
-    """What requests need beyond `total_pages`: beyond what any recall can bring. The targets of `decide` never exceed the total."""
+    """What requests need beyond `total_pages`: beyond what any recall can bring. The targets of `decide` never exceed
+    the total."""
     return max(0, sum((e.pinned or e.need) * e.pages_per_unit for e in engines) - total_pages)
 
 
 def ample_pages(total_pages: int, engines: Sequence[EngineView]) -> int:
-    """What would be left of `total_pages` if all engines had what they need or needed lately, and all cache that saves time."""
+    """What would be left of `total_pages` if all engines had what they need or needed lately, and all cache that saves
+    time."""
 
     def kept(engine: EngineView) -> int:
         useful = next((units for units, saved in enumerate(engine.curve) if saved >= engine.curve[-1] - 1e-6), 0)
@@ -355,9 +358,11 @@ def _recalls(
     targets: dict[str, Target],
     min_hold_s: float,
 ) -> dict[str, Recalled]:
-    """Takes `refill_pages` from any engine above its target, and `cache_pages` more from those that held theirs long enough.
+    """Takes `refill_pages` from any engine above its target, and `cache_pages` more from those that held theirs long
+    enough.
 
-    The engine that holds most, measured in its share, gives first. An engine pinned below what it holds gives back in any case.
+    The engine that holds most, measured in its share, gives first. An engine pinned below what it holds gives back in
+    any case.
     """
     recalls: dict[str, Recalled] = {}
     need = refill_pages + cache_pages

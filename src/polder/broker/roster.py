@@ -27,8 +27,8 @@ class WeightState:
     pinned: int | None = None
     """Segments that an operator allows it: 0 to sleep, fewer than its layers to stream the others. None: no order."""
     sleep_due: bool = False
-    """An operator's Sleep is not carried out yet, because the engine has requests or was to wake for some. Until it is, no
-    request cancels it."""
+    """An operator's Sleep is not carried out yet, because the engine has requests or was to wake for some. Until it is,
+    no request cancels it."""
     woken: bool = False
     """It waits for its layers because an operator said so. Aborted requests do not end that."""
     returning: int = 0
@@ -147,7 +147,8 @@ class Roster:
         return 1 if self.asleep(engine) and knows else engine.hello.floor_units
 
     def ceiling(self, engine: Engine) -> int:
-        """The KV units that it can hold at most: what it asked for, less what the others must have and one of its own segments."""
+        """The KV units that it can hold at most: what it asked for, less what the others must have and one of its own
+        segments."""
         most = engine.hello.ceiling_units
         for device in set(engine.hello.devices):
             others = sum(least_pages(other.hello, device) for other in self.others(engine))
@@ -156,7 +157,8 @@ class Roster:
         return most
 
     def share(self, engine: Engine) -> int:
-        """The KV units that it gets on demand: what it asked for, else an equal part of what no awake engine asked for."""
+        """The KV units that it gets on demand: what it asked for, else an equal part of what no awake engine asked
+        for."""
         if engine.hello.share_units:
             return max(engine.hello.floor_units, min(engine.hello.share_units, self.ceiling(engine)))
         units = engine.hello.ceiling_units

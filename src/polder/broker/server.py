@@ -1,14 +1,15 @@
 """The broker's sockets: one thread and one selector around the state machine of core.py.
 
-Only processes of the broker's own user may speak (SO_PEERCRED), through a socket of mode 0600. A peer that sends nonsense loses its
-connection; nobody else is affected. Every process that says Hello or Fetch is watched by a pidfd taken from its connection, so a
-recycled process id is never mistaken for it. The end of a process wakes the selector at once.
+Only processes of the broker's own user may speak (SO_PEERCRED), through a socket of mode 0600. A peer that sends
+nonsense loses its connection; nobody else is affected. Every process that says Hello or Fetch is watched by a pidfd
+taken from its connection, so a recycled process id is never mistaken for it. The end of a process wakes the selector at
+once.
 
-If a device is out of memory, or a file table is full, the Fetch that met it is refused and the engine gives its grant back. Pages
-that could not be made are missing (ledger.py); the server tries again now and then to make them.
+If a device is out of memory, or a file table is full, the Fetch that met it is refused and the engine gives its grant
+back. Pages that could not be made are missing (ledger.py); the server tries again now and then to make them.
 
-A stale socket file (it is there, and nobody listens) means that the former broker was killed. Its engines may still hold memory, so
-this broker grants nothing until `recovery_s` has passed.
+A stale socket file (it is there, and nobody listens) means that the former broker was killed. Its engines may still
+hold memory, so this broker grants nothing until `recovery_s` has passed.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ SO_PEERPIDFD = 77  # <linux/socket.h>, since Linux 6.5; not in Python's socket m
 
 
 def serve(config: BrokerConfig, *, stop: threading.Event | None = None) -> None:
-    """Runs a broker until `stop`, SIGTERM or SIGINT, then removes its socket. Raises AddressInUse if one runs there already."""
+    """Runs a broker until `stop`, SIGTERM or SIGINT, then removes its socket. Raises AddressInUse if one runs there
+    already."""
     stop = stop or threading.Event()
     server = BrokerServer(config)
     previous = {}
@@ -145,7 +147,8 @@ class BrokerServer:
             logger.info("%s: %d pages, %s", device, total, format_bytes(total * config.page_bytes))
 
     def _check_free(self, device: str, backend: Backend, crashed_before: bool) -> None:
-        """Raises ConfigError when the budget exceeds the free memory. Not after a crash: then engines still hold a part of it."""
+        """Raises ConfigError when the budget exceeds the free memory. Not after a crash: then engines still hold a part
+        of it."""
         free, budget = backend.free_bytes(), self._config.devices[device]
         if free is None or crashed_before:
             return
@@ -338,7 +341,8 @@ class BrokerServer:
         )
 
     def _try_missing(self, now: float) -> None:
-        """Makes missing pages, if there is memory for them now: a few at a time, because the loop stands still meanwhile."""
+        """Makes missing pages, if there is memory for them now: a few at a time, because the loop stands still
+        meanwhile."""
         for device, due in list(self._missing_next.items()):
             if now < due:
                 continue
@@ -356,7 +360,8 @@ class BrokerServer:
                 self._missing_next[device] = now + MISSING_EVERY_S
 
     def _watch(self, peer: _Peer) -> None:
-        """Watches the peer's process by a pidfd: from its connection, which excludes a recycled id, or by id on older kernels."""
+        """Watches the peer's process by a pidfd: from its connection, which excludes a recycled id, or by id on older
+        kernels."""
         try:
             pidfd = peer.socket.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
         except OSError:

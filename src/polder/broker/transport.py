@@ -114,7 +114,8 @@ class Channel:
         self._socket.settimeout(timeout_s)
 
     def receive(self) -> FromBroker:
-        """The next message. Raises TimeoutError after the channel's time, BrokerUnavailable at the end of the connection."""
+        """The next message. Raises TimeoutError after the channel's time, BrokerUnavailable at the end of the
+        connection."""
         while not self._ready:
             try:
                 data, fds = recv_fds(self._socket, 1 << 16, MAX_FDS)

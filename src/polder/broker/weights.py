@@ -1,11 +1,12 @@
 """Which engine holds the weights of how many of its layers: who is asked for segments, who waits, who gets them.
 
 The policy (policy.py) divides all pages, so it is told of weights as claims:
-  * the engine that wakes has an urgent claim on all that it lacks. If several wake, it is the one that has waited longest;
-  * segments that may come back because memory is ample have a claim that is not urgent: nothing is preempted for them, and the
-    reserve is not used.
-Who gives segments up is decided in planner/sharing.py, before the policy decides about recalls of KV: idle engines give up their
-weights before running requests are preempted. Segments change hands under the same leases as KV units (lease.py).
+  * the engine that wakes has an urgent claim on all that it lacks. If several wake, it is the one that has waited
+    longest;
+  * segments that may come back because memory is ample have a claim that is not urgent: nothing is preempted for them,
+    and the reserve is not used. Who gives segments up is decided in planner/sharing.py, before the policy decides about
+    recalls of KV: idle engines give up their weights before running requests are preempted. Segments change hands under
+    the same leases as KV units (lease.py).
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Weights:
             return
         if demand.idle_s > 0:
             if demand.asleep and self.roster.asleep(engine):
-                # It has no requests: those that it was to wake for were aborted, and a Sleep that was due is carried out.
+                # It has no requests: those that it was to wake for were aborted, and a Sleep that was due is carried
+                # out.
                 engine.weights.sleep_due = False
                 if not engine.weights.woken:
                     engine.weights.waking_since = None
@@ -123,8 +125,8 @@ class Weights:
     def claims(self, device: str) -> list[Claim]:
         """Claims on the device's pages: of the engine that wakes, and of those whose segments shall come back.
 
-        If others' weights and floors leave no room for the engine that wakes yet, only what is free is set aside for it. To recall
-        more KV would slow down the engines that it waits for, and bring it no nearer.
+        If others' weights and floors leave no room for the engine that wakes yet, only what is free is set aside for
+        it. To recall more KV would slow down the engines that it waits for, and bring it no nearer.
         """
         returning = [_claim(e, device, e.weights.returning) for e in self.roster.on(device) if e.weights.returning]
         waker, pages = self._waker(), self._waker_pages(device)
@@ -139,7 +141,8 @@ class Weights:
     # ------------------------------------------------------------------ decisions
 
     def plan(self, now: float) -> None:
-        """Recalls segments whose pages somebody needs, and marks those that shall come back. To be called before the policy."""
+        """Recalls segments whose pages somebody needs, and marks those that shall come back. To be called before the
+        policy."""
         movable = [engine for engine in self.roster.engines.values() if engine.hello.layers]
         for engine in movable:
             if engine.weights.waking_since is not None and not self._missing(engine):
@@ -165,7 +168,8 @@ class Weights:
             self._recall(self.roster.engines[name], move, now)
 
     def carry_out(self, plans: Mapping[str, Plan], now: float) -> None:
-        """Grants the segments whose pages the policy set aside on all devices. An engine that sleeps gets all or none."""
+        """Grants the segments whose pages the policy set aside on all devices. An engine that sleeps gets all or
+        none."""
         waker = self._waker()
         for engine in self.roster.engines.values():
             wanted = self.roster.lacking(engine) if engine is waker else engine.weights.returning
@@ -241,7 +245,8 @@ class Weights:
         return engine.hello.layers > 0 and not engine.is_quiet("weights", now) and not self._recalled(engine)
 
     def _waker(self) -> Engine | None:
-        """The engine that has waited longest. One at a time: two that do not fit together would each get half and wait for ever."""
+        """The engine that has waited longest. One at a time: two that do not fit together would each get half and wait
+        for ever."""
         waking = [
             (engine.weights.waking_since, number, engine)
             for number, engine in enumerate(self.roster.engines.values())
@@ -297,8 +302,8 @@ class _Lowest:
     window_s: float
     since: float
     _rising: deque[tuple[float, int]] = field(default_factory=deque)
-    """(time, value) of the values below which no later one fell: as many entries as there are different values. A value holds
-    until the next one is observed."""
+    """(time, value) of the values below which no later one fell: as many entries as there are different values. A value
+    holds until the next one is observed."""
 
     def observe(self, value: int, now: float) -> int:
         while self._rising and self._rising[-1][1] > value:

@@ -133,7 +133,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     floor_units: int
     ceiling_units: int
     share_units: int
-    """The engine gets this much whenever it needs it. What it holds above its share is borrowed. 0: an equal part of the device."""
+    """The engine gets this much whenever it needs it. What it holds above its share is borrowed. 0: an equal part of
+    the device."""
     host_pages: int = 0
     """Pages of host memory for the host tier of each rank, for the lifetime of the engine."""
     table_bytes: int = 0
@@ -179,7 +180,8 @@ class Demand(Message, frozen=True, kw_only=True, tag="demand"):
     asleep: bool = False
     """The engine holds no weights. Meanwhile its KV floor is one unit."""
     spare_segments: int = 0
-    """Segments that it could give up now. While it serves: those that it could stream without delay. While idle: all."""
+    """Segments that it could give up now. While it serves: those that it could stream without delay. While idle:
+    all."""
     idle_s: float = 0.0
     """Time since its last request ended; 0 while it has any."""
     next_use_s: float = math.inf
@@ -206,7 +208,8 @@ class Returned(Message, frozen=True, kw_only=True, tag="returned"):
 
 
 class NeedWeights(Message, frozen=True, kw_only=True, tag="need-weights"):
-    """The engine needs the weights of all its layers. It comes before every other demand. To be repeated on a new connection."""
+    """The engine needs the weights of all its layers. It comes before every other demand. To be repeated on a new
+    connection."""
 
 
 class Fetch(Message, frozen=True, kw_only=True, tag="fetch"):
@@ -265,7 +268,8 @@ class Stream(Message, frozen=True, kw_only=True, tag="stream"):
 
 
 class Sleep(Message, frozen=True, kw_only=True, tag="sleep"):
-    """An engine shall give up all of its weights as soon as it is idle. They come back with Wake, or with its next request."""
+    """An engine shall give up all of its weights as soon as it is idle. They come back with Wake, or with its next
+    request."""
 
     engine: str
 
@@ -285,9 +289,9 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     lease: int
     """The lease of the first KV units, to be answered by Grown. 0 after a reconnection."""
     held: Held
-    """At first: the pages of the KV floor and of all layers' weights. If the weights do not fit now, the engine starts asleep,
-    with one KV unit. After a reconnection: the numbers under which the reported pages are booked, in the same order. They
-    differ from the reported ones if those were granted to others before the engine came back."""
+    """At first: the pages of the KV floor and of all layers' weights. If the weights do not fit now, the engine starts
+    asleep, with one KV unit. After a reconnection: the numbers under which the reported pages are booked, in the same
+    order. They differ from the reported ones if those were granted to others before the engine came back."""
     share_units: int
     ceiling_units: int
     """At most what the device can ever spare."""
@@ -332,8 +336,9 @@ class Recall(Message, frozen=True, kw_only=True, tag="recall"):
     deadline_s: float
     """Seconds from now until the pages must be back."""
     preempt: bool = False
-    """False: only idle and cached memory; weights that are not needed. True, for KV: preempt running requests if nothing else
-    frees enough. True, for weights: all of them; requests stand still until the weights are back, for which the engine asks."""
+    """False: only idle and cached memory; weights that are not needed. True, for KV: preempt running requests if
+    nothing else frees enough. True, for weights: all of them; requests stand still until the weights are back, for
+    which the engine asks."""
 
 
 class Handles(Message, frozen=True, kw_only=True, tag="handles"):
@@ -350,8 +355,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     devices: list[str]
     state: str
-    """ "serving" | "overdue" (a recall passed its deadline) | "silent" (its connection broke; it serves on with what it holds) |
-    "gone" (its core ended; its pages are not back yet)."""
+    """ "serving" | "overdue" (a recall passed its deadline) | "silent" (its connection broke; it serves on with what it
+    holds) | "gone" (its core ended; its pages are not back yet)."""
     pages_per_unit: int
     unit_tokens: int
     held_units: int

@@ -1,13 +1,14 @@
 """What a larger or smaller prefix cache would save: an online reuse-distance curve.
 
-A request's prefix of n blocks hits in an LRU cache of c blocks if every one of them was touched again within c distinct blocks. The
-tracker keeps the blocks' hashes in order of last touch, far beyond what the cache holds, and for each touch counts the distinct
-blocks touched since: the LRU stack distance (Mattson et al., IBM Systems Journal 9(2), 1970), by a Fenwick tree in O(log n). A
-prefix cannot hit past its first miss, so a block counts with the largest distance of its prefix so far. Hits are summed by
-distance with an exponential decay. This gives, for every cache size, the tokens saved per second recently.
+A request's prefix of n blocks hits in an LRU cache of c blocks if every one of them was touched again within c distinct
+blocks. The tracker keeps the blocks' hashes in order of last touch, far beyond what the cache holds, and for each touch
+counts the distinct blocks touched since: the LRU stack distance (Mattson et al., IBM Systems Journal 9(2), 1970), by a
+Fenwick tree in O(log n). A prefix cannot hit past its first miss, so a block counts with the largest distance of its
+prefix so far. Hits are summed by distance with an exponential decay. This gives, for every cache size, the tokens saved
+per second recently.
 
-Time and memory are bounded. Only hashes in a fixed part of the hash space are tracked, and their distances are scaled up (SHARDS,
-Waldspurger et al., FAST 2015, section 3). At most `max_tracked` are kept; older ones are forgotten.
+Time and memory are bounded. Only hashes in a fixed part of the hash space are tracked, and their distances are scaled
+up (SHARDS, Waldspurger et al., FAST 2015, section 3). At most `max_tracked` are kept; older ones are forgotten.
 """
 
 from __future__ import annotations
