@@ -18,7 +18,8 @@ from polder.diskstore.keys import Keys, key_array
 from polder.diskstore.layout import usage_bytes
 from polder.diskstore.model import DiskModel
 from polder.diskstore.store import DiskStore, StoreConfig
-from polder.emulation.disks import EmulatedDisk, emulated_files
+from polder.emulation.disks import EmulatedDisk
+from tests.emulation.files import emulated_files
 
 FAST = DiskModel(bytes_per_s=1e12, latency_s=0.0)
 PAGE = 64 << 10

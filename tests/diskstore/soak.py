@@ -39,9 +39,10 @@ from polder.diskstore.keys import Keys, key_array
 from polder.diskstore.layout import plan_layout, usage_bytes
 from polder.diskstore.model import DiskModel
 from polder.diskstore.store import DiskStore, StoreConfig
-from polder.emulation.disks import DiskFaults, EmulatedDisk, emulated_files
+from polder.emulation.disks import DiskFaults, EmulatedDisk
 from polder.errors import EnvironmentFault, PolderError
 from polder.units import parse_bytes
+from tests.emulation.files import emulated_files
 
 __all__ = ["SoakReport", "soak"]
 

@@ -16,8 +16,9 @@ from polder.diskstore.io import Arena, Transfer, open_page_file
 from polder.diskstore.keys import page_seeds
 from polder.diskstore.model import DiskModel
 from polder.diskstore.pieces import PageFormat
-from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock, emulated_files
+from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 from tests.diskstore.pages import PAGE, PART, PARTS, Shelf, content, names, shelf_of_parts
+from tests.emulation.files import emulated_files
 
 FAST = DiskModel(bytes_per_s=1e12, latency_s=0.0)
 

@@ -17,8 +17,9 @@ from polder.diskstore.disk import DiskConfig
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.io import IoEngine, PageFile, open_page_file
 from polder.diskstore.store import DiskStore, StoreConfig
-from polder.emulation.disks import DiskFaults, EmulatedDisk, emulated_files
+from polder.emulation.disks import DiskFaults, EmulatedDisk
 from tests.diskstore.pages import FAST, PAGE, Shelf, content, names, two_disks, write_until_killed
+from tests.emulation.files import emulated_files
 
 # ---------------------------------------------------------------- bytes that change
 

@@ -11,8 +11,9 @@ import pytest
 
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.model import DiskModel
-from polder.emulation.disks import DiskFaults, EmulatedDisk, EmulatedEngine, RealClock, VirtualClock, emulated_files
+from polder.emulation.disks import DiskFaults, EmulatedDisk, EmulatedEngine, RealClock, VirtualClock
 from tests.diskstore.pages import PAGE, Shelf
+from tests.emulation.files import emulated_files
 
 MB = 1_000_000
 

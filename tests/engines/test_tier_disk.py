@@ -88,7 +88,7 @@ def test_ranks_begin_with_what_all_of_them_have(ranks: list[PolderWorker], monke
     slots = agree_on_slots(rpc, plan_like(ranks))
     assert slots.capacity == min(capacities)
     assert slots.slot_bytes == 2 * PAGE
-    assert slots.unbound == 2
+    assert slots.unclaimed == 2
     assert (slots.claim(KEYS) >= 0).nonzero()[0].tolist() == [1, 3]
     for one in ranks:
         assert one.disks is not None
@@ -117,7 +117,7 @@ def test_a_rank_that_has_nothing_stops_no_start(
         return answers
 
     slots = agree_on_slots(rpc, plan)
-    assert slots.unbound == 0
+    assert slots.unclaimed == 0
     assert (slots.capacity > 0) == (why == "no pages")
     assert (slots.claim(KEYS) == -1).all()
     for one in workers:

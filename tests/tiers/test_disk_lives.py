@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from polder.diskstore.model import DiskModel
-from polder.emulation.disks import EmulatedDisk, emulated_files
+from polder.emulation.disks import EmulatedDisk
 from polder.errors import ConfigError
 from polder.tiers.slots import block_ids
 from polder.tiers.transfer import Job
+from tests.emulation.files import emulated_files
 from tests.tiers.disk_rig import DISK, Rig, content, names
 
 FAST = DiskModel(bytes_per_s=1e12, latency_s=0.0)

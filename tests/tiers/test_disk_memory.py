@@ -14,7 +14,7 @@ from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.io import Arena
 from polder.diskstore.keys import key_array
 from polder.diskstore.model import DiskModel
-from polder.emulation.disks import DiskFaults, EmulatedDisk, EmulatedEngine, VirtualClock, emulated_files
+from polder.emulation.disks import DiskFaults, EmulatedDisk, EmulatedEngine, VirtualClock
 from polder.errors import ConfigError
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import common_inventory, inventory
@@ -22,6 +22,7 @@ from polder.tiers.slots import block_ids
 from polder.tiers.spill import SpillConfig
 from polder.tiers.striping import Striping
 from polder.tiers.transfer import JobResult
+from tests.emulation.files import emulated_files
 from tests.tiers.disk_rig import BLOCK, DISK, HOST, PAGE, SLOT, Rig, names
 
 FAST = DiskModel(bytes_per_s=1e12, latency_s=0.0)

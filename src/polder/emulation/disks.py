@@ -1,37 +1,35 @@
-"""Emulated disks: each request takes as long as on a disk of the given speed, and not less; and it may fail on purpose.
+"""Emulated disks: requests take as long as on a disk of a given speed, and may fail on purpose.
 
-A disk serves its requests one after another in virtual time: a request starts when it has arrived and the one before is
-over, takes `max(bytes / bandwidth, 1 / requests per second)`, and is reported `latency` later. The bytes are really
-read, from any file; then the caller sleeps until the virtual time of its last request. Moments are absolute, so nothing
-adds up; the modelled time is exact at any load of the machine, and the wall time follows it as long as the real I/O is
-faster (`Step.late_s` says if it was not).
+A disk serves its requests one after another in virtual time. A request starts when it has arrived and the one before is
+over, takes `max(bytes / bytes_per_s, 1 / requests_per_s)`, and is reported `latency_s` later. The bytes are really
+read, from any file; then the caller sleeps until the virtual time of its last request. These times are absolute, so
+errors do not add up. The modelled time is exact at any load of the machine. The wall time follows it as long as the
+real I/O is faster; `Step.late_s` says if it was not.
 
-`EmulatedDisk` alone is the model, for simulators. `EmulatedEngine` puts disks beneath a whole store, a batch at a time;
-measure with it. `EmulatedFile` is one disk's file, call by call, for the faults that only real threads meet.
+`EmulatedDisk` is the model alone, for simulators. `EmulatedEngine` emulates the disks of a whole store, batch by batch;
+it is the one to measure with.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from polder.arrays import ErrorArray, FloatArray, IntArray
 from polder.diskstore.engine import side_by_side
-from polder.diskstore.io import IoEngine, OpenFile, Outcome, PageFile, Transfer, open_page_file
+from polder.diskstore.io import IoEngine, Outcome, Transfer
 from polder.diskstore.model import DiskModel
 
 __all__ = [
-    *("Clock", "DiskFaults", "EmulatedDisk", "EmulatedEngine", "EmulatedFile", "RealClock", "Step"),
-    *("VirtualClock", "emulated_files"),
+    *("Clock", "DiskFaults", "EmulatedDisk", "EmulatedEngine", "RealClock", "Step"),
+    *("VirtualClock"),
 ]
 
 
@@ -53,7 +51,7 @@ class RealClock:
 
 
 class VirtualClock:
-    """Stands still but for those who sleep: nobody waits."""
+    """A clock that moves only when somebody sleeps, so nobody really waits."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -70,17 +68,17 @@ class DiskFaults:
     fail: float = 0.0
     """Share of requests that end with EIO."""
     stall: float = 0.0
-    """Share of requests that take `stall_s` longer, without keeping others up."""
+    """Share of requests that take `stall_s` longer, without delaying others."""
     stall_s: float = 0.0
     dies_at_s: float = float("inf")
-    """Seconds after the disk was made from when on every request ends with EIO."""
+    """Seconds after its creation, from when on every request of the disk ends with EIO."""
     hangs_at_s: float = float("inf")
-    """From when on no request ends."""
+    """Likewise, from when on no request ends."""
     seed: int = 0
 
 
 class EmulatedDisk:
-    """The model of one disk, and its faults. Thread-safe."""
+    """The model of one disk with its faults. Thread-safe."""
 
     def __init__(self, model: DiskModel, faults: DiskFaults | None = None, clock: Clock | None = None) -> None:
         self.model, self.clock = model, clock or RealClock()
@@ -96,7 +94,8 @@ class EmulatedDisk:
         self._refusal = 0
 
     def serve(self, sizes_bytes: IntArray, arrival_s: float) -> tuple[FloatArray, ErrorArray]:
-        """Requests that arrive together -> when each is over (inf: never), and its errno. Waits for nothing."""
+        """Serves requests that arrive together. Returns when each is over (inf: never), and its errno. Does not
+        wait."""
         model, faults, count = self.model, self._faults, len(sizes_bytes)
         took = np.maximum(sizes_bytes / model.bytes_per_s, 1 / model.requests_per_s)
         with self._lock:
@@ -116,19 +115,19 @@ class EmulatedDisk:
         return done, np.where(failed, errno.EIO, 0).astype(np.int32)
 
     def die(self) -> None:
-        """Every request ends with EIO from now on."""
+        """Makes every request end with EIO from now on."""
         self._dead = True
 
     def hang(self) -> None:
-        """No request ends from now on."""
+        """Makes no request end from now on."""
         self._answers.clear()
 
     def refuse_writes(self, number: int) -> None:
-        """Every write ends with this errno from now on: ENOSPC, EROFS, EACCES; 0: none does."""
+        """Makes every write end with this errno from now on, e.g. ENOSPC; 0 for none."""
         self._refusal = number
 
     def recover(self) -> None:
-        """Requests are served again; those of an EmulatedFile that hung go on."""
+        """Serves requests again; requests that wait go on."""
         self._dead, self._refusal = False, 0
         self._answers.set()
 
@@ -137,26 +136,26 @@ class EmulatedDisk:
         return self._refusal
 
     def wait(self) -> None:
-        """Returns when the disk answers."""
+        """Returns when the disk does not hang (any more)."""
         self._answers.wait()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One batch on all disks."""
+    """The times of one batch on all disks."""
 
     wall_s: float
     modelled_s: float
     late_s: float
-    """By how much the real I/O took longer than the model: if it did, the wall time says nothing."""
+    """By how much the real I/O took longer than the model. Above 0 the wall time is meaningless."""
 
 
 class EmulatedEngine:
-    """Any engine, over emulated disks: transfer `disk` n is served by `disks[n]`. They share one clock."""
+    """An I/O engine over emulated disks. Transfers of disk n are served by `disks[n]`. All disks share one clock."""
 
     def __init__(self, inner: IoEngine, disks: Sequence[EmulatedDisk]) -> None:
         self.steps: list[Step] = []
-        """Of every batch since the start, in order."""
+        """All batches since the start, in order."""
         self._inner, self._disks = inner, tuple(disks)
         self._clock = disks[0].clock
 
@@ -199,44 +198,3 @@ class EmulatedEngine:
         self._clock.sleep_until(over)
         self.steps.append(Step(wall_s=self._clock.now() - started, modelled_s=over - started, late_s=late_s))
         return paced
-
-
-class EmulatedFile:
-    """A file on an emulated disk: every call is one request, and the calling thread waits for it."""
-
-    def __init__(self, inner: PageFile, disk: EmulatedDisk) -> None:
-        self.alignment_bytes = inner.alignment_bytes
-        self._inner, self._disk = inner, disk
-
-    def preadv(self, buffers: Sequence[memoryview], offset: int, /) -> int:
-        self._request(buffers)
-        return self._inner.preadv(buffers, offset)
-
-    def pwritev(self, buffers: Sequence[memoryview], offset: int, /) -> int:
-        if self._disk.refusal:
-            raise OSError(self._disk.refusal, os.strerror(self._disk.refusal))
-        self._request(buffers)
-        return self._inner.pwritev(buffers, offset)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def _request(self, buffers: Sequence[memoryview]) -> None:
-        size = np.array([sum(len(buffer) for buffer in buffers)], dtype=np.int64)
-        done, errors = self._disk.serve(size, self._disk.clock.now())
-        if np.isinf(done[0]):
-            self._disk.wait()  # as in the kernel: it goes on when the disk does, however late
-        else:
-            self._disk.clock.sleep_until(float(done[0]))
-        if errors[0]:
-            raise OSError(int(errors[0]), os.strerror(int(errors[0])))
-
-
-def emulated_files(disks: Mapping[Path, EmulatedDisk]) -> OpenFile:
-    """For a store: its slabs lie on these disks, by directory; those of other directories as they are."""
-
-    def open_file(path: Path) -> PageFile:
-        inner = open_page_file(path)
-        return EmulatedFile(inner, disks[path.parent]) if path.parent in disks else inner
-
-    return open_file

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from polder.diskstore.io import IoEngine
 from polder.diskstore.model import DiskModel
 from polder.emulation.backends import FaultyBackend, PacedBackend, seeded_faults
@@ -47,15 +49,15 @@ class Emulation:
     def tier_memory(self, memory: TierMemory, tier: str, direction: Direction) -> TierMemory:
         """The memory of one lane: one tier ("peer" or "host"), one direction."""
         if (link := self._link(tier, direction)) is not None:
-            memory = PacedMemory(memory, link)
+            memory = cast(TierMemory, PacedMemory(memory, link))
         if self._faults.fail or self._faults.corrupt:
-            memory = FaultyMemory(memory, self._faults)
+            memory = cast(TierMemory, FaultyMemory(memory, self._faults))
         return memory
 
     def disk_memory(self, memory: BatchMemory) -> BatchMemory:
         """The disk tier: its pages reach the engine over the link of the host tier."""
         link = self._link("host", "load")
-        return memory if link is None else PacedBatch(memory, link)
+        return memory if link is None else cast(BatchMemory, PacedBatch(memory, link))
 
     def disk_engine(self, engine: IoEngine, *, disks: int) -> IoEngine:
         """The I/O engine under the disk tier's store."""
