@@ -118,9 +118,11 @@ def two_disks(tmp_path: Path, timeout_s: float = 20.0) -> tuple[Shelf, EmulatedD
         (tmp_path / name).mkdir()
     emulated = EmulatedDisk(FAST)
     opener = emulated_files({tmp_path / "a": emulated})
-    made = Shelf([tmp_path / "a", tmp_path / "b"], open_file=opener, timeout_s=timeout_s)
+    made = Shelf([tmp_path / "a", tmp_path / "b"], open_file=opener)  # a machine under load takes its time to write
     assert made.write(range(60), disks=[0] * 60).all()
     assert made.write(range(40, 100), disks=[1] * 60).all()
+    made.store.close()
+    made = Shelf([tmp_path / "a", tmp_path / "b"], open_file=opener, timeout_s=timeout_s)
     return made, emulated
 
 
