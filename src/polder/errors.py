@@ -1,16 +1,16 @@
-"""Every error Polder raises on purpose.
+"""Every error that Polder raises on purpose.
 
     PolderError
-    ├── UsageError          you asked for something impossible: the message says what to change
+    ├── UsageError          the request is impossible as it stands: the message says what to change
     │   ├── ConfigError         a setting, file or option has a bad value
-    │   ├── BudgetError         the memory asked for does not fit; says how much is needed
+    │   ├── BudgetError         the requested memory does not fit: the message says how much is needed
     │   └── UnsupportedVersion  this vLLM is not in the compat table
-    ├── EnvironmentFault    the machine or a neighbour is not as needed: retry, restart or fix it
+    ├── EnvironmentFault    the machine or another process is not as needed: retry, restart or fix it
     │   ├── BrokerUnavailable   no broker answers on the socket
-    │   ├── AddressInUse        a port or socket is taken by somebody else
+    │   ├── AddressInUse        another process has the port or socket
     │   └── OutOfPages          the device has no free page at this moment
-    └── InternalError       a law of docs/structures.md was broken: our bug, please report it
-        ├── IntegrityError      an owner of capacity does not add up
+    └── InternalError       a law of docs/structures.md was broken: a bug in Polder, please report it
+        ├── IntegrityError      the numbers of an owner of capacity do not add up
         └── ProtocolError       a peer sent what the protocol does not allow
 
 A cache fault is none of these: it is a counted miss and never reaches a request.
@@ -75,7 +75,7 @@ class InternalError(PolderError):
 
 
 class IntegrityError(InternalError):
-    """An owner of capacity does not add up: the message holds the numbers."""
+    """The numbers of an owner of capacity do not add up. The message has them."""
 
 
 class ProtocolError(InternalError):

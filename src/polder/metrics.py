@@ -1,8 +1,8 @@
 """Every metric of Polder, declared once: its name, kind, unit and meaning.
 
 An engine reports its metrics to the broker as a flat dictionary, `EngineStatus.stats`. `polder serve` exports them as
-`polder_engine_NAME`. vLLM's own /metrics has those of tiers and disks as `vllm:polder_NAME`. docs/metrics.md is generated from
-this file. To add a metric, add one line here and put its value into `stats` where it is measured.
+`polder_engine_NAME`. vLLM's own /metrics has those of tiers and disks as `vllm:polder_NAME`. docs/metrics.md is
+generated from this file. To add a metric, add one line here and put its value into `stats` where it is measured.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     class EngineSettings:
         tbt_goal_s: float | None = setting(GOAL, key="tbt_goal", default=None, help="The time that a token may take")
 
-The declaration holds everything that is said about the setting: how its value is written and read, its default, its help. Readers,
-command line options, the example of a fleet file and docs/settings.md are made from `declared(EngineSettings)`.
+The declaration holds everything that is said about the setting: how its value is written and read, its default, its
+help. Readers, command line options, the example of a fleet file and docs/settings.md are made from
+`declared(EngineSettings)`.
 """
 
 from __future__ import annotations

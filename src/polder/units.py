@@ -1,4 +1,4 @@
-"""Sizes and times as people write them: "64GiB", "2MiB", "150ms". A bad value is an error, never a default."""
+"""Sizes and times as users write them: "64GiB", "150ms". A value that cannot be read is an error, never a default."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def parse_seconds(text: str | float, *, what: str = "time") -> float:
 
 
 def seconds_text(seconds: float) -> str:
-    """What `parse_seconds` reads as the very same number: all its digits, and no exponent, which is no part of a time."""
+    """A text that `parse_seconds` reads as exactly the same number: all digits, no exponent."""
     return f"{Decimal(repr(seconds)):f}s"
 
 

@@ -173,7 +173,7 @@ def _(broken: Breaker) -> None:
 @_control("given: units that were given up stay mapped, and blocks that moved have other bytes")
 def _(broken: Breaker) -> None:
     """Else who uses an old id ends by SIGSEGV, or finds what was there before."""
-    from polder.engines.vllm.rank.worker import WorkerMemory
+    from polder.engines.vllm.rank.memory import WorkerMemory
 
     left: dict[int, int] = {}
 
@@ -200,9 +200,9 @@ def _(broken: Breaker) -> None:
 
 @_control("the workers' block tables keep old ids")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.rank import worker
+    from polder.engines.vllm.rank import calls
 
-    broken(worker, "rewrite_block_tables", lambda stock, *args: None)
+    broken(calls, "rewrite_block_tables", lambda stock, *args: None)
 
 
 @_control("the requests' lists keep old blocks")
@@ -221,7 +221,7 @@ def _(broken: Breaker) -> None:
 
 @_control("blocks that move leave their bytes behind")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.rank.worker import WorkerMemory
+    from polder.engines.vllm.rank.memory import WorkerMemory
 
     broken(WorkerMemory, "move", lambda stock, *args: None)
 

@@ -13,7 +13,7 @@ import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.gpu.block_table import BlockTables
 
-from polder.engines.vllm.rank import block_tables, worker
+from polder.engines.vllm.rank import block_tables, memory
 from polder.engines.vllm.rank.block_tables import new_ids
 from polder.errors import IntegrityError
 
@@ -99,8 +99,8 @@ def test_the_block_ids_of_one_runners_warm_up_are_redirected_and_nobody_elses() 
         return SimpleNamespace(block_tables=tables)
 
     starting, other = make(), make()
-    worker.redirect_warm_up(starting)
+    memory.redirect_warm_up(starting)
     for runner in (starting, other, make()):
         runner.block_tables.append_block_ids(0, ([5, 6],), overwrite=True)
     assert staged == [[0, 0], [5, 6], [5, 6]]
-    worker.redirect_warm_up(v1_runner())
+    memory.redirect_warm_up(v1_runner())

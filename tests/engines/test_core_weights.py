@@ -11,9 +11,8 @@ pytest.importorskip("vllm")
 from vllm.v1.core.sched.interface import PauseState
 
 from polder.broker.wire import Demand, Grant, Grown, NeedWeights, Recall, Returned
-from polder.engines.vllm.rank.worker import Outcome, WeightsFound
+from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
 from polder.engines.vllm.weights.core import SLOWDOWN, TOO_SLOW_S, CoreWeights, offloader
-from polder.engines.vllm.weights.offloader import Taken
 from polder.planner.rotation_cost import pass_seconds
 
 LAYERS = 8

@@ -13,7 +13,8 @@ from vllm.v1.worker.utils import request_memory
 
 from polder.broker.wire import DeviceStatus
 from polder.engines.vllm.plugin import _patch_memory
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.process import here
+from polder.engines.vllm.rank import calls
 from polder.engines.vllm.start.negotiate import check_devices
 from polder.errors import ConfigError
 
@@ -60,17 +61,18 @@ def test_a_device_is_compared_by_its_uuid() -> None:
 
 
 def test_an_engine_on_the_cpu_has_no_uuid() -> None:
-    assert worker.device_uuid(SimpleNamespace(device=SimpleNamespace(type="cpu"))) == ""
+    assert calls.device_uuid(SimpleNamespace(device=SimpleNamespace(type="cpu"))) == ""
 
 
 def test_a_worker_may_have_many_files_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA each page that it gets is a descriptor at first."""
-    monkeypatch.setattr(worker, "_prepared", None)
+    for name in ("plan", "rank", "device", "runner"):
+        monkeypatch.setattr(here, name, getattr(here, name))
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     rank = SimpleNamespace(rank=0, device=SimpleNamespace(type="cpu"), model_runner=None)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
-        worker.prepare(rank, SimpleNamespace())
+        calls.prepare(rank, SimpleNamespace())
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -88,7 +88,8 @@ def test_a_restarted_engine_hits_from_its_first_request_and_spoilt_pages_cost_no
 
 
 def test_a_directory_of_another_model_is_refused_with_a_message(disks: list[Path], expected: list[list[int]]) -> None:
-    from polder.engines.vllm.tiers.disk import DiskPlan, OpenDisks
+    from polder.engines.vllm.plans import DiskPlan
+    from polder.engines.vllm.tiers.disk import OpenDisks
 
     plan = DiskPlan(
         disks=((str(disks[1]), LIMIT),),

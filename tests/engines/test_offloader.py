@@ -18,7 +18,7 @@ pytest.importorskip("vllm")
 import torch
 import vllm
 
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.process import here
 from polder.engines.vllm.weights import offloader
 from polder.engines.vllm.weights.offloader import WeightOffloader
 from polder.errors import ConfigError, IntegrityError
@@ -76,7 +76,7 @@ class Model:
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WeightOffloader]]:
-    monkeypatch.setattr(offloader, "_offloader", None)
+    monkeypatch.setattr(here, "offloader", None)
     made: list[WeightOffloader] = []
 
     def open_store(backend: Backend, layers: Sequence[Mapping[str, Any]], obstacles: Mapping[int, str]) -> WeightStore:
@@ -215,8 +215,8 @@ def test_a_worker_gives_no_single_layers_of_a_model_in_graphs_away(
 ) -> None:
     model = Model(make, graphs=True)
     model.offloader.post_init()
-    monkeypatch.setattr(worker, "_memory", SimpleNamespace(rank=0))
-    monkeypatch.setattr(offloader, "_given", {segment: (1, (at,)) for at, segment in enumerate(model.store.segments)})
+    monkeypatch.setattr(here, "memory", SimpleNamespace(rank=0))
+    model.offloader.given |= {segment: (1, (at,)) for at, segment in enumerate(model.store.segments)}
     assert "all of its layers or none" in offloader.take(None, 1, 1, 1).error
     assert len(model.store.segments) == LAYERS
     assert len(offloader.take(None, LAYERS, 0, 1).segments) == LAYERS

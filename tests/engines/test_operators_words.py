@@ -30,9 +30,8 @@ from polder.broker.wire import (
     Wake,
     Welcome,
 )
-from polder.engines.vllm.rank.worker import Outcome, WeightsFound
+from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
 from polder.engines.vllm.weights.core import CoreWeights, offloader
-from polder.engines.vllm.weights.offloader import Taken
 from polder.planner.sharing import SharingConfig
 
 PAGE = 4096

@@ -9,7 +9,7 @@ from typing import Any
 from polder import metrics
 from polder.broker.wire import Grant, Grown, Recall, Returned
 from polder.engines.vllm.core.elastic import ElasticCore
-from polder.engines.vllm.rank.worker import Outcome
+from polder.engines.vllm.plans import Outcome
 
 
 class Workers:

@@ -18,8 +18,9 @@ pytest.importorskip("vllm")
 
 from polder.diskstore.io import Arena
 from polder.engines.vllm import plugin
-from polder.engines.vllm.tiers import worker as tier_worker
-from polder.engines.vllm.tiers.disk import DiskPlan, OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
+from polder.engines.vllm.plans import DiskPlan
+from polder.engines.vllm.process import here
+from polder.engines.vllm.tiers.disk import OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
 from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.slots import block_ids
@@ -80,7 +81,7 @@ def test_ranks_begin_with_what_all_of_them_have(ranks: list[PolderWorker], monke
     def rpc(function: Any, *arguments: Any) -> list[Any]:
         answers = []
         for one in ranks:
-            monkeypatch.setattr(tier_worker, "_worker", one)
+            monkeypatch.setattr(here, "tiers", one)
             answers.append(function(None, *arguments))
         return answers
 
@@ -112,7 +113,7 @@ def test_a_rank_that_has_nothing_stops_no_start(
     def rpc(function: Any, *arguments: Any) -> list[Any]:
         answers = []
         for one in workers:
-            monkeypatch.setattr(tier_worker, "_worker", one)
+            monkeypatch.setattr(here, "tiers", one)
             answers.append(function(None, *arguments))
         return answers
 
@@ -152,7 +153,7 @@ def test_new_weights_stop_the_disks_and_leave_their_pages(
     ranks: list[PolderWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = ranks[0]
-    monkeypatch.setattr(tier_worker, "_worker", one)
+    monkeypatch.setattr(here, "tiers", one)
     adopt(None, 8, KEYS[:2])
     monkeypatch.setattr(plugin, "_settings", lambda _: SimpleNamespace(weights="resident", disks=(("/mnt/a", 1),)))
     updated = plugin._watched_update(lambda self: "updated")

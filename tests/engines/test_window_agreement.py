@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from polder.engines.vllm.rank.worker import geometry_of
+from polder.engines.vllm.rank.memory import geometry_of
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.start import negotiate
 from polder.engines.vllm.window.agreement import WindowAgreement, agree_on_window, with_window

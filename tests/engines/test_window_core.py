@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from vllm.v1.request import RequestStatus
 
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.rank.worker import Outcome
+from polder.engines.vllm.plans import Outcome
 from polder.engines.vllm.window import runner as window_runner
 from polder.engines.vllm.window import worker as window_worker
 from polder.engines.vllm.window.agreement import WindowAgreement

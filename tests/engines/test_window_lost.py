@@ -26,8 +26,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
-from polder.engines.vllm.rank import worker
-from polder.engines.vllm.rank.worker import Outcome
+from polder.engines.vllm.plans import Outcome
+from polder.engines.vllm.process import here
+from polder.engines.vllm.rank import calls
 from polder.engines.vllm.window import runner as window_runner
 from polder.engines.vllm.window import worker as window_worker
 from polder.engines.vllm.window.core import CoreWindow
@@ -197,7 +198,7 @@ def test_with_a_step_more_under_way_none_of_its_tokens_is_taken(tmp_path: Path) 
     assert lost[0] in core.blocks("hits")
     core.end(spoiled, lost)
     assert (long.status, hits.status) == (RequestStatus.PREEMPTED, RequestStatus.PREEMPTED)
-    assert core.asked_of_workers[-1] == (worker.forget_outputs, (["hits", "long"],))
+    assert core.asked_of_workers[-1] == (calls.forget_outputs, (["hits", "long"],))
     resumed = core.scheduler.schedule()
     assert resumed.num_scheduled_tokens["hits"] == len(COMMON), "nothing of what it held is found any more"
     core.end(follows)
@@ -235,7 +236,7 @@ def test_a_request_that_loses_three_times_without_a_token_fails_and_its_client_i
 
 def test_a_model_whose_layers_read_other_layers_kv_is_refused_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(rank=0, plan=SimpleNamespace(window=object()))
-    monkeypatch.setattr(window_worker.worker, "memory", lambda: memory)
+    monkeypatch.setattr(here, "memory", memory)
     layers = {"a": SimpleNamespace(), "b": SimpleNamespace(kv_sharing_target_layer_name="a")}
     context = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
     assert "POLDER_WINDOW" in window_worker.install(SimpleNamespace(vllm_config=context))

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from polder.engines.vllm.process import here
 from polder.engines.vllm.tiers.worker import PolderWorker, TierJob
 from polder.engines.vllm.window import worker as window_worker
 from polder.memory import _libc
@@ -68,7 +69,7 @@ class Beside:
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rank], Beside]:
     def open_(rank: Rank) -> Beside:
-        monkeypatch.setattr(window_worker, "_window", rank.window)
+        monkeypatch.setattr(here, "window", rank.window)
         return Beside(rank)
 
     return open_

@@ -98,31 +98,26 @@ def test_a_name_with_a_slash_reaches_the_engine_whole(tmp_path: Path, model: Pat
 
 
 @pytest.mark.parametrize(
-    ("disks", "a", "error", "words"),
+    ("disks", "a", "error", "named"),
     [
-        ([], USES, ConfigError, r'model a: the tier "disk" needs memory\.disks.*add a line disks = '),
-        (["{0}:1GiB"], "", ConfigError, r'memory\.disks is given, but no model uses it: add "disk" to the tiers'),
-        (["{0}:1GiB"], 'tiers = ["disk"]', ConfigError, 'add "host" to model a: tiers'),
-        (["nvme0:1GiB"], USES, ConfigError, "memory.disks: cannot read 'nvme0:1GiB'; write an absolute path and a"),
-        (["{0}"], USES, ConfigError, "memory.disks: cannot read '/.*nvme0'; write an absolute path and a size"),
+        ([], USES, ConfigError, r"model a: .* memory\.disks"),
+        (["{0}:1GiB"], "", ConfigError, r"memory\.disks"),
+        (["{0}:1GiB"], 'tiers = ["disk"]', ConfigError, "model a: tiers"),
+        (["nvme0:1GiB"], USES, ConfigError, "memory.disks: cannot read 'nvme0:1GiB'"),
+        (["{0}"], USES, ConfigError, "memory.disks: cannot read '/.*nvme0'"),
         (["{0}:1GB"], USES, ConfigError, "memory.disks: .*nvme0: cannot read '1GB'"),
-        (["{0}:1GiB", "{0}/:2GiB"], USES, ConfigError, "nvme0/ is given twice as .*nvme0: name each disk once"),
-        (["{0}:1GiB", "{0}:2GiB"], USES, ConfigError, "nvme0 is given twice: name each disk once"),
-        (["{0}x:1GiB"], USES, ConfigError, "no directory .*nvme0x: mount the disk, or make the directory on it"),
-        (
-            ["{0}:2MiB"],
-            USES,
-            BudgetError,
-            "nvme0: 2 MiB in 1 equal parts: .* is the least for one page; write a larger",
-        ),
+        (["{0}:1GiB", "{0}/:2GiB"], USES, ConfigError, "nvme0/ is given twice as .*nvme0"),
+        (["{0}:1GiB", "{0}:2GiB"], USES, ConfigError, "nvme0 is given twice"),
+        (["{0}x:1GiB"], USES, ConfigError, "no directory .*nvme0x"),
+        (["{0}:2MiB"], USES, BudgetError, "nvme0: 2 MiB in 1 equal parts"),
         (["{0}:1GiB"], USES + '\ndisk_writes = "much"', ConfigError, "model a: disk_writes: cannot read 'much'"),
         (["{0}:1GiB"], USES + '\ndisk_io = "mmap"', ConfigError, "model a: disk_io 'mmap'"),
-        ([], 'disk_writes = "1GiB"', ConfigError, "model a: disk_writes is given"),
-        ([], 'disk_io = "aio"', ConfigError, "model a: disk_io is given"),
+        ([], 'disk_writes = "1GiB"', ConfigError, "model a: disk_writes"),
+        ([], 'disk_io = "aio"', ConfigError, "model a: disk_io"),
     ],
 )
 def test_each_mistake_is_named(
-    tmp_path: Path, model: Path, mounts: list[Path], disks: list[str], a: str, error: type[Exception], words: str
+    tmp_path: Path, model: Path, mounts: list[Path], disks: list[str], a: str, error: type[Exception], named: str
 ) -> None:
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=named):
         fleet(tmp_path, model, [disk.format(*mounts) for disk in disks], a)

@@ -16,7 +16,7 @@ from polder.engines.vllm.settings import EngineSettings, read_settings
 from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.budget import least_kv_bytes, option
 from polder.serve.fleet import EXAMPLE, Model, load_fleet
-from polder.serve.run import _model_spec, broker_spec
+from polder.serve.run import broker_spec, model_spec
 from polder.units import parse_goal, parse_seconds, seconds_text
 
 MIB = 1 << 20
@@ -100,7 +100,7 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
 def test_engines_run_on_the_fleets_device(tmp_path: Path, device: str, more: str, given: str | None) -> None:
     text = f'[memory]\nkv_budget = "320MiB"\ndevice = "{device}"\n[[model]]\nname = "a"\npath = "some/hub"\n{more}\n'
     fleet = load_fleet(write(tmp_path, text))
-    spec = _model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path("/run/f"))
+    spec = model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path("/run/f"))
     assert option(spec.argv, "--device-ids") == given
 
 
@@ -110,7 +110,7 @@ def test_vllms_own_sockets_lie_in_the_fleets_directory(tmp_path: Path, monkeypat
             f'[memory]\nkv_budget = "320MiB"\ndevice = "cpu:0"\n[[model]]\nname = "a"\npath = "some/hub"\nenv = {env}\n'
         )
         fleet = load_fleet(write(tmp_path, text))
-        return _model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path(private)).env.get(
+        return model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path(private)).env.get(
             "VLLM_RPC_BASE_PATH"
         )
 

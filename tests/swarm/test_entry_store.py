@@ -76,8 +76,8 @@ class Model(RuleBasedStateMachine):
         self.rig.entries.read_ahead(ids)
 
     @rule()
-    def tend(self) -> None:
-        self.rig.upkeep.tend()
+    def advance(self) -> None:
+        self.rig.upkeep.advance()
         self._sync()
 
     @rule(disk=st.integers(0, 2), at=st.integers(0, (2 << 20) - 1))
@@ -125,11 +125,11 @@ def test_what_followed_is_read_ahead_within_its_budget(tmp_path: Path) -> None:
     fill(rig, 400)
     cycle = [np.arange(at, at + 20) for at in (0, 100, 200, 300)]
     for step in range(12):
-        before = rig.entries.figures.read_ahead
+        before = rig.entries.stats.read_ahead
         rig.entries.read_ahead(cycle[(step - 1) % 4])
         assert rig.check(cycle[step % 4]).all()
-        assert rig.entries.figures.read_ahead - before <= 24
-    figures = rig.entries.figures
+        assert rig.entries.stats.read_ahead - before <= 24
+    figures = rig.entries.stats
     assert figures.ahead == 20 * 8, "from the second round on"
     assert figures.ahead <= figures.read_ahead
     rig.close()
@@ -145,11 +145,11 @@ def test_a_step_that_memory_cannot_hold_is_refused_with_what_to_do(rig: Rig) -> 
 def test_what_stays_is_found_without_a_request_and_memory_is_bounded(rig: Rig) -> None:
     fill(rig, 400)
     assert rig.check(np.arange(16)).all()
-    before = rig.entries.figures.requests
+    before = rig.entries.stats.requests
     for _ in range(3):
         assert rig.check(np.arange(16)).all()
-    assert rig.entries.figures.requests == before
-    assert rig.entries.figures.resident == 48
+    assert rig.entries.stats.requests == before
+    assert rig.entries.stats.resident == 48
     assert int(rig.entries.memory.present.sum()) <= rig.entries.memory.slots
 
 
@@ -163,7 +163,7 @@ def test_an_entry_of_a_dead_disk_is_lost_and_can_be_written_again(rig: Rig) -> N
             break
     lost = ids[~ok]
     assert len(lost)
-    assert rig.entries.figures.lost >= len(lost)
+    assert rig.entries.stats.lost >= len(lost)
     assert rig.entries.write(lost, content(lost)).all()
     rig.entries.flush()
     assert rig.check(ids).all()
@@ -225,8 +225,8 @@ def test_a_full_disk_refuses_entries_and_evicts_none(tmp_path: Path) -> None:
     there = np.flatnonzero(stored)
     for _ in range(6):
         assert rig.check(there[:100]).all()
-    assert not rig.upkeep.tend(), "there is no room to pack"
-    assert rig.entries.figures.without_room
+    assert not rig.upkeep.advance(), "there is no room to pack"
+    assert rig.entries.stats.without_room
     for at in range(0, len(there), 200):
         assert rig.check(there[at : at + 200]).all()
     rig.close()
@@ -284,7 +284,7 @@ def test_requests_are_spared_where_the_host_is_what_takes_the_time(tmp_path: Pat
             other.write(np.arange(at, at + 80), content(range(at, at + 80)))
         found = other.read(sparse)
         assert np.array_equal(other.memory.bytes[found.rows], content(sparse))
-        counts.append(other.figures.requests)
+        counts.append(other.stats.requests)
         other.close()
         rig.close()
     assert counts[1] < counts[0] / 4
@@ -310,7 +310,7 @@ def test_more_is_not_read_over_than_there_is_memory_for(tmp_path: Path) -> None:
         wanted = np.concatenate([np.arange(0, 120, 2), np.arange(120, 400, 4)])
         found = other.read(wanted)
         assert np.array_equal(other.memory.bytes[found.rows], content(wanted))
-        requests.append(other.figures.requests)
+        requests.append(other.stats.requests)
         other.close()
     assert requests[0] == 130
     assert requests[2] < requests[1] < requests[0], "the widest gaps that fit"

@@ -21,13 +21,13 @@ def test_what_is_read_together_comes_to_lie_together_and_again_after_reading_has
         if step == 200:
             groups[:40] = rng.permutation(groups[:40].reshape(-1)).reshape(40, 16)
         ids = np.sort(groups[rng.choice(64, 6, replace=False)].reshape(-1))
-        before = rig.entries.figures.requests
+        before = rig.entries.stats.requests
         assert rig.check(ids).all()
-        requests.append((rig.entries.figures.requests - before) / len(ids))
+        requests.append((rig.entries.stats.requests - before) / len(ids))
         if step % 4 == 0:
-            rig.upkeep.tend()
+            rig.upkeep.advance()
     rig.entries.check_integrity()
-    figures = rig.entries.figures
+    figures = rig.entries.stats
     mean = {at: float(np.mean(requests[at : at + 40])) for at in (60, 160, 200, 420)}
     rig.close()
     assert figures.packed >= 2
@@ -48,18 +48,18 @@ def test_pages_that_have_not_aged_stay_where_they_are(tmp_path: Path) -> None:
             rig.check(np.sort(groups[rng.choice(32, 4, replace=False)].reshape(-1)))
 
     steps(64)
-    while rig.upkeep.tend():
+    while rig.upkeep.advance():
         pass
     pages = rig.entries.map.page_of.copy()
     steps(80)
-    assert not rig.upkeep.tend(), "nothing has aged"
+    assert not rig.upkeep.advance(), "nothing has aged"
     assert rig.entries.drift is not None
     changed, groups[:8] = np.arange(8), rng.permutation(groups[:8].reshape(-1)).reshape(8, 16)
     steps(60)
     assert rig.entries.drift.drifted
-    assert not rig.upkeep.tend(), "too little is known of it yet"
+    assert not rig.upkeep.advance(), "too little is known of it yet"
     steps(64)
-    while rig.upkeep.tend():
+    while rig.upkeep.advance():
         pass
     stayed = groups[8:].reshape(-1)
     assert (rig.entries.map.page_of[stayed] == pages[stayed]).mean() > 0.8
@@ -79,16 +79,16 @@ def test_upkeep_in_another_thread_loses_nothing(tmp_path: Path) -> None:
     over = threading.Event()
     failed: list[BaseException] = []
 
-    def tend() -> None:
+    def advance() -> None:
         try:
             while not over.is_set():
-                rig.upkeep.tend()
-                if rig.entries.figures.packed and rig.upkeep._round is None:
-                    rig.entries.figures.packed = 0  # as if nothing had been packed: round after round
+                rig.upkeep.advance()
+                if rig.entries.stats.packed and rig.upkeep._round is None:
+                    rig.entries.stats.packed = 0  # as if nothing had been packed: round after round
         except BaseException as error:
             failed.append(error)
 
-    thread = threading.Thread(target=tend)
+    thread = threading.Thread(target=advance)
     thread.start()
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -97,7 +97,7 @@ def test_upkeep_in_another_thread_loses_nothing(tmp_path: Path) -> None:
     over.set()
     thread.join()
     assert not failed
-    assert rig.entries.figures.rewritten_pages > 64
+    assert rig.entries.stats.rewritten_pages > 64
     rig.entries.check_integrity()
     rig.close()
 
@@ -111,9 +111,9 @@ def test_steps_longer_than_the_rings_are_read_and_packed_all_the_same(tmp_path: 
         wanted = np.sort(rng.choice(512, 120, replace=False))
         rig.entries.read_ahead(wanted)
         assert rig.check(wanted).all()
-    while rig.upkeep.tend():
+    while rig.upkeep.advance():
         pass
-    assert rig.entries.figures.packed == 1
+    assert rig.entries.stats.packed == 1
     assert rig.check(np.arange(300)).all()
     rig.close()
 
@@ -127,7 +127,7 @@ def test_the_only_copy_of_a_page_is_kept_however_cold_it_is(tmp_path: Path) -> N
     weights = np.where(np.arange(32) < 4, 8.0, 1.0)
     for _ in range(120):
         rig.check(np.sort(groups[rng.choice(32, 6, replace=False, p=weights / weights.sum())].reshape(-1)))
-        rig.upkeep.tend()
+        rig.upkeep.advance()
     twice = np.flatnonzero(rig.entries.map.disk_of[:, 1] >= 0)
     assert len(twice)
     rig.store.forget(rig.entries.map.keys(twice), rig.entries.map.disk_of[twice, 0])  # the first copies go

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polder.emulation.backends import FaultyBackend
+from polder.engines.vllm.plans import WindowPlan
 from polder.engines.vllm.window import worker as window_worker
-from polder.engines.vllm.window.agreement import WindowPlan
 from polder.engines.vllm.window.worker import WorkerWindow
 from polder.errors import EnvironmentFault
 from polder.memory.devices import open_backend

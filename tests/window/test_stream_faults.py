@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.process import here
+from polder.engines.vllm.rank import calls
 from polder.engines.vllm.window import worker as window_worker
 from polder.errors import EnvironmentFault, OutOfPages
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
@@ -147,8 +148,9 @@ def bring_home(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The workers' part of it: returns the error that the core is told."""
 
     def told(rank: Rank, sources: list[int], targets: list[int]) -> str:
-        monkeypatch.setattr(window_worker, "_here", lambda: (rank.window._memory, rank.window))
-        monkeypatch.setattr(worker, "rewrite_block_tables", lambda *_: None)
+        monkeypatch.setattr(here, "memory", rank.window._memory)
+        monkeypatch.setattr(here, "window", rank.window)
+        monkeypatch.setattr(calls, "rewrite_block_tables", lambda *_: None)
         return window_worker.bring_home(SimpleNamespace(model_runner=None), sources, targets).error
 
     return told

@@ -1,1 +1,2 @@
-"""The command line. Every verb that prints has --json; verbs and flags are frozen by tests/serve/test_cli.py."""
+"""The command line. Every command that prints has --json. Commands and options are frozen by
+tests/serve/test_cli.py."""

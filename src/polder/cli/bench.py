@@ -26,7 +26,7 @@ WORKDIR = Path("out/bench")
 
 @app.callback()
 def bench() -> None:
-    """Every bench writes JSON of one shape: bench, conditions, arms, ratios, checks."""
+    """Every bench writes JSON of the same shape: bench, conditions, arms, ratios, checks."""
 
 
 class Order(StrEnum):

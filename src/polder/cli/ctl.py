@@ -1,4 +1,4 @@
-"""`polder ctl`: ask the broker why, or tell it otherwise."""
+"""`polder ctl`: asks the broker for its reasons, or overrides its decisions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from polder.cli.options import AsJson, Socket, find_socket
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Ask the broker why, or tell it otherwise.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Ask the broker for its reasons, or override its decisions.", no_args_is_help=True, add_completion=False
+)
 _EXPLAINED = (
     *("engine", "state", "held_units", "target_units", "reason", "busy_units", "waiting_units", "cached_units"),
     *("floor_units", "share_units", "ceiling_units", "borrowed_units", "lent_units", "pinned_units", "unit_tokens"),
@@ -40,7 +42,8 @@ def resize(
 def sleep(
     engine: Annotated[str, typer.Argument(help="The engine's name.")], socket: Socket = None, as_json: AsJson = False
 ) -> None:
-    """Take an idle engine's weights and KV memory away until its next request, or `wake`. Its prefix cache stays in its tiers."""
+    """Take an idle engine's weights and KV memory until its next request, or `wake`. What is in its tiers stays
+    there."""
     from polder.broker import client
 
     client.request(find_socket(socket), Sleep(engine=engine))
@@ -65,7 +68,7 @@ def stream(
     socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let an engine hold the weights of so many layers and stream the others in every step, until `wake` or `sleep`."""
+    """Let an engine hold the weights of some layers and stream the others in every step, until `wake` or `sleep`."""
     from polder.broker import client
 
     client.request(find_socket(socket), Stream(engine=engine, segments=layers))

@@ -1,4 +1,5 @@
-"""`polder doctor`: is this machine fit for Polder, and what to do if not. `polder version`."""
+"""`polder doctor`: checks whether this machine is fit for Polder, and says what to do if it is not. `polder
+version`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from polder.units import format_bytes
 
 __all__ = ["CHECKS", "doctor", "version"]
 
-SHM_BYTES = 64 << 20  # what vLLM's queues between its processes take, a few times over
+SHM_BYTES = 64 << 20  # a few times what vLLM's queues between its processes take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Finding:
     check: str
     ok: bool
     detail: str
-    """What was found, and if it is not right, what to do."""
+    """What was found, and what to do if it is not right."""
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""`polder fsck`: is every page on these disks what was written?"""
+"""`polder fsck`: checks that every page on some disks is what was written."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def fsck(
     repair: Annotated[bool, typer.Option("--repair", help="Drop bad pages, mend index and sizes.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check disks of a store: sizes, index, every page. Ends with 3 when something is wrong and was not repaired, also when a
-    directory cannot be checked.
+    """Check disks of a store: sizes, index, every page. Ends with 3 if a problem is left, or if a directory cannot be
+    checked.
 
-    A store that runs finds bad pages itself, and recomputes them: this is for knowing, and for disks that one doubts.
+    A running store finds bad pages itself and recomputes them. This command is for disks that you do not trust.
     """
     from polder.diskstore.fsck import Report, check_directory, locked, repair_directory
 
@@ -36,7 +36,7 @@ def fsck(
                 report, good = check_directory(path)
                 if repair and report.problems:
                     repair_directory(path, report, good)
-        except PolderError as error:  # this directory's own: what was done to others is told nevertheless
+        except PolderError as error:  # other directories are checked and reported nevertheless
             report.problems.append(str(error))
         reports.append(report)
     if as_json:

@@ -1,6 +1,7 @@
 """`polder`: serve, broker, top, ctl, plan, bench, sim, doctor, fsck, version.
 
-Exit codes: 2 you asked for something impossible, 3 the machine or a neighbour is not as needed, 70 a bug of ours.
+Exit codes: 2 the request is impossible as it stands, 3 the machine or another process is not as needed, 70 a bug in
+Polder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from polder.errors import EnvironmentFault, PolderError, UsageError
 
 __all__ = ["app", "main"]
 
-# The verbs' modules import what they need when they run: `polder version` must not wait for rich, nor the broker for httpx.
+# Commands import what they need when they run: `polder version` must not wait for rich, nor the broker for httpx.
 app = typer.Typer(
     name="polder",
     help="Wins memory back for vLLM's KV cache.",
@@ -36,7 +37,7 @@ app.command("version")(doctor.version)
 
 
 def main() -> None:
-    """Entry point: errors of ours become a message on stderr and an exit code."""
+    """Entry point. Polder's errors become a message on stderr and an exit code."""
     try:
         app()
     except UsageError as error:

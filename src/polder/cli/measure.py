@@ -1,5 +1,5 @@
-"""`polder plan --device here`: this machine's own figures, measured in a second or two. The best of some tries: what it can sustain
-while nobody else works."""
+"""`polder plan --device here`: measures this machine in a second or two. The best of some tries counts, as if it were
+idle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MATRIX_SIDE = {"cpu": 1536, "cuda": 8192}
 
 
 def measure_device() -> Device:
-    """The first GPU, or the CPU where there is none: memory, its bandwidth, bf16 products, and the way in from host memory."""
+    """The first GPU, or the CPU if there is none: memory, its bandwidth, bf16 matrix products, copies from host
+    memory."""
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"

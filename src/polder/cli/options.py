@@ -24,7 +24,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def find_socket(given: Path | None) -> Path:
-    """`given`, else $POLDER_BROKER, else the fleet of this user that started last. Raises BrokerUnavailable without any."""
+    """`given`, else $POLDER_BROKER, else the fleet of this user that started last. Raises BrokerUnavailable without
+    any."""
     if given is not None:
         return given
     if os.environ.get("POLDER_BROKER"):
@@ -38,7 +39,8 @@ def find_socket(given: Path | None) -> Path:
 
 
 def with_options(settings: Iterable[Setting]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each setting. The command's parameter `given` gets what was given, parsed, by field."""
+    """Gives a command an option for each setting. The command's parameter `given` gets what was given, parsed, by
+    field."""
     by_key = {declaration.key: declaration for declaration in settings}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -143,7 +143,8 @@ def _sources(setup: Setup, *, host: str | None, neighbours: str | None) -> Itera
         yield Source(name="window, host", size_bytes=size_bytes, link=link_of(setup.device, "host"))
     if neighbours is not None:
         offers = [_offer(text, setup) for text in neighbours.split(",")]
-        # All of them come in through this device's own port; a slower neighbour's port would be the limit of its part only.
+        # All of them come in through this device's own port; a slower neighbour's port would be the limit of its part
+        # only.
         links = [link_of(device, "peer") for device in (setup.device, *(lender for lender, _ in offers))]
         slowest = min(links, key=lambda link: link.bytes_per_s)
         yield Source(name="window, peers", size_bytes=sum(size for _, size in offers), link=slowest)

@@ -44,7 +44,7 @@ def serve_fleet(
     run(loaded, _json_event if as_json else _text_event, socket_path=socket, log_dir=log_dir)
 
 
-# "\b" keeps the lines of a paragraph as they are.
+# "\b" keeps the line breaks of a paragraph.
 _KEYS = "\n\n".join(f"\b\n{table}" for table in EXAMPLE.split("\n\n"))
 serve_fleet.__doc__ = f"{serve_fleet.__doc__}\n\nA fleet file with every key:\n\n{_KEYS}"
 

@@ -1,4 +1,4 @@
-"""`polder sim`: Polder's decisions on real traces."""
+"""`polder sim`: Polder's policies on recorded traces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Polder's decisions on real traces.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Polder's policies on recorded traces.", no_args_is_help=True, add_completion=False)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""`polder top`: who holds what memory, who borrows from whom, and why."""
+"""`polder top`: which engine holds how much memory, who borrows, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `polder top` shows: a bar for each device, memory and requests of each engine, give-back times."""
+"""What `polder top` shows: a bar for each device, tables of memory, requests, weights and tiers, give-back times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEMORY = ("held", "floor", "share", "ceiling", "busy", "waiting", "cached", "bo
 
 
 def watch(first: FleetStatus, look: Callable[[], FleetStatus], interval_s: float) -> None:
-    """Shows updates until it is interrupted; an unreachable broker is said and asked again."""
+    """Shows updates until it is interrupted. Says when the broker does not answer, and asks again."""
     with Live(render(first), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)
@@ -44,7 +44,10 @@ def render(fleet: FleetStatus) -> RenderableType:
     else:
         colours = {e.engine: COLOURS[i % len(COLOURS)] for i, e in enumerate(status.engines)}
         parts += [_device(device, colours) for device in status.devices]
-        parts += [Text(), _memory(status, colours), Text(), _requests(status.engines, colours), Text()]
+        if status.engines:
+            parts += [Text(), _memory(status, colours), Text(), _requests(status.engines, colours), Text()]
+        else:
+            parts.append(Text("no engine is connected"))
         parts += [*_weights(status, colours), *_tiers(status.engines, colours)]
         parts += [Text(f"{name} serves as stock vLLM: {reason}") for name, reason in status.stock.items()]
         parts.append(_broker(status))
@@ -60,7 +63,7 @@ def _device(device: DeviceStatus, colours: dict[str, str]) -> Text:
     drawn = pages = 0
     for colour, count in [*parts, ("dim", device.total_pages - sum(n for _, n in parts))]:
         pages += count
-        end = round(BAR * pages / max(1, device.total_pages))  # of the sum, so that the bar has its length
+        end = round(BAR * pages / max(1, device.total_pages))  # rounded as a sum, so that the bar has its full length
         text.append(("░" if colour == "dim" else "█") * (end - drawn), style=colour)
         drawn = end
     held = "  ".join(f"{owner} {format_bytes(n * size)}" for owner, n in device.pages_by_owner.items())
@@ -111,7 +114,7 @@ DECISIONS = 3
 
 
 def _weights(status: Status, colours: dict[str, str]) -> list[RenderableType]:
-    """What of each model's weights is on the device, and what was decided last; nothing where none can move."""
+    """How much of each model's weights is on the device, and the last decisions. Empty where no weights can move."""
     engines = [engine for engine in status.engines if engine.layers]
     if not engines:
         return []
@@ -151,7 +154,7 @@ def _size(size_bytes: float) -> str:
 
 
 def _tiers(engines: list[EngineStatus], colours: dict[str, str]) -> list[RenderableType]:
-    """What each engine's tiers hold and did, what it lends, and whether it pays; nothing where there are none."""
+    """What each engine's tiers hold and did, what it lends, and whether that pays. Empty where there are none."""
     rows = [(e, tier) for e in engines for tier in TIER_NAMES if f"tier_{tier}_used_bytes" in e.stats]
     parts: list[RenderableType] = []
     if rows:

@@ -81,7 +81,8 @@ def open_directory(directory: Path, layout: Layout, namespace: str, open_file: O
 
 
 def rebuild(directory: Path, meta: Meta, records: Records) -> Records:
-    """Gives the directory the size that `meta` says, and a new index with the records that fit. Returns these records."""
+    """Gives the directory the size that `meta` says, and a new index with the records that fit. Returns these
+    records."""
     kept = empty_records(meta.slots, meta.parts)
     count = min(len(kept), len(records))
     kept[:count] = records[:count]
@@ -122,7 +123,7 @@ def _compare(directory: Path, meta: Meta, layout: Layout, namespace: str) -> Non
 
 
 def _open_index(directory: Path, meta: Meta) -> tuple[SlotIndex, Records]:
-    """Of a damaged index the readable rows are kept: the store is a cache, and a page with a wrong row does not verify."""
+    """Opens the index. Readable rows of a damaged one are kept: a page with a wrong row does not verify."""
     path = directory / INDEX
     try:
         index = SlotIndex(path, meta)

@@ -139,7 +139,8 @@ class _Task:
 
 
 class ThreadEngine:
-    """See the module's docstring. Threads start with the first transfer of a disk, so that a process may fork before."""
+    """See the module's docstring. Threads start with the first transfer of a disk, so that a process may fork
+    before."""
 
     def __init__(self, workers_per_disk: int = 8) -> None:
         self._workers = workers_per_disk
@@ -200,7 +201,7 @@ class ThreadEngine:
                 self._tasks[disk] = tasks
                 for number in range(self._workers):
                     name = f"polder-disk{disk}-{number}"
-                    # A daemon thread and no executor: a thread that hangs in the kernel must not keep the process from ending.
+                    # A daemon thread, no executor: one that hangs in the kernel must not keep the process alive.
                     thread = threading.Thread(target=_work, args=(tasks,), name=name, daemon=True)
                     self._threads.append(thread)
                     thread.start()

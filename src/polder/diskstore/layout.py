@@ -137,7 +137,8 @@ def _bad_page(page_bytes: int, parts: int) -> str:
 
 
 def read_meta(directory: Path) -> Meta | None:
-    """Reads meta.json; None when there is none. Raises ConfigError when it is invalid, OSError when it cannot be read."""
+    """Reads meta.json; None when there is none. Raises ConfigError when it is invalid, OSError when it cannot be
+    read."""
     path = directory / META
     try:
         text = path.read_bytes()

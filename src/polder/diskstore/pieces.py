@@ -51,7 +51,8 @@ class PageFormat:
         addresses: IntArray,
         parts: IntArray | None = None,
     ) -> Transfer:
-        """The pieces of n pages: all parts of each page in turn, or the one part of each page that `parts` ([n]) names."""
+        """The pieces of n pages: all parts of each page in turn, or the one part of each page that `parts` ([n])
+        names."""
         piece_bytes = self.page_bytes // self.parts
         offsets, memory = slots * self.page_bytes, addresses
         seeds = page_seeds(keys, generations, self.namespace)

@@ -96,7 +96,8 @@ def _quotas(masks: IntArray, speeds: FloatArray) -> IntArray:
     """[disks]: pages that each disk has time for within the least time that is enough."""
     within = _within_sets(masks, speeds)
     best = float((within[1:] / _of_sets(speeds)[1:]).max())
-    # Rounding the best split of pages up takes no longer than this, and less only helps when it lets a disk read one page more.
+    # Rounding the best split of pages up takes no longer than this. Only times at which some disk can read one more page
+    # need to be tried.
     enough = float((np.ceil(best * speeds - _EPSILON) / speeds).max())
     times = [
         np.arange(np.ceil(best * speed - _EPSILON), np.floor(enough * speed + _EPSILON) + 1) / speed for speed in speeds

@@ -27,7 +27,7 @@ class EmulatedLink:
     def charge(self, size_bytes: int, started: float) -> None:
         """Returns when a transfer of `size_bytes` that began at `started` (time.perf_counter) is over on this link."""
         with self._lock:
-            # A real link goes on by itself when the copying thread is late: being late a little must not make it slower.
+            # A real link goes on by itself when the copying thread is a little late, so that must not slow it down.
             idle = started - self._free_at > _LATE_S
             self._free_at = (started if idle else self._free_at) + size_bytes / self.bytes_per_s
             over = self._free_at

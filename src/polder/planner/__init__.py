@@ -1,1 +1,2 @@
-"""One comparison of seconds for every choice: reload from there, stream, or recompute."""
+"""Decisions as pure functions of measured times: load or compute, stream or keep, whose weights go; and `polder
+plan`."""

@@ -1,4 +1,4 @@
-"""When a model's next request will come, from its own record: bursts of requests, and the pauses between their beginnings."""
+"""Predicts when a model's next request comes, from the times between its bursts of requests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ __all__ = ["Arrivals"]
 
 
 class Arrivals:
-    """Times are seconds on one clock, rising. A request that comes `quiet_s` or more after the one before begins a burst."""
+    """Times are seconds on one rising clock. A request that comes `quiet_s` or more after the last one begins a
+    burst."""
 
     def __init__(self, *, quiet_s: float = 0.5, weight: float = 0.3) -> None:
-        """`weight`: of the newest pause in the average."""
+        """`weight`: the weight of the newest time between bursts in the moving average."""
         self._quiet_s, self._weight = quiet_s, weight
         self._last = self._burst = -math.inf
         self._period_s = math.inf
@@ -27,5 +28,5 @@ class Arrivals:
         self._last = now
 
     def next_use_s(self, now: float) -> float:
-        """Seconds from now to the next burst, 0 when it is due or over due; inf before there were two."""
+        """Seconds from now to the next burst; 0 when it is due or overdue, inf before there were two bursts."""
         return self._period_s if math.isinf(self._period_s) else max(0.0, self._burst + self._period_s - now)

@@ -1,10 +1,12 @@
 """How long a context can be when most layers' KV of some of its blocks is outside the device: SwiftCache, section 3.2.
 
-A **regular** block has the KV of all L layers in local memory. A **windowed** block has local room for w layers, which rotate: the
-KV of layer l comes in before its attention. All L layers' KV of a windowed block lies in external memory, the host's or an idle
-neighbour's. The paper has w = 1. With w = 2 the next layer's copy runs under the attention of the present layer.
+A **regular** block has the KV of all L layers in local memory. A **windowed** block has local room for w layers, which
+rotate: the KV of layer l is copied in before the layer's attention. The KV of all L layers of a windowed block is in
+external memory: the host's, or an idle neighbour's. The paper has w = 1. With w = 2 the next layer's copy runs under
+the present layer's attention.
 
-Streaming costs time in every step, so a context gets no more windowed blocks than it needs; a short context is all regular.
+Streaming costs time in every step, so a context gets no more windowed blocks than it needs; a short context is all
+regular.
 """
 
 from __future__ import annotations
@@ -72,7 +74,8 @@ class Capacity:
         return -(-context_tokens // self.block_tokens)
 
     def windowed(self, context_tokens: int, sequences: int = 1) -> int:
-        """The fewest windowed blocks with which n = `sequences` contexts fit: ceil((n L - K_master) / (L - w)), 0 if n L fits.
+        """The fewest windowed blocks with which n = `sequences` contexts fit: ceil((n L - K_master) / (L - w)), 0 if n
+        L fits.
 
         Raises BudgetError with the longest context possible when they do not fit.
         """

@@ -1,11 +1,11 @@
 """How long a step takes when windowed KV streams through it: rooflines for each layer, and the order of the copies.
 
-A matrix product takes the longer of two times: reading its weights, and its FLOPs. Attention takes the longer of its FLOPs and of
-reading the KV, plus writing once what the link brings. Launches, scheduling and sampling are left out: the times are lower bounds,
-best for steps of 5 ms and more. The device's speeds are sustained ones (planner/devices.py).
+A matrix product takes the longer of two times: reading its weights, and its FLOPs. Attention takes the longer of its
+FLOPs and of reading the KV, plus writing once what the link brings. Launches, scheduling and sampling are left out: the
+times are lower bounds, best for steps of 5 ms and more. The device's speeds are sustained ones (planner/devices.py).
 
-A windowed block has w slots, and the copies are one FIFO queue. The copy of layer l + w begins when attention l is done and what
-layer l added is on its way to external memory (SwiftCache, section 3.3, with w = 1).
+A windowed block has w slots, and the copies are one FIFO queue. The copy of layer l + w begins when attention l is done
+and what layer l added is on its way to external memory (SwiftCache, section 3.3, with w = 1).
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Stream:
     contention_s_per_byte: float = 0.0
     """Slowdown of computing by each byte copied meanwhile: copies take memory bandwidth, and on a CPU cores."""
     least_s: tuple[tuple[float, float], ...] = ()
-    """Measured: (bytes of a layer, by how much a step with them takes longer), rising. No step is planned to be faster."""
+    """Measured: (bytes of a layer, by how much a step with them takes longer), rising. No step is planned to be
+    faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ class PassTime:
 
 
 def streamed_seconds(layers: Sequence[LayerWork], stream: Stream) -> float:
-    """Seconds of one forward pass, from the first copy, queued at its start, to the end of computing and of the last store."""
+    """Seconds of one forward pass, from the first copy, queued at its start, to the end of computing and of the last
+    store."""
     queue_s = computed_s = 0.0  # when the queue of copies, and the device, are free again
     attended_s: list[float] = []
 
@@ -110,7 +112,8 @@ def streamed_seconds(layers: Sequence[LayerWork], stream: Stream) -> float:
 
 
 def even_step_seconds(compute_s: float, layers: int, stream: Stream, *, load_bytes: float, store_bytes: float) -> float:
-    """A pass whose computing was measured as a whole, over equal layers: a quarter is before attention, a quarter is attention.
+    """A pass whose computing was measured as a whole, over equal layers: a quarter is before attention, a quarter is
+    attention.
 
     `load_bytes` and `store_bytes`: windowed KV of one layer.
     """
@@ -132,7 +135,8 @@ def even_step_seconds(compute_s: float, layers: int, stream: Stream, *, load_byt
 def decode_seconds(
     shape: ModelShape, device: Device, context_tokens: int, sequences: int, windowed_tokens: int, stream: Stream
 ) -> PassTime:
-    """One step in which each sequence gets a token: weights and all KV are read once, all sequences' windowed KV comes in."""
+    """One step in which each sequence gets a token: weights and all KV are read once, all sequences' windowed KV comes
+    in."""
     total = context_tokens * sequences
     stored = sequences if windowed_tokens else 0
     roofline = _Roofline(shape, device, rows=sequences, read_tokens=total, pairs=total, sequences=sequences)
@@ -142,7 +146,8 @@ def decode_seconds(
 def prefill_seconds(
     shape: ModelShape, device: Device, context_tokens: int, chunk_tokens: int, windowed_tokens: int, stream: Stream
 ) -> PassTime:
-    """A prompt alone on the device, in chunks; its last `windowed_tokens` are windowed. Each chunk reads what came before."""
+    """A prompt alone on the device, in chunks; its last `windowed_tokens` are windowed. Each chunk reads what came
+    before."""
     total = PassTime()
     regular = context_tokens - windowed_tokens
     for start in range(0, context_tokens, chunk_tokens):

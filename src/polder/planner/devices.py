@@ -1,8 +1,10 @@
-"""Devices and links for planning before anything is measured. A running Polder takes nothing from here: it measures its links.
+"""Devices and links for planning before anything is measured. A running Polder takes nothing from here: it measures its
+links.
 
-Speeds are what is sustained. Data sheets give peaks; the part of a peak that is reached is an assumption, the same for all devices,
-drawn from what is expected of an H200: 4.3 of 4.8 TB/s, matrix products at 0.7 of the dense bf16 peak, attention in prefill at 500
-of 989 TFLOP/s. Own figures replace all of it: `--device memory=...,bandwidth=...,flops=...` and `--link`.
+Speeds are what is sustained. Data sheets give peaks; the part of a peak that is reached is an assumption, the same for
+all devices, drawn from what is expected of an H200: 4.3 of 4.8 TB/s, matrix products at 0.7 of the dense bf16 peak,
+attention in prefill at 500 of 989 TFLOP/s. Own figures replace all of it: `--device memory=...,bandwidth=...,flops=...`
+and `--link`.
 """
 
 from __future__ import annotations
@@ -119,7 +121,8 @@ def parse_device(text: str) -> Device:
 
 
 def parse_links(text: str, device: Device) -> Device:
-    """The device with other links: "55GB/s" is the host's, "host=55GB/s,peer=380GB/s" names them. Raises ConfigError."""
+    """The device with other links: "55GB/s" is the host's, "host=55GB/s,peer=380GB/s" names them. Raises
+    ConfigError."""
     given = _pairs(text if "=" in text else f"host={text}", what="link", known=("host", "peer"))
     links = {
         kind: Link(name=f"own {kind} link", bytes_per_s=parse_rate(rate, what=f"link: {kind}"), source="--link")
@@ -129,7 +132,8 @@ def parse_links(text: str, device: Device) -> Device:
 
 
 def parse_rate(text: str, *, what: str) -> float:
-    """`"3.35TB/s"` -> 3.35e12 bytes a second; GiB/s and the like are powers of 1024. Raises ConfigError naming `what`."""
+    """`"3.35TB/s"` -> 3.35e12 bytes a second; GiB/s and the like are powers of 1024. Raises ConfigError naming
+    `what`."""
     return _amount(text, "B/s", what=what)
 
 

@@ -1,12 +1,12 @@
-"""Break-even: how much of a hit is worth loading (law 7: a tier that would be slower than recomputing, for this request now, is
-not used).
+"""How much of a hit in the tiers is worth loading. A tier that is slower than recomputing is not used (law 7).
 
-A prefix of n blocks was found in tiers. Loading its first c blocks takes as long as the slowest link involved needs for its part
-and for what is queued before it; the other n - c blocks are computed. The request waits for both, so
+A prefix of n blocks was found in tiers. Its first c blocks are loaded, the other n - c blocks are computed, and the
+request waits for both. A load takes as long as its slowest link, including what is queued there:
 
     seconds(c) = overhead + max over links of (queued + bytes(c)) / bandwidth + (n - c) * tokens * seconds_per_token
 
-and the best c is chosen: 0 (nothing is loaded), n, or something between when a fast tier holds the head and a slow one the tail.
+The best c is chosen. It is 0, n, or a number between if a fast tier holds the head of the prefix and a slow one the
+tail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Cut", "best_cut"]
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Load the first `blocks` blocks."""
+    """The decision: load the first `blocks` blocks."""
 
     blocks: int
     load_s: float
@@ -44,8 +44,8 @@ def best_cut(
 ) -> Cut:
     """The best number of blocks to load.
 
-    `links`: shape [n], the link that block i of the prefix would come by. A link missing from `seconds_per_byte` was never
-    measured: it costs nothing here, so that the first load measures it.
+    `links`: shape [n], the link of block i of the prefix. A link that is missing from `seconds_per_byte` was never
+    measured. It costs nothing here, so that the first load measures it.
     """
     n = len(links)
     counts = np.arange(n + 1, dtype=np.float64)
@@ -56,7 +56,7 @@ def best_cut(
         load = np.maximum(load, np.where(mine > 0, cost * (queued_bytes.get(link, 0.0) + mine * block_bytes), 0.0))
     load[1:] += overhead_s
     recompute = counts * (block_tokens * seconds_per_token)
-    # Ties go to the longer load: it saves compute that somebody else can use.
+    # Of equal choices the longer load wins: it saves compute that other requests can use.
     gain = recompute - load
     best = int(n - np.argmax(gain[::-1]))
     return Cut(blocks=best, load_s=float(load[best]), recompute_s=float(recompute[best]))

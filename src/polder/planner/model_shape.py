@@ -1,8 +1,8 @@
 """A model's sizes, as far as memory and time depend on them, from its config.json or from a short list.
 
-`read_kv_shape` knows decoders with plain full attention in every layer. `model_shape` knows those whose layers also have a gated
-MLP and weights that are not quantised, on one rank. Any other model is refused by name: an estimate for the wrong shape is worse
-than none.
+`read_kv_shape` knows decoders with plain full attention in every layer. `model_shape` knows those whose layers also
+have a gated MLP and weights that are not quantised, on one rank. Any other model is refused by name: an estimate for
+the wrong shape is worse than none.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Matrices of a layer: QKV, output projection, gated MLP. Norms are left out: a few parts in a hundred thousand."""
+        """Matrices of a layer: QKV, output projection, gated MLP. Norms are left out: a few parts in a hundred
+        thousand."""
         return self.qkv_parameters + self.heads * self.kv.head_dim * self.hidden + 3 * self.hidden * self.intermediate
 
     @property
@@ -129,7 +130,8 @@ KNOWN = {
 
 
 def model_shape(model: str) -> ModelShape:
-    """The shape of a folder, or of a name in the list with or without its organisation. Raises ConfigError for others."""
+    """The shape of a folder, or of a name in the list with or without its organisation. Raises ConfigError for
+    others."""
     path = Path(model)
     if not (path / "config.json").is_file():
         found = {name.lower(): shape for name, shape in KNOWN.items()}.get(path.name.lower())

@@ -1,9 +1,9 @@
 """SwiftCache's table of longest contexts (section 5), beside what the same formulas give for the same set-ups.
 
-The paper prints SwiftCache's longest context over that of an engine with all KV local, whose prefill is not chunked, in chunks of
-8K and of 32K tokens. A master and two workers have cards of one size. vLLM's part of the memory is 0.9 (its default then), a block
-has 256 tokens, and the window is one layer. The paper does not say how much of their KV memory the workers kept: here they lend all
-of it, and `implied_lent_bytes` is what would give the paper's ratio.
+The paper prints SwiftCache's longest context over that of an engine with all KV local, whose prefill is not chunked, in
+chunks of 8K and of 32K tokens. A master and two workers have cards of one size. vLLM's part of the memory is 0.9 (its
+default then), a block has 256 tokens, and the window is one layer. The paper does not say how much of their KV memory
+the workers kept: here they lend all of it, and `implied_lent_bytes` is what would give the paper's ratio.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _capacity(shape: ModelShape, memory_bytes: int, lent_bytes: int) -> Capacity
 
 
 def _all_local(shape: ModelShape, memory_bytes: int, chunk_tokens: int | None) -> int:
-    """The longest context whose KV and whose chunk's activations fit together: a context shorter than its chunk is one chunk."""
+    """The longest context whose KV and whose chunk's activations fit together: a context shorter than its chunk is one
+    chunk."""
     free = kv_bytes_left(shape, memory_bytes, 0, UTILIZATION)
     whole = free // (shape.kv_bytes_per_token + shape.activation_bytes_per_token)
     if chunk_tokens is None or whole <= chunk_tokens:

@@ -1,7 +1,7 @@
-"""Measured speeds that the planner compares, kept current by the work itself.
+"""Measured speeds of links and of prefill.
 
-Nothing is looked up in a table of devices: a link is as fast as its last transfers were, an engine's prefill as fast as its last
-steps. Both decay, so a link that a neighbour begins to use, or a batch that grows, is noticed within a few transfers.
+A link is as fast as its last transfers, and prefill is as fast as the engine's last steps. Both averages decay, so a
+link that a neighbour begins to use, or a batch that grows, is noticed within a few transfers or steps.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ __all__ = ["LinkRate", "PrefillRate"]
 
 
 class LinkRate:
-    """Seconds a byte of one direction of one link. Unknown until the first transfer."""
+    """The speed of one direction of one link. Unknown until the first transfer."""
 
     def __init__(self, *, memory_s: float = 0.5) -> None:
-        """`memory_s`: transfer time over which the average forgets: short transfers change it little, long ones much."""
+        """`memory_s`: seconds of transfers after which old ones are forgotten. Long transfers count more than short
+        ones."""
         self._memory_s = memory_s
         self._bytes = 0.0
         self._seconds = 0.0
@@ -41,14 +42,13 @@ class LinkRate:
 class PrefillRate:
     """Seconds that this engine takes to compute the KV of one more prompt token.
 
-    Every step has a cost that does not depend on its tokens (weights are read, kernels launched, requests decode), and it is
-    paid whether a prefix is recomputed or not. So steps are averaged in two classes, small and large, and the rate is the slope
-    between the two averages: what a token costs on top. Until both were seen, it is the large steps' plain quotient, which is
-    too much.
+    A step has a cost that does not depend on its tokens: weights are read, kernels launched, requests decode. It is
+    paid whether a prefix is recomputed or not. So small and large steps are averaged apart, and the rate is the slope
+    between both averages. Until both were seen it is seconds per token of the large steps, which is too much.
     """
 
     def __init__(self, *, least_tokens: int = 64, weight: float = 0.1) -> None:
-        """`least_tokens`: of a large step; `weight`: of a step in the average of its class."""
+        """`least_tokens`: a step with as many is large. `weight`: the weight of the newest step in its average."""
         self._least_tokens = least_tokens
         self._weight = weight
         self._small: tuple[float, float] | None = None  # mean tokens, mean seconds
@@ -73,7 +73,7 @@ class PrefillRate:
         if self._small is None:
             return quotient
         slope = (seconds - self._small[1]) / (tokens - self._small[0])
-        # A slope far below the quotient is noise between two averages; none at all would refuse every load for ever.
+        # A slope far below the quotient is noise. A slope of zero would refuse every load for ever.
         return max(slope, quotient / 10)
 
     def seconds(self, tokens: int) -> float | None:

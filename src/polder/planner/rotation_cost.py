@@ -1,7 +1,7 @@
 """How many layers' weights may be streamed, and how many segments that wins (Oneiros, SoCC 2025, section 4).
 
-Of n layers, m rotate at even spacing over m - alpha slots, so that alpha segments are won. Every rotating layer is read again in
-every pass.
+m of n layers rotate: they are evenly spaced and share m - alpha slots, which frees alpha segments. Every rotating layer
+is copied to the device again in every pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ __all__ = ["RotationSize", "choose_rotation", "pass_seconds"]
 
 
 class RotationSize(NamedTuple):
-    """`rotating` layers (m) share `slots` slots; `alpha` = rotating - slots segments are won. All zero: nothing rotates."""
+    """`rotating` layers (m) share `slots` slots, so `alpha` = rotating - slots segments are free. All zero: nothing
+    rotates."""
 
     alpha: int
     rotating: int
@@ -25,13 +26,14 @@ NONE = RotationSize(0, 0, 0)
 def pass_seconds(
     layers: int, rotating: int, slots: int, step_s: float, layer_load_s: float, copy_share: float = 0.0
 ) -> float:
-    """Seconds of a pass over `layers` layers that takes `step_s` when none rotates.
+    """Seconds of a pass over `layers` layers, which takes `step_s` when none rotates.
 
-    `copy_share`: what a load takes from computing, as a share of its own time. On a GPU that is one part in a hundred: the copy
-    engine writes to memory that layers are read from. On a CPU it is the part of the cores that copy.
+    `copy_share`: what a load takes from computing, as a share of its own time. On a GPU that is one part in a hundred:
+    the copy engine writes to memory that layers are read from. On a CPU it is the part of the cores that copy.
 
-    One slot: each load has its own gap to hide in and stalls for the rest. Even spacing of m layers over n leaves gaps of
-    floor(n/m) and ceil(n/m) layers. Two slots: one is filled while the other's layer computes, so the link alone is the limit.
+    One slot: each load has its own gap to hide in and stalls for the rest. Even spacing of m layers over n leaves gaps
+    of floor(n/m) and ceil(n/m) layers. Two slots: one is filled while the other's layer computes, so the link alone is
+    the limit.
     """
     step_s += copy_share * rotating * layer_load_s
     if slots > 1:
@@ -45,11 +47,11 @@ def pass_seconds(
 def choose_rotation(
     layers: int, step_s: float, layer_load_s: float, slowdown_allowed: float = 0.0, copy_share: float = 0.0
 ) -> RotationSize:
-    """The most segments that can be won while a pass takes at most `step_s` x (1 + `slowdown_allowed`).
+    """The most segments that can be freed while a pass takes at most `step_s` x (1 + `slowdown_allowed`).
 
-    One slot wins m - 1 segments but leaves each load a shorter time, two win m - 2 of more layers: whichever wins more, and of
-    two that win as much the one that streams fewer layers. Nothing rotates when the link is too slow for it to win anything, or
-    when a time was never measured (0).
+    One slot frees m - 1 segments but leaves less time for each load; two slots free m - 2 but may rotate more layers.
+    The choice that frees more wins, and of equal ones that with fewer rotating layers. Nothing rotates when the link is
+    too slow, or when a time was never measured (0).
     """
     if layer_load_s <= 0 or step_s <= 0:
         return NONE

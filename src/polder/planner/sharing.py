@@ -1,20 +1,22 @@
-"""Which engines give up weights for others' KV cache, and which get them back: pure functions, as the broker's policy is.
+"""Which engines give up weights for others' KV cache, and which get them back. Pure functions, like the broker's
+policy.
 
-Giving up costs no copy, since the host copy always exists; getting back costs one copy, and evicts whatever cache lies there. So
-memory is taken only when something is missing, and given back when it has been ample for a while. Law of no thrashing: what
-was moved stays for `min_hold_s`; giving back stops where `high_ratio` of the device stays free, above the `low_ratio` to
-which taking restores it (Oneiros, SoCC 2025, section 4: remapping and Dynamic Reversion).
+Giving weights up costs no copy, because the host copy always exists. Getting them back costs one copy and evicts the
+cache that lies there. So memory is taken only when some is missing, and given back when it has been ample for a while.
+Against thrashing, what was moved stays for `min_hold_s`. Taking frees `low_ratio` of the device beyond what is missing,
+and giving back stops where `high_ratio` stays free (Oneiros, SoCC 2025, section 4: remapping and Dynamic Reversion).
 
-Victims, in order:
-1. Idle engines. When models take turns (near) round-robin, the one that ran last runs again last: most recently used first. Else by
-   the engines' own predictions, the latest first. `arrival_pattern` measures which of the two it is.
-   A victim is put to sleep wholly. One that has lost some layers but cannot stream them must wait for a load before its first
-   token, as one that sleeps must, and what it still holds serves nobody meanwhile. Only if what is missing is so little that
-   the engine can run on by streaming (`streamable`) is so much taken and no more: it then keeps answering at once.
-2. Engines that serve: the spare segments that their own cost formula allows them to stream, at most `active_ratio` of their layers.
-3. For an engine that has waited `turn_s` for its weights, when all of that is not enough: engines that serve and have had
-   theirs for as long, the longest first. Their requests stand still until it is their turn again. So nobody waits without
-   bound beside an engine that never is idle, and engines that do not fit together take turns instead of one of them starving.
+Weights are taken from, in this order:
+1. Idle engines. When models take turns round-robin, the one that ran last runs again last, so it comes first. Otherwise
+   the one that expects its next request last comes first. `arrival_pattern` measures which of the two it is. An idle
+   engine is put to sleep wholly: with some of its layers it must wait for a load before its first token just as well,
+   and the others serve nobody meanwhile. Only if so little is missing that the engine can go on by streaming
+   (`streamable`), just that much is taken, and the engine keeps answering at once.
+2. Serving engines: the segments that their own cost formula allows them to stream, at most `active_ratio` of their
+   layers.
+3. When that is not enough for an engine that has waited `turn_s` for its weights: serving engines that have had theirs
+   for as long, the longest first. Their requests stand still until it is their turn again. So nobody waits without
+   bound beside an engine that is never idle, and engines that do not fit together take turns.
 """
 
 from __future__ import annotations
@@ -34,21 +36,22 @@ CYCLIC = 0.8  # a score from which the order of turns predicts well; turns in ra
 @dataclass(frozen=True, kw_only=True)
 class SharingConfig:
     low_ratio: float = 0.02
-    """Taking from a victim takes this share of the device's pages beyond what is missing, if the victim has it."""
+    """What is taken from an engine beyond what is missing, as a share of the device's pages."""
     high_ratio: float = 0.10
-    """Giving back leaves at least this share of the device's pages ample."""
+    """Giving back leaves at least this share of the device's pages free."""
     min_hold_s: float = 5.0
-    """Segments that moved stay so long, unless an engine waits for its weights; memory must be ample for so long."""
+    """Segments that moved stay for so long, unless an engine waits for its weights. Memory must be ample for as
+    long."""
     min_idle_s: float = 1.0
-    """No sooner after its last request does an engine count as idle ..."""
+    """An engine is idle when its last request ended so long ago."""
     waker_idle_s: float = 0.05
-    """... except for one that waits for its weights: its requests stand still. Long enough to let the next of a burst come."""
+    """The same, when another engine waits for its weights. Long enough for the next request of a burst to arrive."""
     turn_s: float = 3.0
-    """An engine that has waited so long for its weights pauses others that have had theirs for so long."""
+    """An engine that has waited so long for its weights pauses others that have had theirs for as long."""
     floor_ratio: float = 0.0
     """Share of a model's segments that is never taken, except by an operator."""
     active_ratio: float = 0.5
-    """Largest share of its layers that an engine which runs may lack."""
+    """The largest share of its layers that a serving engine may lack."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_ratio <= self.high_ratio < 1:
@@ -63,25 +66,26 @@ class SharingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightView:
-    """One engine's weights on one device. An engine that cannot move any now (no connection, a move under way) has no view."""
+    """One engine's weights on one device. An engine that cannot move any now has none: no connection, or a move under
+    way."""
 
     name: str
     layers: int
     layer_pages: int
     """Pages of a segment on this device, all ranks together."""
     segments: int
-    """Held, and on their way to it. 0: it sleeps."""
+    """Segments that it holds or is getting. 0: it sleeps."""
     spare_segments: int = 0
-    """What it could give up now, by its own account."""
+    """What it could give up now, as it reported."""
     streamable: int = 0
-    """How many layers in all it could stream when it last served."""
+    """How many of its layers it could stream when it last served."""
     idle_s: float = 0.0
-    """Since its last request ended; 0 while it has any."""
+    """Time since its last request ended; 0 while it has any."""
     next_use_s: float = math.inf
     waking: bool = False
     """It waits for all of its layers."""
     pinned: bool = False
-    """An operator says how much it has."""
+    """An operator decides how much it has."""
     since_change_s: float = math.inf
 
     @property
@@ -95,20 +99,20 @@ class Balance:
 
     total_pages: int
     waker_missing_pages: int = 0
-    """Lacking for the engine that waits for its weights, beyond what is free, coming, or cache that may be recalled ..."""
+    """Missing for the engine that waits for its weights, after free and coming pages and cache that may be recalled."""
     waker_waits_s: float = 0.0
-    """(it has waited so long)"""
+    """How long that engine has waited."""
     kv_missing_pages: int = 0
-    """... and for requests."""
+    """Missing for requests, in the same way."""
     ample_pages: int = 0
-    """At all times of the last `min_hold_s`: beyond what requests need or needed lately, and what caches are worth keeping for."""
+    """Pages that neither requests nor useful cache needed at any time of the last `min_hold_s`."""
 
 
 class Move(NamedTuple):
     segments: int
     reason: str
     preempt: bool = False
-    """Its requests stand still for it."""
+    """The engine's requests are paused for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +124,15 @@ class Moves:
 class Pattern(NamedTuple):
     kind: Literal["round-robin", "irregular"]
     score: float
-    """Mean place of the engine whose turn came among those that had run before it: 1 = always the one that had waited longest,
-    as in a strict cycle; 0.5 = random; 0 = always one of the last."""
+    """Mean rank of the engine whose turn came: 1 = always the one that had waited longest, as in a strict cycle; 0.5 =
+    random; 0 = always one of the last."""
 
 
 def arrival_pattern(turns: Sequence[str]) -> Pattern:
-    """How engines take turns. `turns`: the engine of each burst of requests, oldest first; repetitions of one count once.
+    """How engines take turns. `turns`: the engine of each burst of requests, oldest first. Repetitions count once.
 
-    The engine before it is no candidate for a turn, so of k engines seen the others have places 0 (ran last but one) to k - 2 (has
-    waited longest). Two engines can only alternate: that is a cycle. Too few turns to tell are irregular.
+    An engine cannot follow itself. So of k engines the others have ranks 0 (ran last but one) to k - 2 (has waited
+    longest). Two engines can only alternate, which is a cycle. Too few turns are irregular.
     """
     recent: list[str] = []  # most recent last
     places: list[float] = []
@@ -146,7 +150,7 @@ def arrival_pattern(turns: Sequence[str]) -> Pattern:
 
 
 def weight_moves(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, config: SharingConfig) -> Moves:
-    """The segments to take and to give now. Never both on one device."""
+    """The segments to take or to give now, never both on one device."""
     if balance.waker_missing_pages + balance.kv_missing_pages > 0:
         return Moves(takes=_takes(balance, engines, pattern, config))
     return Moves(gives=_gives(balance, engines, config))
@@ -161,7 +165,7 @@ def _takes(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, co
         if missing <= 0:
             break
         if waker <= 0 and engine.since_change_s < config.min_hold_s:
-            continue  # for a waker the hold time does not count: its requests stand still
+            continue  # the hold time does not count while an engine waits for its weights
         needed, wanted = (-(-pages // engine.layer_pages) for pages in (missing, missing + margin))
         if engine.idle_s > 0:
             running = min(engine.streamable, _may_lack(engine, config)) - engine.lost
@@ -174,7 +178,7 @@ def _takes(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, co
             takes[engine.name] = Move(segments, f"{why}; missing: {whom}")
             waker, missing = waker - segments * engine.layer_pages, missing - segments * engine.layer_pages
     for engine in _whose_turn_is_over(engines, balance, config):
-        # What is coming anyway may be enough for the waker: others are paused for it alone, not for caches and requests.
+        # What is coming anyway may be enough: serving engines are paused for weights only, not for caches and requests.
         if waker <= 0:
             break
         streamed = takes[engine.name].segments if engine.name in takes else 0
@@ -185,7 +189,7 @@ def _takes(balance: Balance, engines: Sequence[WeightView], pattern: Pattern, co
 
 
 def _whose_turn_is_over(engines: Sequence[WeightView], balance: Balance, config: SharingConfig) -> Iterator[WeightView]:
-    """Those that serve and may be paused, the one first that has had its weights for the longest."""
+    """Serving engines that may be paused, the one that has had its weights for the longest first."""
     if balance.waker_waits_s < config.turn_s or config.floor_ratio > 0:
         return
     serving = [e for e in engines if e.segments and not e.waking and not e.idle_s and e.since_change_s >= config.turn_s]
@@ -208,13 +212,13 @@ def _victims(engines: Sequence[WeightView], pattern: Pattern, min_idle_s: float)
 
 
 def _may_lack(engine: WeightView, config: SharingConfig) -> int:
-    """Layers that it may lack while it runs."""
+    """Layers that the engine may lack while it serves."""
     above_floor = engine.layers - math.ceil(config.floor_ratio * engine.layers)
     return min(int(config.active_ratio * engine.layers), above_floor, engine.layers - 1)
 
 
 def _gives(balance: Balance, engines: Sequence[WeightView], config: SharingConfig) -> dict[str, Move]:
-    """Those that serve first, then those that are needed soonest. One that sleeps gets all of its segments or none."""
+    """Serving engines first, then those that are needed soonest. A sleeping engine gets all of its segments or none."""
     gives: dict[str, Move] = {}
     left = balance.ample_pages - math.ceil(balance.total_pages * config.high_ratio)
     short = [engine for engine in engines if engine.lost and not engine.waking and not engine.pinned]

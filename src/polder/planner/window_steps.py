@@ -1,13 +1,13 @@
-"""How long a context may get so that its tokens come in time: a window's steps foretold from what an engine measures at its start.
+"""How long a context with a window may be, so that its tokens come in time.
 
 A decode step computes the model once, attends to the whole context, and waits for the windowed part of it:
 
     step = even_step_seconds(step_s + token_s * tokens, bytes of the windowed blocks)
 
-The first two are a pass of the engine's own model without and with a context; the copies' rate and cost are those of the window's
-own passes without computing, and by how much copies slow computing down is measured with both at once. What threads and wake-ups
-cost where copies and computing take about as long is in no such formula, so some real steps with windowed blocks are measured, too,
-and no step is foretold to be faster than those. Sampling and scheduling are not in it, nor what other requests of a batch compute.
+An engine measures all of these when it starts: passes of its model without and with a context, the window's copies
+without computing, and both at once. The cost of threads and wake-ups is in no formula. So some real steps with windowed
+blocks are measured too, and no step is predicted to be faster than those. Sampling, scheduling and other requests of
+the batch are not included.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class StepFigures:
     layers: int
     window_layers: int
     block_bytes: int
-    """Of one layer."""
+    """Bytes of one layer of a block."""
     block_tokens: int
     step_s: float
     """One token through the model, with next to no context."""
     token_s: float
-    """More for each token of context."""
+    """Additional time for each token of context."""
     overhead_s: float
-    """Of a layer with copies, besides their bytes."""
+    """Cost of a layer with copies, besides their bytes."""
     link_bytes_per_s: float
     contention_s_per_byte: float = 0.0
-    """More for each byte copied meanwhile."""
+    """Additional time for each byte copied meanwhile."""
     windowed_steps: tuple[tuple[int, float], ...] = ()
-    """(windowed blocks, by how much a step with them took longer), rising."""
+    """(windowed blocks, by how much a step with them took longer), in rising order."""
 
     @property
     def stream(self) -> Stream:
@@ -53,7 +53,7 @@ class StepFigures:
 
 
 def decode_step_seconds(figures: StepFigures, context_tokens: int, windowed_blocks: int) -> float:
-    """One sequence's next token."""
+    """Predicted seconds of one sequence's next token."""
     return even_step_seconds(
         figures.step_s + figures.token_s * context_tokens,
         figures.layers,
@@ -64,10 +64,11 @@ def decode_step_seconds(figures: StepFigures, context_tokens: int, windowed_bloc
 
 
 def longest_within(figures: StepFigures, goal_s: float, most_tokens: int, windowed_blocks: Callable[[int], int]) -> int:
-    """The longest context, in whole blocks and `most_tokens` at most, that needs no window or whose tokens come within `goal_s`.
+    """The longest context, in whole blocks and `most_tokens` at most, that needs no window or whose tokens come within
+    `goal_s`.
 
-    `windowed_blocks(tokens)`: what a context needs of them; it never falls. A context without windowed blocks is in time by
-    definition: no window could make it faster.
+    `windowed_blocks(tokens)`: how many a context of so many tokens needs; it must not fall. A context without windowed
+    blocks is in time by definition: no window could make it faster.
     """
     size = figures.block_tokens
 

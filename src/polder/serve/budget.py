@@ -1,9 +1,8 @@
 """How much KV memory a model needs at least, from its config.json, before anything heavy is started.
 
-The arithmetic is the engine's own (engines/vllm/rank/geometry.py): the blocks of one request of max_model_len, in units of whole
-pages.
-It knows plain full attention on one rank only (planner/model_shape.py). For any other model the answer is None, and the broker's
-exact check at the engine's start decides.
+The arithmetic is the engine's own (engines/vllm/rank/geometry.py): the blocks of one request of max_model_len, in units
+of whole pages. It knows plain full attention on one rank only (planner/model_shape.py). For any other model the answer
+is None, and the broker's exact check at the engine's start decides.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ _SEVERAL_RANKS = (
 def least_kv_bytes(
     path: Path, *, max_model_len: int | Literal["auto"] | None, args: Sequence[str], device: str, page_bytes: int
 ) -> int | None:
-    """Bytes without which the model cannot serve one request of its longest kind; None when its config is not understood."""
+    """Bytes without which the model cannot serve one request of its longest kind; None when its config is not
+    understood."""
     try:
         config = read_config(path)
         shape = read_kv_shape(path, config)
@@ -53,11 +53,12 @@ def least_kv_bytes(
 def option(args: Sequence[str], name: str) -> str | None:
     """The value of a `vllm serve` argument written as two words or with "="; None when it is not given.
 
-    As vLLM takes it: with "_" for "-" too. Of an object given field by field ("--name.field") the value of the first.
+    As in vLLM, "_" may stand for "-". For an object given field by field ("--name.field") it is the first field's
+    value.
     """
     for at, text in enumerate(args):
         given, equals, value = text.partition("=")
-        # The fields' own names, and the names after a single dash, are as they stand.
+        # Names of fields, and names after a single dash, are taken literally.
         if given.startswith("--"):
             given = given.partition(".")[0].replace("_", "-")
         if given == name:
@@ -72,12 +73,12 @@ def option(args: Sequence[str], name: str) -> str | None:
 def _length(config: Mapping[str, Any], max_model_len: int | Literal["auto"] | None, args: Sequence[str]) -> int | None:
     given = option(args, "--max-model-len")
     if max_model_len == "auto":
-        return None  # as long as fits, so anything does
+        return None  # as long as fits, so any size is enough
     if max_model_len is not None:
         return max_model_len
     if given is not None:
         return int(given) if given.isdecimal() else None
     length = config.get("max_position_embeddings")
     if (config.get("rope_scaling") or {}).get("rope_type", "llama3") != "llama3":
-        return None  # others multiply the length by rules of their own
+        return None  # other types multiply the length by rules of their own
     return length if isinstance(length, int) and length > 0 else None

@@ -1,4 +1,4 @@
-"""The disks of a fleet: which directory of each is a model's, and how many bytes of it."""
+"""The disks of a fleet: each model's directory on them, and its limit in bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Disks = tuple[tuple[str, int], ...]
 
 
 def disk_parts(memory: MemoryTable, models: Sequence[EngineSettings]) -> dict[str, Disks]:
-    """By name of the model: equal parts of every disk for all with that tier. Raises ConfigError or BudgetError."""
+    """By model: equal parts of every disk for all models with that tier. Raises ConfigError or BudgetError."""
     users = [model.engine for model in models if "disk" in model.tiers]
     if users and not memory.disks:
         raise ConfigError(
@@ -49,7 +49,7 @@ def _check_paths(paths: Sequence[str]) -> None:
         if not os.path.isdir(path):
             raise ConfigError(
                 f"memory.disks: there is no directory {path}: mount the disk, or make the directory on it; "
-                "what is in it is made by Polder"
+                "Polder makes what is in it"
             )
         real = os.path.realpath(path)
         if real in seen:
@@ -59,12 +59,12 @@ def _check_paths(paths: Sequence[str]) -> None:
 
 
 def folder_of(name: str) -> str:
-    """One folder's name for a model's: another one for each. "/" and ":" are written as %2F and %3A."""
+    """A folder name for a model's name, unique for each. "/" and ":" are written as %2F and %3A."""
     return quote(name, safe="")
 
 
 def make_folders(disks: Iterable[Disks]) -> None:
-    """The models' directories, where they are missing. Raises ConfigError when one cannot be made."""
+    """Makes the models' directories where they are missing. Raises ConfigError when one cannot be made."""
     for path, _ in (disk for part in disks for disk in part):
         try:
             Path(path).mkdir(exist_ok=True)

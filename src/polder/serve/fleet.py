@@ -1,7 +1,7 @@
 """The fleet file: which models, how much memory, where to listen. `EXAMPLE` (schema.py) shows every key.
 
-Every error names the file, the key and what to write instead, and comes before anything is started. What needs no file (the
-budget's arithmetic) is in budget.py.
+Every error names the file, the key and what to write instead, and comes before anything is started. budget.py has the
+arithmetic of the least KV memory.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Model:
     """`broker` is not known yet."""
     max_model_len: int | Literal["auto"] | None = None
     cpus: str = ""
-    """Cores of its processes, as taskset writes them: "0-7,16"; empty: all."""
+    """Cores of its processes in the notation of taskset: "0-7,16". Empty: all."""
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     least_bytes: int | None = None
-    """KV memory of one request of its longest kind; None when only the engine itself can tell."""
+    """KV memory of one request of max_model_len; None when only the engine can tell."""
 
     @property
     def name(self) -> str:
@@ -52,10 +52,10 @@ class Model:
         return self.settings.kv_floor_bytes or self.least_bytes
 
     def environment(self, socket: Path) -> dict[str, str]:
-        """What makes its engine elastic. Empty values undo what this process's own environment may hold."""
+        """The variables that make its engine elastic. Empty values undo those of this process's own environment."""
         given = replace(self.settings, broker=socket).environment() | dict(self.env)
         plugins = given.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
-        if plugins is not None:  # vLLM loads those that are named and no others
+        if plugins is not None:  # vLLM loads only the plugins that it names
             names = [name for name in plugins.split(",") if name]
             given["VLLM_PLUGINS"] = ",".join(names if "polder" in names else [*names, "polder"])
         return given
@@ -73,19 +73,20 @@ class Fleet:
     port: int
     device: str
     budget_bytes: int
-    """KV memory of all models, and the weights of those whose weights are elastic."""
+    """KV memory of all models, and the weights of models with elastic weights."""
     page_bytes: int
     policy: PolicyConfig
     models: tuple[Model, ...]
     host_bytes: int = 0
-    """Host memory of all models' host tiers and windows."""
+    """Host memory for the host tiers and windows of all models."""
 
     def broker(self, socket: Path) -> BrokerConfig:
         devices = {self.device: self.budget_bytes} | ({"host:0": self.host_bytes} if self.host_bytes else {})
         return BrokerConfig(socket=socket, devices=devices, page_bytes=self.page_bytes, policy=self.policy)
 
     def check_budget(self) -> None:
-        """Raises BudgetError when the models cannot all have their least memory at once, with what is needed."""
+        """Raises BudgetError when the models cannot all have their least memory at once, and says how much is
+        needed."""
         for model in self.models:
             floor = model.settings.kv_floor_bytes
             if model.least_bytes is not None and floor is not None and floor < model.least_bytes:
@@ -93,7 +94,7 @@ class Fleet:
                     f"model {model.name}: floor {format_bytes(floor)} is less than one request of "
                     f"max_model_len needs: write {_mib(model.least_bytes)} or more, or lower max_model_len"
                 )
-        # A model that sleeps needs next to nothing: whether those with elastic weights fit is the broker's exact check.
+        # A sleeping model needs next to nothing: for elastic weights the broker checks exactly.
         needs = {m.name: m.needed_bytes for m in self.models if m.settings.weights == "resident"}
         known = {name: need for name, need in needs.items() if need is not None}
         least = sum(known.values())
@@ -139,7 +140,7 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
         models=(),
         host_bytes=file.memory.host_bytes,
     )
-    fleet.broker(Path("socket"))  # page and budget fit each other
+    fleet.broker(Path("socket"))  # raises when page and budget do not fit each other
     settings = {model.name: EngineSettings(engine=model.name, **given) for model, given in file.models}
     disks, quotas = disk_parts(file.memory, list(settings.values())), _host_quotas(settings, fleet)
     models = []
@@ -165,7 +166,8 @@ def _budget(file: FleetFile) -> int:
 
 
 def _host_quotas(settings: Mapping[str, EngineSettings], fleet: Fleet) -> dict[str, int]:
-    """Host memory by model: what it asks for; else, with that tier, an equal part of what nobody asked for, in whole pages."""
+    """Host memory by model: what it asks for, else an equal part of what is left, in whole pages, for models with that
+    tier."""
     asked = {name: model.host_bytes for name, model in settings.items() if model.host_bytes}
     taken = sum(asked.values()) + sum(model.window_bytes for model in settings.values())
     rest = fleet.host_bytes - taken
@@ -202,7 +204,7 @@ def _model(model: ModelTable, settings: EngineSettings, fleet: Fleet, folder: Pa
             raise ConfigError(f"{what}: {low} {format_bytes(least)} is more than its {high} {format_bytes(most)}")
     path = _resolved(model, folder)
     least_bytes = None
-    if not settings.window_bytes:  # with a window a request needs less: how much, the engine tells when it starts
+    if not settings.window_bytes:  # with a window a request needs less; only the engine knows how much
         least_bytes = least_kv_bytes(
             Path(path),
             max_model_len=model.max_model_len,
@@ -222,7 +224,7 @@ def _model(model: ModelTable, settings: EngineSettings, fleet: Fleet, folder: Pa
 
 
 def _resolved(model: ModelTable, folder: Path) -> str:
-    """A folder relative to the fleet file, or the path as it stands when it can only be a name."""
+    """A folder relative to the fleet file, or the text itself when it can only be a name."""
     local = folder / Path(model.path).expanduser()
     if any((local / name).is_file() for name in ("config.json", "params.json")):
         return str(local.resolve())
@@ -232,5 +234,5 @@ def _resolved(model: ModelTable, folder: Path) -> str:
 
 
 def _mib(size: int) -> str:
-    """As it would be written in the file, rounded up."""
+    """The size as it would be written in the file, rounded up."""
     return f"{-(-size // (1 << 20))}MiB"

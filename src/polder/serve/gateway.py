@@ -1,4 +1,4 @@
-"""One OpenAI-compatible endpoint for all models: requests go to the engine that their `model` names, bytes pass through.
+"""One OpenAI-compatible endpoint for all models. A request goes to the engine that its `model` names, byte for byte.
 
 | route              | answer                                                                                       |
 |--------------------|----------------------------------------------------------------------------------------------|
@@ -8,8 +8,9 @@
 | GET /metrics       | Prometheus: Polder's own, then every vLLM's with `engine` added (metrics.py)                 |
 | GET /polder/status | JSON: the broker's status (null when it does not answer) and the children                    |
 
-"degraded": every model serves, but the broker does not answer. Requests are answered as before; no memory moves between models,
-and a model whose weights are away cannot get them back. A load balancer should go on sending requests, hence 200.
+"degraded": every model serves, but the broker does not answer. Requests are answered as before. No memory moves between
+models, and a model whose weights are away cannot get them back. It is a 200, because a load balancer should go on
+sending requests.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from polder.serve.supervisor import BROKER, ChildStatus, FleetStatus
 
 __all__ = ["make_app"]
 
-# Shorter than the 5 s after which vLLM's server closes an idle connection: a request never meets one that is being closed.
+# Shorter than the 5 s after which vLLM's server closes an idle connection, so no request meets one that is being
+# closed.
 KEEPALIVE_S = 4.0
-BROKER_S = 1.0  # for the broker's answer to a health check
-ASIDE_S = 5.0  # for what the gateway itself asks of an engine: models, metrics
+BROKER_S = 1.0  # time limit of the broker's answer to a health check
+ASIDE_S = 5.0  # time limit of the gateway's own requests to engines: models, metrics
 
 
 def make_app(
@@ -53,10 +55,10 @@ def make_app(
 ) -> Starlette:
     """An app that routes to `upstreams` (model name -> base URL).
 
-    `socket`: the broker, for /metrics and /polder/status. `children`: the supervised processes, none if nobody supervises.
+    `socket`: the broker's, for /metrics and /polder/status. `children`: the supervised processes, if there are any.
     """
     http = httpx.AsyncClient(
-        # No time limit on answers: a request may wait for its turn as long as its client does.
+        # No time limit for answers: a request may wait as long as its client does.
         timeout=httpx.Timeout(None, connect=5.0),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=256, keepalive_expiry=KEEPALIVE_S),
         transport=transport,
@@ -93,7 +95,7 @@ class _Gateway:
         self._upstreams, self._socket, self._children, self._http = upstreams, socket, children, http
 
     def retry_after_s(self, model: str) -> int:
-        """When to ask again for a model that is not up. An engine takes some time to load after its back-off, too."""
+        """Seconds after which to ask again for a model that is down: its back-off and some time to load."""
         waits = [child.retry_in_s for child in self._children() if child.name == model]
         return 5 + round(max(waits, default=0.0))
 
@@ -132,7 +134,7 @@ class _Gateway:
             return None
 
     async def _from_all(self, path: str) -> dict[str, str]:
-        """What every engine that is up answers, by model."""
+        """The answers of all engines that are up, by model."""
         names = list(self._upstreams)
         texts = await asyncio.gather(*(self._get(self._upstreams[name] + path) for name in names))
         return {name: text for name, text in zip(names, texts, strict=True) if text is not None}
@@ -146,7 +148,7 @@ class _Gateway:
 
 
 async def _refused(_: Request, error: Exception) -> Response:
-    """Unknown paths and methods, in OpenAI's shape like every other error."""
+    """Answers unknown paths and methods, in OpenAI's shape like every other error."""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: this server answers POST /v1/*, GET /v1/models, /health, /metrics and /polder/status"
     return error_response(error.status_code, message, "invalid_request_error")

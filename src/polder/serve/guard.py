@@ -1,18 +1,19 @@
-"""Stands between Polder and one child, so that the child's whole tree ends whatever happens to Polder.
+"""Runs between Polder and one child, so that the child's whole process tree ends whatever happens to Polder.
 
     python -I -S guard.py PARENT_PID GRACE_S COMMAND...
 
-vLLM's API server starts an engine core, which starts workers. PR_SET_PDEATHSIG reaches only the first of them, and only when the
-*thread* that started it ends; so this process does the watching. It is a subreaper: what its child leaves behind becomes its own
-child, even from another session. Guarantees:
+vLLM's API server starts an engine core, which starts workers. PR_SET_PDEATHSIG would reach only the first of them, and
+only when the thread that started it ends. So this process watches. It is a subreaper: orphans of its child become its
+own children, even from another session. Guarantees:
 
-  * it ends only when no process that descends from its child is left;
-  * SIGTERM and SIGINT are passed on to the child; SIGQUIT kills the whole tree at once;
-  * when the parent dies, kill -9 included, the child gets SIGTERM and after GRACE_S the tree is killed;
-  * when this process is itself killed, the child dies with it (PR_SET_PDEATHSIG), and ManagedProcess kills the rest of the group;
-  * it ends with the child's code, 128 + N for signal N, as a shell does; 127 when the command cannot be started.
+  * It ends only when no descendant of its child is left.
+  * SIGTERM and SIGINT are passed on to the child. SIGQUIT kills the whole tree at once.
+  * When the parent dies, also by kill -9, the child gets SIGTERM, and after GRACE_S the tree is killed.
+  * When this process is killed, the child dies with it (PR_SET_PDEATHSIG), and ManagedProcess kills the rest of the
+    group.
+  * It ends with the child's code, or 128 + N for signal N, as a shell does; 127 when the command cannot be started.
 
-Only the standard library, and no site-packages: it costs 15 ms and a few MiB.
+It uses the standard library only, without site-packages: it costs 15 ms and a few MiB.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ import time
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LEAVE_S = 2.0  # orphans get SIGTERM and this time before SIGKILL
-TRACKER_S = (
-    1.0  # multiprocessing's resource tracker removes shared memory once all its users are gone: it gets this much more
-)
+TRACKER_S = 1.0
+"""Extra time for multiprocessing's resource tracker, which removes shared memory once all its users are gone."""
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         parent_fd = os.pidfd_open(parent)
     except ProcessLookupError:
         return 1
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before the line above
         return 1
     wake_in, wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_out)
@@ -86,7 +86,7 @@ def _watch(child: subprocess.Popen[bytes], parent_fd: int, wake: int, grace_s: f
 
 
 def _sweep(child: subprocess.Popen[bytes], leave_s: float) -> None:
-    """Ends everything that is left, and returns when nothing is. Killing a child makes its children ours: hence the rounds."""
+    """Ends all remaining processes. In rounds, because the children of a killed process become children of this one."""
     kill_at = time.monotonic() + leave_s
     told: set[int] = set()
     while True:

@@ -29,7 +29,8 @@ class _Sample(NamedTuple):
 
 
 def render(status: Status | None, children: Sequence[ChildStatus] = ()) -> str:
-    """Polder's own metrics as Prometheus text. `status` None: the broker does not answer, only the children are known."""
+    """Polder's own metrics as Prometheus text. `status` None: the broker does not answer, only the children are
+    known."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Own(status, children))
     return generate_latest(registry).decode()
@@ -141,10 +142,10 @@ _ENGINE_LABEL = re.compile(r'([{,]\s*)engine="')
 
 
 def merge(texts: Iterable[tuple[str, str]]) -> str:
-    """Joins (engine, Prometheus text) pairs: samples get the engine's label, each family its HELP and TYPE once.
+    """Joins (engine, Prometheus text) pairs. Samples get the engine's label; each family has its HELP and TYPE once.
 
-    Values are not parsed: they stay digit for digit what vLLM printed. vLLM's own `engine` label (the data-parallel rank)
-    becomes `exported_engine`, as Prometheus itself would name it. A pair with an empty engine is passed on as it stands.
+    Values are not parsed, so they stay as vLLM printed them. vLLM's own `engine` label (the data-parallel rank) becomes
+    `exported_engine`, as Prometheus would name it. A text with an empty engine is passed on unchanged.
     """
     heads: dict[str, dict[str, str]] = {}
     samples: dict[str, list[str]] = {}

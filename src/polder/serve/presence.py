@@ -1,4 +1,4 @@
-"""Whether an engine takes part: it has said Hello to the broker, or told it that it serves as stock vLLM."""
+"""Checks that an engine is known to the broker: it said Hello, or reported that it serves as stock vLLM."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from polder.errors import BrokerUnavailable, EnvironmentFault
 __all__ = ["Presence"]
 
 PATIENCE_S = 15.0
-"""An engine says Hello before its server answers. A broker that was restarted just then hears of it a second later."""
+"""An engine says Hello before its server answers, but a restarted broker hears of it a second later."""
 
 
 class Presence:
-    """Called for an engine whose server answers. An engine without Polder in it would take memory that nobody gave it."""
+    """Called for an engine whose server answers. An engine without Polder would take memory that was not granted to
+    it."""
 
     def __init__(self, engine: str, socket: Path, *, patience_s: float = PATIENCE_S) -> None:
         self._engine, self._socket, self._patience_s = engine, socket, patience_s
         self._absent_since: float | None = None
 
     def __call__(self) -> bool:
-        """True when the broker knows the engine. Raises EnvironmentFault when a broker that answers does not hear of it in time."""
+        """True when the broker knows the engine. Raises EnvironmentFault when the broker answers but does not hear of
+        it in time."""
         try:
             status = client.status(self._socket, timeout_s=1.0)
         except BrokerUnavailable:

@@ -1,7 +1,7 @@
-"""Child processes that end when they should: at `stop`, when they fail, and with their parent whatever kills it.
+"""Child processes that end at `stop`, when they fail, and when their parent dies for any reason.
 
-Each child runs under a guard (guard.py), which leads a session of its own, and ends only when nothing that descends from the
-child is left. So waiting for the guard is waiting for the whole tree.
+Each child runs under a guard (guard.py). The guard ends only when no descendant of the child is left, so waiting for
+the guard is waiting for the whole tree.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ class ProcessSpec:
     log_path: Path | None = None
     """Both outputs are appended to it; None: the parent's own."""
     health_url: str | None = None
-    """Answers 200 when the process is ready; None: ready as soon as it runs, or as `is_ready` says."""
+    """Answers 200 when the process is ready. None: ready as soon as it runs, or when `is_ready` says so."""
     is_ready: Callable[[], bool] | None = None
-    """Asked, too, once the health URL answers. Raises EnvironmentFault when it will never be ready."""
+    """Asked in addition, once the health URL answers. Raises EnvironmentFault when it will never be ready."""
     silent_s: float | None = None
-    """A child that was ready and then is not for so long is ended and started anew; None: only when it ends."""
+    """A child that was ready and has not answered for so long is ended and restarted. None: it is restarted only when
+    it ends."""
 
 
 class ManagedProcess:
-    """One child with all its descendants. `stop` may be called from any thread, and while another is in `wait_ready`."""
+    """One child with all its descendants. `stop` may be called from any thread, also while another is in
+    `wait_ready`."""
 
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec = spec
@@ -67,12 +69,12 @@ class ManagedProcess:
 
     @property
     def returncode(self) -> int | None:
-        """None while anything of it runs, or before it was started; 128 + N when signal N ended it."""
+        """None before the start and while any process of the tree runs; 128 + N when signal N ended it."""
         if self._process is None:
             return None
         with self._lock:
             if self._process.returncode is None and _has_ended(self._process.pid):
-                # A guard that was itself killed leaves its group behind. Its id is not yet reaped, so it is nobody else's.
+                # A guard that was killed leaves its group behind. Its id is not reaped yet, so no other process has it.
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
@@ -83,7 +85,7 @@ class ManagedProcess:
         return self._process is not None and self.returncode is None
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Returns when it has ended (True), or after the time limit (False)."""
+        """True when it has ended, False when the time is over."""
         if self._process is None:
             return True
         try:
@@ -96,7 +98,7 @@ class ManagedProcess:
             os.close(pidfd)
 
     def start(self) -> None:
-        """Starts it; again, when it has ended before. Raises EnvironmentFault when it cannot."""
+        """Starts it, also again after it has ended. Raises EnvironmentFault when it cannot be started."""
         assert not self.alive(), "already running"
         command = (sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(ORPHANED_GRACE_S), *self.spec.argv)
         try:
@@ -109,15 +111,17 @@ class ManagedProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT if log else None,
-                    # A group to be killed by, in this session: Linux schedules each session as a unit (autogroup), and on one
-                    # core one of two such units was seen to get nothing for 29 s while the other computed (docs/log.md).
+                    # A process group, so that it can be killed, and not a session: Linux schedules each session as a
+                    # unit
+                    # (autogroup), and on one core one of two sessions got no time for 29 s (docs/log.md).
                     process_group=0,
                 )
         except OSError as error:
             raise EnvironmentFault(f"cannot start {self.spec.name}: {error}") from error
 
     def ready(self) -> bool:
-        """Whether it answers its health URL now, and `is_ready` says yes. Blocks for 2 s at most, and as long as that."""
+        """Whether its health URL answers now and `is_ready` agrees. Blocks for 2 s at most, plus the time of
+        `is_ready`."""
         if not self._healthy() or not self.alive():
             return False
         return self.spec.is_ready is None or self.spec.is_ready()
@@ -132,8 +136,8 @@ class ManagedProcess:
             return False
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Returns when it is ready. Raises EnvironmentFault with the end of its log when it dies first or takes too long, and what
-        `is_ready` raises."""
+        """Returns when it is ready. Raises EnvironmentFault with the end of its log when it dies first or takes too
+        long, and whatever `is_ready` raises."""
         deadline = time.monotonic() + timeout_s
         while not self.ready():
             if not self.alive():
@@ -149,7 +153,8 @@ class ManagedProcess:
         self._signal(signal.SIGTERM)
 
     def stop(self, grace_s: float = 15.0) -> None:
-        """SIGTERM, after the grace SIGKILL to the tree; returns when nothing of it is left. Harmless when it does not run."""
+        """SIGTERM, after `grace_s` SIGKILL to the tree. Returns when nothing of it is left; harmless when it does not
+        run."""
         self.terminate()
         if not self._ended_within(grace_s):
             self._signal(signal.SIGQUIT)
@@ -158,7 +163,7 @@ class ManagedProcess:
                 self._ended_within(SWEEP_S)
 
     def log_tail(self, lines: int = 15) -> str:
-        """The last lines of the log as the end of an error message; empty without a log."""
+        """The last lines of the log, as the end of an error message. Empty without a log."""
         path = self.spec.log_path
         if path is None or not path.exists():
             return ""
@@ -168,8 +173,7 @@ class ManagedProcess:
         return f". The end of {path}:\n" + "\n".join(text.splitlines()[-lines:])
 
     def refusal(self) -> str:
-        """Why Polder in the child did not start, from its log: a setting that is wrong will be wrong the next time, too. Empty if
-        there is nothing of the kind."""
+        """Polder's own error in the child's log, which would come again after a restart. Empty if there is none."""
         path = self.spec.log_path
         if path is None or not path.exists():
             return ""
@@ -182,7 +186,7 @@ class ManagedProcess:
         if self.alive():
             with self._lock:
                 assert self._process is not None
-                if self._process.returncode is None:  # else its id may be another's by now
+                if self._process.returncode is None:  # else its id may belong to another process by now
                     os.kill(self._process.pid, number)
 
     def _ended_within(self, seconds: float) -> bool:
@@ -195,12 +199,12 @@ class ManagedProcess:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether our child has ended, without reaping it."""
+    """Whether the child process has ended. Does not reap it."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody has at this moment."""
+    """A TCP port of the loopback interface that is free at this moment."""
     import socket
 
     with socket.socket() as probe:
@@ -218,12 +222,12 @@ def vllm_serve(
     cpus: str = "",
     log_path: Path | None = None,
 ) -> ProcessSpec:
-    """One `vllm serve` on loopback, serving `model_path` under the model name `name`, on the cores `cpus` (empty: all)."""
+    """`vllm serve` on loopback: the model at `model_path` under the name `name`, on the cores `cpus` (empty: all)."""
     command = Path(sys.executable).with_name("vllm")
     program = (str(command),) if command.exists() else (sys.executable, "-m", "vllm.entrypoints.cli.main")
     own = {"--served-model-name": name, "--host": "127.0.0.1", "--port": str(port)}
     options = [word for option in own.items() for word in option]
-    # A log line a request would grow for ever. The requests themselves are logged only with --enable-log-requests.
+    # A log line for each request would grow without bound.
     options.append("--disable-uvicorn-access-log")
     pinned = ("taskset", "--cpu-list", cpus) if cpus else ()
     return ProcessSpec(

@@ -1,9 +1,9 @@
-"""The path of a request through the gateway, kept short: read the body once, find `model`, pass bytes both ways.
+"""The path of a request through the gateway: read the body once, find `model`, pass bytes both ways.
 
-What a client can rely on:
-  * body and answer are the engine's bytes; a stream's pieces go out as they come in, none is held back;
-  * when it goes away, at any moment, the request to the engine is closed, so that vLLM aborts it;
-  * an answer that the engine breaks off is broken off here too, never ended as if it were whole.
+Guarantees for clients:
+  * Body and answer are passed on byte for byte. The pieces of a stream go out as they come in.
+  * When the client goes away, at any moment, the request to the engine is closed, so that vLLM aborts it.
+  * An answer that the engine breaks off is broken off here too. It never ends as if it were whole.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ __all__ = ["MAX_BODY", "Proxy", "error_response"]
 logger = logging.getLogger("polder.gateway")
 
 MAX_BODY = 256 << 20
-"""Bytes of a request's body, images included."""
+"""The largest body of a request in bytes, images included."""
 
-# Of one connection only (RFC 9110, 7.6.1); host, length and date are made anew for each.
+# Headers of one connection only (RFC 9110, 7.6.1); host, length and date are made anew.
 _REQUEST_ONLY = {b"host", b"content-length", b"expect", b"proxy-authorization"}
 _ANSWER_ONLY = {b"date", b"server"}
 _PER_HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 
 
 class _Routed(msgspec.Struct):
-    """All that the gateway reads of a request. Other fields are checked to be JSON and skipped."""
+    """What the gateway reads of a request. Other fields are only checked to be JSON."""
 
     model: str = ""
 
@@ -49,7 +49,7 @@ class Proxy:
     def __init__(
         self, upstreams: Mapping[str, str], http: httpx.AsyncClient, retry_after_s: Callable[[str], int]
     ) -> None:
-        """`upstreams`: model name -> base URL. `retry_after_s(model)`: what a client of a model that is down is told."""
+        """`upstreams`: model name -> base URL. `retry_after_s(model)`: the Retry-After of a model that is down."""
         self._upstreams, self._http, self._retry_after_s = upstreams, http, retry_after_s
         self._extensions = {"timeout": http.timeout.as_dict()}
 
@@ -79,7 +79,7 @@ class Proxy:
             forward.result()
 
     def _route(self, body: bytes) -> str | JSONResponse:
-        """The model that the body names, or the answer that says why there is none."""
+        """The model that the body names, or an error answer."""
         try:
             model = _decoder.decode(body).model
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -87,7 +87,7 @@ class Proxy:
             return error_response(400, message, "invalid_request_error")
         known = ", ".join(sorted(self._upstreams))
         if not model and len(self._upstreams) == 1:
-            return next(iter(self._upstreams))  # vLLM, too, takes a request without `model`
+            return next(iter(self._upstreams))  # as vLLM does
         if not model:
             return error_response(400, f"`model` is missing; this server has {known}", "invalid_request_error")
         if model not in self._upstreams:
@@ -98,7 +98,7 @@ class Proxy:
         query = scope["query_string"].decode("ascii")
         url = self._upstreams[model] + (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
         url += f"?{query}" if query else ""
-        # Not the client's build_request: it would add headers of its own, accept-encoding and cookies among them.
+        # Not the client's build_request, which would add headers such as accept-encoding and cookies.
         request = httpx.Request(
             "POST", url, headers=_kept(scope["headers"], _REQUEST_ONLY), content=body, extensions=self._extensions
         )
@@ -125,7 +125,7 @@ class Proxy:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body; None when the client goes away before it is complete."""
+    """The whole body, or None when the client goes away before it is complete."""
     pieces, size = [], 0
     while True:
         message = await receive()
@@ -145,7 +145,7 @@ async def _until_gone(receive: Receive) -> None:
 
 
 def _kept(headers: list[tuple[bytes, bytes]], dropped: set[bytes]) -> list[tuple[bytes, bytes]]:
-    """Headers that belong to the message and not to its connection, names in lower case, in their order."""
+    """The headers of the message without those of its connection, names in lower case, in their order."""
     named = [(name.lower(), value) for name, value in headers]
     listed = {word.strip() for name, value in named if name == b"connection" for word in value.lower().split(b",")}
     return [(name, value) for name, value in named if name not in _PER_HOP | dropped | listed]

@@ -1,4 +1,4 @@
-"""`polder serve`: checks, then the broker, then the models, then one endpoint; and all of it away again at the end."""
+"""`polder serve`: checks, starts the broker, the models and one endpoint, and ends all of them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from polder.serve.process import ProcessSpec, free_port, vllm_serve
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
 from polder.serve.supervisor import BROKER, Backoff, Event, Supervisor
 
-__all__ = ["broker_spec", "run"]
+__all__ = ["broker_spec", "model_spec", "run"]
 
 BROKER_SILENT_S = 60.0
-"""A broker that hangs is replaced after so long: engines outlive that, and without one models that sleep cannot wake."""
+"""A broker that hangs is replaced after so long. Engines survive that, and without a broker sleeping models cannot
+wake."""
 IDLE_S = 75
-"""A client's connection is closed after so long without a request: later than usual clients close it themselves (httpx 5 s, aiohttp
-15 s, most proxies 60 s). Who closes first cannot meet a request of the other."""
+"""A client's connection is closed after so long without a request: later than usual clients close it themselves (httpx
+5 s, aiohttp 15 s, most proxies 60 s). Who closes first cannot meet a request of the other."""
 DRAIN_S = 5  # open requests get this long once the fleet is told to stop
 VLLM_SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name for the folder of its own sockets, /tmp if not set. An engine that is killed leaves them there."""
@@ -45,7 +46,7 @@ def run(
 ) -> None:
     """Serves until SIGINT or SIGTERM. Must run in the main thread.
 
-    `report` hears of every start and death, from several threads, one at a time. Raises AddressInUse, ConfigError and
+    `report` gets every start and death, from several threads, one at a time. Raises AddressInUse, ConfigError and
     EnvironmentFault before anything is started, and EnvironmentFault when a child never becomes ready.
     """
     with _listen(fleet.host, fleet.port) as listener, runtime_dir() as private:
@@ -82,9 +83,9 @@ def run(
 
         broker = Supervisor([broker_spec(fleet.broker(path), logs / "broker.log")], hear, backoff=Backoff(most_s=2.0))
         models = Supervisor(
-            [_model_spec(model, fleet, ports[model.name], path, logs, private) for model in fleet.models],
+            [model_spec(model, fleet, ports[model.name], path, logs, private) for model in fleet.models],
             hear,
-            # Engines on one GPU that load together each take the other's allocations for their own.
+            # Two engines that load together on one GPU each count the other's allocations as their own.
             starts_at_once=1 if fleet.device.startswith("cuda") else None,
         )
         teams += [broker, models]
@@ -123,14 +124,14 @@ def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
     )
 
 
-def _model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: Path, private: Path) -> ProcessSpec:
+def model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: Path, private: Path) -> ProcessSpec:
     own_size = "--kv-cache-memory-bytes"
     sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
-    # Without it each CPU engine plans for most of the machine's memory, and the second one refuses to start.
+    # Without this option each CPU engine plans for most of the machine's memory, and the second one refuses to start.
     size = (own_size, str(fleet.budget_bytes)) if fleet.device.startswith("cpu") and not sized else ()
     number = fleet.device.removeprefix("cuda:")
     chosen = option(model.args, "--device-ids") is not None or "CUDA_VISIBLE_DEVICES" in model.env
-    # Not by hiding the other GPUs: "cuda:1" must mean the same device in the broker and in its engines.
+    # The other GPUs are not hidden: "cuda:1" must be the same device for the broker and its engines.
     gpu = ("--device-ids", number) if fleet.device.startswith("cuda") and int(number) and not chosen else ()
     spec = vllm_serve(
         model.path,
@@ -154,7 +155,8 @@ def _sockets_in(private: Path) -> dict[str, str]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Takes the endpoint's port before anything heavy is started. Raises AddressInUse, or ConfigError for an unknown host."""
+    """Opens the endpoint's port before anything heavy is started. Raises AddressInUse, or ConfigError for an unknown
+    host."""
     where = f"{host}:{port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -164,11 +166,11 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(1024)  # SO_REUSEADDR lets two bind one port; only one may listen
+        listener.listen(1024)  # with SO_REUSEADDR two may bind one port, but only one may listen
     except OSError as error:
         listener.close()
         raise AddressInUse(
-            f"cannot listen on {where}: {error.strerror}; stop who does, or choose another server.port"
+            f"cannot listen on {where}: {error.strerror}; stop the process that does, or choose another server.port"
         ) from error
     return listener
 
@@ -192,7 +194,7 @@ def _answers(socket_path: Path) -> bool:
 
 
 def _is_up(broker: Supervisor, server: uvicorn.Server) -> bool:
-    """Waits for the broker. False when the fleet has been told to stop, or the broker was given up."""
+    """Waits for the broker. False when the fleet was told to stop, or the broker was given up."""
     while not server.should_exit:
         if broker.status()[0].state == "ready":
             return True
@@ -202,9 +204,9 @@ def _is_up(broker: Supervisor, server: uvicorn.Server) -> bool:
 
 @contextlib.contextmanager
 def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    """SIGINT and SIGTERM end the server, also before it runs; later ones change nothing while the children are ended.
+    """SIGINT and SIGTERM end the server, also before it runs. Later ones change nothing while the children are ended.
 
-    uvicorn puts its own handlers in place meanwhile and raises what it caught again afterwards: that comes to ours.
+    While it runs, uvicorn has handlers of its own; afterwards it raises what it caught, which ends in these handlers.
     """
 
     def ask(number: int, frame: object) -> None:

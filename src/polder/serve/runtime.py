@@ -1,11 +1,11 @@
 """Where a fleet keeps its socket and logs while it runs, and how other commands find it.
 
-    $XDG_RUNTIME_DIR/polder/        or /tmp/polder-UID/ without that variable; 0700, ours
-        f8x2k1qa/                   one a fleet, locked (flock) by its `polder serve` as long as that lives
+    $XDG_RUNTIME_DIR/polder/        or /tmp/polder-UID/ without that variable; mode 0700, owned by the user
+        f8x2k1qa/                   one for each fleet, locked (flock) by its `polder serve` while that lives
             broker.sock
             chat.log ...
 
-A fleet that is killed cannot remove its directory. The next one does: a directory whose lock is free has no owner.
+A killed fleet cannot remove its directory. The next one does, because a directory whose lock is free has no owner.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _PREFIX = "f"
 
 
 def user_dir() -> Path:
-    """The directory of this user's fleets; it need not exist."""
+    """The directory of this user's fleets. It may not exist."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "polder" if base else Path("/tmp") / f"polder-{os.getuid()}"
 
 
 @contextlib.contextmanager
 def runtime_dir() -> Iterator[Path]:
-    """A private directory of this fleet, gone at the end. Raises EnvironmentFault when it cannot be made, or is not private."""
+    """A private directory of this fleet, removed at the end. Raises EnvironmentFault when none can be made."""
     parent = user_dir()
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,13 +61,13 @@ def runtime_dir() -> Iterator[Path]:
 
 
 def discover_socket() -> Path | None:
-    """The broker's socket of the fleet of this user that started last, or None."""
+    """The broker's socket of this user's most recent fleet, or None."""
     found = [(path.stat().st_mtime, path) for path in user_dir().glob(f"{_PREFIX}*/{SOCKET_NAME}") if path.exists()]
     return max(found)[1] if found else None
 
 
 def _sweep(parent: Path) -> None:
-    """Removes what killed fleets left. Called under the parent's lock, so a directory without a lock is nobody's."""
+    """Removes what killed fleets left. Called under the parent's lock, so a directory without a lock has no owner."""
     for path in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,12 +1,14 @@
-"""Keeps children alive: a death is reported at once and answered with a restart, later each time it repeats.
+"""Keeps child processes alive: a death is reported at once and answered with a restart, after a delay that grows each
+time.
 
-One thread a child, so that waiting for one (a model takes 20 s to minutes to load) delays neither another nor the gateway:
+Each child has a thread, so that waiting for one (a model takes 20 s to minutes to load) delays neither the others nor
+the gateway:
 
     starting ──ready──► ready ──ends──► down ──back-off──► starting ...
         └─────────ends, or is too slow───┘ └─ never ready in `attempts` starts ──► failed
 
-A child that was ready once is restarted for ever. One that never was has a wrong option or does not fit the machine: it is
-given up; at once, with Polder's words, when Polder in it has refused a setting.
+A child that was ready once is restarted for ever. One that never was ready has a wrong option or does not fit the
+machine: it is given up after some attempts, or at once with Polder's message when Polder in it has refused a setting.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ __all__ = ["BROKER", "Backoff", "ChildStatus", "Event", "FleetStatus", "Supervis
 
 
 BROKER = "broker"
-"""The name of the child that is no model."""
+"""The name of the broker's process; all other children are models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,9 @@ class Backoff:
     first_s: float = 1.0
     most_s: float = 30.0
     healthy_s: float = 60.0
-    """So long ready, and the next death counts as the first again."""
+    """After so long in the state ready, the next death counts as the first again."""
     attempts: int = 3
-    """Starts that a child gets until it is ready for the first time."""
+    """Starts that a child gets before it was ready for the first time."""
     start_timeout_s: float = 1800.0
 
     def next(self, before_s: float) -> float:
@@ -56,7 +58,7 @@ class ChildStatus:
     retry_in_s: float
     """Until the next start; 0 unless it is down."""
     last_exit: str
-    """Why it ended the last time; empty if it never did."""
+    """Why it ended the last time; empty if it never ended."""
 
 
 class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,17 +72,17 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What happened to a child. `kind`: started, ready, silent, ended, failed, stopped."""
+    """Something that happened to a child. `kind`: started, ready, silent, ended, failed, stopped."""
 
     child: str
     kind: str
     pid: int | None
     detail: str
-    """One line, and for a death the end of its log."""
+    """One line; for a death also the end of its log."""
 
 
 class Supervisor:
-    """Starts, restarts and ends children. `report` is called from their threads, in order for each child."""
+    """Starts, restarts and ends children. `report` is called from the children's threads, in order for each child."""
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class Supervisor:
         backoff: Backoff | None = None,
         starts_at_once: int | None = None,
     ) -> None:
-        """`starts_at_once`: how many children may be loading at the same time (None: all)."""
+        """`starts_at_once`: how many children may load at the same time (None: all)."""
         self._backoff = backoff or Backoff()
         self._gate = threading.BoundedSemaphore(starts_at_once or max(1, len(specs)))
         self._stopping = threading.Event()
@@ -104,7 +106,8 @@ class Supervisor:
         return [child.status() for child in self._children]
 
     def stop(self, grace_s: float = 15.0) -> None:
-        """Ends all children side by side: SIGTERM, after the grace SIGKILL. Returns when nothing of them is left."""
+        """Ends all children at the same time: SIGTERM, after `grace_s` SIGKILL. Returns when none of their processes is
+        left."""
         self._stopping.set()
         started = [child for child in self._children if child.thread.ident is not None]
         stops = [threading.Thread(target=child.stop, args=(grace_s,)) for child in started]
@@ -115,7 +118,7 @@ class Supervisor:
 
 
 class _Child:
-    """One child and its thread; the other threads only read."""
+    """One child and its thread. Other threads only read."""
 
     def __init__(
         self,
@@ -149,7 +152,7 @@ class _Child:
         self.process.stop(grace_s)
         while self.thread.is_alive():
             self.thread.join(0.1)
-            self.process.stop(0.0)  # it was being started just then
+            self.process.stop(0.0)  # it was just being started
 
     def _run(self) -> None:
         wait_s, was_ready = 0.0, False
@@ -180,7 +183,7 @@ class _Child:
         self._say("stopped", "stopped")
 
     def _wait(self) -> None:
-        """Returns when it has ended. Ends it when it has not answered for as long as its spec allows."""
+        """Returns when the child has ended. Ends it when it has not answered for as long as its spec allows."""
         silent_s = self.process.spec.silent_s
         if silent_s is None:
             self.process.wait()

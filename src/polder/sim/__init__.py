@@ -1,1 +1,1 @@
-"""Polder's decisions on real traces, at sizes that no test machine has: traces, replay of a cache, Belady's ceiling."""
+"""Replays recorded traces through the tiers' eviction policies, and through Belady's optimal one."""

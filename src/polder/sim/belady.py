@@ -1,9 +1,9 @@
-"""The ceiling: Belady's replacement, which knows the future, with bypass.
+"""The upper bound of any cache: Belady's replacement, which knows the future (IBM Systems Journal 5(2), 1966).
 
-A full cache gives up the block whose next use is furthest away; if that is the block just asked for, it is not stored at all
-(Belady, IBM Systems Journal 5(2), 1966; with bypass no online policy and no other offline one hits more blocks of one size). A
-prefix is used from its tail to its head, so of blocks that are used again together the deeper ones go first and a hit block is
-always behind hit blocks.
+A full cache evicts the block whose next use is furthest away. If that is the new block, it is not stored at all
+(bypass). With blocks of one size no other policy hits more. A request's blocks are played from the tail of its prefix
+to the head. So of blocks that are used again together, the deeper ones go first, and a hit block always follows hit
+blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["belady_hit_ratio"]
 
 
 def belady_hit_ratio(trace: Trace, capacity: int) -> float:
-    """Share of the trace's blocks that an optimal cache of `capacity` blocks hits; O(n log capacity)."""
+    """The share of the trace's blocks that an optimal cache of `capacity` blocks hits. O(n log capacity)."""
     order = _tail_to_head(trace)
     blocks = trace.blocks[order]
     next_use = _next_use(blocks)
@@ -45,14 +45,14 @@ def belady_hit_ratio(trace: Trace, capacity: int) -> float:
 
 
 def _tail_to_head(trace: Trace) -> IntArray:
-    """Positions in `trace.blocks`, each request's reversed."""
+    """Positions in `trace.blocks`, reversed within each request."""
     lengths = np.diff(trace.starts)
     first_and_last: IntArray = np.repeat(trace.starts[1:] + trace.starts[:-1] - 1, lengths)
     return first_and_last - np.arange(len(trace.blocks))
 
 
 def _next_use(blocks: IntArray) -> IntArray:
-    """For each position the next one with the same block, or len(blocks)."""
+    """For each position the next position with the same block, or len(blocks)."""
     order = np.argsort(blocks, kind="stable")
     following = np.full(len(blocks), len(blocks), dtype=np.int64)
     same = blocks[order[1:]] == blocks[order[:-1]]

@@ -15,26 +15,26 @@ __all__ = ["CurvePoint", "cache_curve"]
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """Hit ratios (blocks hit / blocks asked for) at one capacity."""
+    """Hit ratios (blocks hit / blocks requested) at one capacity."""
 
     capacity_tokens: int
     lru: float
     reference_lru: float
-    """As computed independently of this package; for the mixes, on a composition that differs a little from ours."""
+    """Computed independently of this package. The reference mixes sessions in a slightly different order."""
     polder: float | None
     belady: float
     reference_belady: float | None
     ideal: float
-    """Of a cache without limit."""
+    """Hit ratio of a cache without limit."""
     us_per_block: float | None
-    """Microseconds of CPU that Polder's policy and the table around it took for each block asked for."""
+    """Microseconds of CPU for each requested block, in Polder's policy and the table around it."""
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
 
 
 def cache_curve(trace: Trace, make_policy: Callable[[int], EvictionPolicy] | None) -> Iterator[CurvePoint]:
-    """Replays the trace under LRU, under `make_policy` (if any), and under Belady."""
+    """Replays the trace with LRU, with `make_policy` if there is one, and with Belady's policy."""
     ideal = belady_hit_ratio(trace, trace.unique_blocks)
     for capacity_tokens, reference_lru, reference_belady in reference_curve(trace.name):
         capacity = capacity_tokens // trace.block_tokens

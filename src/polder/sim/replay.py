@@ -1,7 +1,7 @@
-"""A trace through an eviction policy: the share of blocks that a cache of a given size would have held.
+"""Replays a trace through an eviction policy: the share of blocks that a cache of a given size would have hit.
 
-Time is the trace's alone: a request's blocks are looked up, and what is missing is stored, in the same instant. A block counts as
-hit if it and all before it in its prefix are there.
+A request's blocks are looked up, and the missing ones stored, at one instant of the trace's time. A block is hit if it
+and all blocks before it in its prefix are present.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ReplayResult:
     asked: int
     hit: int
     behind_gap: int
-    """Present, but useless: a block before it in its prefix was gone."""
+    """Present, but useless: a block before it in its prefix was missing."""
     stored: int
     refused: int
     evicted: int
     policy_s: float
-    """Seconds of CPU spent in the policy and the table around it."""
+    """Seconds of CPU in the policy and the table around it."""
 
     @property
     def hit_ratio(self) -> float:
@@ -72,7 +72,7 @@ def replay(trace: Trace, capacity: int, make_policy: Callable[[int], EvictionPol
                 late = want[free_count:]
                 wanted = policy.admits(keys[blocks[late]], late, now)
                 count = int(wanted.sum())
-                pinned[held] = True  # a request does not throw out its own prefix
+                pinned[held] = True  # a request does not evict its own prefix
                 gone = policy.victims(count, pinned)
                 pinned[held] = False
                 if len(gone):
@@ -91,7 +91,7 @@ def replay(trace: Trace, capacity: int, make_policy: Callable[[int], EvictionPol
                 block_in[places] = blocks[want]
                 policy.insert(places, keys[blocks[want]], want, now)
                 stored += len(want)
-            # Once more after what was stored: the head of a prefix is more recent than its tail.
+            # Touched again after the new blocks, so that the head of a prefix is more recent than its tail.
             policy.touch(held, now)
     return ReplayResult(
         capacity=capacity,

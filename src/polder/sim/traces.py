@@ -1,8 +1,8 @@
 """Traces for the simulator: which blocks each request asks for, and when.
 
-`load_mooncake` is the conversation trace of Mooncake (open loop, one hour); `weka_mix` lets closed-loop users play the sessions
-of the WEKA coding agents. Sources and licences are in `data/README.md`. A trace holds no text: a block is a number that stands
-for one whole prefix up to and with that block, so equal numbers mean equal KV.
+`load_mooncake` is the conversation trace of Mooncake (open loop, one hour). `weka_mix` has closed-loop users that play
+the sessions of the WEKA coding agents. Sources and licences are in `data/README.md`. A trace holds no text. A block is
+a number that stands for the whole prefix that ends with it, so equal numbers mean equal KV.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Trace:
         return self.blocks[self.starts[request] : self.starts[request + 1]]
 
     def keys(self) -> UintArray:
-        """A well mixed 64-bit key for each block number, shape (unique_blocks,): what block hashes are in an engine."""
+        """A well mixed 64-bit key for each block number, in place of an engine's block hash. Shape (unique_blocks,)."""
         with np.errstate(over="ignore"):
             return splitmix64(np.arange(self.unique_blocks, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
@@ -69,7 +69,7 @@ class WekaMix:
 
     users: int
     clip_s: float
-    """A user waits as long as the source's gap between two requests says, but no longer than this."""
+    """The longest wait between two requests of a user; shorter gaps are those of the source."""
     hours: float
     context_tokens: int
     """Sessions with a longer prompt are left out."""
@@ -100,7 +100,7 @@ def load_trace(name: str) -> Trace:
 
 
 def reference_curve(name: str) -> list[tuple[int, float, float | None]]:
-    """(capacity in tokens, LRU's hit ratio, Belady's or None), as computed independently of this package."""
+    """(capacity in tokens, LRU's hit ratio, Belady's or None), computed independently of this package."""
     curve = []
     with (files("polder.sim") / "data" / "reference-curves.csv").open("r", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
@@ -146,11 +146,12 @@ class _WekaSession(msgspec.Struct, frozen=True):
 
 
 def weka_mix(mix: WekaMix, name: str = "weka-mix") -> Trace:
-    """`mix.users` users at once, each playing one session after the other, for `mix.hours`; blocks of 1,024 tokens.
+    """`mix.users` users at once, each playing one session after the other, for `mix.hours`. Blocks have 1,024 tokens.
 
-    Sessions are shuffled and handed out in turn. A user starts within the first 10 s, in the middle of a session; a sub-agent's
-    requests come where its list stands in the session; the next request comes the source's gap (clipped) after the last, the next
-    session a pause of up to the clip after that. Prompts end with their last whole block, and nothing is shared between sessions.
+    Sessions are shuffled and handed out in turn. A user starts within the first 10 s, in the middle of a session. A
+    sub-agent's requests come where its list stands in the session. Between two requests the user waits for the source's
+    gap, at most `mix.clip_s`; between two sessions for a random time up to that. Prompts end with their last whole
+    block, and sessions share nothing.
     """
     sessions = [s for s in _weka_sessions() if max(tokens for _, tokens, _ in s) <= mix.context_tokens]
     rng = np.random.default_rng(mix.seed)
@@ -163,7 +164,7 @@ def weka_mix(mix: WekaMix, name: str = "weka-mix") -> Trace:
         at = -1
         while now < end_s:
             session = sessions[order[played % len(order)]]
-            # A session that is played twice is another conversation of the same shape.
+            # A session that is played again is another conversation of the same shape.
             namespace, played = played << 32, played + 1
             at = int(rng.integers(len(session))) if at < 0 else 0
             for number in range(at, len(session)):
@@ -188,8 +189,8 @@ def _weka_sessions() -> list[list[tuple[float, int, IntArray]]]:
 def _flatten(
     requests: list[_WekaRequest], offset_s: float, numbers: dict[tuple[int, bytes], int]
 ) -> Iterator[tuple[float, int, IntArray]]:
-    """Undo the file's delta coding (`keep` ids of the request before, then ranges), and number the 1,024-token prefixes of the
-    session.
+    """Undo the file's delta coding (`keep` ids of the request before, then ranges), and number the 1,024-token prefixes
+    of the session.
     """
     ids = np.empty(0, dtype=np.int64)
     per = MIX_BLOCK // WEKA_BLOCK

@@ -1,7 +1,7 @@
-"""What is read together: sets of ids, one a step, as flat arrays; and a ring of the last of them.
+"""What was read together: one set of ids for each step, as flat arrays, and a ring that records the last of these sets.
 
-An id is that of a block or of a page. Nothing here grows: the ring holds so many steps and so many ids, and forgets the oldest.
-Raw sets are kept, no sketches: a step costs microseconds to record, and a window of 512 steps holds all that clustering needs.
+An id is the number of a block, or of a page. The ring holds a fixed number of steps and ids, and forgets the oldest. It
+keeps the sets themselves and no sketches: recording a step takes microseconds, and 512 steps are enough for clustering.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Signatures = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Sets of ids below `size`. Set s is `items[starts[s] : starts[s + 1]]`; no id is twice in a set."""
+    """Sets of ids below `size`. Set s is `items[starts[s] : starts[s + 1]]`. No id is twice in a set."""
 
     size: int
     starts: IntArray
-    """[steps + 1]."""
+    """[steps + 1]"""
     items: IntArray
-    """[ids in all sets]."""
+    """[ids in all sets]"""
 
     @classmethod
     def of(cls, sets: Sequence[IntArray], *, size: int) -> Profile:
-        """Raises ConfigError for an id outside [0, size)."""
+        """Makes a profile of these sets. Raises ConfigError for an id outside [0, size)."""
         starts = np.concatenate(([0], np.cumsum([len(ids) for ids in sets], dtype=np.int64)))
         items = np.concatenate(sets).astype(np.int64) if sets else np.empty(0, dtype=np.int64)
         if len(items) and not 0 <= items.min() <= items.max() < size:
@@ -44,38 +44,40 @@ class Profile:
         return len(self.starts) - 1
 
     def __iter__(self) -> Iterator[IntArray]:
-        """The sets, oldest first, as views."""
+        """The sets as views, the oldest first."""
         return (self.items[start:end] for start, end in zip(self.starts[:-1], self.starts[1:], strict=True))
 
     def part(self, first: int, end: int) -> Profile:
-        """Steps [first, end), as far as there are any."""
+        """The steps [first, end), as far as they exist."""
         first, end = min(first, self.steps), min(end, self.steps)
         starts = self.starts[first : max(first, end) + 1]
         return Profile(size=self.size, starts=starts - starts[0], items=self.items[starts[0] : starts[-1]])
 
     def counts(self) -> IntArray:
-        """[size]: steps that read each id."""
+        """[size] the number of steps that read each id."""
         return np.bincount(self.items, minlength=self.size)
 
     def step_of_items(self) -> IntArray:
-        """[ids in all sets]: the step of each of `items`."""
+        """[ids in all sets] the step of each of `items`."""
         return np.repeat(np.arange(self.steps), np.diff(self.starts))
 
     def by_id(self) -> tuple[IntArray, IntArray]:
-        """The other way round: (starts [size + 1], steps), id i was read in `steps[starts[i] : starts[i + 1]]`, rising."""
+        """The steps of each id: (starts [size + 1], steps). Id i was read in `steps[starts[i] : starts[i + 1]]`,
+        rising."""
         order = np.argsort(self.items, kind="stable")
         starts = np.concatenate(([0], np.cumsum(self.counts())))
         return starts, self.step_of_items()[order]
 
     def mapped(self, place_of: IntArray, *, size: int) -> Profile:
-        """The places that each step reads, each once. `place_of`: [self.size], a place below `size` or -1, which is left out."""
+        """The profile of places instead of ids. `place_of`: [self.size] the place of each id, below `size`, or -1 to
+        leave it out."""
         places = place_of[self.items]
         keys = np.unique((self.step_of_items() * size + places)[places >= 0])
         starts = np.searchsorted(keys, np.arange(self.steps + 1) * size)
         return Profile(size=size, starts=starts, items=keys % size)
 
     def signatures(self) -> Signatures:
-        """[size, ceil(steps / 64)]: bit s % 64 of word s // 64 says whether step s read the id."""
+        """[size, ceil(steps / 64)] bit s % 64 of word s // 64 says whether step s read the id."""
         signatures = np.zeros((self.size, -(-self.steps // 64)), dtype=np.uint64)
         for step, ids in enumerate(self):
             signatures[ids, step >> 6] |= np.uint64(1 << (step & 63))
@@ -83,32 +85,32 @@ class Profile:
 
 
 class Activations:
-    """A ring of the last sets of ids below `size`."""
+    """A ring of the last sets that were read."""
 
     def __init__(self, size: int, *, max_steps: int = 512, max_items: int = 1 << 21) -> None:
-        """Holds `max_items` ids of 4 bytes in all, and 8 bytes for each id that there is."""
+        """`size`: the number of ids. `max_items`: the most ids in all recorded sets together, 4 bytes each; 8 more
+        bytes for each id of `size`."""
         self._size, self._max_steps = size, max_steps
         self._items = np.zeros(max_items, dtype=np.int32)
-        self._first = np.zeros(
-            max_steps, dtype=np.int64
-        )  # where each recorded set begins, counted without wrapping round
+        self._first = np.zeros(max_steps, dtype=np.int64)  # where each recorded set begins, without wrapping round
         self._length = np.zeros(max_steps, dtype=np.int64)
-        self._seen = np.full(size, -1, dtype=np.int64)  # scratch: the position where an id was last met
-        self._oldest = self._next = 0  # steps, counted from the first ever recorded
+        self._seen = np.full(size, -1, dtype=np.int64)  # scratch: the position where an id was last seen
+        self._oldest = self._next = 0  # numbers of steps, counted from the first ever recorded
         self._end = 0
         self.refused = 0
-        """Sets that are longer than the whole ring."""
+        """The number of sets that were longer than the whole ring."""
 
     @property
     def steps(self) -> int:
         return self._next - self._oldest
 
     def record(self, ids: IntArray) -> None:
-        """One step's set; what is twice in it counts once. O(len(ids)). Raises ConfigError for an id outside [0, size)."""
+        """Records the set of one step; repeated ids count once. O(len(ids)). Raises ConfigError for an id outside [0,
+        size)."""
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._size:
             raise ConfigError(f"activations: ids from {ids.min()} to {ids.max()} in a ring of {self._size}")
         positions = np.arange(len(ids))
-        self._seen[ids] = positions  # the last of equal ids wins, so each id is kept once
+        self._seen[ids] = positions  # the last of equal ids wins, so each is kept once
         ids = ids[self._seen[ids] == positions]
         capacity = len(self._items)
         if len(ids) > capacity:
@@ -126,7 +128,7 @@ class Activations:
         self._next += 1
 
     def profile(self) -> Profile:
-        """A copy of what is remembered, oldest step first."""
+        """A copy of the recorded sets, the oldest first."""
         at = np.arange(self._oldest, self._next) % self._max_steps
         starts = np.concatenate(([0], np.cumsum(self._length[at])))
         where = np.arange(self._end - starts[-1], self._end) % len(self._items)

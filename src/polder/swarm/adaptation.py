@@ -1,8 +1,8 @@
-"""When a layout has aged, and what to rewrite then.
+"""When a packing has aged, and which pages to rewrite then.
 
-The balance of disks hardly suffers when reading changes; packing does. Its measure is the pages read for each block wanted. When
-that is a quarter above what it was right after clustering, the pages that lost most are taken apart and packed anew. All others
-stay as they are and where they are, so that only what moves is rewritten.
+When reading changes, the balance of the disks hardly suffers, but the packing does. It is measured by the pages read
+for each wanted block. When this is a quarter higher than right after clustering, the pages that lost most are taken
+apart and packed anew. All other pages stay as and where they are, so only pages that change are rewritten.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = ["Drift", "Repacked", "page_fill", "pages_per_block", "repack"]
 
 
 def pages_per_block(profile: Profile, packing: Packing) -> float:
-    """Pages that the profile's steps read for each block that they want; 0 if they want none."""
+    """The pages that the profile's steps read for each wanted block; 0 if they want none."""
     wanted = len(profile.items)
     return len(profile.mapped(packing.page_of, size=packing.pages).items) / wanted if wanted else 0.0
 
 
 class Drift:
-    """The live cost of reading against the cost after clustering."""
+    """Compares the present cost of reading with the cost after clustering."""
 
     def __init__(self, *, after_clustering: float, threshold: float = 1.25, halflife_steps: float = 64.0) -> None:
-        """`after_clustering`: pages_per_block then. Raises ConfigError when it or another number is not above 0."""
+        """`after_clustering`: pages_per_block after clustering. Raises ConfigError unless all numbers are above 0."""
         if min(after_clustering, threshold, halflife_steps) <= 0:
             raise ConfigError(
                 f"drift: after_clustering {after_clustering}, threshold {threshold}, halflife_steps {halflife_steps}; "
@@ -39,27 +39,27 @@ class Drift:
         self._baseline, self._threshold = after_clustering, threshold
         self._decay = 0.5 ** (1 / halflife_steps)
         self._pages = self._blocks = self._weight = 0.0
-        self._full_weight = 0.5 / (1 - self._decay)  # what a half-life of steps weighs
+        self._full_weight = 0.5 / (1 - self._decay)  # the weight of a half-life of steps
 
     @property
     def ratio(self) -> float:
-        """1 right after clustering; 1 before anything was read."""
+        """The present cost over the cost after clustering; 1 before anything was read."""
         return self._pages / self._blocks / self._baseline if self._blocks else 1.0
 
     @property
     def drifted(self) -> bool:
-        """Time to recluster. Never before a half-life of steps was seen: a few odd steps are no drift."""
+        """Whether to pack again. Never before a half-life of steps was seen, because a few odd steps are no drift."""
         return self._weight >= self._full_weight and self.ratio > self._threshold
 
     def note(self, pages_read: int, blocks_wanted: int) -> None:
-        """One step."""
+        """Notes the cost of one step."""
         self._pages = self._decay * self._pages + pages_read
         self._blocks = self._decay * self._blocks + blocks_wanted
         self._weight = self._decay * self._weight + 1
 
 
 def page_fill(profile: Profile, packing: Packing) -> FloatArray:
-    """[pages]: the part of a page that is wanted when it is read, on average; 1 for a page that is not read."""
+    """[pages] the average share of a page that is wanted when it is read; 1 for a page that is not read."""
     reads = profile.mapped(packing.page_of, size=packing.pages).counts()
     page = packing.page_of[profile.items]
     wanted = np.bincount(page[page >= 0], minlength=packing.pages)
@@ -73,9 +73,9 @@ class Repacked:
     packing: Packing
     """Pages that stay keep their numbers."""
     disk_of: IntArray
-    """[pages]: first copies."""
+    """[pages] the disks of the first copies."""
     moved: IntArray
-    """Pages to write, rising: their blocks changed. Their second copies are to be made anew too."""
+    """The changed pages, rising, which have to be written. Their second copies have to be made anew too."""
 
 
 def repack(
@@ -88,10 +88,11 @@ def repack(
     config: PackConfig,
     threshold: float = 1.25,
 ) -> Repacked:
-    """Packs anew what lies on pages whose fill fell, by the last steps alone.
+    """Packs the blocks of pages whose fill fell anew, by the steps of this profile alone.
 
-    `fill_before`: [pages], page_fill after the last clustering. A page is taken apart when its fill is less than that by the
-    threshold, or is less by it than that of all pages then: noise that was packed with noise gets its chance as well.
+    `fill_before`: [pages] page_fill after the last clustering. A page is taken apart when its fill is lower than that,
+    or than the average of all pages then, by the factor `threshold`. The average gives blocks a chance that were packed
+    as noise.
     """
     reads = profile.mapped(packing.page_of, size=packing.pages).counts()
     fill = page_fill(profile, packing)
@@ -109,7 +110,8 @@ def repack(
 
 
 def _keeping_numbers(old: IntArray, new: IntArray) -> IntArray:
-    """[len(old), k]: the new pages, those with the blocks of an old page in its row; rows that are not needed are empty."""
+    """[len(old), k] the new pages. A page with the same blocks as an old one gets its row; rows that are not needed are
+    empty."""
     rows = np.full(old.shape, -1, dtype=np.int64)
     number = {tuple(sorted(page)): row for row, page in enumerate(old.tolist())}
     kept = [number.get(tuple(sorted(page)), -1) for page in new.tolist()]

@@ -1,13 +1,15 @@
-"""Pages packed with what is read together.
+"""Packs blocks that are read together into the same pages.
 
-A page is read whole, so what a profile's steps read is the sum over all pages of the steps that touch them: of each page as many as
-its blocks have between them. Packing keeps that sum low, greedily. A page begins with the block read most often of those that are
-left; then comes, one after another, the block with which the page's steps grow least for what the block was read: |steps of both| -
-|steps of the block alone|. Candidates are the nearest to the first block by Jaccard's distance.
+When pages are read as a whole, a profile's steps read as many pages as the sum over all pages of the steps that touch
+them. Packing keeps this sum low with a greedy rule. Let S_b be the steps that read block b, and S_page those that read
+any block of the page. A page
+begins with the block that was read most often among those left. Then it gets, one after another, the block that
+minimises |S_page u S_b| - |S_b|. Candidates are the blocks that are nearest to the first one by Jaccard's distance.
 
-Steps of a block are the bits of its signature, so all of this is `&` and popcount over whole arrays. With n blocks, k to a page and
-s steps it takes n^2 s / 64 k operations on words; above `group_blocks` blocks they are first split into groups around far-apart
-medoids, which makes it linear in n. Swarm's own algorithm is in medoids.py.
+The steps of a block are the bits of its signature, so all of this is `&` and popcount over whole arrays. With n blocks,
+k blocks a page and s steps, it takes n^2 s / 64 k operations on words. More than `group_blocks` blocks are first split
+into groups around medoids that are far apart, which makes it linear in n. The paper's own algorithm is in
+polder.bench.sparse.medoids.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ class PackConfig:
     """Raises ConfigError for a number below 1."""
 
     page_blocks: int
-    """k: blocks of a page. Choose it so that a page has 64 KiB at least."""
+    """k, the number of blocks in a page. A page should have 64 KiB at least."""
     shortlist: int = 8
-    """Candidates for a page: so many times k."""
+    """The number of candidates for a page, in multiples of k."""
     group_blocks: int = 16384
-    """Blocks among which pages are packed."""
+    """The most blocks that are packed together; more are split into groups."""
 
     def __post_init__(self) -> None:
         if min(self.page_blocks, self.shortlist, self.group_blocks) < 1:
@@ -50,9 +52,9 @@ class Packing:
     """Which blocks are on which page."""
 
     members: IntArray
-    """[pages, k]: blocks; -1 where a page has fewer than k."""
+    """[pages, k] blocks, -1 where a page has fewer than k."""
     page_of: IntArray
-    """[blocks]: -1 for a block on no page."""
+    """[blocks] the page of each block, -1 for none."""
 
     @classmethod
     def of(cls, members: IntArray, *, blocks: int) -> Packing:
@@ -66,21 +68,21 @@ class Packing:
         return len(self.members)
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless each block of a page is on that page and on no other."""
+        """Raises IntegrityError unless `members` and `page_of` agree."""
         page, column = np.nonzero(self.members >= 0)
         if not (self.page_of[self.members[page, column]] == page).all() or len(page) != int((self.page_of >= 0).sum()):
             raise IntegrityError(f"{len(page)} places on pages for {int((self.page_of >= 0).sum())} blocks")
 
 
 def pages_in_order(order: IntArray, *, page_blocks: int) -> IntArray:
-    """Members [pages, page_blocks] of pages cut from a list of blocks; the last is filled up with -1."""
+    """[pages, page_blocks] pages cut from a list of blocks; the last one is filled up with -1."""
     members = np.full((-(-len(order) // page_blocks), page_blocks), -1, dtype=np.int64)
     members.reshape(-1)[: len(order)] = order
     return members
 
 
 def pack(profile: Profile, config: PackConfig, *, blocks: IntArray | None = None) -> Packing:
-    """Packs `blocks` (all of the profile's if None). What the profile never saw is packed in the order of ids, at the end."""
+    """Packs `blocks`, or all of the profile's. Blocks that no step read come last, in the order of their ids."""
     counts = profile.counts()
     chosen = np.arange(profile.size) if blocks is None else blocks
     seen = chosen[counts[chosen] > 0]
@@ -92,16 +94,17 @@ def pack(profile: Profile, config: PackConfig, *, blocks: IntArray | None = None
 
 
 def reading_order(profile: Profile, *, neighbours: int = 32) -> IntArray:
-    """[size]: all ids of a profile of pages, those that are read together beside each other: in this order they get slots.
+    """[size] an order of all pages of a profile in which pages that are read together are neighbours.
 
-    Pages are spread over disks one by one, and what of a group meets on one disk is then read in fewer requests.
+    Pages get slots on their disks in this order, so pages that are read together and lie on one disk need fewer
+    requests.
     """
     members = pack(profile, PackConfig(page_blocks=neighbours)).members.reshape(-1)
     return members[members >= 0]
 
 
 def _pack_group(blocks: IntArray, signatures: Signatures, counts: IntArray, config: PackConfig) -> IntArray:
-    """The blocks in the order in which they fill pages."""
+    """The blocks of a group, in the order in which they fill pages."""
     by_count = np.argsort(-counts, kind="stable")
     blocks, signatures, counts = blocks[by_count], signatures[by_count], counts[by_count]
     free = np.ones(len(blocks), dtype=np.bool_)
@@ -109,7 +112,7 @@ def _pack_group(blocks: IntArray, signatures: Signatures, counts: IntArray, conf
     seed = 0
     while len(blocks):
         remaining = free.nonzero()[0]
-        if 4 * len(remaining) < 3 * len(blocks):  # the arrays shrink with what is left
+        if 4 * len(remaining) < 3 * len(blocks):  # the arrays shrink with the number of blocks that are left
             blocks, signatures, counts = blocks[remaining], signatures[remaining], counts[remaining]
             free = np.ones(len(blocks), dtype=np.bool_)
             seed = 0
@@ -131,7 +134,7 @@ def _page_around(
     wanted = min(config.shortlist * config.page_blocks, len(nearness))
     near = np.argpartition(-nearness, wanted - 1)[:wanted]
     near = near[nearness[near] >= 0]
-    # Among equals the one read most often, and then the lowest id: prefixes of a conversation stay in order.
+    # Among equals the block read most often, then the lowest id, so that prefixes of a conversation stay in order.
     near = near[np.lexsort((near, -nearness[near]))]
     theirs, alone = signatures[near], counts[near].copy()
     steps, page = signatures[seed].copy(), [seed]
@@ -144,13 +147,14 @@ def _page_around(
 
 
 def _common(signatures: Signatures, steps: Signatures) -> Counts:
-    """[rows]: steps that each row of signatures has in common with one."""
+    """[rows] the number of steps that each signature has in common with `steps`."""
     common: Counts = np.bitwise_count(signatures & steps).sum(axis=1, dtype=np.int32)
     return common
 
 
 def _split(blocks: IntArray, signatures: Signatures, counts: IntArray, config: PackConfig) -> list[IntArray]:
-    """Groups of at most `group_blocks`, a whole number of pages each but the last, of blocks that are near the same medoids."""
+    """Splits the blocks into groups near the same medoids, of at most `group_blocks`. Each is a whole number of pages,
+    except the last one."""
     limit = max(1, config.group_blocks // config.page_blocks) * config.page_blocks
     if len(blocks) <= limit:
         return [blocks]

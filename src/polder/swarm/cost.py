@@ -1,7 +1,7 @@
-"""What a step's reads take on modelled disks, and the least that any layout could take.
+"""How long the reads of a step take on modelled disks.
 
-A request takes max(1 / requests per second, bytes / bandwidth) of its disk, one after another, and a step ends with its last disk.
-These are the emulated disks' own rules without their latency, which all layouts pay alike.
+A disk carries out its requests one after another, each in max(1 / requests per second, bytes / bandwidth). A step ends
+with its last disk. Emulated disks follow the same rules, plus a latency, which is the same for all layouts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_GAP_BYTES = 64 << 10
 
 
 def disk_seconds(plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int) -> FloatArray:
-    """[disks]: how long each is busy."""
+    """[disks] how long each disk is busy."""
     seconds_per_byte = np.array([1 / disk.bytes_per_s for disk in disks])
     seconds_per_request = np.array([1 / disk.requests_per_s for disk in disks])
     on = plan.run_disks
@@ -33,7 +33,8 @@ def disk_seconds(plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int) ->
 def step_seconds(
     plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int, *, host_s_per_request: float = 0.0
 ) -> float:
-    """Until the last disk is done, or the host with submitting and completing requests: 4 to 11 us each were measured."""
+    """The time until the last disk is done, or until the host has submitted and completed all requests (4 to 11 us
+    each)."""
     return max(float(disk_seconds(plan, disks, page_bytes).max()), plan.runs * host_s_per_request)
 
 
@@ -45,11 +46,12 @@ def cheapest_runs(
     host_s_per_request: float = 0.0,
     most_gap_slots: int | None = None,
 ) -> ReadPlan:
-    """The same reads, with gaps read over where that ends the step sooner than the requests that it spares.
+    """The same reads in fewer requests: small gaps between wanted slots are read as well where that ends the step
+    sooner.
 
-    What a gap costs is certain for no request alone: a short run takes its turn whether or not it is longer, a long one its bytes,
-    and the host's time counts for all disks together. So some widths are tried, below 64 KiB. `most_gap_slots`: of all gaps
-    together, for which there is memory.
+    Whether a gap pays cannot be decided for one request alone: a short request takes its turn whatever its length, a
+    long one takes its bytes, and the host's time counts for all disks together. So some widths of gaps, up to 64 KiB,
+    are tried. `most_gap_slots`: the memory for all gaps together.
     """
     gaps = [gap for gap in _GAPS if gap == 0 or (gap + 1) * page_bytes <= MOST_GAP_BYTES]
     plans = [plan.merged(gap) for gap in gaps]

@@ -1,10 +1,11 @@
-"""Where entries lie: which page and which part of it. Pages are rows of a table; a page that changes is a new row.
+"""Where entries lie: in which page, and in which part of it. Pages are rows of a table; a page that changes becomes a
+new row.
 
-An entry is in one live page or in none. A page whose entries have all gone elsewhere is dead: its row is free for another, and the
-caller forgets its key. Keys are never used twice, by no other map or process either, so that nobody finds what a disk still has of
-a dead page, or of a process that was killed.
+An entry is in one live page or in none. A page whose entries have all moved to other pages is dead: its row can be
+reused, and the caller forgets its key. Keys are never used twice, not even by another map or process, so nobody finds
+what a disk still has of a dead page or of a process that was killed.
 
-Not thread-safe: the entry store's lock is held around every call.
+Not thread-safe: the caller holds the entry store's lock.
 """
 
 from __future__ import annotations
@@ -24,48 +25,48 @@ __all__ = ["EntryMap", "left_over"]
 _PROCESS = np.uint64(secrets.randbits(64))
 _MAPS = itertools.count()
 _SERIALS = 1 << 44
-"""Of each map: of its pages, over all its life."""
+"""Each map has so many keys, for all pages of its life."""
 
 
 def left_over(keys: Keys) -> Keys:
-    """[n, 2] -> [m, 2] of former processes."""
+    """[m, 2] those of the keys ([n, 2]) that other processes made."""
     found: Keys = keys[keys[:, 0] != _PROCESS]
     return found
 
 
 class EntryMap:
-    """See above. `entries`: how many there can be; pages have `page_entries` parts each."""
+    """`entries`: how many there can be. A page has `page_entries` parts, one for each entry."""
 
     def __init__(self, entries: int, page_entries: int) -> None:
         self.page_of: IntArray = np.full(entries, -1, dtype=np.int64)
-        """[entries]: the row of its page, -1 for an entry in none."""
+        """[entries] the row of each entry's page, -1 for none."""
         self.column: IntArray = np.zeros(entries, dtype=np.int64)
-        """[entries]: which part of that page it is."""
+        """[entries] which part of that page the entry is."""
         self.members: IntArray = np.empty((0, page_entries), dtype=np.int64)
-        """[rows, parts]: entries, -1 where there is none (any more)."""
+        """[rows, parts] entries, -1 where there is none (any more)."""
         self.disk_of: IntArray = np.empty((0, 2), dtype=np.int64)
-        """[rows, 2]: disks of the first and the second copy, -1 for none. A dead row has none."""
+        """[rows, 2] the disks of the first and the second copy, -1 for none. A dead row has neither."""
         self.fill: FloatArray = np.empty(0)
-        """[rows]: the part of a page that was wanted when it was read, when pages were last packed; 1 for later pages."""
+        """[rows] the share of a page that was wanted when it was read, as of the last packing; 1 for later pages."""
         self._serial = np.empty(0, dtype=np.uint64)
         self._next = next(_MAPS) * _SERIALS
         self._free: list[int] = []
 
     @property
     def live(self) -> BoolArray:
-        """[rows]"""
+        """[rows] which rows are pages with entries."""
         return self.disk_of[:, 0] >= 0
 
     def keys(self, rows: IntArray) -> Keys:
-        """[n, 2]"""
+        """[n, 2] the keys of these rows."""
         return np.column_stack([np.full(len(rows), _PROCESS), self._serial[rows]])
 
     def packing(self) -> Packing:
-        """All pages, dead ones empty; a copy."""
+        """A copy of all pages; dead ones are empty."""
         return Packing(members=self.members.copy(), page_of=self.page_of.copy())
 
     def reserve(self, pages: int) -> IntArray:
-        """Rows for so many new pages, with keys of their own. They are dead until `put`."""
+        """Reserves rows for new pages, with new keys. They are dead until `put`."""
         while len(self._free) < pages:
             self._grow(max(pages, len(self._serial)))
         rows = np.array([self._free.pop() for _ in range(pages)], dtype=np.int64)
@@ -74,13 +75,13 @@ class EntryMap:
         return rows
 
     def cancel(self, rows: IntArray) -> None:
-        """Reserved rows that come to nothing are free again."""
+        """Frees reserved rows."""
         self._free += rows.tolist()
 
     def put(self, row: int, members: IntArray, disks: IntArray) -> IntArray:
-        """A reserved row is the page of these entries from now on ([parts], -1 for none), with copies on these [2] disks.
+        """Makes a reserved row the page of these entries ([parts], -1 for none), with copies on these disks ([2]).
 
-        Returns the rows that died of it: their keys are to be forgotten, and then `cancel` makes them free.
+        Returns the rows that are dead now: the caller forgets their keys and then frees them with `cancel`.
         """
         ids = members[members >= 0]
         before = np.unique(self.page_of[ids])
@@ -90,7 +91,7 @@ class EntryMap:
         return self._buried(before[before >= 0])
 
     def lose(self, ids: IntArray) -> IntArray:
-        """These entries are in no page any more. Returns the rows that died of it, as `put` does."""
+        """Removes these entries from their pages. Returns the rows that are dead now, as `put` does."""
         rows = np.unique(self.page_of[ids])
         self._take_out(ids)
         return self._buried(rows[rows >= 0])

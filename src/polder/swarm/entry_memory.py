@@ -1,6 +1,6 @@
-"""Entries in DRAM: a slot each, in one arena of fixed size. Who stays is the caller's choice.
+"""Entries in memory: a slot for each, in one arena of fixed size. The caller chooses which entries stay.
 
-Not thread-safe: the entry store's lock is held around every call.
+Not thread-safe: the caller holds the entry store's lock.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["EntryMemory"]
 
 
 class EntryMemory:
-    """See above."""
+    """See the module's docstring."""
 
     def __init__(self, entries: int, *, size_bytes: int, entry_bytes: int) -> None:
-        """Raises ConfigError unless entries are multiples of 4096 bytes, and one fits."""
+        """Raises ConfigError unless `entry_bytes` is a multiple of 4096 and one entry fits."""
         self._arena = Arena(size_bytes // entry_bytes, entry_bytes)
         self.slot_of: IntArray = np.full(entries, -1, dtype=np.int64)
-        """[entries]: -1 for one that is not here."""
+        """[entries] the slot of each entry, -1 for one that is not in memory."""
         self._free = np.arange(len(self._arena.addresses))[::-1].copy()
         self._free_count = len(self._free)
         self._held: IntArray = self._free[:0]
@@ -30,7 +30,7 @@ class EntryMemory:
 
     @property
     def bytes(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        """[slots, entry_bytes]"""
+        """[slots, entry_bytes] uint8."""
         return self._arena.bytes
 
     @property
@@ -39,21 +39,21 @@ class EntryMemory:
 
     @property
     def free(self) -> int:
-        """Slots."""
+        """The number of free slots."""
         return self._free_count
 
     @property
     def present(self) -> BoolArray:
-        """[entries]"""
+        """[entries] which entries are in memory."""
         present: BoolArray = self.slot_of >= 0
         return present
 
     def addresses(self, ids: IntArray) -> IntArray:
-        """[n] of entries that are here."""
+        """[n] the addresses of entries that are in memory."""
         return self._arena.addresses[self.slot_of[ids]]
 
     def take(self, ids: IntArray) -> None:
-        """Gives slots to entries that have none; what is in them is anything. Raises BudgetError when there are too few."""
+        """Gives slots, with undefined content, to entries that have none. Raises BudgetError when too few are free."""
         if len(ids) > self._free_count:
             size = self._arena.page_bytes
             raise BudgetError(
@@ -64,24 +64,24 @@ class EntryMemory:
         self.slot_of[ids] = self._free[self._free_count : self._free_count + len(ids)]
 
     def release(self, ids: IntArray) -> None:
-        """Of those that are here."""
+        """Frees the slots of those of these entries that are in memory."""
         slots = self.slot_of[ids]
         self._give_back(slots[slots >= 0])
         self.slot_of[ids] = -1
 
     def hold_back(self, ids: IntArray) -> None:
-        """As `release`, of entries that a disk may still write to: nobody gets their slots before `settle`."""
+        """Like `release`, for entries that a disk may still write to: their slots are not reused before `settle`."""
         self._held = np.concatenate([self._held, self.slot_of[ids]])
         self.slot_of[ids] = -1
 
     def abandon(self, ids: IntArray) -> None:
-        """As `release`, but nobody gets their slots any more: a read was broken off, and nothing says when it is over."""
+        """Like `release`, but the slots are never reused: a read failed, and it is not known when it ends."""
         slots = self.slot_of[ids]
         self._abandoned = np.concatenate([self._abandoned, slots[slots >= 0]])
         self.slot_of[ids] = -1
 
     def settle(self, unsettled: IntArray) -> None:
-        """Gives back what was held, but for slots at these addresses."""
+        """Frees the slots that were held back, except those at these addresses."""
         if len(self._held):
             still = np.isin(self._arena.addresses[self._held], unsettled)
             self._give_back(self._held[~still])

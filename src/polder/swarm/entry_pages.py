@@ -1,7 +1,8 @@
-"""Pages of entries on the disks of a store: written whole, read in parts, found by the map.
+"""Pages of entries on the disks of a store. They are written as a whole, read in parts, and found through the map.
 
-A page that is written is found by nobody before the map says so, and a page that died is forgotten by the disks only after. So
-whoever reads by what the map said a moment ago finds the bytes, or nothing and looks again.
+A new page is entered in the map after it was written, and a dead page is forgotten by the disks after it was removed
+from the map. So a reader that uses what the map said a moment ago either finds the bytes, or finds nothing and looks
+again.
 """
 
 from __future__ import annotations
@@ -20,39 +21,42 @@ from polder.swarm.cost import cheapest_runs
 from polder.swarm.entry_map import EntryMap, left_over
 from polder.swarm.reads import ReadPlan
 
-__all__ = ["EntryConfig", "EntryFigures", "EntryPages"]
+__all__ = ["EntryConfig", "EntryPages", "EntryStats"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntryConfig:
-    """Raises ConfigError for what cannot be meant."""
+    """Raises ConfigError for invalid sizes."""
 
     disks: tuple[DiskModel, ...]
-    """How fast each disk of the store is: published, or measured."""
+    """How fast each disk of the store is, as published or measured."""
     memory_bytes: int
-    """Of DRAM: what is hot, what a step reads, what is read ahead."""
+    """Memory for hot entries, the entries of a step, and entries that are read ahead."""
     hot_bytes: int
-    """Of it, at most, for entries that stay from step to step."""
+    """The part of it, at most, for entries that stay from step to step."""
     ahead_bytes: int = 0
-    """Of it, at most, for entries that are read ahead."""
+    """The part of it, at most, for entries that are read ahead."""
     replica_share: float = 0.10
-    """Of pages, with a second copy; none on a single disk."""
+    """The share of pages with a second copy; no page has one on a single disk."""
     learn_steps: int = 200
-    """Pages are packed by so many steps: the first, and those after it was noticed that reading has changed. 64 are too few."""
+    """Pages are packed by the sets of so many steps: the first ones, and those after reading has changed. 64 are too
+    few."""
     ring_steps: int = 512
-    """Remembered; the first packing learns from as many."""
+    """The number of steps that are remembered; the first packing uses up to as many."""
     ring_entries: int = 1 << 22
-    """Of all these steps together, 4 bytes each. Where steps are so long that they fill it, fewer are remembered."""
+    """The number of ids remembered for all these steps together, 4 bytes each. If steps are long, fewer are remembered.
+    """
     voting_steps: int = 64
-    """Remembered to read ahead."""
+    """The number of steps that are remembered to read ahead."""
     drift: float = 1.25
-    """What has aged is packed again when a step reads so many times the pages an entry that it did after the last packing."""
+    """Aged pages are packed again when a step reads this many times as many pages for each entry as after the last
+    packing."""
     halflife_steps: float = 1.0
-    """Of the hot set's counts: see BenefitSet."""
+    """The half-life of the hot set's counts; see BenefitSet."""
     host_s_per_request: float = 0.0
-    """What a request costs this process. Where requests take longer than the disks, gaps are read over."""
+    """CPU time of a request. Where requests take longer than the disks do, gaps between them are read as well."""
     gap_bytes: int = 8 << 20
-    """For what is read over, beside memory_bytes; more is not read over at a time."""
+    """Memory for gaps that are read, besides memory_bytes. Gaps of one step are not larger together."""
 
     def __post_init__(self) -> None:
         if min(self.hot_bytes, self.ahead_bytes) < 0 or self.hot_bytes + self.ahead_bytes >= self.memory_bytes:
@@ -67,34 +71,36 @@ class EntryConfig:
 
 
 @dataclass(kw_only=True)
-class EntryFigures:
-    """Counted since the start."""
+class EntryStats:
+    """Counters since the start. All but the last four count entries."""
 
     steps: int = 0
     wanted: int = 0
     resident: int = 0
-    """Of these, in memory since the step before or longer."""
+    """Wanted entries that were in memory already, but not read ahead."""
     ahead: int = 0
-    """Of these, read ahead."""
+    """Wanted entries that were read ahead."""
     lost: int = 0
-    """Of these, not to be had."""
+    """Wanted entries that could not be read."""
     read_ahead: int = 0
-    """Entries; less `ahead` they were read in vain."""
+    """Entries read ahead; this minus `ahead` were read in vain."""
     requests: int = 0
-    """To all disks."""
+    """Requests to all disks."""
     packed: int = 0
-    """How often pages were packed, all or those that had aged."""
+    """How often pages were packed: all pages, or those that had aged."""
     rewritten_pages: int = 0
     without_room: int = 0
-    """Pages that were not written, for nothing may be evicted for them."""
+    """Pages that were not written for want of room: nothing is evicted for them."""
 
 
 class EntryPages:
-    """See above. Thread-safe."""
+    """See the module's docstring. Thread-safe."""
 
     def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int) -> None:
-        """As EntryStore. Pages that a former process left on the disks go: nobody can find them. Raises ConfigError when the store
-        has other disks, or more than can be scheduled."""
+        """Removes pages that an earlier process left on the disks, since nobody can find them.
+
+        Raises ConfigError when the store has other disks than `config`, or more than can be scheduled.
+        """
         if len(config.disks) != len(store.config.disks):
             raise ConfigError(f"entries: models of {len(config.disks)} disks for a store on {len(store.config.disks)}")
         if len(config.disks) > MAX_DISKS:
@@ -102,15 +108,16 @@ class EntryPages:
         self.store, self.config = store, config
         self.page_entries, self.entry_bytes = store.config.parts, store.config.part_bytes
         self.map = EntryMap(entries, self.page_entries)
-        self.figures = EntryFigures()
+        self.stats = EntryStats()
         self.lock = threading.Lock()
-        """Of map and figures, and of what else the entry store has; never held while a disk is waited for."""
+        """Guards map, stats and the entry store's memory. Never held while waiting for a disk."""
         self._speeds = page_speeds(config.disks, self.entry_bytes)
         for disk in range(len(config.disks)):
             store.forget(left_over(store.by_recency(disk)))
 
     def deal(self, pages: int) -> IntArray:
-        """[pages, 2] disks for pages of which nothing is known yet: one copy each, where there is least for its speed."""
+        """[pages, 2] chooses disks for pages about which nothing is known yet: one copy each, where there is least for
+        its speed."""
         with self.lock:
             held = np.bincount(self.map.disk_of[self.map.live, 0], minlength=len(self._speeds)).astype(np.float64)
         disks = np.full((pages, 2), -1, dtype=np.int64)
@@ -120,11 +127,12 @@ class EntryPages:
         return disks
 
     def put(self, members: IntArray, sources: IntArray, addresses: IntArray, disks: IntArray, fill: FloatArray) -> int:
-        """Writes [n, parts] entries, -1 for none, that lie at [n] addresses, to [n, 2] disks; they are found there from now on.
+        """Writes n pages of entries and enters them in the map. Returns how many pages were written.
 
-        `sources`: the page that each was in when its bytes were taken. One that has gone elsewhere since stays where it is. Where
-        the disk of the first copy does not take a page the others are tried; if none does, all stays as it was. No page has to make
-        room: it may be the only copy of its entries. Returns how many were written.
+        `members`: [n, parts] entries, -1 for none. `sources`: [n, parts] the page that each entry was in when its bytes
+        were read; an entry that has moved since stays where it is. `addresses`: [n] the pages in memory. `disks`: [n,
+        2]. Where the disk of the first copy does not accept a page, the others are tried; if none does, nothing
+        changes. No page is evicted, because it may be the only copy of its entries.
         """
         with self.lock:
             rows = self.map.reserve(len(members))
@@ -150,19 +158,19 @@ class EntryPages:
                 on = on[np.argsort(on != disks[page, 0], kind="stable")]
                 dead.append(self.map.put(int(rows[page]), valid, np.append(on, -1)[:2]))
                 self.map.fill[rows[page]] = fill[page]
-            self.figures.without_room += int((~done).sum())
+            self.stats.without_room += int((~done).sum())
         self.bury(np.concatenate(dead))
         return int(done.sum())
 
     def _with_room(self, disks: IntArray) -> IntArray:
-        """[n] disks, -1 instead of one that is full."""
+        """[n] the given disks, with -1 instead of a disk that is full."""
         fits, free = disks.copy(), self.store.free
         for disk in range(len(free)):
             fits[np.flatnonzero(disks == disk)[free[disk] :]] = -1
         return fits
 
     def bury(self, rows: IntArray) -> None:
-        """Rows of the map that died: the disks forget them."""
+        """Makes the disks forget dead rows of the map, and frees the rows."""
         if len(rows):
             with self.lock:
                 keys = self.map.keys(rows)
@@ -171,11 +179,12 @@ class EntryPages:
                 self.map.cancel(rows)
 
     def fetch(self, ids: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
-        """Reads [n] entries to [n] addresses, from the disks that are done soonest. Returns which arrived.
+        """Reads [n] entries to [n] addresses, from the disks that are done soonest. Returns [n]: which arrived.
 
-        `spare`: addresses for unwanted entries in between. Entries of which no disk has a copy are lost to the map, too.
+        `spare`: addresses for unwanted entries that are read between wanted ones. Entries of which no disk has a copy
+        are removed from the map.
         """
-        spare = spare[~np.isin(spare, self.store.unsettled())]  # else it might spoil a page that is well
+        spare = spare[~np.isin(spare, self.store.unsettled())]  # a hung read might write there and spoil a good entry
         ok = np.zeros(len(ids), dtype=np.bool_)
         left = np.arange(len(ids))
         while len(left):
@@ -193,7 +202,7 @@ class EntryPages:
                 page_now = self.map.page_of[ids[left]]
                 dead = self.map.lose(ids[left[absent & (page_now == pages)]])
             self.bury(dead)
-            left = left[failed & (page_now != pages)]  # moved meanwhile: it is read where it is now
+            left = left[failed & (page_now != pages)]  # entries that moved meanwhile are read where they are now
         return ok
 
     def _read_parts(self, places: PageLocations, part: IntArray, addresses: IntArray, spare: IntArray) -> BoolArray:
@@ -211,8 +220,8 @@ class EntryPages:
         )
         gap_disks, gap_slots = best.gaps()
         with self.lock:
-            self.figures.requests += best.runs
-        # A gap is narrower than a page, so it belongs to the page before it or to the one after it, which are both wanted.
+            self.stats.requests += best.runs
+        # A gap is narrower than a page, so it belongs to the page before or after it, and both are wanted.
         code = on[rows] * (1 << 40) + page_slot
         order = np.argsort(code, kind="stable")
         owner = rows[order[np.searchsorted(code[order], gap_disks * (1 << 40) + gap_slots // parts)]]

@@ -1,17 +1,19 @@
-"""Entries smaller than a page, kept on several disks and read a few at a time: the online half of Swarm (section 6).
+"""A store of entries smaller than a page on several disks, read a few at a time: the online half of the paper (section
+6).
 
-For sparse decoding: an entry is the KV of one token in one layer, say 4 KiB; each step reads those that its query selects, and
-entries that are selected together are so again and again. So they are packed into pages by what steps have read, pages that are
-read together lie on different disks, and of a page only what is wanted is read:
+In sparse decoding an entry is the KV of one token in one layer, say 4 KiB. Each step reads the entries that its query
+selects, and entries that are selected together once are often selected together again. So the store packs such entries
+into the same page, puts pages that are read together on different disks, and reads only the wanted parts of a page:
 
     write        entries fill pages in the order in which they come
-    read         one step's entries: those in memory, those that were read ahead, and the others from all disks at once
-    read_ahead   while others compute: what followed steps like this one
-    tend         in idle moments (entry_upkeep.py): packs pages by what was read, and what has aged again
+    read         one step's entries: from memory, and all others from all disks at once
+    read_ahead   while others compute: reads what followed steps like this one
+    EntryUpkeep  in idle moments (entry_upkeep.py): packs pages by what was read, and packs aged pages again
 
-Who reads may rely on this: `ok` entries are, byte for byte, those that were written, whatever disks do; memory keeps its size; no
-read waits for `tend`; nothing is evicted. An entry that does not come is computed again by its caller, who may write it again; if
-it was only late, it is still stored. Entries live as long as their store: `close` makes the disks forget them.
+The store guarantees: entries marked `ok` are, byte for byte, those that were written, whatever the disks do. Memory has
+a fixed size. No read waits for the upkeep. Nothing is evicted. The caller computes an entry that does not arrive, and
+may write it again; if it was only late, it is still stored. Entries live as long as this object: `close` makes the
+disks forget them.
 
 vLLM's attention is dense, so its disk tier does not use this: there a block is a page, and a prefix is read as a whole.
 """
@@ -39,40 +41,42 @@ __all__ = ["EntryRead", "EntryStore"]
 
 _LATENCY_S = 80e-6
 _PAGES_AT_ONCE = 16
-"""Written."""
+"""Pages written at a time."""
 _VOTING_ENTRIES = 1 << 21
-"""Of all remembered steps together, to read ahead."""
+"""The number of ids remembered to read ahead, for all steps together."""
 _BASELINE_STEPS = 64
-"""After packing, until it is known what a step costs then."""
+"""The cost of a step after packing is measured over so many steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntryRead:
-    """One step's entries, in the order asked for. Valid until the next `read` or `write`."""
+    """One step's entries, in the order in which they were asked for. Valid until the next `read` or `write`."""
 
     rows: IntArray
-    """[n]: where in `EntryStore.memory.bytes`; -1 where `ok` is not set."""
+    """[n] the row of each entry in `EntryStore.memory.bytes`; -1 where `ok` is not set."""
     ok: BoolArray
-    """[n]"""
+    """[n] which entries arrived."""
 
 
 class EntryStore:
-    """See above. `write`, `read` and `read_ahead` are one thread's; an EntryUpkeep may be another's."""
+    """See the module's docstring. One thread calls `write`, `read` and `read_ahead`; an EntryUpkeep may run in another
+    one."""
 
     def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int, hot: HotSet | None = None) -> None:
-        """Of at most so many entries, each a part of one of the store's pages. Several may have the same store, which has nothing
-        but entries: what a former process left there goes.
+        """`entries`: the most entries there can be, each a part of one of the store's pages. `hot`: which entries stay
+        in memory; by default a BenefitSet. Several EntryStores may share a DiskStore that has nothing but entries; what
+        an earlier process left there is removed.
 
-        `hot`: in place of the benefit score. Raises ConfigError when the store has other disks, or more than can be scheduled.
+        Raises ConfigError when the store has other disks than `config`, or more than can be scheduled.
         """
         self.store, self.config = store, config
         self.pages = EntryPages(store, config, entries=entries)
         self.page_entries, self.entry_bytes = self.pages.page_entries, self.pages.entry_bytes
-        self.map, self.figures, self.lock = self.pages.map, self.pages.figures, self.pages.lock
+        self.map, self.stats, self.lock = self.pages.map, self.pages.stats, self.pages.lock
         self.memory = EntryMemory(entries, size_bytes=config.memory_bytes, entry_bytes=self.entry_bytes)
         self.ring = Activations(entries, max_steps=config.ring_steps, max_items=config.ring_entries)
         self.drift: Drift | None = None
-        """None until it is known what a step costs after packing."""
+        """None until the cost of a step after packing is known."""
         self._hot = hot or BenefitSet(
             np.full(entries, self.entry_bytes),
             config.hot_bytes,
@@ -95,11 +99,11 @@ class EntryStore:
     # ------------------------------------------------------------------ write
 
     def write(self, ids: IntArray, data: npt.NDArray[np.uint8]) -> BoolArray:
-        """[n] entries, none twice; [n, entry_bytes]. What does not fill a page waits in memory for more. What is stored already
-        stays as it is: it stands for the same bytes for ever.
+        """Writes [n] entries, none twice, from `data` ([n, entry_bytes]). Those that do not fill a page wait in memory
+        for more. An entry that is stored already stays as it is, because an id always stands for the same bytes.
 
-        Returns [n]: which are stored; others had no room on the disks. Raises ConfigError for an entry that comes twice,
-        BudgetError when memory is too small.
+        Returns [n]: which are stored; for the others there is no room on the disks. Raises ConfigError for an entry
+        that comes twice, BudgetError when memory is too small.
         """
         if len(np.unique(ids)) < len(ids):
             raise ConfigError("entries: one is written twice at a time")
@@ -122,12 +126,12 @@ class EntryStore:
             return self._unwritten[ids] | (self.map.page_of[ids] >= 0)
 
     def flush(self) -> None:
-        """What waits is written to a page that it does not fill."""
+        """Writes the waiting entries to a page that they do not fill."""
         self.wait()
         self._store(np.flatnonzero(self._unwritten))
 
     def _store(self, ids: IntArray) -> None:
-        """Entries that wait, to pages in this order, dealt over the disks by their speeds."""
+        """Writes waiting entries to pages, in this order, spread over the disks by their speeds."""
         pages = -(-len(ids) // self.page_entries)
         if not pages:
             return
@@ -145,13 +149,14 @@ class EntryStore:
     # ------------------------------------------------------------------ read
 
     def read(self, wanted: IntArray) -> EntryRead:
-        """[n] entries, none twice. Raises BudgetError when memory cannot hold so many beside what stays."""
+        """Reads [n] entries, none twice. Raises BudgetError when they do not fit into memory beside what stays
+        there."""
         self.wait()
-        figures = self.figures
+        stats = self.stats
         with self.lock:
             self._let_go(wanted)
             here = self.memory.present[wanted]
-            if int((~here).sum()) > self.memory.free:  # what was read ahead in vain makes way
+            if int((~here).sum()) > self.memory.free:  # entries that were read ahead in vain make room
                 self._kept_ahead &= np.isin(np.arange(len(self._kept_ahead)), wanted)
                 self._let_go(wanted)
             stays = self._hot.resident[wanted] | self._unwritten[wanted] | ~self._kept_ahead[wanted]
@@ -160,26 +165,26 @@ class EntryStore:
             self._hot.step(wanted)
             self._kept_ahead[:] = False
             self._note(wanted)
-        figures.steps += 1
-        figures.wanted += len(wanted)
-        figures.resident += int((here & stays).sum())
-        figures.ahead += int((here & ~stays).sum())
+        stats.steps += 1
+        stats.wanted += len(wanted)
+        stats.resident += int((here & stays).sum())
+        stats.ahead += int((here & ~stays).sum())
         lost = missing[~self._fetch(missing)]
-        figures.lost += len(lost)
+        stats.lost += len(lost)
         with self.lock:
             rows = self.memory.slot_of[wanted]
         return EntryRead(rows=rows, ok=rows >= 0)
 
     def read_ahead(self, present: IntArray) -> None:
-        """Begins to read what followed steps that read something like this; returns at once. Entries of a layer below will do,
-        or those of the step before: what is told here and what is read next are remembered together."""
+        """Begins to read the entries that followed steps with sets like `present`, and returns at once. `present` may
+        be the set of the layer below or of the step before: it is remembered together with the next read."""
         self.wait()
         self._told = present
         if self.config.ahead_bytes >= self.entry_bytes and self._before.steps:
             self._ahead = self._thread.submit(self._read_ahead, present)
 
     def wait(self) -> None:
-        """Until what is read ahead has come; all others here do it first. Raises what broke that off."""
+        """Waits for the reading ahead to end. All other methods do this first. Raises what made it fail."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.result()
@@ -188,7 +193,7 @@ class EntryStore:
         with self.lock:
             before, after = self._before.profile(), self._after.profile()
             before, after = _last_of_both(before, after)
-            here = self.memory.present  # what of it is read next stays anyway
+            here = self.memory.present  # these need not be read
             budget = self.config.ahead_bytes - int(self._kept_ahead.sum()) * self.entry_bytes
         likely = Predictor(before=before, after=after).ahead(
             present, budget_bytes=budget, item_bytes=self.entry_bytes, resident=here
@@ -198,41 +203,41 @@ class EntryStore:
             self.memory.take(missing)
             self._kept_ahead[missing] = True
         ok = self._fetch(missing)
-        self.figures.read_ahead += int(ok.sum())
+        self.stats.read_ahead += int(ok.sum())
 
     # ------------------------------------------------------------------
 
     def packed_anew(self) -> None:
-        """Called by the upkeep: what the next steps cost is what later ones are compared with."""
+        """Called by the upkeep after packing: later steps are compared with the cost of the next ones."""
         with self.lock:
             self.drift, self._cost = None, []
-            self.figures.packed += 1
+            self.stats.packed += 1
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError. Nothing may be under way."""
+        """Raises IntegrityError unless memory and map are consistent. Nothing may be under way."""
         self.wait()
         self.memory.check_integrity()
         self.map.check_integrity()
 
     def close(self) -> None:
-        """The disks forget all entries. No upkeep may be under way; the store stays open."""
+        """Makes the disks forget all entries. No upkeep may be under way. The DiskStore stays open."""
         self.wait()
         self._thread.shutdown()
         rows = np.flatnonzero(self.map.live)
         self.store.forget(self.map.keys(rows))
 
     def _let_go(self, wanted: IntArray) -> None:
-        """What neither stays nor is wanted now."""
+        """Frees the memory of entries that neither stay nor are wanted now."""
         stays = self._hot.resident | self._unwritten | self._kept_ahead
         stays[wanted] = True
         self.memory.settle(self.store.unsettled())
         self.memory.release(np.flatnonzero(self.memory.present & ~stays))
 
     def _fetch(self, ids: IntArray) -> BoolArray:
-        """Reads entries into slots that they have; one that does not come has none any more."""
+        """Reads entries into their slots. An entry that does not arrive loses its slot. Returns [n]: which arrived."""
         try:
             ok = self.pages.fetch(ids, self.memory.addresses(ids), self._gaps.addresses)
-        except BaseException:  # else the next step would take for read what was not
+        except BaseException:  # otherwise the next step would take these slots for entries that were read
             with self.lock:
                 self._gone(ids)
                 self.memory.abandon(ids)
@@ -266,6 +271,6 @@ class EntryStore:
 
 
 def _last_of_both(before: Profile, after: Profile) -> tuple[Profile, Profile]:
-    """The steps that both rings still have: the longer steps are, the fewer one holds."""
+    """The steps that both rings still have."""
     steps = min(before.steps, after.steps)
     return before.part(before.steps - steps, before.steps), after.part(after.steps - steps, after.steps)

@@ -1,11 +1,12 @@
-"""Keeps the pages of an entry store packed by what is read together: the first time, and again when reading has changed.
+"""Packs the pages of an entry store by what is read together: a first time, and again when reading has changed.
 
-When a step costs a quarter more than it did after the last packing, what has aged is packed again, but only after as many steps
-more as are needed to learn from: packed by the first steps of a new topic pages were hardly better than before (docs/log.md).
+When a step costs a quarter more than after the last packing, aged pages are packed again, but only after enough further
+steps to learn from: packed by the first steps of a new topic, pages were hardly better than before (docs/log.md).
 
-A round is planned on copies, which takes a second for 30,000 entries, and carried out some pages at a time: their entries are read
-where they are, written to new pages, and only then found there. Whatever stops a round, every entry is where the map says. While
-pages move the disks hold some twice: the first round needs as much room again as the entries take, and without it there is none.
+A round is planned on copies, which takes a second for 30,000 entries, and carried out some pages at a time: their
+entries are read, written to new pages, and only then entered in the map. Whatever stops a round, every entry is where
+the map says. While pages move, the disks hold some entries twice. So the first round needs as much free room as the
+entries take; without it there is no round.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ __all__ = ["EntryUpkeep"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Round:
-    """Pages to write, in the order in which they are to lie on the disks."""
+    """The pages to write, in the order in which they will lie on the disks."""
 
     members: IntArray
     """[pages, parts]"""
@@ -37,14 +38,14 @@ class _Round:
     fill: FloatArray
     """[pages]"""
     cooled: IntArray
-    """Rows of the map whose second copy is not worth its room any more."""
+    """Rows of the map whose second copies are not worth their room any more."""
 
 
 class EntryUpkeep:
-    """For one thread, at low priority."""
+    """Called by one thread, at low priority."""
 
     def __init__(self, entries: EntryStore, *, pages_at_once: int = 16) -> None:
-        """Moves so many pages before it gives way."""
+        """`pages_at_once`: how many pages one call of `advance` moves."""
         self._of = entries
         self._scratch = Arena(pages_at_once, entries.store.config.page_bytes)
         self._round: _Round | None = None
@@ -52,8 +53,8 @@ class EntryUpkeep:
         self._aged_at: int | None = None
         self._wait_until = 0
 
-    def tend(self) -> bool:
-        """Plans a round if one is due, and carries a part of it out. Whether there is more to do now."""
+    def advance(self) -> bool:
+        """Plans a round if one is due, and carries out a part of it. Returns whether there is more to do now."""
         if self._round is None:
             self._round, self._at = self._roomy(self._plan()), 0
             if self._round is not None:
@@ -70,8 +71,8 @@ class EntryUpkeep:
     def _plan(self) -> _Round | None:
         of = self._of
         with of.lock:
-            first = of.figures.packed == 0
-            if not (of.figures.steps >= max(self._wait_until, of.config.learn_steps) if first else self._aged(of)):
+            first = of.stats.packed == 0
+            if not (of.stats.steps >= max(self._wait_until, of.config.learn_steps) if first else self._aged(of)):
                 return None
             self._aged_at = None
             profile, packing = of.ring.profile(), of.map.packing()
@@ -93,20 +94,19 @@ class EntryUpkeep:
         return self._ordered(profile, again.packing, kept, again.moved, speeds, live)
 
     def _aged(self, of: EntryStore) -> bool:
-        """Reading has changed, and goes on so for long enough to learn from it."""
+        """Whether reading has changed, and enough steps have passed since to learn from."""
         if of.drift is None or not of.drift.drifted:
             self._aged_at = None
             return False
         if self._aged_at is None:
-            self._aged_at = of.figures.steps
-        return of.figures.steps - self._aged_at >= of.config.learn_steps
+            self._aged_at = of.stats.steps
+        return of.stats.steps - self._aged_at >= of.config.learn_steps
 
     def _ordered(
         self, profile: Profile, packing: Packing, disks: IntArray, moved: IntArray, speeds: FloatArray, rows: IntArray
     ) -> _Round:
-        """`disks`: [pages, 2], second copies as they are; `rows`: [pages] of the map, of those that are not `moved`.
-
-        Pages that have become hot are written anew with their second copy.
+        """Orders the pages to write. `disks`: [pages, 2] with the second copies as they are. `rows`: [pages] rows of
+        the map, for pages that are not `moved`. Pages that have become hot are written anew with a second copy.
         """
         of_pages = profile.mapped(packing.page_of, size=packing.pages)
         share = self._of.config.replica_share if len(speeds) > 1 else 0.0
@@ -123,17 +123,17 @@ class EntryUpkeep:
         )
 
     def _roomy(self, planned: _Round | None) -> _Round | None:
-        """None where the disks have no room for the round; it is planned again later."""
+        """The round, or None where the disks have no room for it; it is planned again later."""
         of = self._of
         if planned is None or len(planned.members) <= int(of.store.free.sum()):
             return planned
         with of.lock:
-            of.figures.without_room += len(planned.members)
-            self._wait_until = of.figures.steps + of.config.learn_steps
+            of.stats.without_room += len(planned.members)
+            self._wait_until = of.stats.steps + of.config.learn_steps
         return None
 
     def _cool(self, rows: IntArray) -> None:
-        """Second copies go where there is another one: a disk may have died since."""
+        """Removes second copies of these rows where another copy exists; a disk may have died since."""
         of = self._of
         with of.lock:
             keys, second = of.map.keys(rows), of.map.disk_of[rows, 1].copy()
@@ -145,7 +145,7 @@ class EntryUpkeep:
         of.store.forget(keys, np.where(kept, second, -1))
 
     def _hangs(self) -> bool:
-        """Whether a request may still write to the memory that pages move through."""
+        """Whether a hung request may still write to the memory that pages pass through."""
         lowest, hung = int(self._scratch.addresses[0]), self._of.store.unsettled()
         return bool(((hung >= lowest) & (hung < lowest + self._scratch.bytes.size)).any())
 
@@ -173,4 +173,4 @@ class EntryUpkeep:
             planned.fill[some][full],
         )
         with of.lock:
-            of.figures.rewritten_pages += written
+            of.stats.rewritten_pages += written

@@ -1,12 +1,13 @@
-"""Which clusters or pages stay in DRAM: Swarm's benefit score, equation (6), and LRU to compare it with.
+"""Which entries stay in memory: the paper's benefit score, equation (6), and LRU.
 
-As printed, S = (f T_base + s T_transfer) / s, whose second term is the same for all, so that it orders by f / s alone. What is kept
-saves its whole read every time that it is activated, so the score here is S = f (T_base + s T_transfer) / s: seconds saved for each
-byte of DRAM.
+As printed, the score is S = (f T_base + s T_transfer) / s. Its second term is the same for all, so it orders by f / s
+alone. But an entry in memory saves its whole read each time that it is activated, so the score here is S = f (T_base +
+s T_transfer) / s, the seconds saved for each byte of memory.
 
-f is the number of activations, halved every few steps. The paper counts up, and down by one in each step in which something
-resident is idle (section 6): on sets that change with the topic what was read often long ago then holds out too long, and LRU is
-the better (hits of 0.54 against 0.77 on sticky clusters with a tenth in DRAM). Halved every step the score is better than both.
+f is the number of activations, halved every few steps. The paper adds one for each activation and subtracts one in each
+step in which a resident entry is idle (section 6). When the topic changes, entries that were read often long ago then
+stay too long, and LRU is better (hit rate 0.54 against 0.77, on sticky clusters with a tenth in memory). Halved every
+step, the score is better than both.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ __all__ = ["BenefitSet", "HotSet", "LruSet", "benefit"]
 
 
 def benefit(counts: FloatArray, sizes_bytes: FloatArray, *, latency_s: float, bytes_per_s: float) -> FloatArray:
-    """Equation (6) as it must be meant, in seconds per byte. All arrays [items]."""
+    """[items] equation (6), corrected as explained above, in seconds per byte."""
     return counts * (latency_s + sizes_bytes / bytes_per_s) / sizes_bytes
 
 
 class HotSet(Protocol):
-    """What is resident, within a byte budget that is never exceeded."""
+    """Chooses which items are resident, within a byte budget that is never exceeded."""
 
     resident: BoolArray
-    """[items]."""
+    """[items] which items are resident."""
 
     def step(self, activated: IntArray) -> IntArray:
-        """One step reads these, each once: updates what is resident, and answers which of them were not."""
+        """One step reads these items, each once. Updates `resident`, and returns those that were not resident."""
 
 
 class BenefitSet:
-    """Keeps what saves most. An item that was just read replaces others only if it scores higher than they do."""
+    """Keeps the items with the highest benefit. An item that was just read replaces others only if its score is
+    higher."""
 
     def __init__(
         self,
@@ -48,15 +50,16 @@ class BenefitSet:
         bytes_per_s: float,
         halflife_steps: float = 1.0,
     ) -> None:
-        """`halflife_steps`: short where choices stick and move on, long where popularity stays. Raises ConfigError for an item
-        without a size, or a half-life that is not above 0.
+        """`halflife_steps`: short where the same items are read for a while, long where popularity is stable.
+
+        Raises ConfigError for an item without a size, or a half-life that is not above 0.
         """
         if halflife_steps <= 0:
             raise ConfigError(f"hot set: a half-life of {halflife_steps} steps; write a number above 0")
         self._decay = 0.5 ** (1 / halflife_steps)
         self._sizes, self._budget = _checked(sizes_bytes), budget_bytes
         self._counts = np.zeros(len(sizes_bytes))
-        # The score of one activation: it grows in proportion to their number.
+        # The score of one activation; the score of an item is proportional to its activations.
         self._each = benefit(np.ones(len(sizes_bytes)), self._sizes, latency_s=latency_s, bytes_per_s=bytes_per_s)
         self.resident: BoolArray = np.zeros(len(sizes_bytes), dtype=np.bool_)
 
@@ -66,7 +69,7 @@ class BenefitSet:
         self._counts[activated] += 1
         candidates = np.concatenate([np.flatnonzero(self.resident), missing])
         score = self._counts[candidates] * self._each[candidates]
-        # Stable, residents first: of equals the resident stays.
+        # The sort is stable and residents come first, so among equals the resident stays.
         best = candidates[np.argsort(-score, kind="stable")]
         self.resident[:] = False
         self.resident[best[np.cumsum(self._sizes[best]) <= self._budget]] = True
@@ -77,7 +80,7 @@ class BenefitSet:
 
 
 class LruSet:
-    """Keeps what was read last."""
+    """Keeps the items that were read last."""
 
     def __init__(self, sizes_bytes: IntArray, budget_bytes: int) -> None:
         """Raises ConfigError for an item without a size."""

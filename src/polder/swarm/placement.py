@@ -1,8 +1,9 @@
-"""Which disk has which page: pages that are read together lie on different disks, and the hottest have a second copy.
+"""Chooses the disks of pages: pages that are read together go to different disks, and the hottest pages get a second
+copy.
 
-Swarm's abstract names a graph; none is needed. Pages are taken by falling count, and each goes to the disk on which the steps that
-read it have least to read so far, in proportion to the disks' speeds. That leaves 60 to 65 % of what hashing leaves to balance;
-second copies of the hottest 5 to 10 % with a balanced schedule do the rest.
+The paper uses a graph for this, but none is needed. Pages are taken by falling number of reads. Each goes to the disk
+on which the steps that read it have least to read so far, in proportion to the disks' speeds. This leaves 60 to 65 % of
+the imbalance that hashing leaves; second copies of the hottest 5 to 10 % and a balanced schedule remove the rest.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ __all__ = ["anti_affine", "with_replicas"]
 def anti_affine(
     profile: Profile, speeds: FloatArray, *, max_imbalance: float = 1.02, fixed: IntArray | None = None
 ) -> IntArray:
-    """[pages]: a disk for each, such that the pages of a step are spread. O(ids in the profile x disks).
+    """[pages] a disk for each page, so that the pages of a step are spread. O(ids in the profile x disks).
 
-    `speeds`: [disks], above 0. `max_imbalance`: no disk has more pages than so many times its share by speed, and one. `fixed`:
-    [pages], the disk of pages that stay where they are, -1 for those to be placed. Raises ConfigError for an imbalance below 1.
+    `speeds`: [disks] above 0. `max_imbalance`: no disk gets more pages than its share by speed times this, rounded up.
+    `fixed`: [pages] the disks of pages that stay where they are, -1 for pages to be placed. Raises ConfigError for an
+    imbalance below 1.
     """
     if max_imbalance < 1:
         raise ConfigError(f"placement: an imbalance of {max_imbalance}; write a number from 1")
@@ -48,10 +50,12 @@ def anti_affine(
 
 
 def with_replicas(disk_of: IntArray, counts: IntArray, speeds: FloatArray, *, share: float) -> IntArray:
-    """[pages, 2]: a second copy of the hottest `share` of pages, -1 for the others.
+    """[pages, 2] the disks of the first and the second copy. The hottest `share` of pages has a second copy; -1 for the
+    others.
 
-    Copies of one disk's pages are dealt over all other disks by their speeds, so that what is read from them, or from all of them
-    when the disk is dead, is spread too. Raises ConfigError for a share outside [0, 1], or above 0 with a single disk.
+    The copies of one disk's pages are spread over all other disks by their speeds, so that reads of these copies are
+    balanced too, also when the disk is dead. Raises ConfigError for a share outside [0, 1], or above 0 with a single
+    disk.
     """
     disks = len(speeds)
     if not 0 <= share <= 1 or (share > 0 and disks < 2):
@@ -61,7 +65,7 @@ def with_replicas(disk_of: IntArray, counts: IntArray, speeds: FloatArray, *, sh
     held = np.zeros(disks)
     for page in np.argsort(-counts, kind="stable")[: round(share * len(disk_of))].tolist():
         first = int(disk_of[page])
-        # Evenly from this disk to each other, and evenly over the disks that take them.
+        # Evenly from this disk to each other disk, and evenly over the disks that take copies.
         cost = (dealt[first] + held / disks + 1) / speeds
         cost[first] = np.inf
         second[page] = int(cost.argmin())

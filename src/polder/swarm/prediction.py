@@ -1,8 +1,8 @@
-"""Reads issued ahead: what the next layer, or the next turn, is likely to want, within a byte budget.
+"""Predicts which entries the next layer, or the next step, will want, to read them ahead within a byte budget.
 
-Remembered steps vote. Each has a set that was read and the set that followed: in the layer above, or one step later. Steps whose
-first set is like the present one weigh most, by Jaccard's similarity, and the items of what followed them are read ahead, those
-with most votes first. No model, no training: two profiles of the same ring.
+Remembered steps vote. Each remembers a set that was read and the set that followed it, in the layer above or one step
+later. A step votes for the items of its second set, with the Jaccard similarity of its first set to the present set as
+its weight. The items with most votes are read first. There is no model and no training.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ __all__ = ["Predictor"]
 
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
-    """Step s of `before` was followed by step s of `after`. Raises ConfigError when they have different numbers of steps."""
+    """Step s of `before` was followed by step s of `after`. Raises ConfigError when their numbers of steps differ."""
 
     before: Profile
     after: Profile
     nearest: int = 16
-    """Steps that vote."""
+    """The number of steps that vote."""
 
     def __post_init__(self) -> None:
         if self.before.steps != self.after.steps:
             raise ConfigError(f"prediction: {self.before.steps} steps followed by {self.after.steps}")
 
     def ahead(self, present: IntArray, *, budget_bytes: int, item_bytes: int, resident: BoolArray) -> IntArray:
-        """What to read, likeliest first, none of it resident ([after.size]), at most `budget_bytes` of it. O(ids remembered)."""
+        """Items to read, the likeliest first, at most `budget_bytes` of them, without resident ones ([after.size])."""
         budget = max(0, budget_bytes) // item_bytes
         in_present = np.zeros(self.before.size, dtype=np.bool_)
         in_present[present] = True

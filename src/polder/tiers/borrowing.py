@@ -50,7 +50,8 @@ class ChunkGeometry:
         return self.lender.ranks * self.lender.granules * self.parts
 
     def places(self, chunks: IntArray, table: LendingTable) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-        """For each chunk: the lender's rank, the unit, the index of the page in the unit, and the offset in the page."""
+        """For each chunk: the lender's rank, the unit, the index of the page in the unit, and the offset in the
+        page."""
         granules, parts = np.divmod(chunks, self.parts)
         shards, q = np.divmod(granules, self.lender.granules)
         lent, ranks = np.divmod(shards, self.lender.ranks)
@@ -182,7 +183,8 @@ class PeerSlots(Slots):
             lender.table.close()
 
     def share_with(self, borrowers: int) -> None:
-        """Tells how many engines borrow from the same lenders: each claims at most an equal share of the lent blocks."""
+        """Tells how many engines borrow from the same lenders: each claims at most an equal share of the lent
+        blocks."""
         self._share = max(1, borrowers)
 
     def take(self, count: int) -> IntArray:

@@ -149,7 +149,7 @@ class DiskMemory:
                 failed[row] = reason
         keys, slots = part.ids[rows], part.slots[rows]
         with self._lock:
-            # The pages that had these slots have to go. So have pages of these keys: they may be older than the last `drop`.
+            # The pages that had these slots have to go, and pages of these keys, which may be older than the last `drop`.
             known = self._mirror.find(keys)
             old = np.unique(np.concatenate((slots, known[known >= 0])))
             leaving = self._mirror.keys[old[self._mirror.bound[old]]]

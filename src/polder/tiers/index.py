@@ -7,7 +7,8 @@ blocks as they have slots.
 
 A place is in one of these states:
 
-    absent -> prepare_store -> written -> complete_store -> loadable -> prepare_load -> pinned -> complete_load -> loadable
+    absent -> prepare_store -> being written -> complete_store -> loadable
+    loadable -> prepare_load -> pinned -> complete_load -> loadable
 
 A place that is being written can be neither loaded nor evicted. A pinned place can be lost (its owner took the memory
 back, so the load will fail) or dropped, but its slot is not used again before the load has ended.
@@ -190,7 +191,8 @@ class BlockIndex(BlockTable):
         return spill, evicted
 
     def complete_spill(self, spill: Spill, failed: Sequence[int], corrupt: Sequence[int]) -> None:
-        """The pages were written, except for the rows in `failed`. `corrupt`: those of them whose host copy was wrong."""
+        """The pages were written, except for the rows in `failed`. `corrupt`: those of them whose host copy was
+        wrong."""
         self.complete_store(spill.targets, failed)
         self.complete_load(spill.sources, corrupt)
 

@@ -6,7 +6,7 @@ borrower claims such **lent blocks** and puts data of its own there. When the le
 request, it takes it back in the same call, without asking anybody. All they have to agree on is in one memory file, the
 table. For each block it has
 
-    epoch     odd while the block is offered or borrowed, even while it is the lender's own; it never returns to an earlier value
+    epoch     odd while the block is offered or borrowed, even while it is the lender's own; it never decreases
     holder    the number of the borrower that claimed it
     writer    the process that is writing into it now
     recalled  set while the lender waits for the block

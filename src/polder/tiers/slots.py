@@ -137,7 +137,7 @@ class HostSlots(Slots):
         self.name, self.slot_bytes = name, slot_bytes
         self.capacity = size_bytes // slot_bytes if slot_bytes else 0
         self._taken = np.zeros(self.capacity, dtype=np.bool_)
-        # A stack: a slot that was used recently is in the CPU's caches, and memory that was never touched stays untouched.
+        # A stack: slots used recently are in the CPU's caches, and memory that was never touched stays untouched.
         self._free = list(range(self.capacity - 1, -1, -1))
 
     def take(self, count: int) -> IntArray:

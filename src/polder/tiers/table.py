@@ -89,7 +89,8 @@ class BlockTable:
     # ------------------------------------------------------------------ look up
 
     def find(self, keys: Sequence[bytes]) -> IntArray:
-        """[n] the fastest tier that each block can be loaded from; PENDING while it is only being written; or ABSENT."""
+        """[n] the fastest tier that each block can be loaded from; PENDING while it is only being written; or
+        ABSENT."""
         entries = np.array([self._entry_of.get(key, NOWHERE) for key in keys], dtype=np.int64)
         found = np.full(len(keys), ABSENT, dtype=np.int64)
         known = entries >= 0

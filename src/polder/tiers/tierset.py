@@ -126,7 +126,8 @@ class TierSet:
         self.counters.asked_tokens += tokens
 
     def plan_load(self, tiers: IntArray) -> Cut:
-        """How many of a prefix's blocks to load, given the tier of each. A tier that is too slow is tried now and then."""
+        """How many of a prefix's blocks to load, given the tier of each. A tier that is too slow is tried now and
+        then."""
         if not len(tiers):
             return Cut(blocks=0, load_s=0.0, recompute_s=0.0)
         costs, queued = {}, {}
@@ -155,12 +156,14 @@ class TierSet:
         return cut
 
     def refused(self, blocks: int) -> None:
-        """To be called once for each request whose load was cut: so many blocks are computed although a tier has them."""
+        """To be called once for each request whose load was cut: so many blocks are computed although a tier has
+        them."""
         self.counters.refused_loads += 1
         self.counters.refused_tokens += blocks * self._block_tokens
 
     def prepare_load(self, keys: Sequence[bytes], *, tokens: int) -> Job:
-        """Makes the job that loads these blocks, in this order. All must be in a tier. They stand for `tokens` tokens."""
+        """Makes the job that loads these blocks, in this order. All must be in a tier. They stand for `tokens`
+        tokens."""
         places = self.index.prepare_load(keys)
         counts = np.bincount(places.tiers, minlength=len(self._tiers))
         self._queued += counts * float(self._tiers[0].slot_bytes)

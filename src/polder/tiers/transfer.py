@@ -10,8 +10,8 @@ launched before the mark may still write the blocks that are to be stored, or us
 their previous owner. The lane's thread waits for the mark before it touches a block, takes a lock or starts the clock.
 The copy stream itself does not wait, because other lanes use it too.
 
-    store   lock the lent blocks (peer)  ->  copy the engine's block into the slot  ->  note the checksum of the engine's bytes
-    load    copy the slot into the engine's block  ->  compare epochs (peer)  ->  compare the checksum of the bytes that arrived
+    store   lock the lent blocks (peer) -> copy the engine's block into the slot -> note the checksum of the engine's bytes
+    load    copy the slot into the engine's block -> compare epochs (peer) -> compare the checksum of what arrived
 
 The checksum (64 bits, seeded with the block's id and the namespace) is computed on the engine's side both times. So it
 detects a torn copy, a slot that another block was written to, memory that its owner reused, and a flipped bit. Whatever
@@ -184,7 +184,8 @@ class TierState:
 
 
 class BatchMemory(Protocol):
-    """A tier that carries out whole parts. One thread calls `load_part`; another one calls the other methods meanwhile."""
+    """A tier that carries out whole parts. One thread calls `load_part`; another one calls the other methods
+    meanwhile."""
 
     def load_part(self, part: Part, blocks: Sequence[Pieces], mover: Mover) -> PartResult:
         """Loads row i of the part into `blocks[i]`."""

@@ -95,7 +95,7 @@ class DrivenDevice(late.Device):
 def install() -> DrivenDevice:
     """Replaces what opens memory, copies blocks and touches the KV cache in this worker process."""
     import polder.broker.server as server
-    import polder.engines.vllm.rank.worker as worker
+    import polder.engines.vllm.process as process
     import polder.engines.vllm.tiers.worker as tier_worker
     from polder.memory.cuda import CudaBackend
     from polder.memory.cuda_stream import StreamJob
@@ -103,13 +103,11 @@ def install() -> DrivenDevice:
     from polder.weights.store import WeightStore
 
     device = DrivenDevice()
-    driver.open_backends([worker, server], lambda _: device.stream)  # the broker may be a thread of this process
+    driver.open_backends([process, server], lambda _: device.stream)  # the broker may be a thread of this process
     late.install(device)
 
     def mover() -> CudaMover:
-        memory = worker.memory()
-        assert memory is not None
-        return CudaMover(memory.backend)
+        return CudaMover(process.present(process.here.memory).backend)
 
     tier_worker.CpuMover = mover  # type: ignore[misc, assignment]
     hold, before = StreamJob.hold, WeightStore.before

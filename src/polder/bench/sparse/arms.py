@@ -1,6 +1,7 @@
-"""Whole layouts to compare: blocks on units of reading, units on disks. `polder` is this package's own, `swarm` the paper's.
+"""Layouts to compare: which blocks form a unit of reading, and which disk each unit is on. `polder` is ours, `swarm`
+the paper's.
 
-A layout has a unit of reading, which is read whole: a page of k blocks, or a single block. Units side by side are one request.
+A unit is read as a whole: a page of k blocks, or a single block. Adjacent units are read with one request.
 
 | name | unit | where |
 |---|---|---|
@@ -51,14 +52,14 @@ class ArmConfig:
     profile: Profile
     """Recorded sets of blocks."""
     speeds: FloatArray
-    """[disks]: in pages, relative to each other."""
+    """[disks] pages a second, relative to each other."""
     page_blocks: int
     block_bytes: int
     fixed_blocks: int | None = None
-    """Of the arm fixed-blocks; as many as a page has if None. InfLLM's have 128 tokens."""
+    """Blocks of a unit of the arm fixed-blocks; a page's if None. InfLLM's units have 128 tokens."""
     replica_share: float = 0.10
     radius: float = 0.6
-    """Of Swarm's clusters."""
+    """Radius of Swarm's clusters."""
     seed: int = 0
 
     @property
@@ -73,42 +74,42 @@ class ArmConfig:
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     unit_of: IntArray
-    """[blocks]: the unit of each block."""
+    """[blocks] the unit of each block."""
     unit_bytes: int
     placement: Placement
     pages: Layout | None = None
-    """Of units that are parts of pages: how these are stored. Slot s of a disk is part s % k of its page s // k."""
+    """The layout of the pages, where units are parts of pages. Slot s of a disk is part s % k of its page s // k."""
 
     @property
     def stored_bytes(self) -> int:
-        """With all copies."""
+        """The bytes of all copies."""
         return int((self.placement.disk_of >= 0).sum()) * self.unit_bytes
 
     def units(self, blocks: IntArray) -> IntArray:
-        """Units to read for these blocks, each once, in the order of blocks."""
+        """The units to read for these blocks, each once, in the order of blocks."""
         units, first = np.unique(self.unit_of[blocks], return_index=True)
         return units[np.argsort(first)]
 
 
 def sequential(units: int, disks: int) -> IntArray:
-    """[units]: a range of them on each disk."""
+    """[units] an equal range of units on each disk."""
     return np.arange(units) * disks // max(1, units)
 
 
 def striped(units: int, disks: int, *, chunk_units: int = 1) -> IntArray:
-    """[units]: `chunk_units` of them on each disk in turn."""
+    """[units] `chunk_units` units on each disk in turn."""
     return np.arange(units) // chunk_units % disks
 
 
 def hashed(units: int, speeds: FloatArray, *, seed: int = 0) -> IntArray:
-    """[units]: a disk at random, in proportion to the speeds."""
+    """[units] a random disk for each unit, in proportion to the speeds."""
     return np.random.default_rng(seed).choice(len(speeds), units, p=speeds / speeds.sum()).astype(np.int64)
 
 
 def cluster_per_disk(clusters: Clusters, speeds: FloatArray, *, blocks: int) -> IntArray:
-    """[blocks]: all of a cluster on one disk, large clusters first, on the disk that is emptiest for its speed.
+    """[blocks] each cluster on one disk, the emptiest for its speed, large clusters first.
 
-    A block in several clusters is with its largest. What is in no cluster is striped.
+    A block in several clusters goes with the largest. Blocks in no cluster are striped.
     """
     disk_of = striped(blocks, len(speeds))
     stored = np.zeros(blocks, dtype=np.bool_)
@@ -124,16 +125,17 @@ def cluster_per_disk(clusters: Clusters, speeds: FloatArray, *, blocks: int) -> 
 
 
 def cluster_striped(clusters: Clusters, disks: int, *, blocks: int) -> tuple[IntArray, IntArray]:
-    """Equation (7): one pointer goes round the disks, over the members of cluster after cluster; then over what is in none.
+    """Equation (7): a pointer goes round the disks, over the members of one cluster after another, then over all other
+    blocks.
 
-    ([blocks, copies] disks, -1 where there is no copy; the order of blocks on the disks). A block of several clusters has a copy
-    from each, as far as they fall on different disks.
+    Returns disks ([blocks, copies], -1 for none) and the order of blocks on the disks. A block in several clusters has
+    a copy from each, as far as these fall on different disks.
     """
     rest = np.ones(blocks, dtype=np.bool_)
     rest[clusters.members] = False
     written = np.concatenate([clusters.members, np.flatnonzero(rest)])
     _, first = np.unique(written * disks + np.arange(len(written)) % disks, return_index=True)
-    first = np.sort(first)  # the same block on the same disk again is no copy
+    first = np.sort(first)  # the same block on the same disk again is not a copy
     written, disk = written[first], first % disks
     by_block = np.argsort(written, kind="stable")
     copy = np.empty(len(written), dtype=np.int64)
@@ -195,14 +197,14 @@ def parts_of(packed: Layout, packing: Packing) -> Layout:
 
 
 def stages(config: ArmConfig) -> dict[str, Layout]:
-    """What makes `polder` out of striped pages of successive blocks, one step after another; the last is `polder` itself."""
+    """The steps from striped pages of successive blocks to `polder`, the last one."""
     packing = pack(config.profile, PackConfig(page_blocks=config.page_blocks))
     of_pages = config.profile.mapped(packing.page_of, size=packing.pages)
     return packed_stages(config, packing, of_pages, reading_order(of_pages))
 
 
 def packed_stages(config: ArmConfig, packing: Packing, of_pages: Profile, order: IntArray) -> dict[str, Layout]:
-    """`stages`, of what does not depend on the disks: pages, the profile of these, and their order on a disk."""
+    """`stages`, given what does not depend on the disks: pages, their profile, and their order on a disk."""
     disk_of = anti_affine(of_pages, config.speeds)
     copies = with_replicas(disk_of, of_pages.counts(), config.speeds, share=config.replica_share)
     tables = {"packing": striped(packing.pages, config.disks), "placement": disk_of, "replicas": copies}

@@ -1,10 +1,10 @@
-"""Synthetic access sets: which blocks each step of sparse decoding reads. Seeded; the same configuration gives the same sets.
+"""Synthetic access sets: which blocks each step of sparse decoding reads. The same configuration gives the same sets.
 
-Two kinds, since no recorded sets are public. `latent_groups`: blocks belong to hidden groups of different sizes, whose members are
-read together four times out of five, among noise; groups can change during the run. `sticky_clusters`: small clusters, half of
-them contiguous, kept from one step to the next with some chance until the topic changes; layers choose much alike.
-
-PESSIMISTIC is the corner of the second where little is kept and popularity is flat. Report it beside any other.
+There are two kinds, because no recorded sets are public. `latent_groups`: blocks belong to hidden groups of different
+sizes, whose members are read together four times out of five, among noise; groups can change during the run.
+`sticky_clusters`: small clusters, half of them contiguous, that are kept from one step to the next with some
+probability until the topic changes; layers make similar choices. PESSIMISTIC is a configuration of the second kind that
+keeps little and has a flat popularity. Report it beside any other.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ __all__ = ["PESSIMISTIC", "Groups", "Sticky", "latent_groups", "resident", "stic
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Of `latent_groups`. Shares are of 1. Raises ConfigError for a share that is none."""
+    """Configuration of `latent_groups`. Raises ConfigError for a share outside [0, 1]."""
 
     blocks: int
     steps: int
     seed: int = 0
     active_share: float = 0.10
-    """Of all blocks, read by one step."""
+    """Share of all blocks that one step reads."""
     blocks_per_group: int = 82
     second_share: float = 0.3
-    """Of blocks, in a second group too."""
+    """Share of blocks that are in a second group too."""
     fire_share: float = 0.8
-    """Of a group's members, read when the group is."""
+    """Share of a group's members that are read when the group is."""
     noise_share: float = 0.15
-    """Of what a step reads, drawn evenly from all blocks."""
+    """Share of a step's blocks that are drawn evenly from all blocks."""
     keep_share: float = 0.7
-    """Of the groups of a step, read in the next one."""
+    """Share of a step's groups that the next step reads, too."""
     zipf: float = 1.0
     drift_step: int | None = None
-    """Before this step groups change."""
+    """The step before which groups change; None: never."""
     drift_share: float = 0.2
-    """Of blocks that go to other groups; a fifth of the groups change their popularity."""
+    """Share of blocks that move to other groups then; also, a fifth of the groups change their popularity."""
 
     def __post_init__(self) -> None:
         for name in ("active_share", "second_share", "fire_share", "noise_share", "keep_share", "drift_share"):
@@ -76,7 +76,7 @@ def latent_groups(config: Groups) -> Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Sticky:
-    """Of `sticky_clusters`."""
+    """Configuration of `sticky_clusters`."""
 
     blocks: int
     steps: int
@@ -84,20 +84,20 @@ class Sticky:
     layers: int = 1
     active_share: float = 0.10
     keep_share: float = 0.75
-    """Of a step's clusters, read in the next one. With several layers the mean of theirs."""
+    """Share of a step's clusters that the next step reads, too; with several layers, the mean over them."""
     zipf: float = 1.0
     cluster_blocks: tuple[int, int] = (8, 16)
     second_share: float = 0.15
-    """Of blocks, in a second cluster too."""
+    """Share of blocks that are in a second cluster too."""
     sinks: int = 4
-    """First blocks, read in every step."""
+    """The number of first blocks, which every step reads."""
     window: int = 256
-    """Last blocks, read in every step."""
+    """The number of last blocks, which every step reads."""
     topic_steps: tuple[int, int] = (32, 128)
-    """A topic's length; when it changes, `jump_keep_share` of the clusters are kept."""
+    """Range of a topic's length. When the topic changes, `jump_keep_share` of the clusters are kept."""
     jump_keep_share: float = 0.2
     layer_group: int = 4
-    """Successive layers that share much of their choice."""
+    """Number of successive layers that share much of their choice."""
     layer_share: tuple[float, float] = (0.7, 1.0)
 
 
@@ -106,13 +106,13 @@ PESSIMISTIC = Sticky(blocks=32768, steps=520, keep_share=0.6, zipf=0.8)
 
 
 def resident(config: Sticky) -> BoolArray:
-    """[blocks]: sinks and window, which every step reads and nobody would put on a disk."""
+    """[blocks] sinks and window, which every step reads, so they would not be put on a disk."""
     ids = np.arange(config.blocks)
     return (ids < config.sinks) | (ids >= config.blocks - config.window)
 
 
 def sticky_clusters(config: Sticky) -> list[Profile]:
-    """Of each layer. Layers have the same clusters, and choose among them."""
+    """One profile for each layer. All layers have the same clusters and choose among them."""
     rng = np.random.default_rng(config.seed)
     always = np.flatnonzero(resident(config))
     members = _clusters(config, rng)
@@ -120,7 +120,7 @@ def sticky_clusters(config: Sticky) -> list[Profile]:
     wanted = config.active_share * config.blocks
     mean = float(np.average([len(ids) for ids in members], weights=popularity))
     at_once = min(len(members), max(1, round(wanted / mean)))
-    # Beta with a mean of keep_share: layers differ as they were seen to, from very sticky to hardly.
+    # A beta distribution with mean keep_share: as was observed, some layers are very sticky and others hardly.
     keep = np.full(1, config.keep_share)
     if config.layers > 1:
         keep = rng.beta(8 * config.keep_share, 8 * (1 - config.keep_share), config.layers)
@@ -148,7 +148,7 @@ def _zipf(count: int, exponent: float) -> FloatArray:
 def _next_choice(
     chosen: BoolArray, keep_share: float, count: int, popularity: FloatArray, rng: np.random.Generator
 ) -> BoolArray:
-    """Keeps each of `chosen` with a chance, and fills up to `count` by popularity."""
+    """Keeps each of `chosen` with probability `keep_share`, and fills up to `count` by popularity."""
     kept = chosen & (rng.random(len(chosen)) < keep_share)
     missing = count - int(kept.sum())
     if missing > 0:
@@ -158,7 +158,8 @@ def _next_choice(
 
 
 def _members(config: Groups, sizes: FloatArray, rng: np.random.Generator) -> list[IntArray]:
-    """Blocks in spans of one group each: passages of 4 to 32 blocks among single ones; some blocks in a second group."""
+    """Blocks in spans of one group each: passages of 4 to 32 blocks among single ones; some blocks in a second
+    group."""
     owner = np.empty(config.blocks, dtype=np.int64)
     at = 0
     while at < config.blocks:

@@ -1,9 +1,10 @@
-"""Swarm's own clustering, section 5: medoids by density, and clusters that may overlap. The reference arm beside clusters.py.
+"""The paper's own clustering (section 5): medoids by density, and clusters that may overlap. A reference to compare
+with.
 
-Equations (2) and (3) are taken with Jaccard's distance, 1 - f_ij / (f_i + f_j - f_ij): as printed, (2) divides by the sum over all
-pairs, so that every distance is near 1. The same scale serves (9), by which new entries join clusters. What no step ever read is
-in no cluster. The paper gives no value for the radius; 0.6 makes clusters of 11 to 16 blocks of generator.py's sets, where the
-paper's table 4 implies about ten.
+Equations (2) and (3) use Jaccard's distance here, 1 - f_ij / (f_i + f_j - f_ij). As printed, (2) divides by the sum
+over all pairs, so every distance would be near 1. A block that no step read is in no cluster. The paper gives no value
+for the radius; with 0.6, clusters of generator.py's sets have 11 to 16 blocks, and the paper's table 4 implies about
+ten.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Clusters:
-    """Cluster c is `members[starts[c] : starts[c + 1]]`, its medoid first. A block can be in several."""
+    """Cluster c is `members[starts[c] : starts[c + 1]]`, with its medoid first. A block can be in several clusters."""
 
     starts: IntArray
-    """[clusters + 1]."""
+    """[clusters + 1]"""
     members: IntArray
 
     @property
@@ -45,11 +46,12 @@ class Clusters:
 
 
 def medoid_clusters(profile: Profile, *, radius: float = 0.6, max_blocks: int | None = None) -> Clusters:
-    """Algorithm 1. `radius`: tau, at least 0 and below 1. `max_blocks` bounds a cluster (the paper names no bound).
+    """The paper's algorithm 1. `radius`: tau, at least 0 and below 1. `max_blocks`: the most blocks of a cluster.
 
-    Density, (4): how many others are within the radius. In falling order of density each block that no cluster covers becomes a
-    medoid. Its candidates are all blocks within the radius, covered ones too, nearest first; one is admitted when its mean distance
-    to the members so far is within the radius, (5). Raises ConfigError for a radius that is none.
+    Density, (4): how many others are within the radius. In falling order of density each block that no cluster covers
+    becomes a medoid. Its candidates are all blocks within the radius, covered ones too, nearest first; one is admitted
+    when its mean distance to the members so far is within the radius, (5). Raises ConfigError for a radius that is
+    none.
     """
     near = co_access(profile, max_distance=radius)
     density = np.diff(near.starts)
@@ -77,7 +79,7 @@ def _admitted(
     radius: float,
     max_blocks: int | None,
 ) -> BoolArray:
-    """Which candidates (nearest to the medoid first) become members."""
+    """Which candidates become members; the nearest to the medoid come first."""
     total = to_medoid.astype(np.float64)  # of each candidate to all members so far
     admitted = np.zeros(len(counts), dtype=np.bool_)
     members = 1
@@ -95,13 +97,13 @@ def _admitted(
 
 @dataclass(frozen=True, kw_only=True)
 class CoAccess:
-    """The others of id i are `others[starts[i] : starts[i + 1]]`, nearest first."""
+    """For each id the others that are read with it: `others[starts[i] : starts[i + 1]]`, the nearest first."""
 
     starts: IntArray
-    """[size + 1]."""
+    """[size + 1]"""
     others: IntArray
     counts: IntArray
-    """Steps that read both: f(i, j)."""
+    """f(i, j), the number of steps that read both."""
     distances: npt.NDArray[np.float32]
     """1 - f(i, j) / (f(i) + f(j) - f(i, j))."""
 
@@ -112,8 +114,8 @@ class CoAccess:
 def co_access(profile: Profile, *, max_distance: float) -> CoAccess:
     """Pairs of ids at most `max_distance` (below 1) apart, each in both directions. O(size^2 steps).
 
-    The distance is Jaccard's: equation (2) divides by the sum over all pairs, which puts all distances near 1 and makes the radius
-    depend on the number of blocks.
+    The distance is Jaccard's: equation (2) divides by the sum over all pairs, which puts all distances near 1 and makes
+    the radius depend on the number of blocks.
     """
     if not 0 <= max_distance < 1:
         raise ConfigError(f"co-access: a distance of {max_distance}; write a number from 0 to below 1")

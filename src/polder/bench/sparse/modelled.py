@@ -1,4 +1,4 @@
-"""Steps run on a layout and modelled disks: how long they take, over what no layout could do better."""
+"""Runs steps on a layout and modelled disks: how long they take, compared with bounds that no layout can beat."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Modelled", "bound_seconds", "run_steps", "whole_page_bound_seconds"]
 @dataclass(frozen=True, kw_only=True)
 class Modelled:
     seconds: FloatArray
-    """[steps]."""
+    """[steps]"""
     bound_s: FloatArray
-    """[steps]: reading the same units with all disks at full bandwidth to the end."""
+    """[steps] the same bytes with all disks at full bandwidth until the end."""
     even_s: FloatArray
-    """[steps]: the same requests, all disks done at the same moment."""
+    """[steps] the same requests if all disks ended at the same moment."""
     whole_page_bound_s: FloatArray
-    """[steps]: the same pages with a copy of each on every disk, none split."""
+    """[steps] the same pages, none split, if every disk had a copy of each."""
     useful_bytes: int
     read_bytes: int
     requests: int
@@ -51,7 +51,7 @@ class Modelled:
 
     @property
     def amplification(self) -> float:
-        """Bytes read for each that is wanted; gaps that are read over not counted."""
+        """Bytes read for each wanted byte, without gaps."""
         return self.read_bytes / self.useful_bytes
 
 
@@ -64,7 +64,8 @@ def run_steps(
     choose: Callable[[IntArray, FloatArray], IntArray] = exact,
     host_s_per_request: float = 0.0,
 ) -> Modelled:
-    """Each step of the profile (of blocks), alone on the disks. `choose`: masks and speeds to disks, as in schedule.py."""
+    """Runs each step of a profile of blocks alone on the disks. `choose`: `exact` or `greedy` of
+    diskstore/schedule.py."""
     speeds = page_speeds(disks, layout.unit_bytes)
     masks = layout.placement.masks()
     seconds, bounds, even, whole = (np.zeros(profile.steps) for _ in range(4))
@@ -95,18 +96,18 @@ def run_steps(
 
 
 def even_seconds(plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int) -> float:
-    """What the same requests would take if all disks ended at the same moment: the least that balance can reach."""
+    """The time of the same requests if all disks ended at the same moment: the best that balance can reach."""
     speeds = page_speeds(disks, page_bytes)
     return float(disk_seconds(plan, disks, page_bytes) @ (speeds / speeds.sum()))
 
 
 def whole_page_bound_seconds(pages: int, disks: Sequence[DiskModel], page_bytes: int) -> float:
-    """Of reading so many pages, none of them split: what the best schedule takes when every disk has every page."""
+    """The time to read so many whole pages with the best schedule, if every disk had every page."""
     everywhere = np.full(pages, (1 << len(disks)) - 1, dtype=np.int64)
     speeds = page_speeds(disks, page_bytes)
     return float((np.bincount(exact(everywhere, speeds), minlength=len(disks)) / speeds).max())
 
 
 def bound_seconds(size_bytes: float, disks: Sequence[DiskModel]) -> float:
-    """Of reading so many bytes: all disks at full bandwidth to the end. No disks do it sooner."""
+    """The time to read so many bytes with all disks at full bandwidth until the end."""
     return size_bytes / sum(disk.bytes_per_s for disk in disks)

@@ -1,4 +1,4 @@
-"""A table of where pages are: disks and slots of each copy, and the reads of a step made from it."""
+"""A table of the disks and slots of all copies of pages, and the plan of a step's reads made from it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ class Placement:
 
     disks: int
     disk_of: IntArray
-    """[pages, copies]: the disk of each copy, -1 where there is none. No disk twice in a row."""
+    """[pages, copies] the disk of each copy, -1 for none. No disk is twice in a row."""
     slot_of: IntArray
-    """[pages, copies]: its slot there."""
+    """[pages, copies] the slot of each copy on its disk."""
 
     @classmethod
     def of(cls, disk_of: IntArray, *, disks: int, order: IntArray | None = None) -> Placement:
-        """Slots are given on each disk in `order` of pages (of their numbers if None). `disk_of`: [pages] or [pages, copies]."""
+        """Gives slots on each disk in `order` of pages (of their numbers if None). `disk_of`: [pages] or [pages,
+        copies]."""
         table = disk_of.reshape(len(disk_of), -1)
         slot_of = np.full(table.shape, -1, dtype=np.int64)
         rank = np.argsort(order) if order is not None else np.arange(len(table))
@@ -37,14 +38,14 @@ class Placement:
         return cls(disks=disks, disk_of=table, slot_of=slot_of)
 
     def masks(self, in_use: BoolArray | None = None) -> IntArray:
-        """[pages]: bit d says that disk d has a copy, and is in use ([disks]; all if None)."""
+        """[pages] bit d says that disk d has a copy and is in use (`in_use`: [disks]; all if None)."""
         usable = np.ones(self.disks, dtype=np.bool_) if in_use is None else in_use
         there = (self.disk_of >= 0) & usable[self.disk_of]
         masks: IntArray = np.where(there, np.int64(1) << np.maximum(self.disk_of, 0), 0).sum(axis=1)
         return masks
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError when a page is on a disk twice, on none, or two copies are in one slot."""
+        """Raises IntegrityError when a page is on a disk twice or on none, or two copies are in one slot."""
         page, copy = np.nonzero(self.disk_of >= 0)
         disk, slot = self.disk_of[page, copy], self.slot_of[page, copy]
         for name, keys in (("page", page), ("slot", slot)):
@@ -56,7 +57,7 @@ class Placement:
 
 
 def plan_reads(placement: Placement, pages: IntArray, chosen: IntArray, *, gap_slots: int = 0) -> ReadPlan:
-    """Merges what `exact` or `greedy` chose. `gap_slots`: unwanted slots in between that are read rather than skipped."""
+    """Plans the reads of pages from the disks that `exact` or `greedy` chose. `gap_slots`: see ReadPlan.merged."""
     found = chosen >= 0
     lost, pages, chosen = pages[~found], pages[found], chosen[found]
     copy = (placement.disk_of[pages] == chosen[:, None]).argmax(axis=1)

@@ -83,21 +83,21 @@ def live_run(arm: str, profile: Profile, *, known_steps: int, replica_share: flo
         written = len(engine.steps)
         rounds = 1 if arm == "live-packed-once" else profile.steps
         io_s, requests = _steps(entries, upkeep, profile, engine, rounds=rounds)
-        figures, eighth = entries.figures, len(io_s) // 8
+        stats, eighth = entries.stats, len(io_s) // 8
         return {
             "io_time_first_s": float(io_s[: 2 * eighth].mean()),
             "io_time_packed_s": float(io_s[3 * eighth : 4 * eighth].mean()),
             "io_time_aged_s": float(io_s[4 * eighth : 5 * eighth].mean()),
             "io_time_last_s": float(io_s[-2 * eighth :].mean()),
-            "disk_time_s": sum(batch.modelled_s for batch in engine.steps[written:]) / figures.steps,
-            "requests_an_entry": float(requests.sum()) / figures.wanted,
-            "resident_share": figures.resident / figures.wanted,
-            "ahead_share": figures.ahead / figures.wanted,
-            "ahead_used_share": figures.ahead / figures.read_ahead if figures.read_ahead else 0.0,
-            "packed": float(figures.packed),
-            "rewritten_pages": float(figures.rewritten_pages),
-            "lost": float(figures.lost),
-            "steps": float(figures.steps),
+            "disk_time_s": sum(batch.modelled_s for batch in engine.steps[written:]) / stats.steps,
+            "requests_an_entry": float(requests.sum()) / stats.wanted,
+            "resident_share": stats.resident / stats.wanted,
+            "ahead_share": stats.ahead / stats.wanted,
+            "ahead_used_share": stats.ahead / stats.read_ahead if stats.read_ahead else 0.0,
+            "packed": float(stats.packed),
+            "rewritten_pages": float(stats.rewritten_pages),
+            "lost": float(stats.lost),
+            "steps": float(stats.steps),
         }
     finally:
         entries.close()
@@ -111,14 +111,14 @@ def _steps(
     rows: list[tuple[float, int]] = []
     for wanted in profile:
         entries.wait()
-        figures, batches, before = entries.figures, len(engine.steps), entries.figures.requests
+        stats, batches, before = entries.stats, len(engine.steps), entries.stats.requests
         read = entries.read(wanted)
-        rows.append((sum(step.modelled_s for step in engine.steps[batches:]), figures.requests - before))
+        rows.append((sum(step.modelled_s for step in engine.steps[batches:]), stats.requests - before))
         if not (read.ok.all() and np.array_equal(entries.memory.bytes[read.rows], _content(wanted))):
             raise IntegrityError("an entry that was read is not what was written")
         entries.read_ahead(wanted)
-        if upkeep is not None and figures.packed < rounds:
-            upkeep.tend()
+        if upkeep is not None and stats.packed < rounds:
+            upkeep.advance()
     io_s, requests = np.array(rows).T
     return io_s, requests
 

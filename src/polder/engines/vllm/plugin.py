@@ -41,6 +41,7 @@ from typing import Any
 from polder.broker.client import request
 from polder.broker.wire import Stock
 from polder.engines.vllm.compat import check_seams, check_version, installed_version
+from polder.engines.vllm.process import here
 from polder.engines.vllm.settings import EngineSettings, read_settings
 from polder.errors import ConfigError
 from polder.metrics import checked
@@ -48,15 +49,13 @@ from polder.metrics import checked
 __all__ = ["register"]
 
 logger = logging.getLogger("polder.engine")
-_registered = False
 
 
 def register() -> None:
     """Patches vLLM in this process. Raises UnsupportedVersion if the engine is to be elastic and this vLLM was never tested."""
-    global _registered
-    if _registered:
+    if here.patched:
         return
-    _registered = True
+    here.patched = True
     version = installed_version()
     configured = read_settings({}, default_name="engine") is not None
     try:
@@ -101,7 +100,7 @@ def _patch() -> None:
     import vllm.v1.worker.gpu_model_runner as v1_runner
     import vllm.v1.worker.gpu_worker as gpu_worker
 
-    from polder.engines.vllm.rank import worker
+    from polder.engines.vllm.rank import memory
 
     _patch_start(engine_core)
     _patch_loop(engine_core)
@@ -112,8 +111,8 @@ def _patch() -> None:
     _patch_memory(gpu_worker)
     _register_connector()
     # Both modules import the function by name, so both names are replaced.
-    v1_runner.allocate_kv_cache = worker.allocate_kv_cache
-    v2_runner.allocate_kv_cache = worker.allocate_kv_cache
+    v1_runner.allocate_kv_cache = memory.allocate_kv_cache
+    v2_runner.allocate_kv_cache = memory.allocate_kv_cache
 
 
 def _patch_executor() -> None:
@@ -191,10 +190,8 @@ def _watched_update(stock: Callable[..., Any]) -> Callable[..., Any]:
                 "weights cannot be replaced while this engine serves with elastic weights: their host copy would keep the "
                 "old ones. Start it anew, or serve it with resident weights"
             )
-        if settings is not None and settings.disks:
-            from polder.engines.vllm.tiers.worker import on_new_weights
-
-            on_new_weights()
+        if settings is not None and settings.disks and here.tiers is not None:
+            here.tiers.stop_disks()  # their namespace names the old weights
         return stock(self, *args, **kwargs)
 
     return update

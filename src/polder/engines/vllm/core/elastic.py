@@ -40,7 +40,7 @@ from polder.engines.vllm.core.own_table import OwnTable
 from polder.engines.vllm.core.pacing import Pacing
 from polder.engines.vllm.core.prefetch import Prefetch
 from polder.engines.vllm.core.step_times import StepTimes
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.rank import calls
 from polder.engines.vllm.start.negotiate import Agreement
 from polder.engines.vllm.weights.core import CoreWeights
 from polder.engines.vllm.window.core import CoreWindow
@@ -64,7 +64,7 @@ class ElasticCore:
         self._scheduler = core.scheduler
         self._hello = agreement.hello
         self._generation = agreement.welcome.generation
-        ranks = self._rpc(worker.describe)
+        ranks = self._rpc(calls.describe)
         rule = BusyBlocks.MOVE if all(rank["movable"] for rank in ranks) else BusyBlocks.STAY
         windowed = agreement.window.shape.store_units if agreement.window is not None else 0
         self.blocks = BlockUnits(
@@ -267,21 +267,19 @@ class ElasticCore:
 
         groups = self._scheduler.kv_cache_config.kv_cache_groups
         if not all(isinstance(group.kv_cache_spec, FullAttentionSpec) for group in groups):
-            self._rpc(worker.forget_blocks, blocks)
+            self._rpc(calls.forget_blocks, blocks)
         elif self._scheduler.vllm_config.max_concurrent_batches > 1:
-            self._rpc(worker.await_steps)
+            self._rpc(calls.await_steps)
 
     def _grow(self, grant: Grant) -> None:
         started = time.perf_counter()
         units = self.blocks.unmapped(grant.units)
-        outcomes = (
-            self._rpc(worker.map_units, self._generation, units, grant.pages) if len(units) == grant.units else []
-        )
+        outcomes = self._rpc(calls.map_units, self._generation, units, grant.pages) if len(units) == grant.units else []
         errors = [outcome.error for outcome in outcomes if outcome.error]
         if errors or not outcomes:
             logger.warning("cannot map %d units: %s", grant.units, "; ".join(errors) or "already at the ceiling")
             if outcomes:
-                self._rpc(worker.unmap_units, self._generation, units)  # some ranks may have mapped theirs
+                self._rpc(calls.unmap_units, self._generation, units)  # some ranks may have mapped theirs
             self.link.send(Returned(lease=grant.lease, use="kv", pages=grant.pages))
             return
         added = self._by_unit(units, grant.pages)
@@ -300,17 +298,17 @@ class ElasticCore:
         # Requests of a model that was paused: their memory goes too, if whoever runs now needs it.
         floor = 1 if asleep else self._hello.floor_units - (len(self.window.carriers) if self.window else 0)
         if recall.preempt or asleep:
-            await_steps = functools.partial(self._rpc, worker.await_steps)
+            await_steps = functools.partial(self._rpc, calls.await_steps)
             done = self.blocks.shrink_preempting(recall.units, max(1, floor), await_steps)
         else:
             done = self.blocks.shrink(recall.units, max(1, floor))
         if done.preempted:
-            self._rpc(worker.forget_outputs, done.preempted)
+            self._rpc(calls.forget_outputs, done.preempted)
         units, plan = done.plan.units.tolist(), done.plan
         if units and self.lender is not None:
             self.lender.unmapped(units)
         if units:
-            self._rpc(worker.unmap_units, self._generation, units, plan.sources.tolist(), plan.targets.tolist())
+            self._rpc(calls.unmap_units, self._generation, units, plan.sources.tolist(), plan.targets.tolist())
         pages = self._by_rank([self._pages.pop(unit) for unit in units])
         self.link.send(Returned(lease=recall.lease, use="kv", pages=pages, short=recall.units - len(units)))
         self.counters["evicted_blocks_total"] += done.evicted_blocks
@@ -386,7 +384,7 @@ class ElasticCore:
             if dirty:  # bytes of another model: read as numbers they may be NaN
                 # Not awaited: workers do it between the step before and this one. `new_block_ids_to_zero` would be vLLM's way, but
                 # most of its runners are not ready for it, or pass some layers over.
-                self._core.model_executor.collective_rpc(worker.zero_blocks, args=(dirty,), non_block=True)
+                self._core.model_executor.collective_rpc(calls.zero_blocks, args=(dirty,), non_block=True)
             return output
 
         def watched_admission(request: Any, num_hits: int) -> None:

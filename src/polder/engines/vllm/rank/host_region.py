@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from polder.broker.client import fetch_handles
 from polder.broker.core import HOST
 from polder.broker.wire import MAX_FDS, Fetch
-from polder.engines.vllm.rank.worker import WorkerMemory
+from polder.engines.vllm.rank.memory import WorkerMemory
 from polder.errors import EnvironmentFault
 from polder.memory.devices import open_backend
 from polder.memory.pool import ImportedPages

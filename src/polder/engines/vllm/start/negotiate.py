@@ -25,9 +25,10 @@ from polder.broker.server import BrokerServer
 from polder.broker.transport import Channel
 from polder.broker.wire import DeviceStatus, Hello, Refused, Welcome
 from polder.engines.vllm.core.lender import lent_geometry
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.plans import WeightsFound, WorkerPlan
+from polder.engines.vllm.rank import calls
 from polder.engines.vllm.rank.geometry import KvGeometry, unit_blocks, units_of_request
-from polder.engines.vllm.rank.worker import WeightsFound
+from polder.engines.vllm.rank.memory import geometry_of, places_of
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.start.kv_limits import check_kv_cache
 from polder.engines.vllm.tiers.agreement import CONNECTOR, agree_on_tiers
@@ -90,8 +91,8 @@ def negotiate(
 ) -> tuple[list[Any], Agreement]:
     """vLLM's KV cache configs for the ceiling, and the agreement. Raises BudgetError, ConfigError, BrokerUnavailable."""
     check_supported(vllm_config, settings)
-    devices = [str(name) for name in core.model_executor.collective_rpc(worker.device_name)]
-    uuids = [str(uuid) for uuid in core.model_executor.collective_rpc(worker.device_uuid)]
+    devices = [str(name) for name in core.model_executor.collective_rpc(calls.device_name)]
+    uuids = [str(uuid) for uuid in core.model_executor.collective_rpc(calls.device_uuid)]
     socket = settings.broker
     if socket is None:
         assert settings.kv_budget_bytes is not None
@@ -107,7 +108,7 @@ def negotiate(
         get_kv_cache_configs, vllm_config, kv_cache_specs, ceiling_bytes, page_bytes, settings, store_bytes
     )
     check_kv_cache(vllm_config, configs[0])
-    geometry = worker.geometry_of(configs[0], page_bytes, blocks_of_unit)
+    geometry = geometry_of(configs[0], page_bytes, blocks_of_unit)
     window = agree_on_window(settings, configs[0], geometry, regular_units)
     model = vllm_config.model_config
     if (
@@ -115,7 +116,7 @@ def negotiate(
     ):  # "auto": vLLM does not know that windowed units take room
         model.max_model_len = min(model.max_model_len, window.longest_tokens(regular_units))
     hello, block_tokens = _hello(vllm_config, settings, configs[0], geometry, devices, regular_units, window)
-    hello = replace(hello, reserve_bytes=core.model_executor.collective_rpc(worker.reserve_bytes))
+    hello = replace(hello, reserve_bytes=core.model_executor.collective_rpc(calls.reserve_bytes))
     weights = _weights(core, settings)
     if weights is not None:
         hello = replace(hello, layers=weights.layers, layer_pages=weights.layer_pages, streams=weights.streams)
@@ -125,7 +126,7 @@ def negotiate(
         found: list[Any] = core.model_executor.collective_rpc(function, args=arguments)
         return found
 
-    plan = worker.WorkerPlan(
+    plan = WorkerPlan(
         broker=socket,
         engine=hello.engine,
         generation=welcome.generation,
@@ -136,7 +137,7 @@ def negotiate(
         tiers=agree_on_tiers(vllm_config, settings, configs[0], hello, welcome, socket, geometry, rpc),
         window=None if window is None else window.plan(welcome.host, settings),
     )
-    core.model_executor.collective_rpc(worker.prepare, args=(plan,))
+    core.model_executor.collective_rpc(calls.prepare, args=(plan,))
     logger.info(
         "%s: elastic KV, %d tokens a unit of %s, floor %d, share %d, ceiling %d units",
         hello.engine,
@@ -258,7 +259,7 @@ def _configs_of_units(
         # What is windowed has all of its bytes in the store, so this is what vLLM can have blocks for.
         memory = [ceiling_bytes + store_bytes] * len(kv_cache_specs)
         configs = get_configs(vllm_config, kv_cache_specs, memory)
-        places = [place for config in configs for place in worker.places_of(config)]
+        places = [place for config in configs for place in places_of(config)]
         if not places:
             raise ConfigError("this model has no KV cache: nothing to make elastic")
         blocks_of_unit = unit_blocks(places, page_bytes)
@@ -277,7 +278,7 @@ def _configs_of_units(
         raise BudgetError(f"KV budget of {format_bytes(ceiling_bytes)} a rank is too small: {error}") from error
     finally:
         cache.num_gpu_blocks_override = asked
-    geometries = [worker.geometry_of(config, page_bytes, blocks_of_unit) for config in configs]
+    geometries = [geometry_of(config, page_bytes, blocks_of_unit) for config in configs]
     for geometry in geometries:
         geometry.check()
     if len({geometry.pages_per_unit for geometry in geometries}) > 1:

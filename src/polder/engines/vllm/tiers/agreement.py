@@ -11,6 +11,8 @@ from polder.broker.client import status
 from polder.broker.core import HOST
 from polder.broker.wire import Hello, Welcome
 from polder.engines.vllm.compat import installed_version
+from polder.engines.vllm.plans import TierPlan
+from polder.engines.vllm.process import here
 from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError
@@ -40,8 +42,8 @@ def agree_on_tiers(
     if not settings.tiers:
         return None
     from polder.engines.vllm.tiers.disk import disk_plan
-    from polder.engines.vllm.tiers.manager import TierAgreement, agree
-    from polder.engines.vllm.tiers.worker import TierPlan, caches_prefixes
+    from polder.engines.vllm.tiers.manager import TierAgreement
+    from polder.engines.vllm.tiers.worker import caches_prefixes
 
     check_caching([vllm_config.cache_config.enable_prefix_caching, *rpc(caches_prefixes)])
     transfer = vllm_config.kv_transfer_config
@@ -84,7 +86,7 @@ def agree_on_tiers(
         rpc=rpc,
         disk_writes_bytes=settings.disk_writes_bytes,
     )
-    agree(agreement)
+    here.tier_agreement = agreement
     return plan
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,15 @@ from polder.diskstore.keys import Keys
 from polder.diskstore.layout import META
 from polder.diskstore.store import DiskStore, StoreConfig
 from polder.emulation.factory import Emulation
+from polder.engines.vllm.plans import DiskPlan
+from polder.engines.vllm.process import here, present
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError, EnvironmentFault
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.disk_mirror import common_inventory, disk_capacity, inventory
 from polder.tiers.disk_slots import DiskSlots
 
-__all__ = ["DiskPlan", "OpenDisks", "adopt", "agree_on_slots", "disk_plan", "found", "staged_pages"]
+__all__ = ["OpenDisks", "adopt", "agree_on_slots", "disk_plan", "found", "staged_pages"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -36,21 +37,6 @@ LEAST_PAGE_BYTES = 64 << 10
 LEAST_STAGED_PAGES, MOST_STAGED_PAGES, STAGED_BYTES = 24, 768, 96 << 20
 """Memory of each rank for pages on their way, beside the host tier: every batch costs the host 2 ms, however short it is
 (docs/log.md)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiskPlan:
-    """What the workers must know of their disks; part of TierPlan."""
-
-    disks: tuple[tuple[str, int], ...]
-    """Directory and limit in bytes, for all ranks together."""
-    page_bytes: int
-    namespace: str
-    ranks: int
-    staged_pages: int
-    io: str
-    links: str
-    faults: str
 
 
 def disk_plan(settings: EngineSettings, *, shard_bytes: int, namespace: int, ranks: int) -> DiskPlan | None:
@@ -136,18 +122,13 @@ def _io_engine(plan: DiskPlan) -> IoEngine:
 
 def found(worker_: Any) -> tuple[int, Keys]:
     """(slots, keys of the pages that can be read) of this rank."""
-    from polder.engines.vllm.tiers.worker import current
-
-    disks = current().disks
-    assert disks is not None
+    disks = present(present(here.tiers).disks)
     return disks.capacity, disks.inventory
 
 
 def adopt(worker_: Any, capacity: int, kept: Keys) -> None:
     """From now on jobs of this rank may name the disk."""
-    from polder.engines.vllm.tiers.worker import current
-
-    current().start(capacity, kept)
+    present(here.tiers).start(capacity, kept)
 
 
 def agree_on_slots(rpc: Callable[..., list[Any]], plan: DiskPlan) -> DiskSlots:

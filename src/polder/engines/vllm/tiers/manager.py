@@ -33,10 +33,11 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from polder import metrics
 from polder.broker.client import fetch_table
 from polder.broker.wire import FetchTable, Neighbours
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.plans import TierPlan
+from polder.engines.vllm.process import here
 from polder.engines.vllm.tiers.disk import agree_on_slots
 from polder.engines.vllm.tiers.lenders import Lenders
-from polder.engines.vllm.tiers.worker import TierJob, TierPlan, open_worker
+from polder.engines.vllm.tiers.worker import TierJob, open_worker
 from polder.errors import ConfigError
 from polder.tiers.borrowing import PeerSlots
 from polder.tiers.density import HitDensity
@@ -47,7 +48,7 @@ from polder.tiers.spill import SpillConfig
 from polder.tiers.tierset import TierSet
 from polder.tiers.transfer import Job
 
-__all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager", "agree"]
+__all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -71,15 +72,6 @@ class TierAgreement:
     rpc: Callable[..., list[Any]]
     """Calls a function in all workers."""
     disk_writes_bytes: int | None = None
-
-
-_agreed: TierAgreement | None = None
-
-
-def agree(agreement: TierAgreement) -> None:
-    """Notes the agreement; the next manager in this process follows it."""
-    global _agreed
-    _agreed = agreement
 
 
 class TierManager(OffloadingManager):  # type: ignore[misc]
@@ -239,15 +231,15 @@ class PolderOffloadingSpec(OffloadingSpec):  # type: ignore[misc]
 
     def get_manager(self) -> TierManager:
         if self._manager is None:
-            if _agreed is None:
+            if here.tier_agreement is None:
                 raise ConfigError(
                     "PolderConnector needs an engine with tiers: set POLDER_TIERS, and POLDER_BROKER or POLDER_KV_BUDGET"
                 )
-            self._manager = TierManager(_agreed)
+            self._manager = TierManager(here.tier_agreement)
         return self._manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        memory = worker.memory()
+        memory = here.memory
         if memory is None or memory.plan.tiers is None:
             raise ConfigError("PolderConnector needs an engine with tiers: set POLDER_TIERS")
         return open_worker(memory, memory.plan.tiers, kv_caches)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.kv_offload.base import CanonicalKVCaches, LoadStoreSpec, OffloadingWorker, TransferResult
@@ -18,10 +17,11 @@ from polder.broker.client import fetch_table, status
 from polder.broker.wire import FetchTable, Status
 from polder.diskstore.keys import Keys
 from polder.emulation.factory import Emulation
+from polder.engines.vllm.plans import TierPlan
+from polder.engines.vllm.process import here
 from polder.engines.vllm.rank.host_region import HostRegion, adopt_pages
-from polder.engines.vllm.rank.worker import WorkerMemory
-from polder.engines.vllm.tiers.disk import DiskPlan, OpenDisks
-from polder.engines.vllm.window import worker as window_worker
+from polder.engines.vllm.rank.memory import WorkerMemory
+from polder.engines.vllm.tiers.disk import OpenDisks
 from polder.errors import EnvironmentFault, PolderError
 from polder.memory.backend import Mark
 from polder.memory.pool import ImportedPages
@@ -33,29 +33,9 @@ from polder.tiers.movers import CpuMover, CudaMover
 from polder.tiers.reach import ASK_TIMEOUT_S, BrokerReach
 from polder.tiers.transfer import BatchMemory, Direction, Job, JobResult, Pieces, TierMemory, TierWorker
 
-__all__ = ["PolderWorker", "TierJob", "TierPlan", "caches_prefixes", "current", "on_new_weights", "open_worker"]
+__all__ = ["PolderWorker", "TierJob", "caches_prefixes", "open_worker"]
 
 logger = logging.getLogger("polder.engine")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TierPlan:
-    """What the workers must know of the tiers; part of WorkerPlan."""
-
-    tiers: tuple[str, ...]
-    """Names, from the fastest to the slowest."""
-    capacities: tuple[int, ...]
-    """Slots of each; the workers' stores say how many the disk has."""
-    shard_bytes: int
-    """One block on one rank: a slot's bytes there."""
-    host_pages: tuple[tuple[int, ...], ...]
-    """Per rank."""
-    number: int
-    """This borrower's: its core's process id."""
-    namespace: int
-    disk: DiskPlan | None
-    links: str
-    faults: str
 
 
 class TierJob(LoadStoreSpec):  # type: ignore[misc]
@@ -110,7 +90,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
             self.tiers.submit(job, [])
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        window = window_worker.current()
+        window = here.window
         # These blocks are of the pass before. Wrong or old bytes would get a checksum of their own.
         if window is not None and (not window.settled() or window.spoiled):
             return self._refuse(job_id, dst_spec.job)
@@ -118,7 +98,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False) -> bool:
         # vLLM 0.33 sets `expedited` with sync_load_budget_bytes only, which tiers.py refuses.
-        window = window_worker.current()
+        window = here.window
         # The pass before may have written such a block for a request that has ended: its save must not land after the load.
         if window is not None and not window.settled():
             return self._refuse(job_id, src_spec.job)
@@ -168,7 +148,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
             logger.warning("blocks are not copied: %s", error)
             return self._refuse(job_id, spec.job)
         self._numbers[spec.job.number] = job_id
-        window = window_worker.current()
+        window = here.window
         pieces: list[Pieces] = []
         at = 0
         for group, size in zip(self._groups, blocks.group_sizes, strict=True):
@@ -230,8 +210,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         if host is not None:
             host.close()
 
-    global _worker
-    _worker = PolderWorker(
+    here.tiers = PolderWorker(
         open_tiers,
         groups,
         close,
@@ -239,27 +218,12 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         disks=OpenDisks(plan.disk, memory.rank) if plan.disk is not None else None,
         host=(host.address, plan.shard_bytes) if host is not None else (0, 0),
     )
-    return _worker
-
-
-_worker: PolderWorker | None = None
-
-
-def current() -> PolderWorker:
-    """This process's."""
-    assert _worker is not None
-    return _worker
+    return here.tiers
 
 
 def caches_prefixes(worker: Any) -> bool:
     """Whether vLLM has left prefix caching on in this worker."""
     return bool(worker.vllm_config.cache_config.enable_prefix_caching)
-
-
-def on_new_weights() -> None:
-    """After vLLM has replaced weights of this process."""
-    if _worker is not None:
-        _worker.stop_disks()
 
 
 def _peer_memory(memory: WorkerMemory, plan: TierPlan, reach: BrokerReach) -> PeerMemory:

@@ -23,9 +23,8 @@ from vllm.v1.core.sched.interface import PauseState
 
 from polder import metrics
 from polder.broker.wire import Demand, Grant, Grown, Message, NeedWeights, Pages, Recall, Returned
-from polder.engines.vllm.rank.worker import WeightsFound
+from polder.engines.vllm.plans import Taken, WeightsFound
 from polder.engines.vllm.weights import offloader
-from polder.engines.vllm.weights.offloader import Taken
 from polder.planner.arrivals import Arrivals
 from polder.planner.rotation_cost import choose_rotation, pass_seconds
 from polder.stream.pipeline import RECENT_PASSES

@@ -23,7 +23,6 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -31,8 +30,9 @@ from vllm.model_executor.offloader.base import BaseOffloader
 
 from polder.broker.client import status
 from polder.emulation.factory import Emulation
-from polder.engines.vllm.rank import worker
-from polder.engines.vllm.rank.worker import Outcome, WeightsFound
+from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
+from polder.engines.vllm.process import here, present
+from polder.engines.vllm.rank.memory import WorkerMemory
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.weights import cpu_linear, host_copies, movable
 from polder.errors import ConfigError, PolderError
@@ -41,7 +41,7 @@ from polder.weights.rotation import Rotation
 from polder.weights.store import Segment, WeightStore
 from polder.weights.tensors import held_elsewhere
 
-__all__ = ["Taken", "WeightOffloader", "adopt", "describe", "figures", "give", "open_offloader", "take"]
+__all__ = ["WeightOffloader", "adopt", "describe", "figures", "give", "open_offloader", "take"]
 
 
 logger = logging.getLogger("polder.engine")
@@ -55,14 +55,6 @@ LAYER_OPS = ("vllm::wait_prefetch", "vllm::start_prefetch")
 """As vLLM's `splitting_ops` names them."""
 GPU_COPY_SHARE = 0.016
 """B/H of an H100 by PCIe 5.0 (55 GB/s, 3.35 TB/s), and of an H200 about the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Taken:
-    """Answer to `take`: for each segment its pages on this rank. `error` is not empty when nothing was taken."""
-
-    segments: tuple[tuple[int, ...], ...] = ()
-    error: str = ""
 
 
 class WeightOffloader(BaseOffloader):  # type: ignore[misc]
@@ -80,8 +72,7 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
     ) -> None:
         """`compiled`: the layers run under torch.compile. `graphs`: CUDA graphs may hold whole layers: none can be streamed then.
         `page_bytes`: the broker's. `links`: POLDER_LINKS."""
-        global _offloader
-        _offloader = self
+        here.offloader = self
         self._open_store, self._compiled, self.streams = open_store, compiled, not graphs
         self._modules: list[torch.nn.Module] = []
         self._parts: dict[
@@ -92,8 +83,10 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         self.wake: Literal["streamed", "whole"] = "streamed"
         """Whether computing begins before all layers are back."""
         self._private: list[Segment] = []
+        self.given: dict[Segment, tuple[int, tuple[int, ...]]] = {}
+        """Segments of the broker: its generation and its page numbers."""
         self.store: WeightStore | None = None
-        self.backend: Backend = worker.backend(device, page_bytes)
+        self.backend: Backend = here.backend(device, page_bytes)
         self.copy_share = cpu_linear.copy_share() if device.startswith("cpu") else GPU_COPY_SHARE
         paced = Emulation(links=links, faults="").weights_backend(self.backend)
         if paced is not self.backend:
@@ -211,23 +204,6 @@ def _own_bytes(part: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in part.parameters(recurse=False))
 
 
-_offloader: WeightOffloader | None = None
-_given: dict[Segment, tuple[int, tuple[int, ...]]] = {}
-"""Segments of the broker: generation and page numbers."""
-
-
-def _store() -> WeightStore:
-    assert _offloader is not None
-    assert _offloader.store is not None
-    return _offloader.store
-
-
-def _memory() -> worker.WorkerMemory:
-    memory = worker.memory()
-    assert memory is not None
-    return memory
-
-
 def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloader:
     """The offloader of an engine with elastic weights. Raises ConfigError for what they do not work with.
 
@@ -290,32 +266,33 @@ def mark(vllm_config: Any) -> None:
 
 def describe(worker_: Any) -> WeightsFound | None:
     """None: this engine's weights stay where they are."""
-    if _offloader is None or _offloader.store is None:
+    offloader = here.offloader
+    if offloader is None or offloader.store is None:
         return None
-    found = _offloader.store.statistics()
+    found = offloader.store.statistics()
     return WeightsFound(
         layers=found.layers,
         layer_pages=found.layer_pages,
         moved_bytes=found.moved_bytes,
-        resident_bytes=_offloader.resident_bytes,
-        copy_share=_offloader.copy_share,
-        streams=_offloader.streams,
+        resident_bytes=offloader.resident_bytes,
+        copy_share=offloader.copy_share,
+        streams=offloader.streams,
     )
 
 
 def adopt(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]]) -> Outcome:
     """The start is over: the private pages go, and the weights lie on the broker's segments, or sleep without any."""
-    assert _offloader is not None
-    _offloader.end_private()
+    offloader = present(here.offloader)
+    offloader.end_private()
     outcome = give(worker_, generation, segments) if segments else Outcome(seconds=0.0)
     if not outcome.error:
-        _store().wait_all()  # the first request is not to find a cold model
+        present(offloader.store).wait_all()  # the first request is not to find a cold model
     return outcome
 
 
 def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]]) -> Outcome:
     """Maps the segments (each one list of pages a rank) and begins to copy layers in, in the order of execution."""
-    memory, store = _memory(), _store()
+    memory, offloader, store = _parts()
     started = time.perf_counter()
     try:
         incoming: list[Segment] = []
@@ -323,10 +300,9 @@ def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int
             pages = tuple(segment[memory.rank])
             memory.fetch(generation, pages)
             incoming.append(tuple(memory.imported.handles(generation, pages)))
-            _given[incoming[-1]] = (generation, pages)
+            offloader.given[incoming[-1]] = (generation, pages)
         store.give(incoming)
-        assert _offloader is not None
-        if _offloader.wake == "whole":
+        if offloader.wake == "whole":
             store.wait_all()
     except (PolderError, OSError) as error:
         return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")
@@ -335,12 +311,11 @@ def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int
 
 def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken:
     """Gives up `count` segments: all to sleep, else the rest rotates over `slots` slots. Pages of a former broker are destroyed."""
-    memory, store = _memory(), _store()
-    assert _offloader is not None
+    memory, offloader, store = _parts()
     left = len(store.segments) - count
     try:
         layers = store.statistics().layers
-        if left > 0 and not _offloader.streams:
+        if left > 0 and not offloader.streams:
             return Taken(error=f"rank {memory.rank}: a model in CUDA graphs has all of its layers or none")
         rotation = None if left <= 0 else Rotation.winning(layers, layers - left, slots=slots)
         freed = store.rotate(rotation)
@@ -348,7 +323,7 @@ def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken
         return Taken(error=f"rank {memory.rank}: {error}")
     numbers = []
     for segment in freed:
-        generation, pages = _given.pop(segment)
+        generation, pages = offloader.given.pop(segment)
         numbers.append(pages)
         if generation != current_generation:
             memory.imported.discard(generation, pages)
@@ -357,8 +332,7 @@ def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken
 
 def figures(worker_: Any) -> dict[str, float]:
     """Counters and gauges of this rank."""
-    store = _store()
-    assert _offloader is not None
+    _, offloader, store = _parts()
     store.check_integrity()
     found = store.statistics()
     return {
@@ -368,6 +342,11 @@ def figures(worker_: Any) -> dict[str, float]:
         "weights_stall_seconds_total": found.stream.stall_seconds,
         "weights_pass_stall_seconds": found.stream.recent_pass_stall_seconds,
         "weights_copy_seconds_total": found.stream.busy_seconds,
-        "weights_resident_bytes": float(_offloader.resident_bytes),
+        "weights_resident_bytes": float(offloader.resident_bytes),
         "weights_rotating_layers": float(found.rotating),
     }
+
+
+def _parts() -> tuple[WorkerMemory, WeightOffloader, WeightStore]:
+    offloader = present(here.offloader)
+    return present(here.memory), offloader, present(offloader.store)

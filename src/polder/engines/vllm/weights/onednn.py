@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from polder.engines.vllm.process import here
 from polder.errors import EnvironmentFault
 
 __all__ = ["PackedLinear", "PackingUnsupported", "pack"]
@@ -36,8 +37,8 @@ class PackedLinear:
         self._shape, self._dtype, self._description = shape, dtype, description
         self._address = 0
         self._view: torch.Tensor | None = None
-        self.number = len(_known)
-        _known.append(self)
+        self.number = len(here.packed)
+        here.packed.append(self)
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x (..., columns) -> (..., rows). `weight`: the packed bytes, as `pack` returned them or a copy elsewhere."""
@@ -56,10 +57,6 @@ class PackedLinear:
     @property
     def rows(self) -> int:
         return self._shape[0]
-
-
-_known: list[PackedLinear] = []
-"""By number, which compiled graphs hold; layers are packed in the same order in each process of a model."""
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, PackedLinear]:
@@ -133,11 +130,11 @@ def _packed_at(address: int, shape: tuple[int, int], dtype: torch.dtype, descrip
 
 
 def _onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, number: int) -> torch.Tensor:
-    return _known[number].multiply(x, weight, bias)
+    return here.packed[number].multiply(x, weight, bias)
 
 
 def _shape_of_result(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, number: int) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], _known[number].rows))
+    return x.new_empty((*x.shape[:-1], here.packed[number].rows))
 
 
 _library = torch.library.Library("polder", "FRAGMENT")

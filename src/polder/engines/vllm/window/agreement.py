@@ -7,32 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from polder.engines.vllm.plans import WindowPlan
 from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BudgetError, ConfigError
 from polder.units import format_bytes
 from polder.window.regions import WindowShape
 
-__all__ = ["WindowAgreement", "WindowPlan", "agree_on_window", "with_window"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowPlan:
-    """What the workers must know; part of WorkerPlan."""
-
-    window_layers: int
-    layers: tuple[tuple[str, int], ...]
-    """vLLM's name of each attention layer and where its block 0 begins in the KV buffer, in the order of execution."""
-    block_bytes: int
-    """Of one layer."""
-    block_tokens: int
-    first_block: int
-    """The lowest windowed block."""
-    blocks: int
-    host_pages: tuple[tuple[int, ...], ...]
-    """Of the store, per rank."""
-    links: str
-    faults: str
+__all__ = ["WindowAgreement", "agree_on_window", "with_window"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from polder import metrics
 from polder.engines.vllm.core.blocks import BlockUnits
 from polder.engines.vllm.core.holders import NewIds
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.rank import calls
 from polder.engines.vllm.window import runner as window_runner
 from polder.engines.vllm.window import worker as window_worker
 from polder.engines.vllm.window.agreement import WindowAgreement
@@ -257,7 +257,7 @@ class CoreWindow:
                 failing.add(request.request_id)
         manager.evict_blocks(doubtful)
         if in_step:
-            self._rpc(worker.forget_outputs, sorted(in_step))
+            self._rpc(calls.forget_outputs, sorted(in_step))
         if failing:
             logger.error("window: requests %s lost their KV and cannot start over: they fail", sorted(failing))
             self._failed += scheduler.finish_requests(failing, RequestStatus.FINISHED_ERROR)

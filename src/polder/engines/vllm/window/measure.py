@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from polder.engines.vllm.window import worker as window_worker
-from polder.engines.vllm.window.worker import WorkerWindow
+from polder.engines.vllm.process import here
+from polder.engines.vllm.window.worker import INLINE_BYTES, WorkerWindow
 from polder.errors import EnvironmentFault
 from polder.memory.copy import CopyEngine
 from polder.window.stream import WindowStream
@@ -44,7 +44,7 @@ def measure(worker_: Any, context_tokens: int) -> Measured:
 
     Steps are collective: every rank makes the same number of them, and what may raise on one of them comes after all steps.
     """
-    window = window_worker.current()
+    window = here.window
     assert window is not None
     step = _steps_of(worker_.model_runner, window)
     short_s, long_s = (_median_s(step, tokens) for tokens in (1, context_tokens))
@@ -122,7 +122,7 @@ def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:
 def _windowed_steps(window: WorkerWindow, step: Callable[[int], float]) -> tuple[tuple[int, float], ...]:
     """Real steps, as if regular blocks were windowed, with those without in turn: a few blocks, half of what is there, all."""
     most = min(window.mapped_blocks - 1, window.homes.blocks)
-    copies = CopyEngine(window.backend, inline_bytes=window_worker.INLINE_BYTES)
+    copies = CopyEngine(window.backend, inline_bytes=INLINE_BYTES)
     homes = replace(window.homes, first=1)
     stream = WindowStream(copies, homes, window_layers=window.window_layers)
     found: list[tuple[int, float]] = []
@@ -146,7 +146,7 @@ def _copying(window: WorkerWindow) -> tuple[float, float]:
     homes, block_bytes = window.homes, window.homes.stride_bytes
     layers = len(homes.local)
     most = min(window.mapped_blocks - 1, homes.blocks, max(2, COPIED_BYTES // (layers * block_bytes)))
-    copies = CopyEngine(window.backend, inline_bytes=window_worker.INLINE_BYTES)
+    copies = CopyEngine(window.backend, inline_bytes=INLINE_BYTES)
     try:
         stream = WindowStream(copies, replace(homes, first=1), window_layers=window.window_layers)
 

@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polder.emulation.factory import Emulation
-from polder.engines.vllm.rank import worker
+from polder.engines.vllm.plans import Outcome, WindowPlan
+from polder.engines.vllm.process import here, present
+from polder.engines.vllm.rank import calls
 from polder.engines.vllm.rank.host_region import HostRegion
-from polder.engines.vllm.rank.worker import Outcome, WorkerMemory
-from polder.engines.vllm.window.agreement import WindowPlan
+from polder.engines.vllm.rank.memory import WorkerMemory
 from polder.engines.vllm.window.limits import check_runner
 from polder.engines.vllm.window.runner import blocks_of_step, hook_runner
 from polder.errors import EnvironmentFault, PolderError
@@ -33,7 +34,7 @@ from polder.memory.copy import CopyEngine
 from polder.memory.page import Indices
 from polder.window.stream import BlockHomes, WindowStream
 
-__all__ = ["WorkerWindow", "bring_home", "close_units", "current", "figures", "install", "open_units"]
+__all__ = ["WorkerWindow", "bring_home", "close_units", "figures", "install", "open_units"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -232,23 +233,13 @@ class WorkerWindow:
         logger.warning("the window lost %d blocks: %s", len(self.doubtful), error)
 
 
-_window: WorkerWindow | None = None
-
-
-def current() -> WorkerWindow | None:
-    """This process's; None in an engine without a window."""
-    return _window
-
-
 # ---------------------------------------------------------------- called by the core
 
 
 def install(worker_: Any) -> str:
     """Opens the store and hooks the model's attention layers. Returns what was wrong; "" if nothing."""
-    global _window
-    memory = worker.memory()
-    assert memory is not None
-    assert memory.plan.window is not None
+    memory = present(here.memory)
+    plan = present(memory.plan.window)
     layers = worker_.vllm_config.compilation_config.static_forward_context
     if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
         return "layers of this model read other layers' KV, whose slots are filled anew by then: remove POLDER_WINDOW"
@@ -256,10 +247,10 @@ def install(worker_: Any) -> str:
         return error
     steps = worker_.vllm_config.max_concurrent_batches
     try:
-        window = _window = WorkerWindow(memory, memory.plan.window, steps_in_flight=steps)
+        window = here.window = WorkerWindow(memory, plan, steps_in_flight=steps)
     except (PolderError, OSError) as error:
         return f"rank {memory.rank}: {error}"
-    for number, (name, _) in enumerate(memory.plan.window.layers):
+    for number, (name, _) in enumerate(plan.layers):
         _hook(window, layers[name].impl, number)
     hook_runner(window, worker_.model_runner)
     return ""
@@ -273,13 +264,13 @@ def open_units(
     targets: Sequence[int],
 ) -> Outcome:
     """Moves blocks out of the carriers, and puts their pages under windowed units. After an `error` they are where they were."""
-    memory, window = _here()
+    memory, window = present(here.memory), present(here.window)
     started = time.perf_counter()
     memory.backend.fence()
     src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
     if len(src):
         memory.move(src, dst)
-        worker.rewrite_block_tables(worker_.model_runner, src, dst)
+        calls.rewrite_block_tables(worker_.model_runner, src, dst)
     memory.span.unmap(memory.geometry.slots(carriers))
     try:
         window.open(carriers, units)
@@ -289,7 +280,7 @@ def open_units(
 
 
 def close_units(worker_: Any, carriers: Sequence[int]) -> Outcome:
-    memory, window = _here()
+    memory, window = present(here.memory), present(here.window)
     started = time.perf_counter()
     memory.backend.fence()
     window.settled()  # blocks of other carriers may be among those that did not get home: they are doubtful then
@@ -299,7 +290,7 @@ def close_units(worker_: Any, carriers: Sequence[int]) -> Outcome:
 
 def bring_home(worker_: Any, sources: Sequence[int], targets: Sequence[int]) -> Outcome:
     """Windowed blocks become regular ones. When copies fail, `error` says so and the targets hold nothing of worth."""
-    memory, window = _here()
+    memory, window = present(here.memory), present(here.window)
     started = time.perf_counter()
     memory.backend.fence()
     src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
@@ -311,13 +302,13 @@ def bring_home(worker_: Any, sources: Sequence[int], targets: Sequence[int]) -> 
             error = f"rank {memory.rank}: {failure}"
     else:
         error = f"rank {memory.rank}: blocks that were written before did not get home"
-    worker.rewrite_block_tables(worker_.model_runner, src, dst)
+    calls.rewrite_block_tables(worker_.model_runner, src, dst)
     return Outcome(seconds=time.perf_counter() - started, error=error)
 
 
 def figures(worker_: Any) -> dict[str, float]:
     """Counters of this rank."""
-    _, window = _here()
+    window = present(here.window)
     found = window.stream.statistics()
     return {
         "window_loaded_bytes_total": float(found.loaded_bytes),
@@ -330,13 +321,6 @@ def figures(worker_: Any) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------- inside
-
-
-def _here() -> tuple[WorkerMemory, WorkerWindow]:
-    memory = worker.memory()
-    assert memory is not None
-    assert _window is not None
-    return memory, _window
 
 
 def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:

@@ -1,0 +1,2 @@
+"""Policies of the Swarm paper and others to compare with polder.swarm, and synthetic access sets. Only benchmarks use
+them."""
