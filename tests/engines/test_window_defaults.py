@@ -90,7 +90,7 @@ def test_a_context_longer_than_the_memory_beside_short_ones_has_stocks_tokens(
     prompts = [SHORT[0], LONG, SHORT[1]]
     assert tokens_of(windowed.generate(prompts, 24)) == expected(prompts, 24)
     found = figures(windowed)
-    assert found["window_carriers"] > 0
+    assert found["window_opens_total"] > 0  # it may be closed again by now, for a short request that had no room
     assert found["window_loaded_bytes_total"] > 0
     graphs = windowed.llm.collective_rpc("graph_figures")[0]
     assert graphs["captured"] == 9 * (SMALL.layers + 1), "pieces for each size, and no whole step"

@@ -96,7 +96,7 @@ def tenants(
     arms: Annotated[str, typer.Option(help="Only these: stock,stock-short,kv-only,polder.")] = "",
     workdir: Workdir = WORKDIR,
 ) -> None:
-    """Three models under one budget for weights and KV: fixed parts, elastic KV alone, and weights that make room too."""
+    """Three models under one budget for weights and KV: fixed parts, elastic KV alone, and elastic weights too."""
     from polder.bench.suites.tenants import TenantsSuite
 
     plan = _chosen(TenantsSuite.quick if quick else TenantsSuite.full, stages, arms)
@@ -144,7 +144,7 @@ def disks(
 
 
 def _chosen(plan: P, stages: str, arms: str) -> P:
-    """The plan with the stages and arms that the user names. Raises ConfigError for what it does not know or cannot run."""
+    """The plan with the named stages and arms. Raises ConfigError for one that it does not know or cannot run."""
     from polder.bench.suites.plan import parse_names
 
     known = dict.fromkeys(arm for of in plan.choices.values() for arm in of.known)
