@@ -141,6 +141,7 @@ def _store_config(entries: int, disks: int, folder: Path) -> StoreConfig:
         page_bytes=PAGE_BYTES,
         parts=ENTRY_PAGE_BLOCKS,
         namespace="polder-bench-disks-live",
+        timeout_s=60.0,  # the disks are modelled: only a loaded machine makes the real reads late
     )
 
 
