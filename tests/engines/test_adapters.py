@@ -16,7 +16,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.core import EngineCoreProc
 
 from polder.engines.vllm import plugin
-from polder.engines.vllm.plugin import _patch_forgetting
+from polder.engines.vllm.core import taps
 from polder.engines.vllm.tiers.adapters import AdapterEpochs
 from tests.engines.harness import A32, ORDINARY, PAGE, Engine, prompts, wait_for
 
@@ -77,6 +77,12 @@ def test_an_adapter_has_other_hashes_only_when_it_is_loaded_again_from_changed_f
     assert keys(request(elsewhere)) != stock(request(elsewhere)), "nobody knows what the hub has now"
 
 
+def patch(core: Any) -> None:
+    core.reset_prefix_cache = taps.reset_prefix_cache(core.reset_prefix_cache)
+    core.add_lora = taps.add_lora(core.add_lora)
+    core.polder_forget_local = taps.polder_forget_local
+
+
 @pytest.mark.parametrize(
     ("connector", "works", "told"), [(False, True, True), (False, False, False), (True, True, False)]
 )
@@ -94,7 +100,7 @@ def test_tiers_forget_when_a_user_resets_the_prefix_cache(connector: bool, works
         def add_lora(self, lora_request: Any) -> bool:
             return True
 
-    _patch_forgetting(Core)
+    patch(Core)
     assert Core().reset_prefix_cache(False, connector) == works
     assert calls == (["reset", "seal"] if told else [])
     assert Core().polder_forget_local() == works  # type: ignore[attr-defined]
@@ -111,7 +117,7 @@ def test_an_adapter_is_noted_when_vllm_has_loaded_it() -> None:
         def add_lora(self, lora_request: Any) -> bool:
             return bool(lora_request != "broken")
 
-    _patch_forgetting(Core)
+    patch(Core)
     core: Any = Core()
     assert core.add_lora("before there are tiers")
     core.polder_adapters = SimpleNamespace(loaded=noted.append)

@@ -71,7 +71,7 @@ class Core:
         self.scheduler.requests["r"] = object()
         for _ in range(count):
             self.now += 1.1
-            self.weights.on_step(seconds, 1, self.now)
+            self.weights.on_step([(1, seconds)], self.now)
             self.weights.stats(self.now)
 
     def take(self, count: int, **values: bool) -> Returned:
@@ -194,10 +194,10 @@ def test_who_waits_for_its_weights_asks_again_but_not_all_the_time() -> None:
     core.weights.on_request(core.now)
     core.scheduler.requests["r"] = object()
     for seconds in (0.1, 0.9, 1.0, 1.1, 2.1):
-        core.weights.remind(core.now + seconds)
+        core.weights.on_tick(core.now + seconds)
     assert [type(message) for message in core.said] == [Returned, NeedWeights, NeedWeights, NeedWeights]
     core.give(20, LAYERS)
-    core.weights.remind(core.now + 9.0)
+    core.weights.on_tick(core.now + 9.0)
     assert isinstance(core.said[-1], Grown)
 
 

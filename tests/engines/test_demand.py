@@ -32,15 +32,15 @@ def test_a_turn_between_idle_and_busy_is_told_at_once_and_once() -> None:
     weights: Any = Weights()
     reports = DemandReports(
         SimpleNamespace(running=[], waiting=[], max_num_running_reqs=4),
-        SimpleNamespace(unit_blocks=4, busy_blocks=0, cached_blocks=0),  # type: ignore[arg-type]
+        SimpleNamespace(unit_blocks=4, busy_blocks=0, cached_blocks=0, held_units=2),  # type: ignore[arg-type]
         SimpleNamespace(ceiling_units=8),  # type: ignore[arg-type]
         block_tokens=16,
         groups=1,
         prefill=PrefillRate(),
-        held_units=lambda: 2,
         weights=weights,
         stats=dict,
         send=sent.append,
+        counters={},
     )
     reports.report(100.0)
     reports.report(100.001)

@@ -12,9 +12,8 @@ from vllm.utils.mem_utils import MemorySnapshot
 from vllm.v1.worker.utils import request_memory
 
 from polder.broker.wire import DeviceStatus
-from polder.engines.vllm.plugin import _patch_memory
 from polder.engines.vllm.process import here
-from polder.engines.vllm.rank import calls
+from polder.engines.vllm.rank import calls, taps
 from polder.engines.vllm.start.negotiate import check_devices
 from polder.errors import ConfigError
 
@@ -33,8 +32,8 @@ def config_of(additional: dict[str, Any]) -> VllmConfig:
 
 
 def test_a_second_engine_gets_what_is_free_and_a_stock_one_is_refused() -> None:
-    module, cache = SimpleNamespace(request_memory=request_memory), SimpleNamespace(gpu_memory_utilization=0.92)
-    _patch_memory(module)
+    module = SimpleNamespace(request_memory=taps.request_memory(request_memory))
+    cache = SimpleNamespace(gpu_memory_utilization=0.92)
     with set_current_vllm_config(config_of({})), pytest.raises(ValueError, match="less than desired GPU memory"):
         module.request_memory(snapshot(40), cache)
     with set_current_vllm_config(config_of({"polder": {"kv_budget": "8GiB"}})):

@@ -117,7 +117,7 @@ class Engine:
                 self.outbox.append(Returned(lease=message.lease, use="kv", pages=[pages], short=short))
 
     def report(self, now: float) -> None:
-        self.weights.remind(now)
+        self.weights.on_tick(now)
         busy = len(self.scheduler.requests)
         self.sent = Demand(
             held_units=len(self.pages),
@@ -180,7 +180,7 @@ class Lives(RuleBasedStateMachine):
         engine = self.engines[name]
         if engine.scheduler.requests and not engine.weights.asleep:
             self.now += seconds
-            engine.weights.on_step(seconds, 1, self.now)
+            engine.weights.on_step([(1, seconds)], self.now)
             engine.report(self.now)
 
     @rule(name=names)

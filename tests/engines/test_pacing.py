@@ -20,6 +20,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from polder.bench.workloads.models import ensure_model
 from polder.engines.vllm.core import pacing
 from polder.engines.vllm.core.pacing import LEAST_TOKENS, Pacing
+from polder.engines.vllm.core.scheduler_events import watch
 
 from .harness import A32, BLOCK_TOKENS, MODELS, environment
 
@@ -106,7 +107,7 @@ class Engine:
 
 def test_chunks_beside_a_decoding_request_keep_the_goal_and_alone_they_are_whole(config: Any, clock: Clock) -> None:
     engine, counters = Engine(config, clock), dict[str, float]()
-    Pacing(engine.scheduler, 0.1105, counters)
+    watch(engine.scheduler, [Pacing(engine.scheduler, 0.1105, counters)])
     first = engine.ask(600)
     assert engine.step() == {first: BUDGET}  # nobody decodes
     assert engine.step() == {first: 600 - BUDGET}
@@ -127,7 +128,7 @@ def test_chunks_beside_a_decoding_request_keep_the_goal_and_alone_they_are_whole
 
 def test_an_idle_time_is_no_step(config: Any, clock: Clock) -> None:
     engine, counters = Engine(config, clock), dict[str, float]()
-    Pacing(engine.scheduler, 0.1105, counters)
+    watch(engine.scheduler, [Pacing(engine.scheduler, 0.1105, counters)])
     engine.ask(300, output_tokens=3)
     while engine.scheduler.has_unfinished_requests():
         engine.step()
@@ -140,7 +141,7 @@ def test_an_idle_time_is_no_step(config: Any, clock: Clock) -> None:
 
 def test_a_goal_that_cannot_be_met_still_lets_prompts_through(config: Any, clock: Clock) -> None:
     engine, counters = Engine(config, clock), dict[str, float]()
-    Pacing(engine.scheduler, 0.001, counters)
+    watch(engine.scheduler, [Pacing(engine.scheduler, 0.001, counters)])
     first = engine.ask(100)
     engine.step()
     second = engine.ask(300)

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from polder.errors import ConfigError
-from polder.tiers.counters import TierCounters
 
 pytest.importorskip("vllm")
 
-from polder.engines.vllm import plugin
 from polder.engines.vllm.core.prefetch import Prefetch
+from polder.engines.vllm.start import taps
 from polder.engines.vllm.tiers.agreement import agree_on_tiers
 
 PLAIN = {
@@ -52,11 +51,11 @@ def test_vllm_gets_the_arguments_of_its_own_release(
     def negotiate(core: Any, settings: Any, configs: Callable[..., Any], *more: Any) -> tuple[Any, str]:
         return [configs("config", "specs", memory) for memory in (1, 2)], "agreed"
 
-    module = SimpleNamespace(EngineCore=Core, get_kv_cache_configs=stock)
-    monkeypatch.setattr("polder.engines.vllm.start.negotiate.negotiate", negotiate)
+    module = SimpleNamespace(get_kv_cache_configs=taps.get_kv_cache_configs(stock))
+    monkeypatch.setattr(Core, "_initialize_kv_caches", taps.initialize_kv_caches(Core._initialize_kv_caches))
+    monkeypatch.setattr(taps, "negotiate", negotiate)
     settings: list[object] = [None]
-    monkeypatch.setattr(plugin, "_settings", lambda _: settings[0])
-    plugin._patch_start(module)
+    monkeypatch.setattr(taps, "settings_of", lambda _: settings[0])
 
     Core()._initialize_kv_caches(None)
     assert asked == [given], "a stock engine's call is passed on"
@@ -72,17 +71,12 @@ def scheduler(**more: object) -> SimpleNamespace:
 
 def test_a_plain_scheduler_is_watched_in_either_release() -> None:
     for more in ({}, {"defer_async_loads": False}):
-        watched = scheduler(**more)
-        Prefetch(watched, TierCounters(("host",)))
-        assert watched.schedule is not print
+        assert Prefetch.fits(scheduler(**more))
 
 
 @pytest.mark.parametrize("special", [{"aux_output_connector": object()}, {"defer_async_loads": True}])
 def test_requests_that_vllm_loads_in_another_way_are_left_to_it(special: dict[str, object]) -> None:
-    left = scheduler(**special)
-    Prefetch(left, TierCounters(("host",)))
-    assert left.schedule is print
-    assert left.add_request is print
+    assert not Prefetch.fits(scheduler(**special))
 
 
 def test_loads_within_a_step_are_refused_with_what_to_remove() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")  # the package it lies in imports vLLM
+from polder.engines.vllm.core.scheduler_events import watch
 from polder.engines.vllm.core.step_times import StepTimes
 from polder.planner.rates import PrefillRate
 
@@ -20,7 +21,8 @@ class Engine:
     def __init__(self, ahead: int) -> None:
         self.now, self.free_at, self.ahead = 100.0, 0.0, ahead
         self.scheduler = SimpleNamespace(schedule=self._schedule, update_from_output=lambda output, result: {})
-        self.times = StepTimes(self.scheduler, clock=lambda: self.now)
+        self.times = StepTimes(clock=lambda: self.now)
+        watch(self.scheduler, [self.times])
 
     def _schedule(self, tokens: int) -> Any:
         self.now += 1e-4

@@ -17,11 +17,11 @@ import pytest
 pytest.importorskip("vllm")
 
 from polder.diskstore.io import Arena
-from polder.engines.vllm import plugin
 from polder.engines.vllm.plans import DiskPlan
 from polder.engines.vllm.process import here
 from polder.engines.vllm.tiers.disk import OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
 from polder.engines.vllm.tiers.worker import PolderWorker
+from polder.engines.vllm.weights import taps
 from polder.tiers.disk_memory import DiskMemory
 from polder.tiers.slots import block_ids
 
@@ -155,8 +155,8 @@ def test_new_weights_stop_the_disks_and_leave_their_pages(
     one = ranks[0]
     monkeypatch.setattr(here, "tiers", one)
     adopt(None, 8, KEYS[:2])
-    monkeypatch.setattr(plugin, "_settings", lambda _: SimpleNamespace(weights="resident", disks=(("/mnt/a", 1),)))
-    updated = plugin._watched_update(lambda self: "updated")
+    monkeypatch.setattr(taps, "settings_of", lambda _: SimpleNamespace(weights="resident", disks=(("/mnt/a", 1),)))
+    updated = taps.update_weights(lambda self: "updated")
     assert updated(SimpleNamespace(vllm_config=None)) == "updated"
     memory = one._disk
     assert memory is not None

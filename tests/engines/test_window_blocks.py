@@ -77,7 +77,7 @@ class Windowed(Pool):
         for at, carrier in enumerate(carriers):
             self.carried[carrier] = unused[at * EACH : (at + 1) * EACH]
         opened = [unit for carrier in carriers for unit in self.carried[carrier]]
-        self.units.carriers = set(self.carried)
+        self.units.donors = dict(self.carried)
         self.units.open(opened)
         self.content |= {block: b"zero" for unit in opened for block in blocks_of(unit)}
 
@@ -92,7 +92,7 @@ class Windowed(Pool):
             return
         carriers = data.draw(st.lists(st.sampled_from(able), min_size=1, unique=True))
         closed = [unit for carrier in carriers for unit in self.carried.pop(carrier)]
-        self.units.carriers = set(self.carried)
+        self.units.donors = dict(self.carried)
         self.pool.take_events()
         evicted = self.units.close(closed)
         removed = [event for event in self.pool.take_events() if type(event).__name__ == "BlockRemoved"]

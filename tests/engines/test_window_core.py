@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm.v1.request import RequestStatus
 
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.core.transfers import Transfers
 from polder.engines.vllm.plans import Outcome
 from polder.engines.vllm.window import runner as window_runner
 from polder.engines.vllm.window import worker as window_worker
@@ -41,12 +42,11 @@ class Engine:
     def __init__(self) -> None:
         self.scheduler = scheduler = Scheduler()
         scheduler.waiting, scheduler.kv_holding_waiting = [], []
-        scheduler.update_from_output = lambda *_: {}
         manager = scheduler.kv_cache_manager
         manager.get_block_ids = lambda name: ([block.block_id for block in scheduler.requests.get(name, ())],)
         manager.evict_blocks = scheduler.pool.evict_blocks
         self.units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(REGULAR)), BusyBlocks.MOVE, windowed_units=WINDOWED)
-        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR)
+        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR, Transfers())
 
     def rpc(self, function: Any, *arguments: Any) -> list[Any]:
         return [""] if function is window_worker.install else [Outcome(seconds=0.0)]
@@ -68,7 +68,8 @@ class Engine:
 
     def step(self, doubtful: list[int]) -> None:
         output = SimpleNamespace(**{window_runner.DOUBTFUL: doubtful} if doubtful else {})
-        self.scheduler.update_from_output(None, output)
+        self.window.before_update(None, output)
+        self.window.after_update(None, {})
 
     def running(self) -> list[str]:
         return [request.request_id for request in self.scheduler.running]
@@ -79,7 +80,7 @@ def engine() -> Engine:
     """`short` has regular blocks only, `long` the other regular ones and two that a carrier has made room for."""
     engine = Engine()
     engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)]
-    engine.window.look(0.0)
+    engine.window.tick(0.0)
     assert (engine.units.regular_blocks, engine.units.windowed) == (8, [REGULAR, REGULAR + 1])
     engine.scheduler.waiting = []
     engine.ask("short", 4)
@@ -100,7 +101,7 @@ def test_holders_of_a_lost_block_start_over_and_others_go_on(engine: Engine) -> 
 def test_a_block_that_came_home_after_the_step_was_launched_is_lost_under_its_new_number(engine: Engine) -> None:
     lost = engine.units.windowed_of("long")
     engine.end("short")
-    engine.window.look(2 * HOME_EVERY_S)
+    engine.window.tick(2 * HOME_EVERY_S)
     assert not engine.units.windowed_of("long")
     engine.step(lost[:1])
     assert engine.running() == []
@@ -119,12 +120,12 @@ def test_a_window_whose_pages_cannot_be_mapped_stays_closed_and_is_tried_again_l
     engine.window._rpc = rpc
     engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)]
     for now in (0.0, RETRY_S / 2):
-        engine.window.look(now)
+        engine.window.tick(now)
         engine.units.check_integrity()
     assert calls == [window_worker.open_units, window_worker.close_units]
     assert (engine.units.regular_blocks, engine.units.windowed) == (REGULAR * UNIT_BLOCKS, [])
     failing[0] = False
-    engine.window.look(RETRY_S)
+    engine.window.tick(RETRY_S)
     assert engine.units.windowed == [REGULAR, REGULAR + 1]
     engine.units.check_integrity()
 
@@ -134,5 +135,5 @@ def test_a_request_opens_the_window_whichever_way_it_waits(queue: str) -> None:
     """One that waits with blocks has a part of its KV from a tier, and needs blocks for the rest."""
     engine = Engine()
     setattr(engine.scheduler, queue, [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)])
-    engine.window.look(0.0)
-    assert engine.window.carriers
+    engine.window.tick(0.0)
+    assert engine.units.donors

@@ -26,6 +26,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from polder.engines.vllm.core.scheduler_events import watch
+from polder.engines.vllm.core.transfers import Transfers
 from polder.engines.vllm.plans import Outcome
 from polder.engines.vllm.process import here
 from polder.engines.vllm.rank import calls
@@ -100,7 +102,8 @@ class Core:
         self.asked_of_workers: list[tuple[Any, tuple[Any, ...]]] = []
         self.tier = scheduler.connector = Tier("loads")
         self.units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(REGULAR)), BusyBlocks.MOVE, windowed_units=WINDOWED)
-        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR)
+        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR, Transfers())
+        watch(scheduler, [self.window])
 
     def rpc(self, function: Any, *arguments: Any) -> list[Any]:
         self.asked_of_workers.append((function, arguments))
@@ -118,7 +121,7 @@ class Core:
         )
         request.sampling_params.update_from_generation_config({}, eos_token_id=None)
         self.scheduler.add_request(request)
-        self.window.look(0.0)
+        self.window.tick(0.0)
         return request
 
     def step(self, doubtful: list[int] | None = None, *, received: set[str] | None = None) -> Any:

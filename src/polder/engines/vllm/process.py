@@ -32,6 +32,8 @@ T = TypeVar("T")
 class Process:
     patched: bool = False
     """vLLM has been patched (plugin.py)."""
+    starting: Any = None
+    """In a core: vLLM's EngineCore while it makes its KV cache."""
     tier_agreement: TierAgreement | None = None
     """In a core, from the start until vLLM makes its offloading manager."""
     plan: WorkerPlan | None = None

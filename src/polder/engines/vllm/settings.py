@@ -35,7 +35,7 @@ from polder.settings import (
 )
 from polder.units import parse_bytes
 
-__all__ = ["DISKS", "TIERS", "EngineSettings", "engine_settings", "parse_disks", "read_settings"]
+__all__ = ["DISKS", "TIERS", "EngineSettings", "engine_settings", "parse_disks", "read_settings", "settings_of"]
 
 
 def parse_disks(value: str | list[str], name: str) -> tuple[tuple[str, int], ...]:
@@ -253,3 +253,11 @@ def read_settings(
         check_socket_path(found.broker)
     found.check(name)
     return found
+
+
+def settings_of(vllm_config: Any) -> EngineSettings | None:
+    """The settings of the engine that has this configuration of vLLM's. None when it is stock. Raises ConfigError."""
+    additional = vllm_config.additional_config
+    names = vllm_config.model_config.served_model_name
+    name = names[0] if isinstance(names, list) else names or vllm_config.model_config.model
+    return read_settings(additional if isinstance(additional, dict) else {}, default_name=str(name))

@@ -4,7 +4,7 @@ vLLM's BlockPool is made for the virtual size (the ceiling); blocks of unmapped 
 pool itself stays vLLM's own class, so prefix hits, KV events, partial blocks and metrics work as they do in stock.
 
 Everything here runs between two steps, in the engine core's thread, and is logical only: no byte moves. The order of the laws
-(physical before logical to grow, logical before physical to shrink) is kept by the caller, elastic.py.
+(physical before logical to grow, logical before physical to shrink) is kept by the caller, resizing.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from polder.engines.vllm import hooks
 from polder.engines.vllm.core.compaction import Compaction, Ids, plan_compaction
 from polder.engines.vllm.core.holders import BlockHolders, NewIds
 from polder.errors import IntegrityError
@@ -69,15 +70,15 @@ class BlockUnits:
         all_units = self._pool.num_gpu_blocks // unit_blocks
         self.virtual_units = all_units - windowed_units
         self.mapped: list[int] = sorted(mapped_units)
-        self.carriers: set[int] = set()
-        """Regular units whose pages lie under windowed ones: not in use, and not to be had."""
+        self.donors: dict[int, list[int]] = {}
+        """Regular unit that is not in use, since its pages lie under windowed units -> these units. Kept by the window."""
         self.windowed: list[int] = []
         """Units whose blocks cost copies in every pass, in use now; their ids lie above all others."""
         if windowed_units:
             from polder.engines.vllm.core.region_queue import RegionQueue
 
-            free = self._pool.free_block_queue.get_all_free_blocks()
-            self._pool.free_block_queue = RegionQueue(free, self.first_windowed)
+            first = self.first_windowed
+            hooks.replace(self._pool, "free_block_queue", lambda queue: RegionQueue(queue.get_all_free_blocks(), first))
         for unit in set(range(all_units)) - set(self.mapped):
             for block in self._blocks(unit):
                 self._pool.free_block_queue.remove(block)
@@ -95,6 +96,11 @@ class BlockUnits:
         """The lowest windowed block, if there are any."""
         first: int = self.virtual_units * self._unit_blocks
         return first
+
+    @property
+    def held_units(self) -> int:
+        """Regular units whose pages this engine has, in use or not."""
+        return len(self.mapped) + len(self.donors)
 
     @property
     def usable_blocks(self) -> int:
@@ -122,7 +128,7 @@ class BlockUnits:
 
     def unmapped(self, count: int) -> list[int]:
         """The lowest `count` units that have no pages."""
-        mapped = self.carriers.union(self.mapped)
+        mapped = self.donors.keys() | self.mapped
         return [unit for unit in range(self.virtual_units) if unit not in mapped][:count]
 
     # ------------------------------------------------------------------ grow

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from polder.broker.wire import Demand, Hello
+from polder.broker.wire import Demand, Hello, Welcome
 from polder.engines.vllm.core.blocks import BlockUnits
-from polder.engines.vllm.weights.core import CoreWeights
+from polder.engines.vllm.core.resident import ResidentWeights
+from polder.engines.vllm.core.subsystem import Subsystem
 from polder.planner.rates import PrefillRate
 from polder.planner.reuse import ReuseTracker
 
@@ -21,7 +22,7 @@ PEAK_WINDOW_S = 2.5  # a peak is remembered for one to two windows
 WAITING_LOOKED_AT = 256
 
 
-class DemandReports:
+class DemandReports(Subsystem):
     """One engine core's. Its methods run between two steps, in the core's thread."""
 
     def __init__(
@@ -33,52 +34,62 @@ class DemandReports:
         block_tokens: int,
         groups: int,
         prefill: PrefillRate,
-        held_units: Callable[[], int],
-        weights: CoreWeights | None,
+        weights: ResidentWeights,
         stats: Callable[[], dict[str, float]],
         send: Callable[[Demand], None],
+        counters: dict[str, float],
     ) -> None:
-        """`groups`: KV cache groups, each of which takes blocks of its own. `stats` goes out with every demand."""
+        """`groups`: KV cache groups, each of which takes blocks of its own. `stats` goes out with every demand. Counts preemptions
+        and prefix hits in `counters`."""
         self._scheduler, self._blocks, self._hello = scheduler, blocks, hello
         self._block_tokens, self._groups, self._prefill = block_tokens, groups, prefill
-        self._held, self._weights, self._stats, self._send = held_units, weights, stats, send
+        self._weights, self._stats, self._send, self._counters = weights, stats, send, counters
         self.reuse = ReuseTracker(
             unit_blocks=blocks.unit_blocks, max_units=hello.ceiling_units, block_tokens=block_tokens
         )
         self._peaks = (0, 0)
         self._peak_since = time.monotonic()
-        self._sent_at = self._looked_at = 0.0
+        self._sent_at = self._checked_at = 0.0
         self._sent: Demand | None = None
-        self._news: tuple[Any, ...] = ()
-        """Of the demand sent, all that a plan can turn on at once."""
+        self._sent_state: tuple[Any, ...] = ()
+        """The parts of the demand sent whose change can change the broker's plan at once."""
         self._useful, self._useful_at = 0, float("-inf")
 
-    def start_over(self) -> None:
-        """The broker knows nothing of what was sent before."""
-        self._sent, self._news = None, ()
+    def on_welcome(self, message: Welcome, *, new_broker: bool) -> None:
+        """On a new connection the broker knows nothing of what was sent before."""
+        self._sent, self._sent_state = None, ()
+
+    def on_admission(self, request: Any, hit_tokens: int) -> None:
+        if not request.num_preemptions:
+            self._counters["prefix_queries_tokens_total"] += request.num_tokens
+            self._counters["prefix_hits_tokens_total"] += hit_tokens
+            self.reuse.touch(request.block_hashes, time.monotonic())
+
+    def on_preemption(self) -> None:
+        self._counters["preemptions_total"] += 1
 
     def report_soon(self) -> None:
         """The next report is due, however short ago the last one was."""
-        self._sent_at = self._looked_at = 0.0
+        self._sent_at = self._checked_at = 0.0
 
     def report(self, now: float) -> None:
         """Sends the demand if it is worth sending: at once when requests wait for memory, else now and then."""
         since = now - self._sent_at
-        turned = self._weights is not None and self._sent is not None and self._weights.turned(self._sent)
+        turned = self._sent is not None and self._weights.turned(self._sent)
         if since < URGENT_EVERY_S and not turned:
             return
         busy, waiting = self._need_units()
         self._note_peak(busy + waiting, now)
-        held = self._held()
+        held = self._blocks.held_units
         urgent = busy + waiting > held
         was_urgent = self._sent is not None and self._sent.urgent
-        unlooked = now - self._looked_at
-        if not turned and not (urgent and not was_urgent) and unlooked < (DEMAND_EVERY_S if self._sent else 0):
+        unchecked_s = now - self._checked_at
+        if not turned and not (urgent and not was_urgent) and unchecked_s < (DEMAND_EVERY_S if self._sent else 0):
             return
-        self._looked_at = now
+        self._checked_at = now
         cached = min(held, self._units(self._blocks.cached_blocks))
-        weights = self._weights.demand(now) if self._weights is not None else {}
-        news = (
+        weights = self._weights.demand(now)
+        state = (
             held,
             busy,
             waiting,
@@ -89,7 +100,7 @@ class DemandReports:
             weights.get("idle_s", 0.0) > 0,
             weights.get("spare_segments"),
         )
-        if news == self._news and since < SAME_EVERY_S:
+        if state == self._sent_state and since < SAME_EVERY_S:
             return
         demand = Demand(
             held_units=held,
@@ -102,7 +113,7 @@ class DemandReports:
             stats=self._stats(),
             **weights,
         )
-        self._sent, self._news, self._sent_at = demand, news, now
+        self._sent, self._sent_state, self._sent_at = demand, state, now
         self._send(demand)
 
     def useful_units(self, now: float) -> int:

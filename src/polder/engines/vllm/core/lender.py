@@ -22,12 +22,13 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from polder.engines.vllm.core.holders import BlockHolders, NewIds
+from polder.engines.vllm.core.subsystem import UnitPages
 from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.tiers.lending import LendingTable, LentGeometry
 
@@ -88,7 +89,7 @@ class Lender:
 
     # ------------------------------------------------------------------ the table
 
-    def open(self, fd: int, pages: dict[int, list[list[int]]]) -> None:
+    def open(self, fd: int, pages: UnitPages) -> None:
         """A new table from the broker, which knows nobody yet; the fd is closed. `pages`: unit -> pages per rank."""
         self.close()
         try:
@@ -99,16 +100,16 @@ class Lender:
         self._table.granule_page[:], self._table.granule_offset[:] = granule_pages, offsets
         self.mapped(pages)
 
-    def mapped(self, pages: dict[int, list[list[int]]]) -> None:
+    def mapped(self, pages: UnitPages) -> None:
         """These units have pages now. Before any of their blocks is offered."""
         if self._table is not None:
             for unit, ranks in pages.items():
                 self._table.pages[:, unit] = ranks
 
-    def unmapped(self, units: list[int]) -> None:
+    def unmapped(self, units: Sequence[int]) -> None:
         """Their blocks were taken back before (BlockUnits tells vLLM's watchers)."""
         if self._table is not None:
-            self._table.pages[:, units] = -1
+            self._table.pages[:, list(units)] = -1
 
     def on_neighbours(self, cores: list[int]) -> None:
         self._cores = cores
@@ -121,7 +122,7 @@ class Lender:
         """After a step."""
         self._peak_now = max(self._peak_now, busy_blocks)
 
-    def look(self, now: float, busy_blocks: int, usable_blocks: int, useful_cache_blocks: int) -> None:
+    def tick(self, now: float, busy_blocks: int, usable_blocks: int, useful_cache_blocks: int) -> None:
         """Offers more, or less, at most every EVERY_S."""
         if self._table is None or now - self._looked_at < EVERY_S:
             return
@@ -151,13 +152,13 @@ class Lender:
             self._pool._maybe_evict_cached_block(block)
         self._pool.touch(chosen)
         self._pool.unpin_blocks(chosen, self._on_reuse)
-        lots = np.array([block.block_id for block in chosen], dtype=np.int64)
-        self._holders.renumber({}, lost=lots.tolist())
-        self._offered.update(lots.tolist())
+        chosen_ids = np.array([block.block_id for block in chosen], dtype=np.int64)
+        self._holders.renumber({}, lost=chosen_ids.tolist())
+        self._offered.update(chosen_ids.tolist())
         assert self._table is not None
-        if len(lots):
-            self._before_offer(lots.tolist())
-        self._table.offer(lots)
+        if len(chosen_ids):
+            self._before_offer(chosen_ids.tolist())
+        self._table.offer(chosen_ids)
 
     def _renew(self) -> None:
         """Back to the end of the free queue: the engine's own cold cache goes first."""
@@ -199,7 +200,7 @@ class Lender:
         blocks = [self._pool.blocks[number] for number in sorted(self._offered)]
         self._pool._notify_reuse(blocks)
 
-    def figures(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
         times = sorted(self.recall_seconds)
         return {
             "lent_offered_bytes": float(len(self._offered) * self._lent.block_bytes),

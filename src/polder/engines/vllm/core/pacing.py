@@ -12,16 +12,17 @@ from collections import deque
 from typing import Any
 
 from polder import metrics
+from polder.engines.vllm.core.subsystem import Subsystem
 from polder.planner.pace import StepPace
 
 __all__ = ["Pacing"]
 
 LEAST_TOKENS = 64
-"""Of a chunk: with fewer, a prompt of some thousand tokens would take as long as an answer."""
+"""The smallest chunk: with fewer tokens, a prompt of some thousand tokens would take as long as an answer."""
 
 
-class Pacing:
-    """Listens in on one scheduler and bounds its steps."""
+class Pacing(Subsystem):
+    """Bounds the steps of one scheduler."""
 
     def __init__(self, scheduler: Any, goal_s: float, counters: dict[str, float]) -> None:
         """Counts paced and late steps in `counters`."""
@@ -31,39 +32,32 @@ class Pacing:
         self._steps: deque[tuple[Any, int, int]] = deque(maxlen=16)  # output, tokens that decode, tokens of prompts
         self._output_at: float | None = None
         self._counters = counters
+        self._decoding: list[Any] = []  # in the schedule under way
+        self._stock_tokens = 0
         counters |= metrics.zeros(metrics.PACING)
-        self._watch()
 
-    def _watch(self) -> None:
+    def before_schedule(self) -> None:
         scheduler = self._scheduler
-        schedule, update = scheduler.schedule, scheduler.update_from_output
+        self._stock_tokens = stock = scheduler.max_num_scheduled_tokens
+        self._decoding = [request for request in scheduler.running if not request.is_prefill_chunk]
+        if self._decoding:
+            budget = sum(map(_tokens, self._decoding)) + self._pace.most_prompt_tokens
+            scheduler.max_num_scheduled_tokens = min(stock, budget)
 
-        def paced_schedule(*args: Any, **kwargs: Any) -> Any:
-            stock = scheduler.max_num_scheduled_tokens
-            decoding = [request for request in scheduler.running if not request.is_prefill_chunk]
-            if decoding:
-                budget = sum(map(_tokens, decoding)) + self._pace.most_prompt_tokens
-                scheduler.max_num_scheduled_tokens = min(stock, budget)
-            try:
-                output = schedule(*args, **kwargs)
-            finally:
-                bounded = scheduler.max_num_scheduled_tokens < stock
-                scheduler.max_num_scheduled_tokens = stock
-            tokens = output.num_scheduled_tokens
-            decoded = sum(tokens.get(request.request_id, 0) for request in decoding)
-            prompts = output.total_num_scheduled_tokens - decoded
-            if bounded and prompts:
-                self._counters["paced_steps_total"] += 1
-            self._steps.append((output, decoded, prompts))
-            return output
+    def after_schedule(self, output: Any) -> None:
+        scheduler, stock = self._scheduler, self._stock_tokens
+        bounded = scheduler.max_num_scheduled_tokens < stock
+        scheduler.max_num_scheduled_tokens = stock
+        tokens = output.num_scheduled_tokens
+        decoded = sum(tokens.get(request.request_id, 0) for request in self._decoding)
+        prompts = output.total_num_scheduled_tokens - decoded
+        if bounded and prompts:
+            self._counters["paced_steps_total"] += 1
+        self._steps.append((output, decoded, prompts))
+        self._decoding = []
 
-        def watched_update(output: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = update(output, *args, **kwargs)
-            self._observe(output, time.perf_counter())
-            return outputs
-
-        scheduler.schedule = paced_schedule
-        scheduler.update_from_output = watched_update
+    def after_update(self, output: Any, outputs: Any) -> None:
+        self._observe(output, time.perf_counter())
 
     def _observe(self, output: Any, now: float) -> None:
         before, self._output_at = self._output_at, now

@@ -20,19 +20,24 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.metrics.stats import KV_FETCH_IN_PROGRESS
 from vllm.v1.request import RequestStatus
 
+from polder.engines.vllm.core.subsystem import Subsystem
 from polder.tiers.counters import TierCounters
 
 __all__ = ["Prefetch"]
 
 
-class Prefetch:
-    """Listens in on one scheduler object with a connector: what arrives, and when it schedules."""
+class Prefetch(Subsystem):
+    """Begins the loads of one scheduler that has a connector."""
 
     def __init__(self, scheduler: Any, counters: TierCounters) -> None:
         """Counts its loads in `counters.early_loads`."""
         self._scheduler, self._counters = scheduler, counters
         self._arrived: list[Any] = []
-        plain = not (
+
+    @staticmethod
+    def fits(scheduler: Any) -> bool:
+        """Whether the scheduler has nothing that vLLM's own path treats apart."""
+        return not (
             scheduler.prefix_replay_tokens
             or scheduler.need_mamba_block_aligned_split
             or scheduler.num_lookahead_tokens
@@ -41,26 +46,14 @@ class Prefetch:
             or scheduler.aux_output_connector is not None
             or getattr(scheduler, "defer_async_loads", False)  # since vLLM 0.33
         )
-        if plain:  # without what vLLM's own path treats apart
-            self._watch()
 
-    def _watch(self) -> None:
-        add_request, schedule = self._scheduler.add_request, self._scheduler.schedule
+    def on_arrival(self, request: Any) -> None:
+        self._arrived.append(request)
 
-        def watched_add_request(request: Any) -> None:
-            add_request(request)
-            self._arrived.append(request)
-
-        def watched_schedule(*args: Any, **kwargs: Any) -> Any:
-            if self._arrived and self._scheduler._pause_state == PauseState.UNPAUSED:
-                arrived, self._arrived = self._arrived, []
-                self._look_at(arrived)
-            return schedule(*args, **kwargs)
-
-        self._scheduler.add_request = watched_add_request
-        self._scheduler.schedule = watched_schedule
-
-    def _look_at(self, arrived: list[Any]) -> None:
+    def before_schedule(self) -> None:
+        if not self._arrived or self._scheduler._pause_state != PauseState.UNPAUSED:
+            return
+        arrived, self._arrived = self._arrived, []
         for request in arrived:
             if request.status != RequestStatus.WAITING or request.num_computed_tokens or request.has_encoder_inputs:
                 continue

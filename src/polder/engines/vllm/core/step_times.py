@@ -12,34 +12,32 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from polder.engines.vllm.core.subsystem import Subsystem
+
 __all__ = ["StepTimes"]
 
 MOST_UNDER_WAY = 16
 """Steps; vLLM has two, one more for each stage of a pipeline."""
 
 
-class StepTimes:
-    """Listens in on one scheduler object."""
+class StepTimes(Subsystem):
+    """Of one scheduler."""
 
-    def __init__(self, scheduler: Any, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._under_way: deque[tuple[Any, float, int]] = deque(maxlen=MOST_UNDER_WAY)  # output, scheduled at, tokens
         self._output_at = float("-inf")
         self._ended: deque[tuple[int, float]] = deque(maxlen=MOST_UNDER_WAY)
-        schedule, update = scheduler.schedule, scheduler.update_from_output
+        self._began = 0.0  # the schedule under way
 
-        def timed_schedule(*args: Any, **kwargs: Any) -> Any:
-            began = self._clock()
-            output = schedule(*args, **kwargs)
-            self._under_way.append((output, began, output.total_num_scheduled_tokens))
-            return output
+    def before_schedule(self) -> None:
+        self._began = self._clock()
 
-        def timed_update(output: Any, *args: Any, **kwargs: Any) -> Any:
-            self._end(output, self._clock())
-            return update(output, *args, **kwargs)
+    def after_schedule(self, output: Any) -> None:
+        self._under_way.append((output, self._began, output.total_num_scheduled_tokens))
 
-        scheduler.schedule = timed_schedule
-        scheduler.update_from_output = timed_update
+    def before_update(self, output: Any, runner_output: Any) -> None:
+        self._end(output, self._clock())
 
     def take(self) -> list[tuple[int, float]]:
         """(tokens, seconds) of the steps whose outputs have come since the last call, in order."""

@@ -31,6 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
+from polder.engines.vllm import hooks
 from polder.engines.vllm.core.holders import NewIds
 from polder.engines.vllm.tiers.agreement import SPEC
 from polder.engines.vllm.tiers.manager import TierManager
@@ -129,7 +130,7 @@ class PolderConnector(OffloadingConnector):  # type: ignore[misc]
         self._asked: set[str] = set()
         self._refused: set[str] = set()
         if self.connector_scheduler is not None:
-            self.connector_scheduler.__class__ = TierScheduler
+            hooks.replace(self.connector_scheduler, "__class__", lambda _: TierScheduler)
 
     @property
     def manager(self) -> TierManager:

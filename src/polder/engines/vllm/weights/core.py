@@ -22,7 +22,9 @@ from typing import Any
 from vllm.v1.core.sched.interface import PauseState
 
 from polder import metrics
-from polder.broker.wire import Demand, Grant, Grown, Message, NeedWeights, Pages, Recall, Returned
+from polder.broker.wire import Demand, Grant, Grown, Message, NeedWeights, Pages, Recall, Returned, Welcome
+from polder.engines.vllm import hooks
+from polder.engines.vllm.core.resident import ResidentWeights
 from polder.engines.vllm.plans import Taken, WeightsFound
 from polder.engines.vllm.weights import offloader
 from polder.planner.arrivals import Arrivals
@@ -33,16 +35,16 @@ __all__ = ["CoreWeights"]
 
 logger = logging.getLogger("polder.engine")
 
-STEPS_LOOKED_AT = RECENT_PASSES
+STEPS_KEPT = RECENT_PASSES
 SLOWDOWN = 0.02
 """What streaming may cost: steps may be so much longer, as a part of their time."""
 TOO_SLOW_S = 1.0
 """Steps must have been too short for what is streamed for so long before layers are asked back."""
-FIGURES_EVERY_S = 1.0
+RANK_STATS_EVERY_S = 1.0
 REMIND_S = 1.0
 
 
-class CoreWeights:
+class CoreWeights(ResidentWeights):
     """Lives in the core's thread, between steps. `send`: to the broker."""
 
     def __init__(
@@ -62,21 +64,20 @@ class CoreWeights:
         self._asked_at = 0.0
         self._pause_state = scheduler.pause_state
         self._set_pause_state = scheduler.set_pause_state
-        scheduler.set_pause_state = self._on_pause
+        hooks.replace(scheduler, "set_pause_state", lambda _: self._on_pause)
         # A paused scheduler with requests makes vLLM's loop run a thousand empty steps a second, on the cores of whoever serves
         # meanwhile. Without requests it waits for a message, and one comes with the weights.
-        has_requests = scheduler.has_requests
-        scheduler.has_requests = lambda: has_requests() and (not self.asleep or in_transfer())
+        hooks.replace(scheduler, "has_requests", lambda stock: lambda: stock() and (not self.asleep or in_transfer()))
         self._arrivals = Arrivals()
         self._idle_since = time.monotonic()
-        self._steps: deque[float] = deque(maxlen=STEPS_LOOKED_AT)
+        self._steps: deque[float] = deque(maxlen=STEPS_KEPT)
         self._too_many_since: float | None = None
-        self._figures: dict[str, float] = {}
-        self._figures_at = float("-inf")
+        self._rank_stats: dict[str, float] = {}
+        self._rank_stats_at = float("-inf")
         self._worked = True
-        self._unlooked = True
+        self._steps_unexplained = True
         """The workers were not asked since steps began to run with the segments that there are now."""
-        self._layer_load_s = 0.0  # of the loads since the figures before
+        self._layer_load_s = 0.0  # of the loads since the workers were asked before
         self.counters: dict[str, float] = metrics.zeros(metrics.WEIGHTS)
 
     @property
@@ -109,7 +110,7 @@ class CoreWeights:
         if self.asleep:
             self._want(now)
 
-    def remind(self, now: float) -> None:
+    def on_tick(self, now: float) -> None:
         """Asks again while requests wait: an operator's `sleep` in between has made the broker forget that it was asked."""
         if (
             self.asleep
@@ -120,7 +121,11 @@ class CoreWeights:
             self._asked_at = now
             self._send(NeedWeights())
 
-    def on_step(self, seconds: float, tokens: int, now: float) -> None:
+    def on_step(self, steps: Sequence[tuple[int, float]], now: float) -> None:
+        for tokens, seconds in steps:
+            self._note_step(seconds, tokens, now)
+
+    def _note_step(self, seconds: float, tokens: int, now: float) -> None:
         """A step that computed `tokens` tokens has ended."""
         if tokens:
             self._worked = True
@@ -136,13 +141,14 @@ class CoreWeights:
         elif now - self._too_many_since > TOO_SLOW_S:
             self._want(now)
 
-    def on_welcome(self, pages: Pages, now: float) -> None:
-        """On a new connection: `pages` is how the broker has booked what it was told. What was promised before is void."""
+    def on_welcome(self, message: Welcome, *, new_broker: bool) -> None:
+        """What was promised on the former connection is void."""
+        pages = message.held.weights  # as the broker has booked what Hello said
         for ranks, booked in zip(self._held, self._by_segment(pages), strict=True):
             ranks[:] = [(known, pages) for (known, _), pages in zip(ranks, booked, strict=True)]
         waking, self._waking_since = self._waking_since, None
         if waking is not None:
-            self._want(now)
+            self._want(time.monotonic())
 
     def on_recall(self, message: Recall, generation: int, now: float) -> None:
         count = min(message.units, len(self._held))
@@ -216,18 +222,18 @@ class CoreWeights:
     def stats(self, now: float) -> dict[str, float]:
         """Counters and gauges; asks the workers at most once a second, and only when they have worked: a message keeps
         vLLM's workers spinning for a second."""
-        if self._worked and now - self._figures_at >= FIGURES_EVERY_S:
-            self.look(now)
-        return {**self.counters, "segments": float(len(self._held)), **self._figures}
+        if self._worked and now - self._rank_stats_at >= RANK_STATS_EVERY_S:
+            self._ask_workers(now)
+        return {**self.counters, "segments": float(len(self._held)), **self._rank_stats}
 
-    def look(self, now: float) -> None:
-        """Asks the workers for their figures, and they check the laws."""
+    def _ask_workers(self, now: float) -> None:
+        """Asks the workers for their stats, and they check the laws."""
         ranks: list[dict[str, float]] = self._rpc(offloader.figures)
-        before, self._figures = self._figures, {name: max(rank[name] for rank in ranks) for name in ranks[0]}
-        self._figures_at, self._worked = now, False
-        self._unlooked = not self._steps
+        before, self._rank_stats = self._rank_stats, {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        self._rank_stats_at, self._worked = now, False
+        self._steps_unexplained = not self._steps
         loads, seconds = (
-            self._figures[name] - before.get(name, 0.0)
+            self._rank_stats[name] - before.get(name, 0.0)
             for name in ("weights_loads_total", "weights_copy_seconds_total")
         )
         if loads > 0:
@@ -263,9 +269,9 @@ class CoreWeights:
         Steps that stood still for a load are longer for it: what they waited must not make room for more loads. Workers tell
         how long that was when they are asked; until then, after a change, nothing is known.
         """
-        if not self._steps or self._unlooked:
+        if not self._steps or self._steps_unexplained:
             return None
-        return max(0.0, min(self._steps) - self._figures.get("weights_pass_stall_seconds", 0.0))
+        return max(0.0, min(self._steps) - self._rank_stats.get("weights_pass_stall_seconds", 0.0))
 
     def _slots(self, count: int) -> int:
         """Slots of the rotation that is left when `count` more are given up: whichever is expected to be faster; 0: impossible."""
@@ -302,7 +308,7 @@ class CoreWeights:
 
     def _forget_steps(self) -> None:
         self._steps.clear()
-        self._unlooked = True
+        self._steps_unexplained = True
 
     def _forget(self, given_up: Sequence[tuple[int, ...]]) -> list[list[int]]:
         """Takes one segment a rank, by the workers' numbers, from what is held. Returns it in the broker's.

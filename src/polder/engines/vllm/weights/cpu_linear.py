@@ -14,10 +14,12 @@ The last two add up in another order than stock, so logits differ in their last 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
+from polder.engines.vllm import hooks
 from polder.engines.vllm.weights import onednn
 from polder.memory.cores import usable_cores
 
@@ -32,15 +34,17 @@ def install(belongs: Callable[[Any], bool]) -> None:
     """Replaces vLLM's dispatch for layers that `belongs` says yes to. Once a process."""
     import vllm.model_executor.layers.utils as utils
 
-    stock = utils.dispatch_cpu_unquantized_gemm
+    def wrap(stock: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
+        @functools.wraps(stock)
+        def dispatch(layer: Any, remove_weight: bool) -> None:
+            if belongs(layer) and layer.weight.ndim == 2 and not layer.weight.is_meta:
+                _keep_as_tensor(layer, utils.check_cpu_sgl_kernel)
+            else:
+                stock(layer, remove_weight)
 
-    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
-        if belongs(layer) and layer.weight.ndim == 2 and not layer.weight.is_meta:
-            _keep_as_tensor(layer, utils.check_cpu_sgl_kernel)
-        else:
-            stock(layer, remove_weight)
+        return dispatch
 
-    utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+    hooks.replace(utils, "dispatch_cpu_unquantized_gemm", wrap)
 
 
 def copy_share() -> float:

@@ -30,6 +30,7 @@ from vllm.model_executor.offloader.base import BaseOffloader
 
 from polder.broker.client import status
 from polder.emulation.factory import Emulation
+from polder.engines.vllm import hooks
 from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
 from polder.engines.vllm.process import here, present
 from polder.engines.vllm.rank.memory import WorkerMemory
@@ -176,7 +177,10 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
             self._private = []
 
     def _hook(self, index: int, module: torch.nn.Module) -> None:
-        original = module.forward
+        hooks.replace(module, "forward", functools.partial(self._around, index))
+
+    def _around(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's forward, which waits for the layer's weights first."""
         place = list(inspect.signature(original).parameters).index("hidden_states")
 
         def compiled_forward(*args: Any, **kwargs: Any) -> Any:
@@ -196,7 +200,7 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
 
         if self._compiled:
             import vllm.model_executor.offloader.prefetch_ops  # noqa: F401  registers the two ops
-        module.forward = compiled_forward if self._compiled else eager_forward
+        return compiled_forward if self._compiled else eager_forward
 
 
 def _own_bytes(part: torch.nn.Module) -> int:

@@ -1,11 +1,11 @@
 """The engine core's side of the window: opened for a request that would not fit, closed when nobody needs it.
 
-All units are regular at first. A request that the regular blocks could not hold even alone makes as few of them carriers as give
+All units are regular at first. A request that the regular blocks could not hold even alone makes as few of them donors as give
 it room (window/regions.py). Its windowed blocks are the ones that it gets last. Between steps:
 
-    open         blocks leave the carriers, as in a shrink -> workers put their pages under windowed units -> these ids are offered
+    open         blocks leave the donors, as in a shrink -> workers put their pages under windowed units -> these ids are offered
     bring home   a decoding request's windowed blocks become regular ones as soon as so many are free: its steps cost no copies
-    close        windowed units without a busy block leave queue and hashes -> workers put the pages back -> carriers are offered
+    close        windowed units without a busy block leave queue and hashes -> workers put the pages back -> donors are offered
 
 It stays open while memory is ample, since windowed blocks may hold a prefix that comes again. It is closed when requests wait that
 need no window, and when the broker wants memory.
@@ -25,6 +25,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from polder import metrics
 from polder.engines.vllm.core.blocks import BlockUnits
 from polder.engines.vllm.core.holders import NewIds
+from polder.engines.vllm.core.subsystem import Subsystem
+from polder.engines.vllm.core.transfers import Transfers
 from polder.engines.vllm.rank import calls
 from polder.engines.vllm.window import runner as window_runner
 from polder.engines.vllm.window import worker as window_worker
@@ -42,13 +44,13 @@ RETRY_S = 5.0
 HOME_EVERY_S = 0.5
 STEPS_UNDER_WAY = 4
 """At most."""
-WAITING_LOOKED_AT = 64
+MOST_WAITING = 64
 MOST_TRIES = 3
 """A request whose blocks were lost so often, without a token in between, fails. With async scheduling twice as often: the
 core can hear of one loss twice, since the next step is launched by then and goes on from it."""
 
 
-class CoreWindow:
+class CoreWindow(Subsystem):
     """One engine's. Its methods run between two steps, in the core's thread."""
 
     def __init__(
@@ -58,18 +60,17 @@ class CoreWindow:
         agreement: WindowAgreement,
         rpc: Callable[..., list[Any]],
         ceiling_units: int,
+        transfers: Transfers,
     ) -> None:
         """Opens the store in all workers. Raises ConfigError when one of them cannot."""
         self._scheduler, self._blocks, self._rpc = scheduler, blocks, rpc
         self._shape, self._block_tokens = agreement.shape, agreement.block_tokens
-        self._ceiling = ceiling_units
-        self.carriers: dict[int, list[int]] = {}
-        """Unit that lent its pages -> windowed units that have them."""
+        self._ceiling, self._transfers = ceiling_units, transfers
         first = blocks.virtual_units
         self._unused = list(range(first + self._shape.store_units - 1, first - 1, -1))
         self._wanted_since: float | None = None
         self._refused_until = float("-inf")
-        self._looked_home_at = float("-inf")
+        self._brought_home_at = float("-inf")
         self._most_tries = MOST_TRIES * (2 if isinstance(scheduler, AsyncScheduler) else 1)
         self._tries: dict[str, tuple[int, int]] = {}
         """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
@@ -79,68 +80,74 @@ class CoreWindow:
         they were."""
         self._failed: list[Any] = []
         """Requests that have ended with an error, and whose clients were not told yet."""
-        self._figures: dict[str, float] = {}
+        self._rank_stats: dict[str, float] = {}
         self._worked = True
         self.counters = metrics.zeros(metrics.WINDOW)
         for error in rpc(window_worker.install):
             if error:
                 raise ConfigError(f"the window's store: {error}")
-        self._watch_outputs()
         blocks.holders.register(self._renumber)
 
-    @property
-    def held_units(self) -> int:
-        return len(self._blocks.mapped) + len(self.carriers)
+    def between_steps(self, now: float) -> None:
+        """Opens, closes, brings home: only while no transfer of the tiers reads or writes a block that may have to move."""
+        if self._transfers.busy:
+            if self.pressing():
+                self._transfers.hold()
+            return
+        self.tick(now)
+        self._transfers.resume()
+
+    def before_shrink(self) -> None:
+        self.close_idle()
 
     def pressing(self) -> bool:
         """Whether a request has no room without more windowed units."""
         return self._wanted_units() > len(self._blocks.mapped) + len(self._blocks.windowed)
 
-    def look(self, now: float) -> None:
+    def tick(self, now: float) -> None:
         """Opens, closes, brings home, as the requests of this moment need it. To be called between steps; mostly does nothing."""
         wanted = self._wanted_units()
         if wanted > len(self._blocks.mapped) + len(self._blocks.windowed):
             self._open(wanted, now)
         else:
             self._wanted_since = None
-        if self.carriers:
+        if self._blocks.donors:
             self._worked = True
             self._bring_home(now)
-            if wanted <= self.held_units and self._pressed():
+            if wanted <= self._blocks.held_units and self._pressed():
                 self.close_idle()
 
     def close_idle(self) -> None:
         """Carriers whose windowed units hold no busy block become regular again; what these have cached is lost."""
         idle = set(self._blocks.idle_windowed())
-        carriers = [carrier for carrier, units in self.carriers.items() if idle.issuperset(units)]
-        if not carriers:
+        donors = [unit for unit, units in self._blocks.donors.items() if idle.issuperset(units)]
+        if not donors:
             return
-        units = [unit for carrier in carriers for unit in self.carriers.pop(carrier)]
-        self._blocks.carriers = set(self.carriers)
+        units = [unit for donor in donors for unit in self._blocks.donors.pop(donor)]
         self._blocks.close(units)
-        self._rpc(window_worker.close_units, carriers)
+        self._rpc(window_worker.close_units, donors)
         self._unused += units
-        self._blocks.offer(carriers)
+        self._blocks.offer(donors)
         self.counters["window_closes_total"] += 1
-        logger.info("window: %d units are regular again", len(carriers))
+        logger.info("window: %d units are regular again", len(donors))
 
-    def stats(self) -> dict[str, float]:
+    def stats(self, now: float) -> dict[str, float]:
         """Counters and gauges; asks the workers only if they may have news, for a message keeps them spinning for a second."""
         if self._worked:
             ranks: list[dict[str, float]] = self._rpc(window_worker.figures)
-            self._figures = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+            self._rank_stats = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
             self._worked = False
         return {
             **self.counters,
-            **self._figures,
-            "window_carriers": float(len(self.carriers)),
+            **self._rank_stats,
+            "window_carriers": float(len(self._blocks.donors)),
             "window_units": float(len(self._blocks.windowed)),
         }
 
     # ------------------------------------------------------------------ inside
 
     def _wanted_units(self) -> int:
-        """Of the request that needs most by itself, with one to spare so that a carrier can be emptied while there is room."""
+        """Of the request that needs most by itself, with one to spare so that a donor can be emptied while there is room."""
         scheduler = self._scheduler
         # Those that wait with blocks have a part of their KV from a tier: they need the rest, and nobody is preempted for it.
         requests = [*scheduler.running, *scheduler.kv_holding_waiting, *islice(scheduler.waiting, 1)]
@@ -153,49 +160,48 @@ class CoreWindow:
     def _open(self, wanted: int, now: float) -> None:
         if now < self._refused_until:
             return
-        if self.held_units < self._ceiling:
+        if self._blocks.held_units < self._ceiling:
             self._wanted_since = now if self._wanted_since is None else self._wanted_since
             if now - self._wanted_since < GRACE_S:
                 return
-        enough = self._shape.carriers_for(self.held_units, wanted)
+        enough = self._shape.carriers_for(self._blocks.held_units, wanted)
         if enough is None:  # one to spare is a wish
-            enough = self._shape.carriers_for(self.held_units, wanted - 1)
-        if enough is None or enough <= len(self.carriers):
+            enough = self._shape.carriers_for(self._blocks.held_units, wanted - 1)
+        if enough is None or enough <= len(self._blocks.donors):
             return
-        done = self._blocks.shrink(enough - len(self.carriers), 1)
-        carriers, plan = done.plan.units.tolist(), done.plan
-        if not carriers:
+        done = self._blocks.shrink(enough - len(self._blocks.donors), 1)
+        donors, plan = done.plan.units.tolist(), done.plan
+        if not donors:
             return
         each = self._shape.units_of_carrier
-        units = [self._unused.pop() for _ in range(min(len(carriers) * each, len(self._unused)))]
+        units = [self._unused.pop() for _ in range(min(len(donors) * each, len(self._unused)))]
         moves = plan.sources.tolist(), plan.targets.tolist()
-        errors = [o.error for o in self._rpc(window_worker.open_units, carriers, units, *moves) if o.error]
+        errors = [o.error for o in self._rpc(window_worker.open_units, donors, units, *moves) if o.error]
         if errors:
             logger.warning("window: cannot be opened: %s", errors[0])
-            self._rpc(window_worker.close_units, carriers)  # of ranks that could
+            self._rpc(window_worker.close_units, donors)  # of ranks that could
             self._unused += units
-            self._blocks.offer(carriers)
+            self._blocks.offer(donors)
             self._refused_until = now + RETRY_S
             return
-        for at, carrier in enumerate(carriers):
-            self.carriers[carrier] = units[at * each : (at + 1) * each]
-        self._blocks.carriers = set(self.carriers)
+        for at, donor in enumerate(donors):
+            self._blocks.donors[donor] = units[at * each : (at + 1) * each]
         self._blocks.open(units)
         self.counters["window_opens_total"] += 1
-        logger.info("window: %d units carry %d now", len(self.carriers), len(self._blocks.windowed))
+        logger.info("window: %d units carry %d now", len(self._blocks.donors), len(self._blocks.windowed))
 
     def _pressed(self) -> bool:
         """Whether requests hold windowed blocks, or would have to."""
         if len(self._blocks.idle_windowed()) < len(self._blocks.windowed):
             return True
-        waiting = islice(self._scheduler.waiting, WAITING_LOOKED_AT)
+        waiting = islice(self._scheduler.waiting, MOST_WAITING)
         wanted = sum(-(-(request.num_tokens + 1) // self._block_tokens) for request in waiting)
         return bool(wanted > self._blocks.free_regular)
 
     def _bring_home(self, now: float) -> None:
-        if now - self._looked_home_at < HOME_EVERY_S:
+        if now - self._brought_home_at < HOME_EVERY_S:
             return
-        self._looked_home_at = now
+        self._brought_home_at = now
         for request in self._scheduler.running:
             if request.is_prefill_chunk:
                 continue
@@ -212,23 +218,18 @@ class CoreWindow:
 
     # ------------------------------------------------------------------ lost blocks
 
-    def _watch_outputs(self) -> None:
-        scheduler = self._scheduler
-        update = scheduler.update_from_output
+    def before_update(self, output: Any, runner_output: Any) -> None:
+        """Drops the blocks that the step has lost."""
+        lost = set(getattr(runner_output, window_runner.DOUBTFUL, ()))
+        moved = {after for _, moves in self._moved for before, after in moves.items() if before in lost}
+        if lost:
+            self._drop(lost | moved)
+        self._updates += 1
+        self._moved = [entry for entry in self._moved if self._updates - entry[0] < STEPS_UNDER_WAY]
 
-        def watched_update(scheduler_output: Any, model_runner_output: Any) -> Any:
-            doubtful = set(getattr(model_runner_output, window_runner.DOUBTFUL, ()))
-            moved = {after for _, moves in self._moved for before, after in moves.items() if before in doubtful}
-            if doubtful:
-                self._drop(doubtful | moved)
-            self._updates += 1
-            self._moved = [entry for entry in self._moved if self._updates - entry[0] < STEPS_UNDER_WAY]
-            outputs = update(scheduler_output, model_runner_output)
-            if self._failed:
-                self._tell(outputs)
-            return outputs
-
-        scheduler.update_from_output = watched_update
+    def after_update(self, output: Any, outputs: Any) -> None:
+        if self._failed:
+            self._tell(outputs)
 
     def _renumber(self, new: NewIds) -> None:
         """Blocks have moved: home, or out of a unit that was given up."""
@@ -238,7 +239,7 @@ class CoreWindow:
         changed = np.flatnonzero(new != np.arange(len(new))).tolist()
         self._moved.append((self._updates, {old: int(new[old]) for old in changed if new[old]}))
 
-    def _drop(self, doubtful: set[int]) -> None:
+    def _drop(self, lost: set[int]) -> None:
         """Requests with such a block start over, or fail, and the prefix cache forgets all of theirs."""
         from vllm.v1.request import RequestStatus
 
@@ -247,7 +248,7 @@ class CoreWindow:
         # Those that wait with blocks may have hit some that a running request was only about to compute.
         for request in [*scheduler.running, *scheduler.kv_holding_waiting]:
             ids = {block for group in manager.get_block_ids(request.request_id) for block in group}
-            if not ids & doubtful:
+            if not ids & lost:
                 continue
             manager.evict_blocks(ids)
             self.counters["window_lost_total"] += 1
@@ -255,13 +256,13 @@ class CoreWindow:
                 in_step.add(request.request_id)
             if not self._start_over(request):
                 failing.add(request.request_id)
-        manager.evict_blocks(doubtful)
+        manager.evict_blocks(lost)
         if in_step:
             self._rpc(calls.forget_outputs, sorted(in_step))
         if failing:
             logger.error("window: requests %s lost their KV and cannot start over: they fail", sorted(failing))
             self._failed += scheduler.finish_requests(failing, RequestStatus.FINISHED_ERROR)
-        self._tries = {name: lost for name, lost in self._tries.items() if name in scheduler.requests}
+        self._tries = {name: tries for name, tries in self._tries.items() if name in scheduler.requests}
 
     def _start_over(self, request: Any) -> bool:
         """Takes a request's blocks from it, so that it looks for a prefix again. False: it must fail."""

@@ -15,11 +15,13 @@ Neither is called for a warm-up, which reads and writes the null block.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from polder.engines.vllm import hooks
 from polder.memory.page import Indices
 
 if TYPE_CHECKING:
@@ -40,15 +42,17 @@ class BlockRows:
         """`tables`: the runner's BlockTables, before it has requests. Watches its `append_block_ids`."""
         rows, width = tables.block_tables[0].gpu.shape
         self.rows: NDArray[np.int32] = np.zeros((rows, width), np.int32)
-        append = tables.append_block_ids
 
-        @functools.wraps(append)
-        def append_here_too(req_index: int, new_block_ids: Any, overwrite: bool) -> None:
-            start = 0 if overwrite else int(tables.num_blocks.np[0, req_index])
-            append(req_index, new_block_ids, overwrite)
-            self.rows[req_index, start : start + len(new_block_ids[0])] = new_block_ids[0]
+        def wrap(stock: Callable[..., None]) -> Callable[..., None]:
+            @functools.wraps(stock)
+            def append_here_too(req_index: int, new_block_ids: Any, overwrite: bool) -> None:
+                start = 0 if overwrite else int(tables.num_blocks.np[0, req_index])
+                stock(req_index, new_block_ids, overwrite)
+                self.rows[req_index, start : start + len(new_block_ids[0])] = new_block_ids[0]
 
-        tables.append_block_ids = append_here_too
+            return append_here_too
+
+        hooks.replace(tables, "append_block_ids", wrap)
 
     def renumber(self, new: Indices) -> None:
         """The block `old` is `new[old]` from now on. Rows of slots without a request may change as well."""
@@ -86,58 +90,64 @@ def hook_runner(window: WorkerWindow, runner: Any) -> None:
 
 
 def _hook_v1(window: WorkerWindow, runner: Any) -> None:
-    model_forward = runner._model_forward
+    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def begin_and_forward(*args: Any, **kwargs: Any) -> Any:
+            batch = runner.input_batch
+            count = batch.num_reqs
+            window.begin(
+                batch.block_table[0].get_numpy_array()[:count],
+                batch.num_computed_tokens_cpu[:count],
+                runner.optimistic_seq_lens_cpu.numpy()[:count],
+            )
+            return stock(*args, **kwargs)
 
-    @functools.wraps(model_forward)
-    def begin_and_forward(*args: Any, **kwargs: Any) -> Any:
-        batch = runner.input_batch
-        count = batch.num_reqs
-        window.begin(
-            batch.block_table[0].get_numpy_array()[:count],
-            batch.num_computed_tokens_cpu[:count],
-            runner.optimistic_seq_lens_cpu.numpy()[:count],
-        )
-        return model_forward(*args, **kwargs)
+        return begin_and_forward
 
-    runner._model_forward = begin_and_forward
+    hooks.replace(runner, "_model_forward", wrap)
 
 
 def _hook_v2(window: WorkerWindow, runner: Any) -> None:
     copy = BlockRows(runner.block_tables)
     setattr(runner, ROWS, copy)
-    prepare = runner.prepare_attn
 
-    @functools.wraps(prepare)
-    def prepare_and_begin(input_batch: Any) -> Any:
-        count, done = input_batch.num_reqs, input_batch.num_computed_tokens_np
-        window.begin(
-            copy.rows[input_batch.idx_mapping_np[:count]],
-            done[:count],
-            done[:count] + input_batch.num_scheduled_tokens[:count],
-        )
-        return prepare(input_batch)
+    def wrap(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @functools.wraps(stock)
+        def prepare_and_begin(input_batch: Any) -> Any:
+            count, done = input_batch.num_reqs, input_batch.num_computed_tokens_np
+            window.begin(
+                copy.rows[input_batch.idx_mapping_np[:count]],
+                done[:count],
+                done[:count] + input_batch.num_scheduled_tokens[:count],
+            )
+            return stock(input_batch)
 
-    runner.prepare_attn = prepare_and_begin
+        return prepare_and_begin
+
+    hooks.replace(runner, "prepare_attn", wrap)
 
 
 def _hook_sampling(window: WorkerWindow, runner: Any) -> None:
     from vllm.distributed.parallel_state import get_tp_group
 
-    sample, ranks = runner.sample_tokens, get_tp_group()
+    ranks = get_tp_group()
 
-    @functools.wraps(sample)
-    def sample_and_tell(*args: Any, **kwargs: Any) -> Any:
-        output = sample(*args, **kwargs)
-        compared = window.opened
-        doubtful = window.take_doubtful()
-        if compared and ranks.world_size > 1:
-            doubtful = _of_all_ranks(doubtful, ranks)
-        window.end_step(doubtful)
-        if doubtful and not ranks.rank_in_group and not _tell(output, doubtful):
-            window.doubtful = doubtful  # told with the next output
-        return output
+    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def sample_and_tell(*args: Any, **kwargs: Any) -> Any:
+            output = stock(*args, **kwargs)
+            compared = window.opened
+            doubtful = window.take_doubtful()
+            if compared and ranks.world_size > 1:
+                doubtful = _of_all_ranks(doubtful, ranks)
+            window.end_step(doubtful)
+            if doubtful and not ranks.rank_in_group and not _tell(output, doubtful):
+                window.doubtful = doubtful  # told with the next output
+            return output
 
-    runner.sample_tokens = sample_and_tell
+        return sample_and_tell
+
+    hooks.replace(runner, "sample_tokens", wrap)
 
 
 def _tell(output: Any, doubtful: list[int]) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polder.emulation.factory import Emulation
+from polder.engines.vllm import hooks
 from polder.engines.vllm.plans import Outcome, WindowPlan
 from polder.engines.vllm.process import here, present
 from polder.engines.vllm.rank import calls
@@ -332,16 +333,17 @@ def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
 
         return update_when_there
 
+    def around(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def forward_and_store(*args: Any, **kwargs: Any) -> Any:
+            window.before(layer)  # where the update is part of it; else nothing is left to wait for
+            output = forward(*args, **kwargs)
+            window.after(layer)
+            return output
+
+        return forward_and_store
+
     for name in UPDATES:
         if hasattr(impl, name):
-            setattr(impl, name, when_there(getattr(impl, name)))
-    forward = impl.forward
-
-    @functools.wraps(forward)
-    def forward_and_store(*args: Any, **kwargs: Any) -> Any:
-        window.before(layer)  # where the update is part of it; else nothing is left to wait for
-        output = forward(*args, **kwargs)
-        window.after(layer)
-        return output
-
-    impl.forward = forward_and_store
+            hooks.replace(impl, name, when_there)
+    hooks.replace(impl, "forward", around)
