@@ -12,6 +12,7 @@ from pathlib import Path
 
 from polder import metrics
 from polder.broker.config import BROKER_SETTINGS
+from polder.engines.vllm import hooks
 from polder.engines.vllm.settings import engine_settings
 from polder.metrics import Metric
 from polder.serve.schema import MemoryTable, ModelTable, ServerTable
@@ -65,6 +66,7 @@ _ENGINE: dict[str, Callable[[Setting], str]] = {
 }
 _BROKER: dict[str, Callable[[Setting], str]] = {"option": lambda given: given.option} | _KEY
 PARTS: dict[str, Callable[[], str]] = {
+    "taps": hooks.table,
     "engine-settings": lambda: _settings(engine_settings(), _ENGINE),
     "server-settings": lambda: _settings(declared(ServerTable), _KEY),
     "memory-settings": lambda: _settings(declared(MemoryTable), _KEY),

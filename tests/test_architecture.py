@@ -133,3 +133,80 @@ def test_suites_of_benches_never_import_each_other() -> None:
         if name.startswith("polder.bench.suites."):
             others = {other for other in imports(path) if other.startswith("polder.bench.suites.")}
             assert others <= shared, name
+
+
+# ---------------------------------------------------------------- engines/vllm
+
+ENGINE = SOURCE / "engines" / "vllm"
+PATCHES_ELSEWHERE = {
+    "weights/cpu_linear.py": "a layer's `cpu_linear` is the field that vLLM's own dispatch fills with a function",
+}
+"""Files that set a function on an object of vLLM's without hooks.replace, and why they may."""
+
+
+def engine_trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(ENGINE.rglob("*.py")):
+        yield path.relative_to(ENGINE).as_posix(), ast.parse(path.read_text())
+
+
+def test_no_function_assigns_to_a_module() -> None:
+    for name, path in modules():
+        assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Global)], name
+
+
+def test_what_a_process_of_an_engine_holds_is_in_one_object() -> None:
+    """No module of engines/vllm but process.py begins with an empty container or with None, to be filled later."""
+    for name, tree in engine_trees():
+        for node in tree.body:
+            value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+            empty = value is not None and ast.unparse(value) in ("[]", "{}", "set()", "dict()", "list()", "None")
+            assert not empty or name == "process.py", f"{name}: {ast.unparse(node)}"
+
+
+def targets(node: ast.AST) -> Iterator[ast.Attribute]:
+    found = node.targets if isinstance(node, ast.Assign) else []
+    for target in found:
+        for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+            if isinstance(part, ast.Attribute) and not (isinstance(part.value, ast.Name) and part.value.id == "self"):
+                yield part
+
+
+def test_only_hooks_replace_functions_of_vllm() -> None:
+    from polder.engines.vllm.hooks import TAPS
+
+    tapped = {tap.name.split(".")[-1] for tap in TAPS}
+    for name, tree in engine_trees():
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for node in ast.walk(tree):
+            for target in targets(node):
+                assert isinstance(node, ast.Assign)
+                value = node.value
+                called = isinstance(value, ast.Lambda) or (isinstance(value, ast.Name) and value.id in functions)
+                wrong = target.attr in tapped or (called and name not in PATCHES_ELSEWHERE)
+                assert not wrong, f"{name}:{node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def test_every_tap_is_a_seam_and_has_its_wrapper() -> None:
+    from polder.engines.vllm.compat import SEAMS
+    from polder.engines.vllm.hooks import TAPS
+
+    functions = {name: {n.name for n in tree.body if isinstance(n, ast.FunctionDef)} for name, tree in engine_trees()}
+    seams = {(module, name) for module, name, _ in SEAMS}
+    without = {tap.name for tap in TAPS if (tap.module, tap.name) not in seams}
+    assert without == NO_SEAMS
+    for tap in TAPS:
+        file = f"{tap.asked_by.replace('.', '/')}.py"
+        assert tap.wrap in functions[file] if tap.wrap else "hooks.replace(" in (ENGINE / file).read_text(), tap.name
+
+
+NO_SEAMS = {
+    "BlockPool.free_block_queue",  # an attribute: compat has the methods of its class that Polder calls
+    "OffloadingConnector.connector_scheduler.__class__",  # an attribute: compat has the methods that TierScheduler overrides
+    "Module.forward",  # torch's
+    # Not every backend has these; they take any arguments, and pass them on.
+    "AttentionImpl.do_kv_cache_update",
+    "AttentionImpl.do_rope_and_kv_cache_update",
+    "AttentionImpl.do_qk_norm_rope_kvcache_update",
+    "AttentionImpl.do_qk_norm_mrope_kvcache_update",
+}
+"""Taps that compat.check_seams does not look at."""

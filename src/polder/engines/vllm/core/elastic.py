@@ -6,7 +6,6 @@ Everything runs in the core's own thread: `on_wake` when the link has something 
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from polder import metrics
-from polder.broker.client import fetch_table
 from polder.broker.wire import (
-    FetchTable,
     Grant,
     Grown,
     Held,
@@ -28,10 +25,8 @@ from polder.broker.wire import (
 )
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.demand import DemandReports
-from polder.engines.vllm.core.lender import Lender
-from polder.engines.vllm.core.lending import Lending
+from polder.engines.vllm.core.lending import Lending, open_lending
 from polder.engines.vllm.core.link import BrokerLink, Down, Tick, Up
-from polder.engines.vllm.core.own_table import OwnTable
 from polder.engines.vllm.core.pacing import Pacing
 from polder.engines.vllm.core.prefetch import Prefetch
 from polder.engines.vllm.core.resident import ResidentWeights
@@ -45,7 +40,6 @@ from polder.engines.vllm.start.negotiate import Agreement
 from polder.engines.vllm.weights.core import CoreWeights
 from polder.engines.vllm.window.core import CoreWindow
 from polder.engines.vllm.window.goal import keep_goal
-from polder.tiers.reach import ASK_TIMEOUT_S
 
 __all__ = ["ElasticCore"]
 
@@ -148,24 +142,14 @@ class ElasticCore:
         return window
 
     def _open_lending(self, agreement: Agreement, wake: Callable[[], None]) -> Lending:
-        pool, ranks = self._scheduler.kv_cache_manager.block_pool, len(self._hello.devices)
-        lender = Lender(
-            pool,
-            self.blocks.holders,
-            agreement.geometry,
-            ranks,
-            agreement.lend_bytes,
-            before_offer=self._before_offer,
-        )
-        question = FetchTable(engine=self._hello.engine, lender=self._hello.engine)
-        fetch = functools.partial(fetch_table, agreement.socket, question, timeout_s=ASK_TIMEOUT_S)
-        return Lending(
-            lender,
-            OwnTable(fetch, wake),
+        return open_lending(
+            self._scheduler,
             self.blocks,
+            agreement,
+            wake,
+            workers=self._core.model_executor,
             pages=lambda: self._resizing.pages,
             useful_units=self._demand.useful_units,
-            zero=self._zero,
         )
 
     # ------------------------------------------------------------------ events, all in the core's thread
@@ -298,25 +282,6 @@ class ElasticCore:
         for part in self._subsystems:
             part.on_tick(now)
         self._demand.report(now)
-
-    def _before_offer(self, blocks: list[int]) -> None:
-        """Free blocks are about to get others' bytes: returns when no step reads or writes them any more.
-
-        A step under way may still write a block of a request that has ended. And behind a sliding window a kernel may load a block
-        that no request has, together with one that it reads; what it loads is multiplied by zero, which makes NaN of NaN.
-        """
-        from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-        groups = self._scheduler.kv_cache_config.kv_cache_groups
-        if not all(isinstance(group.kv_cache_spec, FullAttentionSpec) for group in groups):
-            self._rpc(calls.forget_blocks, blocks)
-        elif self._scheduler.vllm_config.max_concurrent_batches > 1:
-            self._rpc(calls.await_steps)
-
-    def _zero(self, blocks: list[int]) -> None:
-        # Not awaited: workers do it between the step before and this one. `new_block_ids_to_zero` would be vLLM's way, but
-        # most of its runners are not ready for it, or pass some layers over.
-        self._core.model_executor.collective_rpc(calls.zero_blocks, args=(blocks,), non_block=True)
 
     def _rpc(self, function: Any, *args: Any) -> list[Any]:
         answers: list[Any] = self._core.model_executor.collective_rpc(function, args=args)

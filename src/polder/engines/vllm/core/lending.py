@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from polder.broker.wire import Neighbours, Welcome
+from polder.broker.client import fetch_table
+from polder.broker.wire import FetchTable, Neighbours, Welcome
 from polder.engines.vllm.core.blocks import BlockUnits
 from polder.engines.vllm.core.lender import Lender
 from polder.engines.vllm.core.own_table import OwnTable
 from polder.engines.vllm.core.subsystem import Subsystem, UnitPages
+from polder.engines.vllm.rank import calls
+from polder.engines.vllm.start.negotiate import Agreement
+from polder.tiers.reach import ASK_TIMEOUT_S
 
-__all__ = ["Lending"]
+__all__ = ["Lending", "open_lending"]
 
 
 class Lending(Subsystem):
@@ -72,3 +77,48 @@ class Lending(Subsystem):
     def close(self) -> None:
         self._own_table.close()
         self._lender.close()
+
+
+def open_lending(
+    scheduler: Any,
+    blocks: BlockUnits,
+    agreement: Agreement,
+    wake: Callable[[], None],
+    *,
+    workers: Any,
+    pages: Callable[[], UnitPages],
+    useful_units: Callable[[float], int],
+) -> Lending:
+    """Lending as the engine's settings want it. `workers`: vLLM's executor. For the others see Lending and OwnTable."""
+
+    def before_offer(free: list[int]) -> None:
+        """Free blocks are about to get others' bytes: returns when no step reads or writes them any more.
+
+        A step under way may still write a block of a request that has ended. And behind a sliding window a kernel may load a block
+        that no request has, together with one that it reads; what it loads is multiplied by zero, which makes NaN of NaN.
+        """
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        if not all(isinstance(group.kv_cache_spec, FullAttentionSpec) for group in groups):
+            workers.collective_rpc(calls.forget_blocks, args=(free,))
+        elif scheduler.vllm_config.max_concurrent_batches > 1:
+            workers.collective_rpc(calls.await_steps)
+
+    def zero(dirty: list[int]) -> None:
+        # Not awaited: workers do it between the step before and this one. `new_block_ids_to_zero` would be vLLM's way, but
+        # most of its runners are not ready for it, or pass some layers over.
+        workers.collective_rpc(calls.zero_blocks, args=(dirty,), non_block=True)
+
+    name, devices = agreement.hello.engine, agreement.hello.devices
+    lender = Lender(
+        scheduler.kv_cache_manager.block_pool,
+        blocks.holders,
+        agreement.geometry,
+        len(devices),
+        agreement.lend_bytes,
+        before_offer=before_offer,
+    )
+    question = FetchTable(engine=name, lender=name)
+    own_table = OwnTable(functools.partial(fetch_table, agreement.socket, question, timeout_s=ASK_TIMEOUT_S), wake)
+    return Lending(lender, own_table, blocks, pages=pages, useful_units=useful_units, zero=zero)
