@@ -20,8 +20,8 @@ from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.gpu.block_table import BlockTables
 
 from polder.engines.vllm.rank import block_tables
-from polder.engines.vllm.window import runner as window_runner
-from polder.engines.vllm.window.runner import DOUBTFUL, BlockRows, blocks_of_step, hook_runner
+from polder.engines.vllm.rank.block_rows import BlockRows, block_rows
+from polder.engines.vllm.window.runner import DOUBTFUL, blocks_of_step, hook_runner
 
 TOKENS = 16
 REQUESTS, WIDTH = 4, 12
@@ -207,4 +207,4 @@ def test_blocks_in_doubt_wait_for_an_output_that_names_requests(empty: Any) -> N
 
 
 def test_a_runner_without_a_copy_has_none() -> None:
-    assert window_runner.block_rows(v1_runner()) is None
+    assert block_rows(v1_runner()) is None

@@ -127,7 +127,7 @@ SEAMS: tuple[Seam, ...] = (
         "Scheduler._preempt_request",
         ("self", "request", "timestamp", "drop_stale_output"),
     ),
-    # Of whoever keeps block ids (holders.py, block_tables.py), and of blocks that are freed late.
+    # What holders.py and block_tables.py need, since vLLM keeps block ids there, and blocks that are freed late.
     (
         "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler",
         "RequestOffloadState.update_block_id_groups",
@@ -140,7 +140,7 @@ SEAMS: tuple[Seam, ...] = (
         ("self", "req_index", "new_block_ids", "overwrite"),
     ),
     ("vllm.v1.worker.gpu.buffer_utils", "StagedWriteTensor.apply_write", ("self",)),
-    # Of the window; all of these modules are imported by those above.
+    # What the window needs; all of these modules are imported by those above.
     ("vllm.v1.core.sched.scheduler", "Scheduler._free_request_blocks", ("self", "request")),
     ("vllm.v1.core.sched.scheduler", "Scheduler._update_waiting_for_remote_kv", ("self", "request")),
     ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),

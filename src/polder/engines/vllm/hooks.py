@@ -151,7 +151,7 @@ TAPS: tuple[Tap, ...] = (
     _rank(_V1, "GPUModelRunner._model_forward", "window.runner", "a window: its pass begins with the forward"),
     _rank(_V2, "GPUModelRunner.prepare_attn", "window.runner", "a window: its pass begins with the forward"),
     _rank(
-        *("vllm.v1.worker.gpu.block_table", "BlockTables.append_block_ids", "window.runner"),
+        *("vllm.v1.worker.gpu.block_table", "BlockTables.append_block_ids", "rank.block_rows"),
         "a window: a copy of the block table on the host",
     ),
     _rank(_V1, "GPUModelRunner.sample_tokens", "window.runner", "a window: the core hears of lost blocks"),

@@ -39,7 +39,7 @@ logger = logging.getLogger("polder.engine")
 EVERY_S = 1.0
 PEAK_S = 20.0
 RESERVE = 0.1
-"""Of all blocks: neither needed nor lent, so that small needs take nothing back."""
+"""This part of all blocks is neither used nor lent, so that a small need takes no lent block back."""
 AT_ONCE = 256
 """Blocks offered in one go: offering takes a lock a block, and is done between two steps."""
 
@@ -220,7 +220,7 @@ class Lender:
             assert block.ref_cnt == 0, f"block {number} is lent and in use"
             assert block.block_hash is None, f"block {number} is lent and cached"
         odd = set(np.flatnonzero(self._table.epoch % 2).tolist())
-        assert odd == self._offered, f"{len(odd)} lots on offer, {len(self._offered)} blocks booked"
+        assert odd == self._offered, f"{len(odd)} lent blocks on offer, {len(self._offered)} blocks booked"
         self._table.check_integrity()
 
     def close(self) -> None:

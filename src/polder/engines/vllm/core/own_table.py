@@ -28,7 +28,7 @@ class OwnTable:
         self._lock = threading.Lock()
         self._fd: int | None = None
         self._over = threading.Event()
-        """Of the question asked last."""
+        """Set when the answer to the question asked last is not wanted any more."""
 
     def ask(self) -> None:
         """Wants a new table; what comes for an earlier question is dropped. A broker that does not answer is asked again."""

@@ -48,7 +48,7 @@ class Resizing:
         self._recalls: list[Recall] = []
         """Not carried out yet."""
         self.generation = 0
-        """Of the broker, as the workers must know it."""
+        """The broker's, which the workers need with page numbers."""
         self.pages: dict[int, list[list[int]]] = {}
         """Unit -> its pages, per rank, as the broker numbers them."""
 

@@ -21,7 +21,7 @@ MOST_UNDER_WAY = 16
 
 
 class StepTimes(Subsystem):
-    """Of one scheduler."""
+    """The seconds of one scheduler's steps."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

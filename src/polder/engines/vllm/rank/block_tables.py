@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polder.engines.vllm.window.runner import block_rows
+from polder.engines.vllm.rank.block_rows import block_rows
 from polder.errors import IntegrityError
 
 __all__ = ["Ids", "can_rewrite", "forget_outputs", "is_v2", "new_ids", "rewrite"]
