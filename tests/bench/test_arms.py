@@ -13,7 +13,8 @@ import pytest
 from polder.bench.harness.arms import ArmSpec
 from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, fleet_toml
 from polder.bench.harness.pool import ArmPool
-from polder.bench.suites import tenants, turns
+from polder.bench.stages.rounds import taking_back
+from polder.bench.suites import tenants
 from polder.bench.suites.context import ContextSuite
 from polder.bench.suites.elastic import BUDGET_BYTES, ElasticSuite
 from polder.bench.suites.tenants import KV_SHARE_BYTES, TenantsSuite
@@ -98,7 +99,7 @@ def test_native_offloading_has_the_bytes_of_both_tiers_behind_the_host_link(arm_
 
 
 def test_equality_of_turns_asks_for_more_than_the_pool_holds_and_each_tier_holds_it() -> None:
-    rounds = turns._rounds(seed=0)
+    rounds = taking_back(seed=0)
     of_a = [prompt for _, prompt in rounds[0].asked["A"]]
     per_token = MODEL_A.in_float32().kv_bytes_per_token
     blocks = {tuple(prompt[: end + 32]) for prompt in of_a for end in range(0, len(prompt) - 31, 32)}

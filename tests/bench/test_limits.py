@@ -25,13 +25,13 @@ def passed(check: Check, intervals: dict[str, list[float]] = INTERVALS, **polder
 
 @pytest.mark.parametrize(("relation", "holds"), [("<", False), ("<=", True), ("==", True), (">=", True), (">", False)])
 def test_every_relation_at_its_bound(relation: str, holds: bool) -> None:
-    limit = Limit(figure="polder/stock:A.ttft_p50_ms", relation=relation, bound=1.0)  # type: ignore[arg-type]
+    limit = Limit("polder/stock:A.ttft_p50_ms", relation, 1.0)  # type: ignore[arg-type]
     assert passed(Check("x", (limit,))) is holds
 
 
 def test_a_check_of_a_stage_that_was_not_run_is_left_out_and_a_later_figure_that_is_missing_fails_it() -> None:
-    there = Limit(figure="polder:A.ttft_p50_ms", relation=">", bound=0)
-    missing = Limit(figure="polder:A.giveback_p99_ms", relation="<", bound=200)
+    there = Limit("polder:A.ttft_p50_ms", ">", 0)
+    missing = Limit("polder:A.giveback_p99_ms", "<", 200)
     assert passed(Check("x", (there,))) is True
     assert passed(Check("x", (missing, there))) is None
     assert passed(Check("x", (there, missing))) is False

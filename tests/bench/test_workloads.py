@@ -9,7 +9,8 @@ import pytest
 
 from polder.bench.harness.driver import OpenLoop, measured_turns
 from polder.bench.stages.equality import OUTPUT_TOKENS
-from polder.bench.suites.tenants import EQUALITY_ENGINES, KV_SHARE_BYTES, TenantsSuite, _rounds
+from polder.bench.stages.rounds import SLEEPING_ENGINES, sleeping
+from polder.bench.suites.tenants import KV_SHARE_BYTES, TenantsSuite
 from polder.bench.workloads import agents as of
 from polder.bench.workloads.models import MODEL_A, MODEL_B, layer_bytes, weights_bytes
 from polder.bench.workloads.prompts import questions
@@ -147,14 +148,14 @@ def test_two_models_are_always_in_use_in_the_spatial_stage() -> None:
 
 
 def test_equality_of_tenants_asks_for_more_than_a_share_and_leaves_nobody_pinned() -> None:
-    rounds = _rounds(0)
-    for engine in EQUALITY_ENGINES:
+    rounds = sleeping(0)
+    for engine in SLEEPING_ENGINES:
         prompts = [prompt for _, prompt in rounds[0].asked[engine]]
         assert max(len(p) + OUTPUT_TOKENS for p in prompts) <= 1280
         assert max(max(p) for p in prompts) < VOCAB
         wanted = sum(len(p) + OUTPUT_TOKENS for p in prompts) * TENANTS[engine].in_float32().kv_bytes_per_token
         assert wanted > KV_SHARE_BYTES
     messages = [act.message for one in rounds for act in one.acts]
-    assert {message.engine for message in messages if isinstance(message, Sleep)} == set(EQUALITY_ENGINES)
+    assert {message.engine for message in messages if isinstance(message, Sleep)} == set(SLEEPING_ENGINES)
     last = {message.engine: message.units for message in messages if isinstance(message, Resize)}
     assert set(last.values()) == {0}

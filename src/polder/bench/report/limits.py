@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from polder.bench.report.metrics import Interval
 from polder.bench.report.result import BenchResult
 
 __all__ = [
-    *(
-        "Check",
-        "Figure",
-        "Limit",
-        "Verdict",
-        "at_most",
-        "difference",
-        "failed_requests",
-        "first_of",
-        "highest",
-        "judge",
-    ),
-    *("mean", "none_different", "within_one_percent"),
+    *("Check", "Figure", "Limit", "Source", "Verdict", "at_least", "at_most", "check", "difference", "failed_requests"),
+    *("first_of", "highest", "judge", "mean", "none_different", "within_one_percent"),
 ]
 
 _RELATIONS = {"<": operator.lt, "<=": operator.le, "==": operator.eq, ">=": operator.ge, ">": operator.gt}
@@ -43,14 +31,13 @@ class Figure(NamedTuple):
 Source = str | Callable[[BenchResult], Figure | None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limit:
+class Limit(NamedTuple):
     figure: Source
     relation: Literal["<", "<=", "==", ">=", ">"]
     bound: float
+    why: str = ""
     end: Literal["value", "low", "high"] = "value"
     """What is compared with the bound: the figure, or one end of its 95 % interval."""
-    why: str = ""
 
     def judge(self, result: BenchResult) -> tuple[bool, str] | None:
         """(holds, the figure with its bound); None when the figure or its interval is missing."""
@@ -65,8 +52,7 @@ class Limit:
         return bool(_RELATIONS[self.relation](compared, self.bound)), f"{text}{'; ' if self.why else ''}{self.why})"
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     name: str
     """As in the files that are already written."""
     limits: tuple[Limit, ...]
@@ -91,22 +77,29 @@ def judge(checks: Iterable[Check], result: BenchResult) -> list[Verdict]:
     return verdicts
 
 
-def at_most(name: str, figure: Source, bound: float, *, why: str = "") -> Check:
-    return Check(name, (Limit(figure=figure, relation="<=", bound=bound, why=why),))
+def check(name: str, *limits: Limit) -> Check:
+    return Check(name, limits)
+
+
+def at_most(name: str, figure: Source, bound: float, why: str = "") -> Check:
+    return check(name, Limit(figure, "<=", bound, why))
+
+
+def at_least(name: str, figure: Source, bound: float, why: str = "") -> Check:
+    return check(name, Limit(figure, ">=", bound, why))
 
 
 def none_different(name: str, arm: str, *happened: str) -> Check:
     """No answer of `arm` differs from stock's, some were compared, and what had to happen meanwhile did happen."""
-    none = Limit(figure=f"{arm}:all.answers_different", relation="==", bound=0)
-    some = (Limit(figure=f"{arm}:all.{metric}", relation=">", bound=0) for metric in ("answers_compared", *happened))
-    return Check(name, (none, *some))
+    some = (Limit(f"{arm}:all.{metric}", ">", 0) for metric in ("answers_compared", *happened))
+    return check(name, Limit(f"{arm}:all.answers_different", "==", 0), *some)
 
 
 def within_one_percent(name: str, arm: str, baseline: str, engine: str) -> Check:
     """The whole 95 % intervals of a tax stage lie within 1 % of the baseline, on the side that costs."""
     pair = f"{arm}/{baseline}:{engine}."
-    ttft = Limit(figure=f"{pair}ttft_p50_ms", relation="<=", bound=1.01, end="high")
-    return Check(name, (ttft, Limit(figure=f"{pair}busy_output_tokens_per_s", relation=">=", bound=0.99, end="low")))
+    ttft = Limit(f"{pair}ttft_p50_ms", "<=", 1.01, end="high")
+    return check(name, ttft, Limit(f"{pair}busy_output_tokens_per_s", ">=", 0.99, end="low"))
 
 
 def failed_requests() -> Check:
@@ -116,7 +109,7 @@ def failed_requests() -> Check:
         found = (result.figure(f"{arm}:{e}.failed_requests") or 0.0 for arm, of in result.arms.items() for e in of)
         return Figure(sum(found), "failed")
 
-    return Check("no_failed_requests", (Limit(figure=failed, relation="==", bound=0),))
+    return check("no_failed_requests", Limit(failed, "==", 0))
 
 
 def first_of(*keys: str) -> Source:

@@ -23,11 +23,13 @@ from polder.bench.report.metrics import (
     tbts_ms,
     ttfts_ms,
 )
-from polder.bench.report.result import without_nan
+from polder.bench.report.result import BenchResult, without_nan
 
-__all__ = ["arm_metrics", "exhausted_seconds", "ratio_intervals", "tier_metrics", "weight_metrics"]
+__all__ = ["agent_metrics", "arm_metrics", "exhausted_loads", "exhausted_seconds", "ratio_intervals", "weight_metrics"]
 
 QUANTILES = (50, 90, 99)
+EXHAUSTED_PART = 0.05
+"""A load exhausts stock's pools when its contexts do not fit them for more than this part of the time with work."""
 
 
 def arm_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
@@ -51,13 +53,23 @@ def arm_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
     return {engine: without_nan(metrics) for engine, metrics in found.items()}
 
 
-def tier_metrics(runs: Sequence[Run], hit_ratio: float, engine: str = "A") -> Metrics:
-    """The hit ratio of the engine, split by who served it."""
-    prompt = sum(r.prompt_tokens for run in runs for r in RunRecords(records=run.records[engine]).counted)
-    tier_hits = summed([run.samples.get(engine, {}) for run in runs]).get(TIER_HITS, 0.0)
-    tier = min(tier_hits / prompt if prompt else 0.0, hit_ratio)
-    by_tier = {"own": hit_ratio - tier, "tiers": tier, "computed": 1.0 - hit_ratio}
-    return {"tier_hit_ratio": tier, "hit_ratio_by_tier": by_tier}
+def agent_metrics(runs: Sequence[Run], ideal: float | None) -> dict[str, Metrics]:
+    """As `arm_metrics`, with each engine's own counters, and the hit ratio of engine A split by who served it.
+
+    `ideal`: the hit ratio of A with a cache without limit; None: A is load only, so B alone is reported.
+    """
+    found = arm_metrics(runs)
+    counters = {engine: summed([run.samples.get(engine, {}) for run in runs]) for engine in ("A", "B")}
+    for engine, of in counters.items():
+        found[engine]["counters"] = of
+    if ideal is None:
+        return {"B": found["B"]}
+    hit, prompt = found["A"]["hit_ratio"], sum(r.prompt_tokens for run in runs for r in run.records["A"] if r.measured)
+    assert isinstance(hit, float)
+    tier = min(counters["A"].get(TIER_HITS, 0.0) / prompt if prompt else 0.0, hit)
+    by_tier = {"own": hit - tier, "tiers": tier, "computed": 1.0 - hit}
+    found["A"] |= {"hit_ratio_of_ideal": hit / ideal, "tier_hit_ratio": tier, "hit_ratio_by_tier": by_tier}
+    return found
 
 
 def weight_metrics(runs: Sequence[Run], pool_tokens: Mapping[str, int], name: str) -> Metrics:
@@ -95,6 +107,13 @@ def exhausted_seconds(records: Sequence[RequestRecord], pool_tokens: int) -> tup
         busy_s += (until_s - at_s) * (wanted > 0)
         exhausted_s += (until_s - at_s) * (wanted > pool_tokens)
     return busy_s, exhausted_s
+
+
+def exhausted_loads(result: BenchResult, loads: Sequence[str]) -> list[str]:
+    """Those of `loads` ("x2", ...) at which stock had more contexts to serve than its pools hold, or had to preempt."""
+    parts = {load: result.figure(f"stock-{load}:all.kv_exhausted_part") for load in loads}
+    preempted = {load: result.figure(f"stock-{load}:all.preemptions") for load in loads}
+    return [load for load in loads if (parts[load] or 0) > EXHAUSTED_PART or (preempted[load] or 0) > 0]
 
 
 def ratio_intervals(

@@ -30,6 +30,9 @@ SHOWN = {
     "requests per s within 500 / 100 ms": "goodput_requests_per_s",
     "time to the last reply, s": "makespan_s",
     "preemptions": "preemptions",
+    "time in which contexts exceed stock's pool, part": "kv_exhausted_part",
+    "models woken": "wakes",
+    "layers copied in": "layers_loaded",
     "failed requests": "failed_requests",
 }
 """Headings of the metrics of requests."""

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from polder.diskstore.schedule import exact, greedy
 from polder.swarm.activations import Profile
 from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
 
-__all__ = ["PARTS", "Layouts", "arm_metrics", "modelled", "part_metrics", "together"]
+__all__ = ["PARTS", "Layouts", "arm_metrics", "describe_sets", "modelled", "part_metrics", "together"]
 
 LEAST_GAIN = 1.02
 """Below it there is nothing to have a share of."""
@@ -161,3 +162,17 @@ def together(runs: Sequence[Modelled]) -> Modelled:
         **{name: np.concatenate([getattr(run, name) for run in runs]) for name in arrays},
         **{name: sum(getattr(run, name) for run in runs) for name in counts},
     )
+
+
+def describe_sets(sets: Sequence[Layouts]) -> dict[str, Any]:
+    """Sizes of the instances of an access set, for the conditions of a result."""
+    known, measured = [layouts.of.known for layouts in sets], [layouts.of.measured for layouts in sets]
+    read_before = [(k.counts()[m.items] > 0).mean() for k, m in zip(known, measured, strict=True)]
+    return {
+        "blocks": [of.size for of in known],
+        "known_steps": [of.steps for of in known],
+        "measured_steps": [of.steps for of in measured],
+        "reads_a_step": round(float(np.mean([np.diff(of.starts).mean() for of in measured])), 1),
+        # What was never read before is where it was put when it was written.
+        "measured_reads_of_blocks_read_before": round(float(np.mean(read_before)), 3),
+    }

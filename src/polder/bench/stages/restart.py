@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from polder.bench.harness.arms import Arm, ArmSpec
 from polder.bench.harness.driver import RequestRecord
@@ -32,7 +31,7 @@ from polder.bench.workloads.agents import TURNS, USERS, agents, parted
 from polder.bench.workloads.models import MODEL_A
 from polder.engines.vllm.tiers.disk import staged_pages
 
-__all__ = ["ARMS", "SUFFIXES", "describe", "offload_file", "restart_arm", "restart_metrics", "run_restart"]
+__all__ = ["ARMS", "SUFFIXES", "offload_file", "restart_arm", "restart_metrics", "run_restart"]
 
 ARMS = ("stock", "native-fs", "polder-disk")
 SUFFIXES = ("-before", "-restart")
@@ -124,19 +123,6 @@ def restart_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
 def offload_file(engine_id: str) -> Path:
     """The shared memory that vLLM's connector makes for an engine."""
     return Path("/dev/shm") / f"vllm_offload_{engine_id}.mmap"
-
-
-def describe(sessions: int) -> dict[str, Any]:
-    return {
-        "stock": "engine A's pool alone",
-        "native-fs": f"CPU tier of {NATIVE_BYTES} B = polder-disk's host tier and staging memory together, vLLM's file tier over "
-        "one folder without a limit, if emulated as fast as all disks together; files lie behind the host link",
-        "polder-disk": f"host tier of {HOST_BYTES} B and {STAGED_BYTES} B of staging memory, {DISKS} disks of {DISK_BYTES} B, if "
-        f"emulated {DISK_BYTES_PER_S / 1e6:g} MB/s each; what is loaded from disk passes the host link",
-        "turns_before": TURNS_BEFORE,
-        "sessions": sessions,
-        "settled_s": SETTLE_S,
-    }
 
 
 def _first_turns(records: Sequence[RequestRecord]) -> list[RequestRecord]:

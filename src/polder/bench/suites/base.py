@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Generic, TypeVar
@@ -46,15 +48,13 @@ class Suite(ABC, Generic[P]):
     """One run of a bench. Stages add to `arms`, `runs` and `intervals`; the result is made of them at the end."""
 
     name: ClassVar[str]
-    title: ClassVar[str]
-    subtitle: ClassVar[str]
     full: ClassVar[Plan]
     quick: ClassVar[Plan]
     baselines: ClassVar[Mapping[str, tuple[str, ...]]]
     """Arm -> arms that it is compared with."""
+    also_compared: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """(arm, baseline) of further ratios, names as in the result."""
     interval_engines: ClassVar[tuple[str, ...]] = ("A", "B")
-    tiles: ClassVar[Mapping[str, str]] = {}
-    """Figures that matter most -> what they are."""
     intervals_how: ClassVar[str] = "95 %, bootstrap: requests (TTFT) or gaps (TBT) resampled within each arm"
     starts_engines: ClassVar[bool] = True
 
@@ -104,7 +104,8 @@ class Suite(ABC, Generic[P]):
 
     def ratios(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for over, under in (pair for suffix in self.suffixes() for pair in self.pairs(suffix)):
+        also = [pair for pair in self.also_compared if set(pair) <= self.arms.keys()]
+        for over, under in [*(pair for suffix in self.suffixes() for pair in self.pairs(suffix)), *also]:
             found |= ratios_over(self.arms, arm=over, baseline=under)
         return found
 
@@ -114,8 +115,8 @@ class Suite(ABC, Generic[P]):
         """Runs all stages, writes the files, prints the tables. Raises PolderError when a stage cannot run."""
         if self.starts_engines:
             check_engine()
-        files = [path for path in (json_file, html_file) if path]
-        for folder in (*(path.parent for path in files), self.logs):
+        written = [path for path in (json_file, html_file) if path]
+        for folder in (*(path.parent for path in written), self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         try:
             with TemporaryDirectory(prefix="polder-bench-") as runtime:
@@ -131,7 +132,7 @@ class Suite(ABC, Generic[P]):
         for verdict in self.verdicts(result):
             mark = "[green]ok    [/]" if verdict.passed else "[bold red]MISSED[/]"
             self._console.print(f"{mark} {verdict.name}: {verdict.detail}", highlight=False, soft_wrap=True)
-        for path in files:
+        for path in written:
             self.note(f"written: {path}")
         return result
 
@@ -144,11 +145,10 @@ class Suite(ABC, Generic[P]):
         """The result as one HTML file."""
         conditions = result.conditions
         machine = conditions.get("machine", {})
-        tiles = {text: value for key, text in cls.tiles.items() if (value := result.figure(key)) is not None}
+        tiles = {text: value for key, text in cls.prose("tiles").items() if (value := result.figure(key)) is not None}
         started, links = conditions.get("started", ""), conditions.get("links", "")
         return render_page(
-            title=cls.title,
-            subtitle=cls.subtitle,
+            **cls.prose("page"),
             line=f"{machine.get('cpu', 'unknown CPU')}, {machine.get('cores', '?')} cores. {started} {links}",
             conditions=conditions,
             tiles=[(f"{value:.2f}", text) for text, value in tiles.items()],
@@ -179,6 +179,13 @@ class Suite(ABC, Generic[P]):
         good = {engine: RunRecords(records=records).good for engine, records in run.records.items()}
         p99_ms = {engine: round(percentile(ttfts_ms(of), 99)) for engine, of in good.items() if len(ttfts_ms(of))}
         return run.describe() | {"ttft_p99_ms": p99_ms}
+
+    @classmethod
+    def prose(cls, part: str = "", **values: object) -> dict[str, Any]:
+        """The words of the suite, or of a part of it, in data/words.toml, with `values` put in."""
+        words = tomllib.loads((files("polder.bench") / "data" / "words.toml").read_text())[cls.name]
+        of = words[part] if part else {key: text for key, text in words.items() if isinstance(text, str)}
+        return {key: text.format(**values) for key, text in of.items()}
 
     # ------------------------------------------------------------------ what stages use
 

@@ -134,8 +134,6 @@ class ContextPlan(Plan):
 
 class ContextSuite(Suite[ContextPlan]):
     name = "context"
-    title = "Contexts longer than the device's KV memory"
-    subtitle = "The same KV bytes on the device: stock, and windows of w layers over a store in host memory."
     full = ContextPlan(name="full", local_bytes=24 << 20, orders={"lengths": tuple(ARMS)}, growth=1.6, samples=12)
     quick = ContextPlan(
         name="quick",
@@ -145,7 +143,6 @@ class ContextSuite(Suite[ContextPlan]):
         samples=8,
     )
     baselines: ClassVar = {arm: ("stock", "enough") for arm, window in ARMS.items() if window.layers}
-    tiles: ClassVar = {"window/stock:all.context_tokens": "longest context over stock's"}
 
     def measure(self) -> None:
         plan, contexts = self.plan, Contexts(engine=ENGINE, seed=self.plan.seed)
@@ -193,39 +190,27 @@ class ContextSuite(Suite[ContextPlan]):
 
     @classmethod
     def checks(cls, result: BenchResult) -> list[Check]:
-        ratio = "window/stock:all.context_tokens"
-        nine_tenths = 0.9 * MODEL.layers / ARMS["window"].layers
+        ratio, first = "window/stock:all.context_tokens", "window/stock:all.ttft_stocks_longest_ms"
+        most = 0.9 * MODEL.layers / ARMS["window"].layers
 
-        def compared(result: BenchResult) -> Figure:
-            return Figure(
-                sum(result.figure(f"{arm}:all.answers_compared") or 0 for arm in result.arms), "answers compared"
-            )
-
-        def different(result: BenchResult) -> Figure:
-            return Figure(
-                sum(result.figure(f"{arm}:all.answers_different") or 0 for arm in result.arms), "answers different"
-            )
+        def total(metric: str) -> limits.Source:
+            return lambda result: Figure(sum(result.figure(f"{arm}:all.{metric}") or 0 for arm in result.arms), metric)
 
         def served(result: BenchResult) -> Figure:
             return Figure(
                 sum(result.figure(f"{arm}:all.refused_beyond") == 0 for arm in result.arms), "arms that served"
             )
 
-        best = Limit(figure=ratio, relation=">=", bound=3.98, why="SwiftCache's best against chunked prefill")
-        most = Limit(figure=ratio, relation=">=", bound=nine_tenths, why="0.9 of layers over window")
-        none = Limit(figure=different, relation="==", bound=0), Limit(figure=compared, relation=">", bound=0)
+        equal = Limit(total("answers_different"), "==", 0), Limit(total("answers_compared"), ">", 0)
         return [
-            Check("context_at_least_3_98_times_stocks", (best,)),
-            Check("context_at_least_nine_tenths_of_layers_over_window", (most,)),
-            limits.at_most(
-                "first_token_at_stocks_longest_at_most_1_10",
-                "window/stock:all.ttft_stocks_longest_ms",
-                1.10,
-                why="medians",
+            limits.at_least(
+                "context_at_least_3_98_times_stocks", ratio, 3.98, "SwiftCache's best over chunked prefill"
             ),
-            limits.at_most("decode_within_20_percent_of_the_plan", _worst_plan, 0.20, why="of the step"),
-            Check("tokens_equal", none),
-            Check("longer_contexts_are_refused", (Limit(figure=served, relation="==", bound=0),)),
+            limits.at_least("context_at_least_nine_tenths_of_layers_over_window", ratio, most),
+            limits.at_most("first_token_at_stocks_longest_at_most_1_10", first, 1.10, "medians"),
+            limits.at_most("decode_within_20_percent_of_the_plan", _worst_plan, 0.20, "of the step"),
+            limits.check("tokens_equal", *equal),
+            limits.check("longer_contexts_are_refused", Limit(served, "==", 0)),
         ]
 
     @classmethod
@@ -254,7 +239,7 @@ class ContextSuite(Suite[ContextPlan]):
             "unit_tokens": plan.unit_blocks * BLOCK_TOKENS,
             "longest": {arm: plan.longest(arm) for arm in plan.arms},
             "output_tokens": OUTPUT_TOKENS,
-            "link": f"{LINK_BYTES_PER_S / 1e9:g} GB/s emulated in the arms that end in -link; memcpy's speed in the others",
+            **self.prose(link=LINK_BYTES_PER_S / 1e9),
         }
 
 

@@ -9,14 +9,12 @@ engine.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
-
-import numpy as np
 
 from polder.bench.harness.machine import load_average
 from polder.bench.harness.runs import Run
@@ -26,7 +24,7 @@ from polder.bench.report.page import Plot
 from polder.bench.report.result import BenchResult
 from polder.bench.report.tables import Cell, Table, arm_tables, figures, same
 from polder.bench.stages.access_sets import DESCRIPTIONS, DISKS, PAGE_BYTES, SetSizes, access_sets, disks_of
-from polder.bench.stages.layouts import PARTS, Layouts, arm_metrics, part_metrics
+from polder.bench.stages.layouts import PARTS, Layouts, arm_metrics, describe_sets, part_metrics
 from polder.bench.stages.live import LIVE_ARMS, LIVE_DISKS, LIVE_SETS, live_run, live_set
 from polder.bench.stages.wall import LATENCY_S, wall_metrics, wall_steps
 from polder.bench.suites.base import Suite
@@ -90,8 +88,6 @@ class DisksPlan(Plan, SetSizes):
 
 class DisksSuite(Suite[DisksPlan]):
     name = "disks"
-    title = "KV on several disks"
-    subtitle = "Layouts of the same blocks on the same modelled disks, measured on steps that they were not made from."
     full = DisksPlan(
         name="full",
         orders={"model": ARMS, "wall": WALL_ARMS},
@@ -111,7 +107,6 @@ class DisksSuite(Suite[DisksPlan]):
         wall_disks=("4", "4-slow"),
     )
     baselines: ClassVar = {"polder": ARMS[:-1]}
-    tiles: ClassVar = {f"polder:{CO_ACTIVATED}-{MOST}.over_even": "I/O time over the same requests evenly on 8 disks"}
     intervals_how = "none: modelled times are exact"
     starts_engines = False
     clock: Clock = RealClock()
@@ -145,7 +140,7 @@ class DisksSuite(Suite[DisksPlan]):
         plan = self.plan
         with self.stage(f"layouts, modelled: {name}") as stage:
             sets = [Layouts(of, replica_share=plan.replica_share) for of in access_sets(name, plan)]
-            self._sets[name] = {"what": DESCRIPTIONS[name], **_describe_set(sets)}
+            self._sets[name] = {"what": DESCRIPTIONS[name], **describe_sets(sets)}
             for number, disks in enumerate(DISKS, start=1):
                 models, engine = disks_of(disks), f"{name}-{disks}"
                 for arm in plan.orders["model"] if "model" in plan.stages else ():
@@ -199,26 +194,23 @@ class DisksSuite(Suite[DisksPlan]):
                 {b: f"polder/{b}:{of}.bandwidth_bytes_per_s" for b in BASELINES},
             ),
         ):
-            asked = Limit(figure=limits.mean(gains.values(), label="mean gain"), relation=">=", bound=bound, why=why)
-            yield Check(f"{name}_as_the_paper_counts", (asked,))
+            mean = limits.mean(gains.values(), label="mean gain")
+            yield limits.at_least(f"{name}_as_the_paper_counts", mean, bound, why)
             for baseline, gain in gains.items():
-                yield Check(f"{name}_than_{baseline.replace('-', '_')}", (replace(asked, figure=gain),))
+                yield limits.at_least(f"{name}_than_{baseline.replace('-', '_')}", gain, bound, why)
         plain = (f"polder/{store}:{name}-1.io_time_s" for name in SETS for store in ("sequential", "hash"))
         yield limits.at_most("one_disk_no_worse_than_the_plain_store", limits.highest(plain), 1 + 1e-6)
         random = (f"polder/hash:random-{disks}.io_time_s" for disks in DISKS)
         yield limits.at_most("random_no_worse_than_hash_by_2_percent", limits.highest(random), 1.02)
         yield limits.at_most("wall_within_5_percent_of_modelled", _furthest_wall, 0.05)
-        planned = Limit(figure=_wall_sum("planned_bytes", "read_bytes"), relation="==", bound=0)
-        missed = Limit(figure=_wall_sum("missed_units"), relation="==", bound=0)
-        yield Check("bytes_read_as_planned", (planned, missed))
+        yield limits.at_most("bytes_read_as_planned", _unplanned, 0)
         yield limits.at_most("live_no_entry_lost", _lost, 0)
         for name in LIVE_SETS:
             shorter = f"live/live-no-packing:{name}-{LIVE_DISKS}.io_time_packed_s"
-            yield Check(f"live_packing_shortens_steps_of_{name}", (Limit(figure=shorter, relation="<", bound=1),))
+            yield limits.check(f"live_packing_shortens_steps_of_{name}", Limit(shorter, "<", 1))
         drift = f"drift-{LIVE_DISKS}"
-        again = Limit(figure=f"live:{drift}.packed", relation=">", bound=1)
-        once = Limit(figure=f"live/live-packed-once:{drift}.io_time_last_s", relation="<=", bound=1)
-        yield Check("live_packs_again_what_has_aged", (again, once))
+        again = Limit(f"live/live-packed-once:{drift}.io_time_last_s", "<=", 1)
+        yield limits.check("live_packs_again_what_has_aged", Limit(f"live:{drift}.packed", ">", 1), again)
 
     @classmethod
     def tables(cls, result: BenchResult) -> Iterator[Table]:
@@ -258,69 +250,44 @@ class DisksSuite(Suite[DisksPlan]):
             yield plots.layouts(result, ARMS, SETS, MOST)
 
     def describe(self) -> dict[str, Any]:
-        plan, model = self.plan, f"{PM9A3.bytes_per_s / 1e9:g} GB/s, {PM9A3.requests_per_s / 1e6:g} M requests/s"
+        plan = self.plan
+        model = {"gb_per_s": PM9A3.bytes_per_s / 1e9, "m_requests_per_s": PM9A3.requests_per_s / 1e6}
         return {
             "plan": plan.describe() | {"page_bytes": PAGE_BYTES},
             "sets": self._sets,
-            "measured": "layouts are made from the known steps of a set; all figures are of the steps after them",
             "disks": {name: list(speeds) for name, speeds in DISKS.items()},
-            "disk_model": f"PM9A3 as published: {model}; a request takes the longer of its bytes and its turn; modelled",
-            "io_time_s": "of one step, mean; each step alone on the disks, over when the last disk is",
-            "io_time_with_host_s": f"the same, and no shorter than {plan.host_s_per_request * 1e6:g} us of one host core a request",
-            "bandwidth_bytes_per_s": "wanted bytes over I/O time; all layouts want the same, so it is the I/O time's inverse",
-            "schedule": "exact; swarm is read by the paper's greedy one",
-            "gaps": "of units below 64 KiB the cheapest of 0 to 15 unwanted ones are read over, for every layout, a step at a time",
-            "one_disk": "no replicas",
-            "shares": "striped pages of successive blocks, then packing, placement, replicas read greedily, the exact schedule, "
-            "wanted parts of pages alone; a share is the logarithm of its factor over that of the gain",
+            **self.prose("", **model, host_us=plan.host_s_per_request * 1e6),
             "wall": {
                 "set": CO_ACTIVATED,
                 "disks": plan.wall_disks,
                 "arms": plan.orders["wall"],
                 "steps": plan.wall_steps,
                 "bytes_per_s_of_all_disks": plan.wall_bytes_per_s,
-                "why_so_slow": "real reads of a shared machine must be faster than the emulated disks; late steps are counted in",
                 "latency_s": LATENCY_S,
                 "load_before_each": self._loads,
+                **self.prose("wall"),
             },
-            "live": {"sets": LIVE_SETS, "disks": LIVE_DISKS, "what": "bytes are read and compared, times are modelled"},
+            "live": {"sets": LIVE_SETS, "disks": LIVE_DISKS, **self.prose("live")},
         }
 
 
-def _describe_set(sets: Sequence[Layouts]) -> dict[str, Any]:
-    known, measured = [layouts.of.known for layouts in sets], [layouts.of.measured for layouts in sets]
-    read_before = [(k.counts()[m.items] > 0).mean() for k, m in zip(known, measured, strict=True)]
-    return {
-        "blocks": [of.size for of in known],
-        "known_steps": [of.steps for of in known],
-        "measured_steps": [of.steps for of in measured],
-        "reads_a_step": round(float(np.mean([np.diff(of.starts).mean() for of in measured])), 1),
-        # What was never read before is where it was put when it was written.
-        "measured_reads_of_blocks_read_before": round(float(np.mean(read_before)), 3),
-    }
-
-
-def _walls(result: BenchResult) -> Iterable[str]:
-    """Arms and engines of the wall stage, as the beginnings of keys."""
-    known = (f"wall-{CO_ACTIVATED}-{disks}" for disks in DISKS)
-    return [f"{arm}:{engine}." for engine in known for arm, engines in result.arms.items() if engine in engines]
+def _walls(result: BenchResult, metric: str) -> dict[str, float]:
+    """Figures of the wall stage by arm and disks."""
+    keys = (f"{arm}:wall-{CO_ACTIVATED}-{disks}.{metric}" for disks in DISKS for arm in result.arms)
+    return {key.rpartition(".")[0]: value for key in keys if (value := result.figure(key)) is not None}
 
 
 def _furthest_wall(result: BenchResult) -> Figure | None:
     """How far the wall time is from the modelled one, at worst."""
-    of = {key: result.figure(f"{key}wall_over_modelled") for key in _walls(result)}
-    return max(
-        (Figure(abs(ratio - 1), f"off at {key}") for key, ratio in of.items() if ratio is not None), default=None
-    )
+    ratios = _walls(result, "wall_over_modelled")
+    return max((Figure(abs(ratio - 1), f"off at {key}") for key, ratio in ratios.items()), default=None)
 
 
-def _wall_sum(metric: str, less: str | None = None) -> limits.Source:
-    def of(result: BenchResult) -> Figure | None:
-        keys = _walls(result)
-        values = [(result.figure(key + metric) or 0) - (result.figure(key + less) or 0 if less else 0) for key in keys]
-        return Figure(sum(map(abs, values)), metric) if keys else None
-
-    return of
+def _unplanned(result: BenchResult) -> Figure | None:
+    """Bytes that were read and not planned or planned and not read, and units that were missed."""
+    planned, read, missed = (_walls(result, name) for name in ("planned_bytes", "read_bytes", "missed_units"))
+    wrong = sum(abs(planned[key] - read[key]) for key in planned) + sum(missed.values())
+    return Figure(wrong, f"of {sum(planned.values()):.0f} bytes") if planned else None
 
 
 def _lost(result: BenchResult) -> Figure | None:

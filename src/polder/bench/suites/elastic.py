@@ -18,12 +18,12 @@ from polder.bench.harness.pool import ArmPool
 from polder.bench.harness.runs import Run, warm
 from polder.bench.report import limits
 from polder.bench.report.limits import Check, Limit
-from polder.bench.report.metrics import Metrics
 from polder.bench.report.page import Plot
 from polder.bench.report.result import BenchResult
-from polder.bench.report.summary import arm_metrics
+from polder.bench.report.summary import agent_metrics
 from polder.bench.report.tables import SHOWN, Table, arm_tables, metric_names
-from polder.bench.stages.equality import MOVE_COUNTERS, Act, Round
+from polder.bench.stages import rounds
+from polder.bench.stages.equality import MOVE_COUNTERS
 from polder.bench.stages.resize import resize_under_load
 from polder.bench.suites.base import Suite
 from polder.bench.suites.plan import Plan, StageArms
@@ -39,32 +39,16 @@ from polder.bench.workloads.agents import (
     warm_up,
 )
 from polder.bench.workloads.models import MODEL_A, ModelRecipe
-from polder.bench.workloads.prompts import questions
-from polder.broker.wire import Resize
 from polder.memory.page import PAGE_BYTES
 
 __all__ = ["ElasticPlan", "ElasticSuite"]
 
 BUDGET_BYTES = 320 << 20
-BUDGET_WHY = (
-    f"{BUDGET_BYTES // MODEL_A.kv_bytes_per_token:,} tokens' worth of engine A's KV (8 KiB each): just above the 40,162 "
-    "tokens that the contexts of its 16 users reach at the end of their sessions, so the whole of the budget holds A's hot "
-    "set and half of it does not; 160 pages of 2 MiB, so halves, units and blocks come out whole and both arms have the "
-    "same bytes to the block"
-)
+"""Holds the hot set of A, and half of it does not: see data/words.toml."""
 EQUALITY_MAX_MODEL_LEN = {"A": 2048, "B": 1024}
 WARM_UP_TIME_SCALE = 0.2
 TAX_BLOCKS = 17
 """14 requests each: a pair of blocks takes three or four seconds."""
-# Engine A in float32 has 1,024 tokens a unit; the questions of a round need about 8 units at their end.
-UNITS_AT = (
-    {0.0: 10, 0.15: 16, 0.35: 9, 0.55: 5, 0.75: 14},
-    {0.0: 12, 0.3: 16, 0.5: 4, 0.75: 14},
-)
-"""Sizes of engine A in each round, by the part of the round's tokens that has come: up, down with migration, down below
-what is in use so that requests are preempted, up again. The second round asks the first one's prompts again, which hits
-their prefixes."""
-
 ENGINES = {"A": "A: agents, closed loop", "B": "B: bursts, open loop", "all": "both"}
 
 
@@ -90,11 +74,6 @@ class ElasticPlan(Plan):
 
 class ElasticSuite(Suite[ElasticPlan]):
     name = "elastic"
-    title = "Two models, one KV budget"
-    subtitle = (
-        "Stock vLLM with the budget in fixed halves, against Polder, where memory follows demand. Same models, same requests, "
-        "same bytes."
-    )
     full = ElasticPlan(
         name="full", sessions=32, stages=tuple(ElasticPlan.choices), orders={}, tax_rounds=8, resize_stream_tokens=2000
     )
@@ -104,12 +83,6 @@ class ElasticSuite(Suite[ElasticPlan]):
     )
     baselines: ClassVar = {"polder": ("stock",)}
     intervals_how = "95 %, bootstrap: requests resampled within each arm (main runs), pairs of runs resampled (tax)"
-    tiles: ClassVar = {
-        "stock/polder:A.ttft_p99_ms": "A: p99 TTFT, stock's over Polder's",
-        "polder:A.hit_ratio": "A: part of the prompt tokens found in the cache",
-        "polder/stock:B.ttft_p99_ms": "B: p99 TTFT, Polder's over stock's",
-        "polder:B.giveback_p99_ms": "ms from B's need to mapped pages, p99",
-    }
 
     # ------------------------------------------------------------------ stages
 
@@ -126,11 +99,11 @@ class ElasticSuite(Suite[ElasticPlan]):
                         found = asyncio.run(resize_under_load(arm, stream_tokens=tokens, stage=stage))
                     self.arms["polder-resize"] = {"A": found}
                 if "tax" in self.plan.stages:
-                    blocks, rounds = one_by_one(model="B", blocks=TAX_BLOCKS), self.plan.tax_rounds
-                    self.tax(pool, blocks, "-alone", engine="B", rounds=rounds, extra=1)
+                    blocks = one_by_one(model="B", blocks=TAX_BLOCKS)
+                    self.tax(pool, blocks, "-alone", engine="B", rounds=self.plan.tax_rounds, extra=1)
         if "equality" in self.plan.stages:
             with self.pool(self._exact_arm, suffix="-equality") as pool:
-                self.equality(pool, ["polder"], _rounds(self.plan.seed), MOVE_COUNTERS, settle_s=0.0)
+                self.equality(pool, ["polder"], rounds.resizing(self.plan.seed), MOVE_COUNTERS, settle_s=0.0)
 
     def _main(self, pool: ArmPool) -> None:
         load_a = agents(model="A", users=USERS, sessions=self.plan.sessions)
@@ -138,19 +111,9 @@ class ElasticSuite(Suite[ElasticPlan]):
         for number, name in enumerate(self.plan.runs, start=1):
             title = f"run {number} of {len(self.plan.runs)}: {name}"
             self.play(pool.get(name), title, {"A": load_a, "B": load_b}, kept_as=name)
-        self.summarise(
-            {name: [run for run in self.runs if run.arm == name] for name in ("stock", "polder")}, self._metrics
-        )
-
-    def _metrics(self, runs: Sequence[Run]) -> dict[str, Metrics]:
-        found = arm_metrics(runs)
-        ideal, hit = (
-            agents_ideal_hit_ratio(sessions=self.plan.sessions, block_tokens=BLOCK_TOKENS),
-            found["A"]["hit_ratio"],
-        )
-        assert isinstance(hit, float)
-        found["A"]["hit_ratio_of_ideal"] = hit / ideal
-        return found
+        ideal = agents_ideal_hit_ratio(sessions=self.plan.sessions, block_tokens=BLOCK_TOKENS)
+        runs = {name: [run for run in self.runs if run.arm == name] for name in ("stock", "polder")}
+        self.summarise(runs, lambda of: agent_metrics(of, ideal))
 
     def suffixes(self) -> Iterable[str]:
         return "", "-alone"
@@ -176,13 +139,11 @@ class ElasticSuite(Suite[ElasticPlan]):
         return [
             limits.at_most("a_ttft_p99_ratio_at_most_0_31", "polder/stock:A.ttft_p99_ms", 0.31),
             limits.at_most("b_ttft_p99_ratio_at_most_1_10", "polder/stock:B.ttft_p99_ms", 1.10),
-            Check("a_hit_ratio_gain_at_least_0_30", (Limit(figure=gain, relation=">=", bound=0.30),)),
-            Check(
+            limits.at_least("a_hit_ratio_gain_at_least_0_30", gain, 0.30),
+            limits.check(
                 "giveback_p99_under_200_ms",
-                (
-                    Limit(figure="polder:B.givebacks", relation=">", bound=0),
-                    Limit(figure="polder:B.giveback_p99_ms", relation="<", bound=200, why="ms"),
-                ),
+                Limit("polder:B.givebacks", ">", 0),
+                Limit("polder:B.giveback_p99_ms", "<", 200, "ms"),
             ),
             limits.none_different("tokens_equal", "polder-equality", *MOVE_COUNTERS),
             limits.within_one_percent("tax_within_1_percent", "polder-alone", "stock-alone", "B"),
@@ -217,33 +178,15 @@ class ElasticSuite(Suite[ElasticPlan]):
             "plan": self.plan.describe(),
             "budget": {
                 "bytes": BUDGET_BYTES,
-                "why": BUDGET_WHY,
+                **self.prose("budget", tokens=BUDGET_BYTES // MODEL_A.kv_bytes_per_token),
                 "stock": {engine.name: {"blocks": engine.blocks, "bytes": engine.share_bytes} for engine in engines},
                 "polder": {"bytes": BUDGET_BYTES, "pages": BUDGET_BYTES // PAGE_BYTES, "page_bytes": PAGE_BYTES},
             },
             "engines": describe_engines(engines),
-            "workload": {
-                "A": f"tiny-agent-v1, closed loop, {USERS} users, sessions 0-{self.plan.sessions - 1}; "
-                "first turns of the users' first sessions are not in TTFT",
-                "B": "tiny-burst-v1, open loop: its 238 requests once, measured; "
-                "then again as load, not measured, until A is through",
-                "warm-up": "each arm first gets the last prompt of every session of A, and B's trace; not counted",
-                "tax": "B's 238 requests one after the other on engine B alone, in blocks that alternate between the arms",
-            },
+            "workload": self.prose("workload", users=USERS, last=self.plan.sessions - 1),
             "order": self.plan.runs,
         }
 
 
 def _warm(arm: Arm) -> None:
     warm(arm, warm_up(time_scale=WARM_UP_TIME_SCALE))
-
-
-def _rounds(seed: int) -> list[Round]:
-    asked = {
-        "A": questions(model="A", count=12, longest=1200, seed=seed),
-        "B": questions(model="B", count=6, longest=700, seed=seed),
-    }
-    return [
-        Round(asked=asked, acts=tuple(Act(at=at, message=Resize(engine="A", units=n)) for at, n in units_at.items()))
-        for units_at in UNITS_AT
-    ]

@@ -21,29 +21,17 @@ from polder.bench.report import limits
 from polder.bench.report.limits import Check, Figure, Limit
 from polder.bench.report.metrics import Metrics
 from polder.bench.report.page import Plot
-from polder.bench.report.result import BenchResult, ratios_over
-from polder.bench.report.summary import arm_metrics, weight_metrics
+from polder.bench.report.result import BenchResult
+from polder.bench.report.summary import arm_metrics, exhausted_loads, weight_metrics
 from polder.bench.report.tables import SHOWN, Table, arm_tables, metric_names
-from polder.bench.stages import comeback, streaming
-from polder.bench.stages.equality import Act, Round
+from polder.bench.stages import comeback, rounds, streaming
 from polder.bench.suites.base import Suite
 from polder.bench.suites.plan import Plan, StageArms
+from polder.bench.workloads import tenants as load_of
 from polder.bench.workloads.models import ModelRecipe, layer_bytes, weights_bytes
-from polder.bench.workloads.prompts import questions
-from polder.bench.workloads.tenants import (
-    MAX_MODEL_LEN,
-    SLOT_S,
-    SPATIAL_ENGINES,
-    TENANTS,
-    TURNS,
-    VOCAB,
-    spatial,
-    temporal,
-    warm_up,
-)
-from polder.broker.wire import Resize, Sleep
+from polder.bench.workloads.tenants import TENANTS
 
-__all__ = ["Leg", "TenantsPlan", "TenantsSuite", "exhausted_loads"]
+__all__ = ["Leg", "TenantsPlan", "TenantsSuite"]
 
 ARMS = ("stock", "stock-short", "kv-only", "polder")
 KV_SHARE_BYTES = 48 << 20
@@ -63,22 +51,7 @@ COMEBACK_ENGINE, COMEBACK_PROMPT = "T2", 128
 LINK_BYTES_PER_S = 1e9
 """Emulated link for weights: a copy of all layers then takes about as long as the prefill of that prompt, as it does on
 a GPU for prompts of some thousand tokens, and it takes little of the cores' time."""
-EQUALITY_ENGINES = ("T1", "T2")
-EXHAUSTED_PART = 0.05
-"""A load exhausts stock's pools when its contexts do not fit them for more than this part of the time with work."""
-NO_WORSE = 1.02
-COMPARED_COMEBACKS = (
-    ("polder-resident", "stock-resident"),
-    ("polder-streamed", "stock-resident"),
-    ("polder-streamed", "stock-anew"),
-    ("polder-whole", "polder-streamed"),
-    ("polder-whole-link", "polder-streamed-link"),
-)
-OF_WEIGHTS = {
-    "time in which contexts exceed stock's pool, part": "kv_exhausted_part",
-    "models woken": "wakes",
-    "layers copied in": "layers_loaded",
-}
+STREAMING_ERROR = f"polder-streaming:{COMEBACK_ENGINE}.worst_error"
 
 
 class Leg(NamedTuple):
@@ -94,9 +67,7 @@ class TenantsPlan(Plan):
     choices: ClassVar[Mapping[str, StageArms]] = {
         "temporal": StageArms(known=ARMS, described_as="order"),
         "spatial": StageArms(known=ARMS),
-        "comeback": StageArms(),
-        "streaming": StageArms(),
-        "equality": StageArms(),
+        **{stage: StageArms() for stage in ("comeback", "streaming", "equality")},
     }
     slots: tuple[int, int] = (4, 9)
     """First and end, of tenants-v1: one slot of T1, two each of T2 and T3, SLOT_S each."""
@@ -115,20 +86,12 @@ class TenantsPlan(Plan):
         return [Leg(arm, rates[:: -1 if n % 2 else 1]) for n, arm in enumerate(self.orders["temporal"])]
 
 
-def _orders(*arms: str) -> dict[str, tuple[str, ...]]:
-    return {"temporal": arms, "spatial": arms}
-
-
 class TenantsSuite(Suite[TenantsPlan]):
     name = "tenants"
-    title = "Three models, one budget"
-    subtitle = (
-        "Three models under one budget for weights and KV: fixed parts, elastic KV, and weights that make room too."
-    )
     full = TenantsPlan(
         name="full",
         stages=tuple(TenantsPlan.choices),
-        orders=_orders("stock", "polder", "kv-only", "polder", "stock"),
+        orders=dict.fromkeys(("temporal", "spatial"), ("stock", "polder", "kv-only", "polder", "stock")),
         rates=(0.5, 1.0, 2.0, 4.0),
         comeback_prompts=(32, COMEBACK_PROMPT, 512),
         comeback_samples=7,
@@ -136,25 +99,21 @@ class TenantsSuite(Suite[TenantsPlan]):
     quick = TenantsPlan(
         name="quick",
         stages=("temporal", "comeback", "streaming", "equality"),
-        orders=_orders("stock", "polder", "polder", "stock"),
+        orders=dict.fromkeys(("temporal", "spatial"), ("stock", "polder", "polder", "stock")),
         rates=(0.5, 4.0),
         comeback_prompts=(COMEBACK_PROMPT,),
         comeback_samples=4,
     )
-    baselines: ClassVar = {
-        "stock-short": ("stock",),
-        "kv-only": ("stock",),
-        "polder": ("stock", "stock-short", "kv-only"),
-    }
+    baselines: ClassVar = {arm: ARMS[:number] for number, arm in enumerate(ARMS)} | {"kv-only": ("stock",)}
+    also_compared: ClassVar = (
+        *(
+            ("polder-resident", "stock-resident"),
+            ("polder-streamed", "stock-resident"),
+            ("polder-streamed", "stock-anew"),
+        ),
+        *(("polder-whole", "polder-streamed"), ("polder-whole-link", "polder-streamed-link")),
+    )
     interval_engines = ("all",)
-    tiles: ClassVar = {
-        "polder/stock:all.output_tokens_per_s": "throughput over stock's where its KV is exhausted",
-        "polder/stock:all.ttft_p99_ms": "p99 TTFT over stock's there",
-        "polder/stock:all.tbt_p99_ms": "p99 TBT over stock's there",
-        "polder/kv-only:all.output_tokens_per_s": "throughput over elastic KV's alone there",
-    }
-
-    # ------------------------------------------------------------------ stages
 
     def measure(self) -> None:
         if {"temporal", "spatial"} & set(self.plan.stages):
@@ -169,7 +128,7 @@ class TenantsSuite(Suite[TenantsPlan]):
             self.arms["polder-streaming"] = {COMEBACK_ENGINE: found}
         if "equality" in self.plan.stages:
             with self.pool(self._exact_arm, suffix="-equality") as pool:
-                self.equality(pool, ["polder"], _rounds(self.plan.seed), WEIGHT_COUNTERS, settle_s=1.0)
+                self.equality(pool, ["polder"], rounds.sleeping(self.plan.seed), WEIGHT_COUNTERS, settle_s=1.0)
 
     def _under_load(self) -> None:
         with self.pool(self._arm, at_most=ARMS_UP, prepare=_warm) as pool:
@@ -196,9 +155,9 @@ class TenantsSuite(Suite[TenantsPlan]):
     def _loads(self, rates: tuple[float, ...]) -> Iterator[tuple[str, Mapping[str, Workload]]]:
         """Loads of one leg: name -> engines' workloads."""
         for rate in rates:
-            yield f"x{rate:g}", temporal(slots=range(*self.plan.slots), rate=rate, seed=self.plan.seed)
+            yield f"x{rate:g}", load_of.temporal(slots=range(*self.plan.slots), rate=rate, seed=self.plan.seed)
         if "spatial" in self.plan.stages:
-            yield "spatial", spatial(users=self.plan.spatial_users, seed=self.plan.seed)
+            yield "spatial", load_of.spatial(users=self.plan.spatial_users, seed=self.plan.seed)
 
     def _comeback(self) -> None:
         for name in comeback.ARMS:
@@ -219,17 +178,8 @@ class TenantsSuite(Suite[TenantsPlan]):
     def suffixes(self) -> Iterable[str]:
         return "", "-spatial", *(f"-{rate}" for rate in self._rates())
 
-    def ratios(self) -> dict[str, float]:
-        found = super().ratios()
-        for over, under in COMPARED_COMEBACKS:
-            if {over, under} <= self.arms.keys():
-                found |= ratios_over(self.arms, arm=over, baseline=under)
-        return found
-
     def _rates(self) -> list[str]:
         return [f"x{rate:g}" for rate in self.plan.rates]
-
-    # ------------------------------------------------------------------ arms
 
     def _arm(self, name: str) -> ArmSpec:
         return _spec(name, self._engines(TENANTS))
@@ -238,15 +188,17 @@ class TenantsSuite(Suite[TenantsPlan]):
         return _spec(name, self._engines({COMEBACK_ENGINE: TENANTS[COMEBACK_ENGINE]}))
 
     def _exact_arm(self, name: str) -> ArmSpec:
-        exact = {engine: TENANTS[engine].in_float32() for engine in EQUALITY_ENGINES}
+        exact = {engine: TENANTS[engine].in_float32() for engine in rounds.SLEEPING_ENGINES}
         return _spec(name, [replace(engine, max_model_len=1280) for engine in self._engines(exact)])
 
     def _engines(self, recipes: Mapping[str, ModelRecipe]) -> list[EnginePlan]:
-        sizes = {"max_model_len": MAX_MODEL_LEN, "share_bytes": KV_SHARE_BYTES, "batched_tokens": BATCHED_TOKENS}
+        sizes = {
+            "max_model_len": load_of.MAX_MODEL_LEN,
+            "share_bytes": KV_SHARE_BYTES,
+            "batched_tokens": BATCHED_TOKENS,
+        }
         engines = on_one_core(recipes, self.workdir / "models", **sizes)
         return [replace(engine, weights_bytes=weights_bytes(engine.recipe)) for engine in engines]
-
-    # ------------------------------------------------------------------ limits and report
 
     @classmethod
     def checks(cls, result: BenchResult) -> list[Check]:
@@ -254,57 +206,40 @@ class TenantsSuite(Suite[TenantsPlan]):
         exhausted = exhausted_loads(result, loads)
 
         def part(_: BenchResult) -> Figure | None:
-            return (
-                Figure(len(exhausted) / len(loads), f"{', '.join(exhausted)} of {', '.join(loads)}") if loads else None
-            )
+            which = f"{', '.join(exhausted)} of {', '.join(loads)}"
+            return Figure(len(exhausted) / len(loads), which) if loads else None
 
-        some = Limit(figure=part, relation=">", bound=0)
         sooner = f"polder-whole-link/polder-streamed-link:{COMEBACK_ENGINE}.ttft_{COMEBACK_PROMPT}_p50_ms"
         where = f"where stock's KV is exhausted: {', '.join(exhausted)}"
-        worse = Limit(figure="polder/stock:all.output_tokens_per_s", relation=">=", bound=1.40, why=where)
-        woken = f"polder-streamed:{COMEBACK_ENGINE}."
+        over, woken = "polder/stock:all.", f"polder-streamed:{COMEBACK_ENGINE}."
+        metrics = [f"{metric}_{q}_ms" for metric in ("ttft", "tbt") for q in ("p50", "p99")]
+        below = {  # every rate by itself: no gain at one makes good a loss at another
+            load.replace(".", "_"): limits.highest(f"polder-{load}/stock-{load}:all.{metric}" for metric in metrics)
+            for load in loads
+            if load not in exhausted
+        }
         return [
-            Check("stock_exhausts_its_kv_at_some_rates_not_at_all", (some, replace(some, relation="<", bound=1))),
-            Check("temporal_throughput_at_least_1_40", (worse,)),
-            limits.at_most("temporal_ttft_p99_at_most_0_25", "polder/stock:all.ttft_p99_ms", 0.25, why=where),
-            limits.at_most("temporal_tbt_p99_at_most_0_55", "polder/stock:all.tbt_p99_ms", 0.55, why=where),
-            # Every rate that stock serves with ease is a check of its own: no gain at one makes good a loss at another.
-            *(
-                limits.at_most(
-                    f"below_saturation_no_worse_by_2_percent_{load}".replace(".", "_"),
-                    limits.highest(
-                        f"polder-{load}/stock-{load}:all.{metric}_{q}_ms"
-                        for metric in ("ttft", "tbt")
-                        for q in ("p50", "p99")
-                    ),
-                    NO_WORSE,
-                )
-                for load in loads
-                if load not in exhausted
-            ),
-            Check("streamed_at_least_1_30_sooner_than_whole", (Limit(figure=sooner, relation=">=", bound=1.30),)),
-            Check(
+            limits.check("stock_exhausts_its_kv_at_some_rates_not_at_all", Limit(part, ">", 0), Limit(part, "<", 1)),
+            limits.at_least("temporal_throughput_at_least_1_40", f"{over}output_tokens_per_s", 1.40, where),
+            limits.at_most("temporal_ttft_p99_at_most_0_25", f"{over}ttft_p99_ms", 0.25, where),
+            limits.at_most("temporal_tbt_p99_at_most_0_55", f"{over}tbt_p99_ms", 0.55, where),
+            *(limits.at_most(f"below_saturation_no_worse_by_2_percent_{load}", of, 1.02) for load, of in below.items()),
+            limits.at_least("streamed_at_least_1_30_sooner_than_whole", sooner, 1.30),
+            limits.check(
                 "reclaimed_model_had_lost_all_its_layers",
-                (
-                    Limit(figure=f"{woken}wakes", relation=">", bound=0),
-                    Limit(figure=f"{woken}layers_loaded_a_wake", relation=">=", bound=1),
-                ),
+                Limit(f"{woken}wakes", ">", 0),
+                Limit(f"{woken}layers_loaded_a_wake", ">=", 1),
             ),
-            limits.at_most(
-                "streaming_step_within_15_percent_of_the_formula",
-                f"polder-streaming:{COMEBACK_ENGINE}.worst_error",
-                0.15,
-            ),
+            limits.at_most("streaming_step_within_15_percent_of_the_formula", STREAMING_ERROR, 0.15),
             limits.none_different("tokens_equal", "polder-equality", "sleeps", "wakes"),
             limits.failed_requests(),
         ]
 
     @classmethod
     def tables(cls, result: BenchResult) -> Iterator[Table]:
-        shown = SHOWN | OF_WEIGHTS
         for load in (*_loads_of(result), "spatial"):
             title = "Two models at a time" if load == "spatial" else f"One model at a time, rate {load}"
-            yield from arm_tables(result, title, {arm: f"{arm}-{load}" for arm in ARMS}, "all", shown, f"stock-{load}")
+            yield from arm_tables(result, title, {arm: f"{arm}-{load}" for arm in ARMS}, "all", SHOWN, f"stock-{load}")
         anew = (*comeback.RESIDENT.values(), *comeback.ARMS[1:], "stock-anew")
         for title, arms, engine in (
             ("The first token of a model that was asleep", anew, COMEBACK_ENGINE),
@@ -324,51 +259,18 @@ class TenantsSuite(Suite[TenantsPlan]):
             yield plots.sweep(result, ARMS, {load: rates[load] for load in loads}, exhausted)
 
     def describe(self) -> dict[str, Any]:
-        engines, plan, (first, end) = self._engines(TENANTS), self.plan, self.plan.slots
+        engines = self._engines(TENANTS)
         weights = sum(engine.weights_bytes for engine in engines)
-        layers = {
-            e.name: f"{layer_bytes(e.recipe)} B a layer in {e.weights_bytes // e.recipe.layers} B of pages"
-            for e in engines
-        }
+        sizes = {"bytes": BUDGET_BYTES, "weights_bytes": weights, "kv_bytes": BUDGET_BYTES - weights}
+        named = {"plan": self.plan, "load": load_of, "comeback": comeback, "rounds": rounds, "engine": COMEBACK_ENGINE}
         return {
-            "plan": plan.describe(),
-            "budget": {
-                "bytes": BUDGET_BYTES,
-                "weights_bytes": weights,
-                "weights_part": round(weights / BUDGET_BYTES, 3),
-                "kv_bytes": BUDGET_BYTES - weights,
-                "stock": f"all weights resident, {KV_SHARE_BYTES} B of KV for each model",
-                "kv-only": f"all weights resident, {BUDGET_BYTES - weights} B of KV, a third of it each model's own on demand",
-                "stock-short": f"as stock, steps of at most {SHORT_BATCHED_TOKENS} tokens",
-                "polder": f"{BUDGET_BYTES} B for weights and KV; a goal of {TBT_GOAL} for tokens while others prefill",
-                "beside it": "embeddings, heads and last norms, which stay where they are in all arms; and Polder's host copy "
-                "of the layers, which is ordinary memory",
-            },
-            "engines": describe_engines(engines) | {"layers": layers},
-            "workload": {
-                "temporal": f"tenants-v1, slots {first} to {end - 1} of {SLOT_S:g} s, open loop: in each, conversations of "
-                f"{TURNS} turns with the model whose turn it is; a rate multiplies the conversations that begin",
-                "spatial": f"{' and '.join(SPATIAL_ENGINES)}, {plan.spatial_users} users each, closed loop without pauses; T3 idle",
-                "comeback": f"{COMEBACK_ENGINE} by itself, one request at a time, {comeback.OUTPUT_TOKENS} tokens; the memory is "
-                "free when it wakes",
-                "streaming": f"{COMEBACK_ENGINE} by itself, one request that decodes, over the emulated link",
-                "emulated link": f"{LINK_BYTES_PER_S / 1e9:g} GB/s: bytes are copied, and count as there when the link would have "
-                "carried them",
-                "equality": f"{' and '.join(EQUALITY_ENGINES)} in float32, five rounds of the same prompts, all at once",
-                "warm-up": "each arm, once up, gets long prompts on each model in turn; not counted; prefix caches are emptied "
-                "before each run, weights stay where they are",
-                "stock's KV is exhausted": "where the contexts asked for at once do not fit its pool for more than a twentieth "
-                "of the time with work, or a request was preempted; arms named without a load are the runs at these rates together",
-            },
-            "legs": [leg._asdict() for leg in plan.legs],
+            "plan": self.plan.describe(),
+            "budget": {**sizes, "weights_part": round(weights / BUDGET_BYTES, 3)}
+            | self.prose("budget", share=KV_SHARE_BYTES, short=SHORT_BATCHED_TOKENS, goal=TBT_GOAL, **sizes),
+            "engines": describe_engines(engines) | {"layer_bytes": {e.name: layer_bytes(e.recipe) for e in engines}},
+            "workload": self.prose("workload", link=LINK_BYTES_PER_S / 1e9, **named),
+            "legs": [leg._asdict() for leg in self.plan.legs],
         }
-
-
-def exhausted_loads(result: BenchResult, loads: Sequence[str]) -> list[str]:
-    """Those of `loads` ("x2", ...) at which stock had more contexts to serve than its pools hold, or had to preempt."""
-    parts = {load: result.figure(f"stock-{load}:all.kv_exhausted_part") for load in loads}
-    preempted = {load: result.figure(f"stock-{load}:all.preemptions") for load in loads}
-    return [load for load in loads if (parts[load] or 0) > EXHAUSTED_PART or (preempted[load] or 0) > 0]
 
 
 def _loads_of(result: BenchResult) -> list[str]:
@@ -394,38 +296,4 @@ def _spec(name: str, engines: Sequence[EnginePlan]) -> ArmSpec:
 def _warm(arm: Arm) -> None:
     """Touches all memory and runs all code of all engines once, one engine after the other."""
     for engine in arm.engines:
-        warm(arm, {engine.name: warm_up(engine.name, seed=0)})
-
-
-def _rounds(seed: int) -> list[Round]:
-    """In the middle of their answers engines are told to fall asleep, which they do once they are idle, and resized, so
-    that
-
-    the memory of the weights becomes KV. The next round's requests wake the sleeper while the other engine answers. In
-    float32 a unit is 1,024 tokens: a share is 3 units, an engine's questions take about 5, and the weights of the other
-    12.
-    """
-    asked = {
-        engine: questions(model=engine, count=8, longest=700, seed=seed + number, vocab=VOCAB)
-        for number, engine in enumerate(EQUALITY_ENGINES)
-    }
-    acts: tuple[tuple[tuple[str, ...], dict[float, Resize | Sleep]], ...] = (
-        (
-            ("T1", "T2"),
-            {0.2: Resize(engine="T1", units=2), 0.5: Resize(engine="T1", units=0), 0.7: Sleep(engine="T2")},
-        ),
-        (("T1",), {0.0: Resize(engine="T1", units=12), 0.6: Resize(engine="T1", units=0)}),
-        (
-            ("T1", "T2"),
-            {0.3: Resize(engine="T2", units=2), 0.5: Sleep(engine="T1"), 0.6: Resize(engine="T2", units=0)},
-        ),
-        (("T1", "T2"), {0.4: Sleep(engine="T2")}),
-        (("T2",), {}),
-    )
-    return [
-        Round(
-            asked={engine: asked[engine] for engine in engines},
-            acts=tuple(Act(at=at, message=message) for at, message in of.items()),
-        )
-        for engines, of in acts
-    ]
+        warm(arm, {engine.name: load_of.warm_up(engine.name, seed=0)})

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
-from polder.bench.harness.arms import Arm, ArmSpec
+from polder.bench.harness.arms import ArmSpec
 from polder.bench.harness.driver import Workload
 from polder.bench.harness.engines import (
     BLOCK_TOKENS,
@@ -25,23 +26,19 @@ from polder.bench.harness.engines import (
     on_one_core,
 )
 from polder.bench.harness.pool import ArmPool
-from polder.bench.harness.runs import Run, warm
-from polder.bench.harness.scrape import summed
+from polder.bench.harness.runs import warm
 from polder.bench.native.args import offloading_args
 from polder.bench.report import limits
-from polder.bench.report.limits import Check, Limit
-from polder.bench.report.metrics import Metrics
+from polder.bench.report.limits import Check
 from polder.bench.report.result import BenchResult
-from polder.bench.report.summary import arm_metrics, tier_metrics
+from polder.bench.report.summary import agent_metrics
 from polder.bench.report.tables import SHOWN, Table, arm_tables, metric_names
-from polder.bench.stages import restart
-from polder.bench.stages.equality import Round
+from polder.bench.stages import restart, rounds
 from polder.bench.suites.base import Suite
 from polder.bench.suites.plan import Plan, StageArms
 from polder.bench.workloads import agents as loads
 from polder.bench.workloads.agents import BURST_ROUNDS, MAX_MODEL_LEN, RECIPES, USERS, bursts
 from polder.bench.workloads.models import MODEL_A, ModelRecipe
-from polder.bench.workloads.prompts import questions
 
 __all__ = ["TurnsPlan", "TurnsSuite"]
 
@@ -112,8 +109,6 @@ class TurnsPlan(Plan):
 
 class TurnsSuite(Suite[TurnsPlan]):
     name = "turns"
-    title = "Many turns, one small pool"
-    subtitle = "Plain vLLM, vLLM's CPU offloading, and Polder's tiers."
     full = TurnsPlan(
         name="full",
         sessions=32,
@@ -123,54 +118,43 @@ class TurnsSuite(Suite[TurnsPlan]):
             "chat": ("stock", "native", "polder", "polder", "native", "stock"),
             "noreuse": ("stock", "polder"),
             "lender": ("stock", "polder", "polder", "stock"),
-            "restart": (*restart.ARMS, *reversed(restart.ARMS)),
             "equality": ARMS,
+            "restart": (*restart.ARMS, *reversed(restart.ARMS)),
         },
         noreuse_uncounted_rounds=1,
         noreuse_rounds=8,
     )
-    quick = TurnsPlan(
+    quick = replace(
+        full,
         name="quick",
         sessions=16,
         stages=("agents", "noreuse", "restart", "equality"),
         orders={
             "agents": ("stock", "polder", "native", "native", "polder"),
-            "chat": ("stock", "native", "polder"),
-            "noreuse": ("stock", "polder"),
-            "lender": ("stock", "polder"),
+            **dict.fromkeys(("chat", "equality"), ("stock", "native", "polder")),
+            **dict.fromkeys(("noreuse", "lender"), ("stock", "polder")),
             "restart": restart.ARMS,
-            "equality": ("stock", "native", "polder"),
         },
         noreuse_uncounted_rounds=0,
         noreuse_rounds=2,
     )
     baselines: ClassVar = {
-        "native": ("stock",),
-        "polder-host": ("stock", "native"),
-        "polder-peer": ("stock", "native"),
-        "polder": ("stock", "native", "polder-host", "polder-peer"),
-        "native-fs": ("stock",),
+        **dict.fromkeys(("native", "native-fs"), ("stock",)),
+        **dict.fromkeys(("polder-host", "polder-peer"), ("stock", "native")),
+        "polder": ARMS[:-1],
         "polder-disk": ("stock", "native-fs"),
     }
-    intervals_how = f"{Suite.intervals_how}; in noreuse, pairs of blocks"
-    tiles: ClassVar = {
-        "polder/stock:A.ttft_p99_ms": "A: p99 TTFT, Polder's over stock's",
-        "polder/native:A.ttft_p99_ms": "A: p99 TTFT, Polder's over native offloading's",
-        "polder/stock:B.ttft_p99_ms": "B, the lender: p99 TTFT, Polder's over stock's",
-    }
-
-    # ------------------------------------------------------------------ stages
 
     def measure(self) -> None:
         self.note(self._links())
-        plan = self.plan
+        plan, warmed = self.plan, partial(warm, loads=loads.warm_up(time_scale=WARM_UP_TIME_SCALE))
         if {"agents", "chat", "lender", "noreuse"} & set(plan.stages):
-            with self.pool(self._arm, at_most=2, prepare=_warm) as pool:
+            with self.pool(self._arm, at_most=2, prepare=warmed) as pool:
                 # First, because it needs the two arms up together that the first runs of the agents need too.
                 for count in NOREUSE_AT_A_TIME if "noreuse" in plan.stages else ():
                     blocks = loads.unique_prompts(model="A", at_a_time=count, **NOREUSE)
-                    rounds, extra = plan.noreuse_rounds, plan.noreuse_uncounted_rounds
-                    self.tax(pool, blocks, f"-noreuse-{count}", engine="A", rounds=rounds, extra=extra)
+                    counted, extra = plan.noreuse_rounds, plan.noreuse_uncounted_rounds
+                    self.tax(pool, blocks, f"-noreuse-{count}", engine="A", rounds=counted, extra=extra)
                 if "agents" in plan.stages:
                     ideal = loads.agents_ideal_hit_ratio(sessions=plan.sessions, block_tokens=BLOCK_TOKENS)
                     self._load(pool, "agents", loads.agents(model="A", users=USERS, sessions=plan.sessions), "", ideal)
@@ -184,7 +168,7 @@ class TurnsSuite(Suite[TurnsPlan]):
             self._restart()
         if "equality" in plan.stages:
             with self.pool(self._exact_arm, suffix="-equality") as pool:
-                self.equality(pool, plan.orders["equality"], _rounds(plan.seed), {}, settle_s=0.5)
+                self.equality(pool, plan.orders["equality"], rounds.taking_back(plan.seed), {}, settle_s=0.5)
 
     def _load(self, pool: ArmPool, stage: str, load_a: Workload, suffix: str, ideal: float | None) -> None:
         """Runs in order, then figures of all arms. `ideal`: the hit ratio of A without a limit; None: A is not
@@ -195,7 +179,7 @@ class TurnsSuite(Suite[TurnsPlan]):
             both = {"A": load_a, "B": bursts(model="B", rounds=BURST_ROUNDS)}
             self.play(pool.get(name), title, both, kept_as=name + suffix)
         runs = {name + suffix: [r for r in self.runs if r.arm == name + suffix] for name in dict.fromkeys(order)}
-        self.summarise(runs, lambda of: _metrics(of, ideal), suffix)
+        self.summarise(runs, lambda of: agent_metrics(of, ideal), suffix)
 
     def _restart(self) -> None:
         order, models, a = self.plan.orders["restart"], self.workdir / "models", {"A": MODEL_A}
@@ -222,10 +206,8 @@ class TurnsSuite(Suite[TurnsPlan]):
     def suffixes(self) -> Iterable[str]:
         return dict.fromkeys(suffix for _, suffix, _ in GROUPS)
 
-    # ------------------------------------------------------------------ arms
-
     def _arm(self, name: str) -> ArmSpec:
-        return self._spec(name, self._engines(), LOAD_BYTES)
+        return self._spec(name, self._two(RECIPES, MAX_MODEL_LEN, LOAD_BYTES), LOAD_BYTES)
 
     def _exact_arm(self, name: str) -> ArmSpec:
         exact = {engine: recipe.in_float32() for engine, recipe in RECIPES.items()}
@@ -251,48 +233,38 @@ class TurnsSuite(Suite[TurnsPlan]):
         """Bytes a second of the emulated links; empty where none is emulated."""
         return LINKS_BYTES_PER_S if self.plan.links == "emulated" else {}
 
-    def _engines(self) -> list[EnginePlan]:
-        return self._two(RECIPES, MAX_MODEL_LEN, LOAD_BYTES)
-
     def _two(self, recipes: Mapping[str, ModelRecipe], longest: Mapping[str, int], sizes: Sizes) -> list[EnginePlan]:
         pools, models = {"A": sizes.pool_a, "B": sizes.pool_b}, self.workdir / "models"
         engines = a_core_each(recipes, models, max_model_len=longest, share_bytes=pools)
         return [replace(engine, batched_tokens=BATCHED_TOKENS) for engine in engines]
 
-    # ------------------------------------------------------------------ limits and report
-
     @classmethod
     def checks(cls, result: BenchResult) -> list[Check]:
         restarted, after = "polder-disk-restart", "-restart:A.ttft_p99_ms"
-        first_turns = Limit(
-            figure=f"{restarted}:A.first_turn_hit_ratio", relation=">=", bound=0.8, why="the rest is new"
-        )
+        taxes = {n: (f"polder-noreuse-{n}", f"stock-noreuse-{n}", "A") for n in NOREUSE_AT_A_TIME}
+        hits = "tier_hit_tokens"
+        lent = {  # from the lender stage where it was run, which measures B alone; else from the agents' runs
+            metric: limits.first_of(f"polder-lender/stock-lender:B.{metric}_p99_ms", f"polder/stock:B.{metric}_p99_ms")
+            for metric in ("ttft", "tbt")
+        }
         return [
             limits.at_most("a_ttft_p99_ratio_to_stock_at_most_0_31", "polder/stock:A.ttft_p99_ms", 0.31),
             limits.at_most("a_ttft_p99_ratio_to_native_at_most_1_00", "polder/native:A.ttft_p99_ms", 1.00),
-            *(
-                # From the lender stage where it was run, which measures B alone; else from the agents' runs.
-                limits.at_most(
-                    f"b_{metric}_p99_ratio_at_most_1_05",
-                    limits.first_of(f"polder-lender/stock-lender:B.{metric}_p99_ms", f"polder/stock:B.{metric}_p99_ms"),
-                    1.05,
-                )
-                for metric in ("ttft", "tbt")
-            ),
+            *(limits.at_most(f"b_{metric}_p99_ratio_at_most_1_05", of, 1.05) for metric, of in lent.items()),
             limits.at_most("a_ttft_p99_after_a_restart_ratio_to_stock_at_most_0_31", f"{restarted}/stock{after}", 0.31),
             limits.at_most(
                 "a_ttft_p99_after_a_restart_ratio_to_native_at_most_1_00", f"{restarted}/native-fs{after}", 1.00
             ),
-            Check("first_turns_after_a_restart_hit", (first_turns,)),
+            limits.at_least(
+                "first_turns_after_a_restart_hit", f"{restarted}:A.first_turn_hit_ratio", 0.8, "the rest is new"
+            ),
             *(
-                limits.within_one_percent(
-                    f"noreuse_tax_within_1_percent_{n}_at_a_time", f"polder-noreuse-{n}", f"stock-noreuse-{n}", "A"
-                )
-                for n in NOREUSE_AT_A_TIME
+                limits.within_one_percent(f"noreuse_tax_within_1_percent_{n}_at_a_time", *tax)
+                for n, tax in taxes.items()
             ),
             # Equal answers say nothing of a tier that served none of them.
             *(
-                limits.none_different(f"tokens_equal_{arm.replace('-', '_')}", f"{arm}-equality", "tier_hit_tokens")
+                limits.none_different(f"tokens_equal_{arm.replace('-', '_')}", f"{arm}-equality", hits)
                 for arm in ARMS[1:]
             ),
             limits.failed_requests(),
@@ -308,74 +280,24 @@ class TurnsSuite(Suite[TurnsPlan]):
         yield from arm_tables(result, "The same tokens as stock (float32)", equal, "all", names)
 
     def describe(self) -> dict[str, Any]:
-        sizes, per_token = LOAD_BYTES, MODEL_A.kv_bytes_per_token
+        sizes = {**asdict(LOAD_BYTES), "native": LOAD_BYTES.native}
+        tokens = {name: size // MODEL_A.kv_bytes_per_token for name, size in sizes.items() if name != "pool_b"}
         return {
             "plan": self.plan.describe(),
             "links": self._links(),
             "bytes": {
-                "pools, all arms": {"A": sizes.pool_a, "B": sizes.pool_b},
-                "stock": "pools alone",
-                "native": f"A: CPU tier of {sizes.native} B = host tier and loan together, vLLM's OffloadingConnector, LRU",
-                "polder-host": f"A: host tier of {sizes.host} B",
-                "polder-peer": f"A: at most {sizes.lend_b} B of B's own pool, on loan: no bytes beyond the stock arm's",
-                "polder": f"A: host tier of {sizes.host} B and at most {sizes.lend_b} B on loan",
-                "tokens of A": {
-                    name: size // per_token
-                    for name, size in {**asdict(sizes), "native": sizes.native}.items()
-                    if name != "pool_b"
-                },
+                "pools, all arms": {"A": LOAD_BYTES.pool_a, "B": LOAD_BYTES.pool_b},
+                **self.prose("bytes", **sizes),
+                "tokens of A": tokens,
                 "equality, float32": asdict(EQUALITY_BYTES),
             },
-            "engines": describe_engines(self._engines()),
-            "workload": {
-                "A": f"agents: tiny-agent-v1, closed loop, {USERS} users, sessions 0-{self.plan.sessions - 1}; "
-                "first turns of the users' first sessions are not in TTFT. chat: tiny-chat-v1, open loop",
-                "B": "tiny-burst-v1, open loop: its 238 requests once, measured; "
-                "then again as load, not measured, until A is through",
-                "warm-up": "each arm, once up, gets the last prompt of every user's first session on A and B's trace; not "
-                "counted; all caches and tiers are emptied before each run",
-                "noreuse": "engine A alone, unique prompts in blocks that alternate between stock and polder",
-                "lender": "B under its trace while A, not measured, is under the agents' pressure",
-                "equality": "float32; the same prompts in three rounds, all at once; B's load of the second takes its memory back",
-            },
-            "restart": restart.describe(self.plan.sessions),
+            "engines": describe_engines(self._two(RECIPES, MAX_MODEL_LEN, LOAD_BYTES)),
+            "workload": self.prose("workload", users=USERS, last=self.plan.sessions - 1),
+            "restart": self.prose("restart", of=restart) | {"turns_before": restart.TURNS_BEFORE},
             "order": list(self.plan.orders["agents"]),
         }
 
     def _links(self) -> str:
         """One line that has to stand beside every figure of a run."""
-        if not (rates := self._rates()):
-            return "links not emulated: peer and host are both this machine's memory, at the speed of memcpy"
-        speeds = f"peer {rates['peer'] / 1e9:g} GB/s, host {rates['host'] / 1e6:g} MB/s"
-        return (
-            f"links emulated: {speeds}, each direction by itself; bytes are copied, then the copying thread sleeps until the link "
-            "would have carried them; native's CPU tier is behind the host link"
-        )
-
-
-def _warm(arm: Arm) -> None:
-    warm(arm, loads.warm_up(time_scale=WARM_UP_TIME_SCALE))
-
-
-def _metrics(runs: Sequence[Run], ideal: float | None) -> dict[str, Metrics]:
-    """Each engine's own counters are under "counters"."""
-    found = arm_metrics(runs)
-    for engine in RECIPES:
-        found[engine]["counters"] = summed([run.samples.get(engine, {}) for run in runs])
-    if ideal is None:
-        return {"B": found["B"]}
-    hit = found["A"]["hit_ratio"]
-    assert isinstance(hit, float)
-    found["A"] |= {"hit_ratio_of_ideal": hit / ideal, **tier_metrics(runs, hit)}
-    return found
-
-
-def _rounds(seed: int) -> list[Round]:
-    """A's prompts are more than its pool holds, and the same in every round: what one round left behind comes back from
-    a tier.
-
-    B, which lends its idle memory in the first round, gets more prompts in the second than fit beside the loan.
-    """
-    of_a = questions(model="A", count=10, longest=1100, seed=seed)
-    few, many = (questions(model="B", count=n, longest=900, seed=s) for n, s in ((2, seed), (24, seed + 1)))
-    return [Round(asked={"A": of_a, "B": of_b}) for of_b in (few, many, few)]
+        peer, host = LINKS_BYTES_PER_S["peer"] / 1e9, LINKS_BYTES_PER_S["host"] / 1e6
+        return str(self.prose("links", peer=peer, host=host)[self.plan.links])
