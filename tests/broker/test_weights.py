@@ -303,6 +303,16 @@ def test_requests_that_waited_when_an_operator_spoke_delay_its_sleep_and_do_not_
     assert only(broker.demand("b", 13.0, idle_s=0.001), Recall)
 
 
+def test_a_report_that_was_under_way_when_an_operator_spoke_does_not_carry_its_sleep_out() -> None:
+    broker = two_in_turns()
+    broker.say("operator", Sleep(engine="b"), 11.0)
+    broker.demand("b", 11.01, asleep=True, held_units=1, idle_s=3.0)
+    broker.say("b", NeedWeights(), 11.02)  # of a request that came before it, and is aborted
+    broker.give_back("a", only(broker.told("a"), Recall))
+    grant = only(broker.told("b"), Grant)
+    assert only(broker.say("b", Grown(lease=grant.lease)), Recall), "it sleeps after all"
+
+
 @pytest.mark.parametrize("woken", [False, True])
 def test_who_woke_for_requests_that_were_aborted_waits_no_longer_unless_an_operator_said_so(woken: bool) -> None:
     broker = two_in_turns()

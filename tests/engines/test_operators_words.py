@@ -17,6 +17,7 @@ from vllm.v1.core.sched.interface import PauseState
 
 from polder.broker.config import BrokerConfig
 from polder.broker.core import BrokerCore
+from polder.broker.weights import IN_FLIGHT_S
 from polder.broker.wire import (
     Demand,
     FromBroker,
@@ -65,7 +66,7 @@ class Engine:
         self.held: list[tuple[int, ...]] = []
         self.pages: list[int] = []
         self.sent: Demand | None = None
-        self.due = False
+        self.due, self.said_at = False, float("-inf")
         """An operator's last word was to sleep, and it was not seen asleep without a request since."""
         found = WeightsFound(layers=LAYERS, layer_pages=LAYER_PAGES, moved_bytes=1, resident_bytes=0, copy_share=0.0)
         self.weights = CoreWeights(self.scheduler, found, self.rpc, self.outbox.append, lambda: False)
@@ -187,7 +188,7 @@ class Lives(RuleBasedStateMachine):
     def an_operator_says_sleep(self, name: str) -> None:
         self.core.handle(999, 1, Sleep(engine=name), self.now)
         self.deliver()
-        self.engines[name].due = True
+        self.engines[name].due, self.engines[name].said_at = True, self.now
 
     @rule(name=names)
     def an_operator_says_wake(self, name: str) -> None:
@@ -262,10 +263,9 @@ class Lives(RuleBasedStateMachine):
     def one_arrives(self, engine: Engine) -> None:
         if engine.outbox:
             message = engine.outbox.popleft()
-            if isinstance(message, Demand) and message.asleep and message.idle_s > 0:
-                engine.due = (
-                    False  # for the broker it sleeps, as it was told; a request that was under way comes after that
-                )
+            late = self.now - engine.said_at > IN_FLIGHT_S
+            if late and isinstance(message, Demand) and message.asleep and message.idle_s > 0:
+                engine.due = False  # for the broker it has slept since then; a request comes after that
             self.core.handle(engine.connection, engine.connection, message, self.now)
             self.deliver()
 

@@ -29,6 +29,7 @@ class WeightState:
     sleep_due: bool = False
     """An operator's Sleep is not carried out yet, because the engine has requests or was to wake for some. Until it is,
     no request cancels it."""
+    sleep_said_at: float = float("-inf")
     woken: bool = False
     """It waits for its layers because an operator said so. Aborted requests do not end that."""
     returning: int = 0

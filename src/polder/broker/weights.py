@@ -27,6 +27,9 @@ from polder.planner.sharing import Balance, Move, Moves, Pattern, WeightView, ar
 
 __all__ = ["Weights"]
 
+IN_FLIGHT_S = 1.0
+"""Longer than a message takes from an engine to the broker. An engine at rest reports once a second."""
+
 
 @dataclass(kw_only=True)
 class Weights:
@@ -52,8 +55,9 @@ class Weights:
         if demand.idle_s > 0:
             if demand.asleep and self.roster.asleep(engine):
                 # It has no requests: those that it was to wake for were aborted, and a Sleep that was due is carried
-                # out.
-                engine.weights.sleep_due = False
+                # out. A report that was under way when the operator spoke does not count: a request may have come since.
+                if engine.demand_at - engine.weights.sleep_said_at > IN_FLIGHT_S:
+                    engine.weights.sleep_due = False
                 if not engine.weights.woken:
                     engine.weights.waking_since = None
             return
@@ -79,7 +83,7 @@ class Weights:
     def sleep(self, engine: Engine, now: float) -> None:
         """An operator's order: no weights from the moment when it has no requests, until Wake or its next request."""
         engine.weights.pinned, engine.weights.sleep_due, engine.weights.waking_since = 0, True, None
-        engine.weights.returning = 0
+        engine.weights.returning, engine.weights.sleep_said_at = 0, now
         self._note(engine, "sleep", self.roster.units(engine, "weights"), "an operator put it to sleep", now)
 
     def wake(self, engine: Engine, now: float) -> None:
