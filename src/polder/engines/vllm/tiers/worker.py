@@ -1,8 +1,8 @@
 """The tiers' half in every worker: vLLM's OffloadingWorker over polder.tiers.transfer.
 
-vLLM calls it with the ids of its own blocks and with the job that the scheduler's half made (tier_manager.py); here the ids become
+vLLM calls it with the ids of its own blocks and with the job that the scheduler's half made (manager.py); here the ids become
 addresses. A job that fails is reported as done, since OffloadingConnector asserts success and would end the engine
-(KC/offloading/worker.py:286-288); which loads failed is told beside it, and the connector (tier_connector.py) makes them misses.
+(KC/offloading/worker.py:286-288); which loads failed is told beside it, and the connector (connector.py) makes them misses.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 vLLM writes keys and values by an op of its own before attention (`do_kv_cache_update`), so the layer's blocks must be there before
 that, and not before attention only, as a connector's hook would have it. Both are methods of the layer's attention implementation,
 called from within opaque ops: wrapped here, they are called by eager and by compiled code alike, and between the pieces
-of a piecewise CUDA graph. What a step reads and writes is taken from the model runner's own lists (window_runner.py).
+of a piecewise CUDA graph. What a step reads and writes is taken from the model runner's own lists (runner.py).
 
 A copy that fails ends no engine: the pass runs on, its tokens are worth nothing, and the core is told which blocks are doubtful. It
 drops what came of them (engines/vllm/window/core.py).
