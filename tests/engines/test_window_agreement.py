@@ -114,9 +114,7 @@ SHAPES = st.integers(2, 12).flatmap(
 
 
 @given(shape=SHAPES, store_bytes=st.integers(0, 1 << 22), rest=st.integers(0, PAGE - 1))
-def test_windowed_units_fit_the_store_and_the_carriers(
-    shape: tuple[int, int, int], store_bytes: int, rest: int
-) -> None:
+def test_windowed_units_fit_the_store_and_the_donors(shape: tuple[int, int, int], store_bytes: int, rest: int) -> None:
     layers, window_layers, units = shape
     unit_bytes = layers * PAGE
     ceiling, wanted = units * unit_bytes + rest, settings(window_layers=window_layers)

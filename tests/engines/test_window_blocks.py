@@ -20,11 +20,11 @@ WINDOWED = 3
 REGULAR = UNITS - WINDOWED
 FIRST = REGULAR * UNIT_BLOCKS
 EACH = 2
-"""Windowed units of a carrier."""
+"""Windowed units of a donor."""
 
 
 class Windowed(Pool):
-    """Pool's requests, shrinks and grows, while regular units become carriers of windowed ones and come back."""
+    """Pool's requests, shrinks and grows, while regular units become donors of windowed ones and come back."""
 
     @initialize(mapped=st.sets(st.integers(1, REGULAR - 1)))
     def start(self, mapped: set[int]) -> None:
@@ -72,11 +72,11 @@ class Windowed(Pool):
     def carry(self, count: int) -> None:
         before = set(self.units.mapped)
         self.shrink(count=count, preempting=False)
-        carriers = sorted(before - set(self.units.mapped))
+        donors = sorted(before - set(self.units.mapped))
         unused = [unit for unit in range(REGULAR, UNITS) if unit not in self.units.windowed]
-        for at, carrier in enumerate(carriers):
-            self.carried[carrier] = unused[at * EACH : (at + 1) * EACH]
-        opened = [unit for carrier in carriers for unit in self.carried[carrier]]
+        for at, donor in enumerate(donors):
+            self.carried[donor] = unused[at * EACH : (at + 1) * EACH]
+        opened = [unit for donor in donors for unit in self.carried[donor]]
         self.units.donors = dict(self.carried)
         self.units.open(opened)
         self.content |= {block: b"zero" for unit in opened for block in blocks_of(unit)}
@@ -87,11 +87,11 @@ class Windowed(Pool):
         idle = set(self.units.idle_windowed())
         busy = {b.block_id // UNIT_BLOCKS for blocks in self.scheduler.requests.values() for b in blocks}
         assert idle == set(self.units.windowed) - busy
-        able = [carrier for carrier, units in self.carried.items() if idle.issuperset(units)]
+        able = [donor for donor, units in self.carried.items() if idle.issuperset(units)]
         if not able:
             return
-        carriers = data.draw(st.lists(st.sampled_from(able), min_size=1, unique=True))
-        closed = [unit for carrier in carriers for unit in self.carried.pop(carrier)]
+        donors = data.draw(st.lists(st.sampled_from(able), min_size=1, unique=True))
+        closed = [unit for donor in donors for unit in self.carried.pop(donor)]
         self.units.donors = dict(self.carried)
         self.pool.take_events()
         evicted = self.units.close(closed)
@@ -99,8 +99,8 @@ class Windowed(Pool):
         assert len(removed) == evicted
         for block in (block for unit in closed for block in blocks_of(unit)):
             self.content.pop(block)
-        self.units.offer(carriers)
-        self.content |= {block: b"zero" for carrier in carriers for block in blocks_of(carrier)}
+        self.units.offer(donors)
+        self.content |= {block: b"zero" for donor in donors for block in blocks_of(donor)}
 
     @precondition(lambda self: self.scheduler.running)
     @rule(data=st.data())
@@ -141,11 +141,11 @@ class Windowed(Pool):
                     assert self.content[block.block_id] == name
 
     @invariant()
-    def pages_of_a_carrier_are_nobody_elses(self) -> None:
+    def pages_of_a_donor_are_nobody_elses(self) -> None:
         if hasattr(self, "units"):
-            carriers, mapped = set(self.carried), set(self.units.mapped)
-            assert not carriers & mapped
-            assert {*self.units.unmapped(UNITS)} == {*range(REGULAR)} - mapped - carriers
+            donors, mapped = set(self.carried), set(self.units.mapped)
+            assert not donors & mapped
+            assert {*self.units.unmapped(UNITS)} == {*range(REGULAR)} - mapped - donors
             carried = sorted(unit for units in self.carried.values() for unit in units)
             assert carried == self.units.windowed
 

@@ -37,7 +37,7 @@ AGREEMENT = WindowAgreement(
 
 
 class Engine:
-    """A core whose workers do as they are told, with one carrier and requests that hold some blocks."""
+    """A core whose workers do as they are told, with one donor and requests that hold some blocks."""
 
     def __init__(self) -> None:
         self.scheduler = scheduler = Scheduler()
@@ -77,7 +77,7 @@ class Engine:
 
 @pytest.fixture
 def engine() -> Engine:
-    """`short` has regular blocks only, `long` the other regular ones and two that a carrier has made room for."""
+    """`short` has regular blocks only, `long` the other regular ones and two that a donor has made room for."""
     engine = Engine()
     engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)]
     engine.window.tick(0.0)

@@ -53,5 +53,5 @@ SHAPES: st.SearchStrategy[Shape] = st.integers(2, 8).flatmap(
 
 
 def rank_of(shape: Shape) -> Rank:
-    layers, window_layers, block_bytes, carriers, order = shape
-    return Rank(layers, window_layers, block_bytes=block_bytes, carriers=carriers, order=order)
+    layers, window_layers, block_bytes, donors, order = shape
+    return Rank(layers, window_layers, block_bytes=block_bytes, donors=donors, order=order)

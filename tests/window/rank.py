@@ -25,11 +25,11 @@ __all__ = ["Rank"]
 
 Bytes = npt.NDArray[np.uint8]
 REGULAR_UNITS = 2
-"""That stay mapped; the carriers follow them, then the windowed units."""
+"""That stay mapped; the donors follow them, then the windowed units."""
 
 
 class Rank:
-    """Units: REGULAR_UNITS, then `carriers`, then as many windowed ones as these carry. `truth[layer, block]`: its bytes."""
+    """Units: REGULAR_UNITS, then `donors`, then as many windowed ones as these carry. `truth[layer, block]`: its bytes."""
 
     def __init__(
         self,
@@ -37,14 +37,14 @@ class Rank:
         window_layers: int,
         *,
         block_bytes: int = 1024,
-        carriers: int = 1,
+        donors: int = 1,
         order: Sequence[int] = (),
         steps_in_flight: int = 1,
     ) -> None:
         """`order[layer]`: the layer's place in the buffer; as they are executed unless told otherwise."""
         self.layers, self.window_layers, self.block_bytes = layers, window_layers, block_bytes
-        windowed = carriers * (layers // window_layers)
-        held = REGULAR_UNITS + carriers
+        windowed = donors * (layers // window_layers)
+        held = REGULAR_UNITS + donors
         geometry = layer_major(layers, block_bytes, held + windowed)
         self.first, self.blocks = held * geometry.unit_blocks, geometry.num_blocks
         self.regular = list(range(REGULAR_UNITS * geometry.unit_blocks))
@@ -84,12 +84,12 @@ class Rank:
         with mock.patch.object(window_worker, "HostRegion", return_value=region):
             self.window = WorkerWindow(cast(Any, memory), plan, steps_in_flight=steps_in_flight)
         self.stream = self.window.stream
-        self.carriers = list(range(REGULAR_UNITS, held))
+        self.donors = list(range(REGULAR_UNITS, held))
         for layer in range(layers):
             for block in range(len(self.regular), self.first):
                 self.local(layer, block)[:] = 0xAA  # of requests before
-        self.span.unmap(geometry.slots(self.carriers))
-        self.window.open(self.carriers, list(range(held, held + windowed)))
+        self.span.unmap(geometry.slots(self.donors))
+        self.window.open(self.donors, list(range(held, held + windowed)))
         self.random = np.random.default_rng(layers * 10 + window_layers)
         self.truth = self.random.integers(0, 256, (layers, self.blocks, block_bytes), np.uint8)
         self.store[:] = self.truth[:, self.first :]

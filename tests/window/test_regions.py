@@ -1,4 +1,4 @@
-"""As few carriers as let the longest context in, and never one more unit than there are pages for."""
+"""As few donors as let the longest context in, and never one more unit than there are pages for."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WANTED = st.integers(1, 300)
 
 @given(shape=SHAPES, held=HELD, share=st.floats(0.0, 1.0))
 def test_room_is_what_the_pages_are_enough_for(shape: WindowShape, held: int, share: float) -> None:
-    carriers = int(share * (held - 1))
-    room = shape.room(held, carriers)
-    slots = carriers * shape.layers // shape.window_layers * shape.window_layers
-    windowed = room - (held - carriers)
+    donors = int(share * (held - 1))
+    room = shape.room(held, donors)
+    slots = donors * shape.layers // shape.window_layers * shape.window_layers
+    windowed = room - (held - donors)
     assert 0 <= windowed <= shape.store_units
-    assert windowed * shape.window_layers <= slots, "each windowed unit has w layers' pages of one carrier"
-    assert windowed in (shape.store_units, carriers * (shape.layers // shape.window_layers))
+    assert windowed * shape.window_layers <= slots, "each windowed unit has w layers' pages of one donor"
+    assert windowed in (shape.store_units, donors * (shape.layers // shape.window_layers))
 
 
 @pytest.mark.parametrize(
@@ -36,41 +36,41 @@ def test_room_is_what_the_pages_are_enough_for(shape: WindowShape, held: int, sh
 )
 def test_layers_that_fill_no_whole_window_carry_nothing(layers: int, window_layers: int, each: int) -> None:
     shape = WindowShape(layers=layers, window_layers=window_layers, store_units=1000)
-    assert shape.units_of_carrier == each
+    assert shape.units_of_donor == each
     assert shape.room(10, 4) == 6 + 4 * each
 
 
 @given(shape=SHAPES, held=HELD, wanted=WANTED)
-def test_carriers_are_the_fewest_that_do_and_one_unit_stays_regular(shape: WindowShape, held: int, wanted: int) -> None:
-    carriers = shape.carriers_for(held, wanted)
+def test_donors_are_the_fewest_that_do_and_one_unit_stays_regular(shape: WindowShape, held: int, wanted: int) -> None:
+    donors = shape.donors_for(held, wanted)
     possible = [c for c in range(held) if shape.room(held, c) >= wanted]
-    assert carriers == (min(possible) if possible else None)
+    assert donors == (min(possible) if possible else None)
     if wanted <= held:
-        assert carriers == 0, "what fits needs no window"
+        assert donors == 0, "what fits needs no window"
 
 
 @given(shape=SHAPES, held=HELD, wanted=WANTED)
-def test_a_longer_context_needs_no_fewer_carriers_and_more_memory_no_more(
+def test_a_longer_context_needs_no_fewer_donors_and_more_memory_no_more(
     shape: WindowShape, held: int, wanted: int
 ) -> None:
-    carriers = shape.carriers_for(held, wanted)
-    longer, richer = shape.carriers_for(held, wanted + 1), shape.carriers_for(held + 1, wanted)
+    donors = shape.donors_for(held, wanted)
+    longer, richer = shape.donors_for(held, wanted + 1), shape.donors_for(held + 1, wanted)
     if longer is not None:
-        assert carriers is not None
-        assert carriers <= longer
-    if carriers is not None:
+        assert donors is not None
+        assert donors <= longer
+    if donors is not None:
         assert richer is not None
-        assert richer <= carriers
+        assert richer <= donors
     assert shape.most(held) < shape.most(held + 1)
 
 
 @given(shape=SHAPES, held=HELD)
 def test_most_is_reached_and_nothing_more(shape: WindowShape, held: int) -> None:
     most = shape.most(held)
-    carriers = shape.carriers_for(held, most)
-    assert carriers is not None
-    assert shape.room(held, carriers) == most
-    assert shape.carriers_for(held, most + 1) is None
+    donors = shape.donors_for(held, most)
+    assert donors is not None
+    assert shape.room(held, donors) == most
+    assert shape.donors_for(held, most + 1) is None
 
 
 @given(shape=SHAPES, held=HELD, unit_blocks=st.integers(1, 8), blocks=st.integers(1, 2000))
@@ -90,7 +90,7 @@ def test_a_contexts_blocks_are_regular_where_there_is_room_and_else_in_open_unit
 def test_without_a_store_there_is_what_is_held(shape: WindowShape, held: int) -> None:
     bare = WindowShape(layers=shape.layers, window_layers=shape.window_layers, store_units=0)
     assert bare.most(held) == held
-    assert bare.carriers_for(held, held + 1) is None
+    assert bare.donors_for(held, held + 1) is None
 
 
 @given(shape=SHAPES, ceiling=HELD, wanted=WANTED)

@@ -82,13 +82,13 @@ def test_windowed_layers_do_share_their_pages() -> None:
             assert (rank.local(layer, block) == 7).all() == (layer % 2 == 0)
 
 
-def test_a_closed_carrier_has_its_own_pages_again_zeroed() -> None:
-    with Rank(6, 3, carriers=2).open() as rank:
+def test_a_closed_donor_has_its_own_pages_again_zeroed() -> None:
+    with Rank(6, 3, donors=2).open() as rank:
         rank.run([], rank.windowed[:4])
         rank.stream.settle()
         rank.check()
         mapped = int(rank.span.mapped.sum())
-        assert len(rank.window.close(rank.carriers)) == 4
+        assert len(rank.window.close(rank.donors)) == 4
         assert int(rank.span.mapped.sum()) == mapped - 4 * 6 + 2 * 6
         blocks = range(len(rank.regular), rank.first)
         assert not any(rank.local(layer, block).any() for layer in range(6) for block in blocks)
@@ -99,7 +99,7 @@ def test_a_closed_carrier_has_its_own_pages_again_zeroed() -> None:
 @pytest.mark.parametrize(("layers", "window_layers"), [(2, 1), (5, 2), (6, 3), (3, 3)])
 def test_opened_units_have_nothing_of_what_was_in_their_pages(layers: int, window_layers: int) -> None:
     for order in (range(layers), range(layers)[::-1]):
-        with Rank(layers, window_layers, block_bytes=6144, carriers=2, order=order).open() as rank:
+        with Rank(layers, window_layers, block_bytes=6144, donors=2, order=order).open() as rank:
             assert not any(rank.local(layer, block).any() for layer in range(layers) for block in rank.windowed)
 
 

@@ -172,7 +172,7 @@ def test_ranks_compare_as_long_as_one_of_them_may_have_lost_something() -> None:
     with Rank(4, 2).open() as rank:
         rank.window.take_doubtful()
         assert rank.window.opened, "after every pass while units are windowed"
-        rank.window.close(rank.carriers)
+        rank.window.close(rank.donors)
         assert rank.window.opened, "and once more after that"
         rank.window.take_doubtful()
         assert not rank.window.opened
@@ -187,22 +187,22 @@ def test_a_move_that_fails_spoils_no_pass(bring_home: Callable[..., str]) -> Non
         rank.check()
 
 
-def test_closing_one_carrier_tells_of_blocks_of_another() -> None:
-    with Rank(4, 2, carriers=2).open() as rank:
+def test_closing_one_donor_tells_of_blocks_of_another() -> None:
+    with Rank(4, 2, donors=2).open() as rank:
         rank.backend.fail_next("copy", LAST_STORE)
         rank.run([], [rank.first])
         assert not rank.window.settled()
-        rank.window.close(rank.carriers[1:])
+        rank.window.close(rank.donors[1:])
         assert rank.window.take_doubtful() == [rank.first]
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_an_opening_that_cannot_map_puts_the_carriers_pages_back(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_opening_that_cannot_map_puts_the_donors_pages_back(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with Rank(4, 2).open() as rank:
         window, geometry = rank.window, rank.window._memory.geometry
-        units = window.close(rank.carriers)
-        carriers = geometry.slots(rank.carriers)
-        rank.span.unmap(carriers)
+        units = window.close(rank.donors)
+        donors = geometry.slots(rank.donors)
+        rank.span.unmap(donors)
         real, calls = rank.span.map, itertools.count(1)
 
         def map_or_fail(*arguments: Any) -> None:
@@ -212,11 +212,11 @@ def test_an_opening_that_cannot_map_puts_the_carriers_pages_back(failing: int, m
 
         monkeypatch.setattr(rank.span, "map", map_or_fail)
         with pytest.raises(OutOfPages):
-            window.open(rank.carriers, units)
-        assert rank.span.mapped[carriers].all()
+            window.open(rank.donors, units)
+        assert rank.span.mapped[donors].all()
         assert not rank.span.mapped[geometry.slots(units)].any()
         rank.span.check_integrity()
-        window.close(rank.carriers)  # what the core asks of every rank changes nothing here
-        rank.span.unmap(carriers)
-        window.open(rank.carriers, units)
+        window.close(rank.donors)  # what the core asks of every rank changes nothing here
+        rank.span.unmap(donors)
+        window.open(rank.donors, units)
         assert rank.span.mapped[geometry.slots(units)].all()

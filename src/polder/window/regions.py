@@ -1,8 +1,8 @@
 """How many units are windowed: as few as let the longest context in.
 
-A held unit has pages for all L layers of its blocks. It is either regular, and its blocks are read where they are, or a carrier:
+A held unit has pages for all L layers of its blocks. It is either regular, and its blocks are read where they are, or a donor:
 its pages are w layers of L // w windowed units, whose blocks cost copies in every pass. So with h units held and c of them
-carriers there is room for
+donors there is room for
 
     h - c + min(c * (L // w), S)        units of blocks, S being those that the store has room for
 
@@ -28,15 +28,15 @@ class WindowShape:
     """Windowed units that the store has room for."""
 
     @property
-    def units_of_carrier(self) -> int:
+    def units_of_donor(self) -> int:
         return self.layers // self.window_layers
 
-    def room(self, held: int, carriers: int) -> int:
+    def room(self, held: int, donors: int) -> int:
         """Units of blocks."""
-        return held - carriers + min(carriers * self.units_of_carrier, self.store_units)
+        return held - donors + min(donors * self.units_of_donor, self.store_units)
 
-    def carriers_for(self, held: int, wanted: int) -> int | None:
-        """The fewest carriers that make room for `wanted` units; None: there is no such number.
+    def donors_for(self, held: int, wanted: int) -> int | None:
+        """The fewest donors that make room for `wanted` units; None: there is no such number.
 
         At least one unit stays regular: the null block is in it.
         """
@@ -50,19 +50,19 @@ class WindowShape:
         wanted = -(-(blocks + 1) // unit_blocks)
         if wanted < held:
             return 0
-        carriers = self.carriers_for(held, wanted + 1)
-        if carriers is None:
-            carriers = self.carriers_for(held, wanted) or 0
-        return max(0, blocks + 1 - (held - carriers) * unit_blocks)
+        donors = self.donors_for(held, wanted + 1)
+        if donors is None:
+            donors = self.donors_for(held, wanted) or 0
+        return max(0, blocks + 1 - (held - donors) * unit_blocks)
 
     def most(self, held: int) -> int:
-        """Units of blocks, with as many carriers as do good."""
-        return max(self.room(held, carriers) for carriers in range(max(1, held)))
+        """Units of blocks, with as many donors as do good."""
+        return max(self.room(held, donors) for donors in range(max(1, held)))
 
     def least_held(self, wanted: int, ceiling: int) -> int:
         """The fewest held units with which `wanted` units can have room. Raises BudgetError when `ceiling` is too few."""
         for held in range(1, ceiling + 1):
-            if self.carriers_for(held, wanted) is not None:
+            if self.donors_for(held, wanted) is not None:
                 return held
         raise BudgetError(
             f"{wanted} units of KV have no room: {ceiling} on the device and {self.store_units} in the window's store hold "

@@ -118,7 +118,7 @@ class CoreWindow(Subsystem):
                 self.close_idle()
 
     def close_idle(self) -> None:
-        """Carriers whose windowed units hold no busy block become regular again; what these have cached is lost."""
+        """Donors whose windowed units hold no busy block become regular again; what these have cached is lost."""
         idle = set(self._blocks.idle_windowed())
         donors = [unit for unit, units in self._blocks.donors.items() if idle.issuperset(units)]
         if not donors:
@@ -164,16 +164,16 @@ class CoreWindow(Subsystem):
             self._wanted_since = now if self._wanted_since is None else self._wanted_since
             if now - self._wanted_since < GRACE_S:
                 return
-        enough = self._shape.carriers_for(self._blocks.held_units, wanted)
+        enough = self._shape.donors_for(self._blocks.held_units, wanted)
         if enough is None:  # one to spare is a wish
-            enough = self._shape.carriers_for(self._blocks.held_units, wanted - 1)
+            enough = self._shape.donors_for(self._blocks.held_units, wanted - 1)
         if enough is None or enough <= len(self._blocks.donors):
             return
         done = self._blocks.shrink(enough - len(self._blocks.donors), 1)
         donors, plan = done.plan.units.tolist(), done.plan
         if not donors:
             return
-        each = self._shape.units_of_carrier
+        each = self._shape.units_of_donor
         units = [self._unused.pop() for _ in range(min(len(donors) * each, len(self._unused)))]
         moves = plan.sources.tolist(), plan.targets.tolist()
         errors = [o.error for o in self._rpc(window_worker.open_units, donors, units, *moves) if o.error]

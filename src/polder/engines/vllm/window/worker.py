@@ -74,7 +74,7 @@ class WorkerWindow:
         )
         self.copies = CopyEngine(self.backend, inline_bytes=INLINE_BYTES)
         self.stream = WindowStream(self.copies, self.homes, window_layers=plan.window_layers)
-        self._carried: dict[int, tuple[int, ...]] = {}  # carrier -> its windowed units
+        self._carried: dict[int, tuple[int, ...]] = {}  # donor -> its windowed units
         self._busy = False
         self.opened = False
         """Whether a windowed block may have been read or written since the ranks compared last."""
@@ -84,29 +84,29 @@ class WorkerWindow:
 
     # ------------------------------------------------------------------ pages
 
-    def open(self, carriers: Sequence[int], units: Sequence[int]) -> None:
-        """The pages of `carriers`, no longer mapped, go under the windowed `units`, L // w of them each, zeroed.
+    def open(self, donors: Sequence[int], units: Sequence[int]) -> None:
+        """The pages of `donors`, no longer mapped, go under the windowed `units`, L // w of them each, zeroed.
 
-        Raises PolderError or OSError with the carriers' pages back in place: a process has a limited number of mappings, and
+        Raises PolderError or OSError with the donors' pages back in place: a process has a limited number of mappings, and
         windowed units take one a page.
         """
         self.opened = True
         try:
-            self._open(carriers, units)
+            self._open(donors, units)
         except (PolderError, OSError):
-            self.close(carriers)
+            self.close(donors)
             raise
 
-    def _open(self, carriers: Sequence[int], units: Sequence[int]) -> None:
+    def _open(self, donors: Sequence[int], units: Sequence[int]) -> None:
         memory, geometry = self._memory, self._memory.geometry
         layers, w = len(self._plan.layers), self._plan.window_layers
         per_layer, each = geometry.pages_per_unit // layers, layers // w
         by_place = sorted(range(layers), key=lambda layer: self._plan.layers[layer][1])  # as `slots` has them
         one_of_each = np.repeat(np.array(by_place) < w, per_layer)
-        for at, carrier in enumerate(carriers):
-            handles = memory.imported.handles(memory.generation_of[carrier], memory.pages_of[carrier])
+        for at, donor in enumerate(donors):
+            handles = memory.imported.handles(memory.generation_of[donor], memory.pages_of[donor])
             mine = units[at * each : (at + 1) * each]
-            self._carried[carrier] = tuple(mine)
+            self._carried[donor] = tuple(mine)
             for number, unit in enumerate(mine):
                 slots = geometry.slots([unit])
                 pages = handles[number * w * per_layer : (number + 1) * w * per_layer]
@@ -114,19 +114,19 @@ class WorkerWindow:
                 memory.span.map(slots, wanted)
                 memory.span.zero(slots[one_of_each])  # the pages of all slots, law 2
 
-    def close(self, carriers: Sequence[int]) -> list[int]:
-        """The pages go back under carriers that do not have them, zeroed. Returns the windowed units that have none any more."""
+    def close(self, donors: Sequence[int]) -> list[int]:
+        """The pages go back under donors that do not have them, zeroed. Returns the windowed units that have none any more."""
         memory, geometry = self._memory, self._memory.geometry
         closed: list[int] = []
-        for carrier in carriers:
-            units = self._carried.pop(carrier, ())
+        for donor in donors:
+            units = self._carried.pop(donor, ())
             under = geometry.slots(units)
             memory.span.unmap(under[memory.span.mapped[under]])
             closed += units
-            slots = geometry.slots([carrier])
+            slots = geometry.slots([donor])
             if memory.span.mapped[slots].any():
                 continue
-            memory.span.map(slots, memory.imported.handles(memory.generation_of[carrier], memory.pages_of[carrier]))
+            memory.span.map(slots, memory.imported.handles(memory.generation_of[donor], memory.pages_of[donor]))
             memory.span.zero(slots)
         return closed
 
@@ -259,12 +259,12 @@ def install(worker_: Any) -> str:
 
 def open_units(
     worker_: Any,
-    carriers: Sequence[int],
+    donors: Sequence[int],
     units: Sequence[int],
     sources: Sequence[int],
     targets: Sequence[int],
 ) -> Outcome:
-    """Moves blocks out of the carriers, and puts their pages under windowed units. After an `error` they are where they were."""
+    """Moves blocks out of the donors, and puts their pages under windowed units. After an `error` they are where they were."""
     memory, window = present(here.memory), present(here.window)
     started = time.perf_counter()
     memory.backend.fence()
@@ -272,20 +272,20 @@ def open_units(
     if len(src):
         memory.move(src, dst)
         calls.rewrite_block_tables(worker_.model_runner, src, dst)
-    memory.span.unmap(memory.geometry.slots(carriers))
+    memory.span.unmap(memory.geometry.slots(donors))
     try:
-        window.open(carriers, units)
+        window.open(donors, units)
     except (PolderError, OSError) as error:
         return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")
     return Outcome(seconds=time.perf_counter() - started)
 
 
-def close_units(worker_: Any, carriers: Sequence[int]) -> Outcome:
+def close_units(worker_: Any, donors: Sequence[int]) -> Outcome:
     memory, window = present(here.memory), present(here.window)
     started = time.perf_counter()
     memory.backend.fence()
-    window.settled()  # blocks of other carriers may be among those that did not get home: they are doubtful then
-    window.close(carriers)
+    window.settled()  # blocks of other donors may be among those that did not get home: they are doubtful then
+    window.close(donors)
     return Outcome(seconds=time.perf_counter() - started)
 
 
