@@ -313,6 +313,18 @@ def test_a_report_that_was_under_way_when_an_operator_spoke_does_not_carry_its_s
     assert only(broker.say("b", Grown(lease=grant.lease)), Recall), "it sleeps after all"
 
 
+def test_a_request_that_comes_as_soon_as_the_sleep_is_carried_out_ends_it() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    broker.idle("a", 10.0)
+    broker.say("operator", Sleep(engine="a"), 11.0)
+    broker.give_back("a", only(broker.told("a"), Recall), now=11.05)
+    broker.demand("a", 11.06, asleep=True, idle_s=3.0)
+    grant = only(broker.say("a", NeedWeights(), 11.1), Grant)
+    answers = broker.say("a", Grown(lease=grant.lease), 11.2) + broker.demand("a", 13.0, idle_s=0.5)
+    assert not [m for m in answers if isinstance(m, Recall)], "it sleeps again"
+
+
 @pytest.mark.parametrize("woken", [False, True])
 def test_who_woke_for_requests_that_were_aborted_waits_no_longer_unless_an_operator_said_so(woken: bool) -> None:
     broker = two_in_turns()

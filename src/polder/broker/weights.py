@@ -111,6 +111,9 @@ class Weights:
         """The engine has given segments back, and the ledger knows it."""
         if segments:
             engine.weights.changed_at = now
+            if self.roster.asleep(engine):
+                # What it reports from now on was not under way when the operator spoke.
+                engine.weights.sleep_said_at = -math.inf
             if unasked:
                 self._note(engine, "recall", segments, "it gave them up by itself", now)
 
