@@ -325,6 +325,18 @@ def test_a_request_that_comes_as_soon_as_the_sleep_is_carried_out_ends_it() -> N
     assert not [m for m in answers if isinstance(m, Recall)], "it sleeps again"
 
 
+def test_one_that_streams_and_waits_for_the_rest_of_its_layers_is_paused_for_one_that_has_waited_longer() -> None:
+    broker = two_in_turns()
+    broker.demand("a", 11.0, busy_units=1, spare_segments=5)
+    broker.say("b", NeedWeights(), 11.1)
+    broker.give_back("a", only(broker.told("a"), Recall))
+    broker.say("a", NeedWeights(), 11.3)
+    recall = only(broker.demand("a", 20.0, busy_units=1), Recall)
+    assert recall.preempt
+    broker.give_back("a", recall)
+    assert only(broker.told("b"), Grant).units == 10
+
+
 @pytest.mark.parametrize("woken", [False, True])
 def test_who_woke_for_requests_that_were_aborted_waits_no_longer_unless_an_operator_said_so(woken: bool) -> None:
     broker = two_in_turns()

@@ -285,7 +285,7 @@ def tokens_of(outputs: list[Output]) -> list[list[int]]:
     return [output.tokens for output in outputs]
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
     deadline, pause_s = time.monotonic() + timeout_s, 0.02
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"

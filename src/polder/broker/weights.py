@@ -242,7 +242,7 @@ class Weights:
             streamable=weights.streamable,
             idle_s=demand.idle_s + age_s if demand and demand.idle_s > 0 else 0.0,
             next_use_s=max(0.0, demand.next_use_s - age_s) if demand else math.inf,
-            waking=weights.waking_since is not None,
+            waking=engine is self._waker(),
             # An engine that is to sleep and still has requests takes turns with the others.
             pinned=weights.pinned is not None and not (weights.sleep_due and held),
             since_change_s=now - weights.changed_at,

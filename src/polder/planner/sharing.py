@@ -83,7 +83,7 @@ class WeightView:
     """Time since its last request ended; 0 while it has any."""
     next_use_s: float = math.inf
     waking: bool = False
-    """It waits for all of its layers."""
+    """It is the engine that gets all of its layers next. Those that wait behind it may be asked for what they hold."""
     pinned: bool = False
     """An operator decides how much it has."""
     since_change_s: float = math.inf
