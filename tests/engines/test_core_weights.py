@@ -61,6 +61,8 @@ class Core:
             count = args[0]
             taken, self.held = self.held[-count:], self.held[:-count]
             return [Taken(segments=tuple(taken))]
+        if function is offloader.undo_give:
+            return [Taken(segments=tuple(tuple(ranks[0]) for ranks in args[1]))]
         assert function is offloader.figures
         self.counts["weights_loads_total"] += 10
         self.counts["weights_copy_seconds_total"] += 10 * self.layer_load_s
@@ -270,6 +272,29 @@ def test_when_one_rank_cannot_give_up_the_others_get_theirs_back() -> None:
     assert given == [(1, [[[2], []]])]
     assert said == [Returned(lease=7, use="weights", pages=[], short=1)]
     assert weights.lost == 0
+
+
+def test_when_one_rank_cannot_map_a_grant_all_hold_as_much_as_before() -> None:
+    scheduler, said, undone = Scheduler(), [], []
+    found = WeightsFound(layers=3, layer_pages=1, moved_bytes=1, resident_bytes=0, copy_share=0.0)
+    answers = {
+        offloader.adopt: [Outcome(seconds=0.0)] * 2,
+        offloader.take: [Taken(segments=((3,),)), Taken(segments=((13,),))],
+        offloader.give: [Outcome(seconds=0.0), Outcome(seconds=0.0, error="rank 1: no room")],
+        offloader.undo_give: [Taken(segments=((2,),)), Taken(segments=((14,),))],
+    }
+
+    def rpc(function: Any, *args: Any) -> list[Any]:
+        undone.extend([args] if function is offloader.undo_give else [])
+        return answers[function]
+
+    weights = CoreWeights(scheduler, found, rpc, said.append, lambda: False)
+    weights.start(1, [[1, 2, 3], [11, 12, 13]])
+    weights.on_recall(recall(1), 1, 0.0)
+    weights.on_grant(Grant(lease=9, use="weights", units=1, pages=[[4], [14]]), 1, 0.0)
+    assert undone == [(1, [[[4], [14]]], 1)]
+    assert said[-1] == Returned(lease=9, use="weights", pages=[[2], [14]])
+    assert [sorted(pages) for pages in weights.pages] == [[1, 4], [11, 12]]
 
 
 def test_one_that_computes_in_graphs_gives_all_up_or_nothing() -> None:

@@ -222,6 +222,34 @@ def test_a_worker_gives_no_single_layers_of_a_model_in_graphs_away(
     assert len(offloader.take(None, LAYERS, 0, 1).segments) == LAYERS
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_grant_that_some_rank_cannot_map_leaves_each_rank_with_as_many_segments_as_before(
+    make: Callable[..., WeightOffloader], monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    model = Model(make, graphs=False)
+    model.offloader.post_init()
+    segments = model.store.segments
+    numbers = {segment: (at,) for at, segment in enumerate(segments)}
+    imported = SimpleNamespace(
+        handles=lambda _, pages: next(segment for segment, number in numbers.items() if number == pages)
+    )
+    memory = SimpleNamespace(rank=0, imported=imported, fetch=lambda *_: None)
+    monkeypatch.setattr(here, "memory", memory)
+    model.offloader.given |= {segment: (1, numbers[segment]) for segment in segments}
+    [given_up] = offloader.take(None, 1, 1, 1).segments
+    if not mapped:
+        memory.imported = SimpleNamespace(handles=lambda *_: [()])  # a page is missing
+    assert bool(offloader.give(None, 1, [[given_up]]).error) != mapped
+    memory.imported = imported
+    [free] = offloader.undo_give(None, 1, [[given_up]], 1).segments
+    assert free == given_up or mapped
+    held = {numbers[segment] for segment in model.store.segments}
+    assert len(held) == LAYERS - 1
+    assert free not in held
+    model.store.check_integrity()
+    assert torch.equal(model.forward(), model.right)
+
+
 def test_vllm_asks_before_every_replay_of_a_model() -> None:
     """In its source: a replay without the call would compute over layers that are not there."""
     root = Path(vllm.__file__).parent

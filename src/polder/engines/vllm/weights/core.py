@@ -27,6 +27,7 @@ from polder.engines.vllm import hooks
 from polder.engines.vllm.core.resident import ResidentWeights
 from polder.engines.vllm.plans import Taken, WeightsFound
 from polder.engines.vllm.weights import offloader
+from polder.errors import EnvironmentFault
 from polder.planner.arrivals import Arrivals
 from polder.planner.rotation_cost import choose_rotation, pass_seconds
 from polder.stream.pipeline import RECENT_PASSES
@@ -183,8 +184,7 @@ class CoreWeights(ResidentWeights):
         errors = [outcome.error for outcome in outcomes if outcome.error]
         if errors:
             logger.warning("cannot map %d segments: %s", len(segments), "; ".join(errors))
-            self._rpc(offloader.take, len(segments), 2, generation)  # ranks that did map them
-            self._send(Returned(lease=message.lease, use="weights", pages=message.pages))
+            self._send(Returned(lease=message.lease, use="weights", pages=self._refuse(segments, generation)))
             return
         slept = self.asleep
         self._hold(segments)
@@ -295,6 +295,19 @@ class CoreWeights(ResidentWeights):
         if most:
             back = [[list(rank.segments[at]) if rank.segments else [] for rank in taken] for at in range(most)]
             self._rpc(offloader.give, generation, back)  # a rank that gets empty segments refuses them
+
+    def _refuse(self, segments: list[list[list[int]]], generation: int) -> Pages:
+        """Some rank could not map these segments: all ranks hold as many as before. Returns the pages that are free then.
+
+        A rank that did map them may give others up. Raises EnvironmentFault when it cannot: ranks would hold different layers.
+        """
+        self._hold(segments)
+        slots = 0 if len(segments) == len(self._held) else self._slots(len(segments))
+        freed: list[Taken] = self._rpc(offloader.undo_give, generation, segments, slots)
+        errors = [answer.error for answer in freed if answer.error]
+        if errors:
+            raise EnvironmentFault(f"ranks hold different layers and cannot go on: {'; '.join(errors)}")
+        return _by_rank([self._forget(pages) for pages in zip(*(rank.segments for rank in freed), strict=True)])
 
     def _by_segment(self, pages: Pages) -> list[list[list[int]]]:
         """Cuts the pages of each rank into segments: for each segment, its pages per rank."""

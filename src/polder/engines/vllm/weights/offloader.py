@@ -334,6 +334,18 @@ def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken
     return Taken(segments=tuple(numbers))
 
 
+def undo_give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]], slots: int) -> Taken:
+    """Gives up as many segments as `give` was to map: the same ones if this rank has not mapped them. `slots`: as in `take`."""
+    memory, offloader, store = _parts()
+    numbers = [tuple(segment[memory.rank]) for segment in segments]
+    held = {offloader.given[segment] for segment in store.segments}
+    if all((generation, pages) in held for pages in numbers):
+        return take(worker_, len(segments), slots, generation)
+    for pages in numbers:
+        offloader.given = {segment: known for segment, known in offloader.given.items() if known != (generation, pages)}
+    return Taken(segments=tuple(numbers))
+
+
 def figures(worker_: Any) -> dict[str, float]:
     """Counters and gauges of this rank."""
     _, offloader, store = _parts()
