@@ -109,7 +109,7 @@ WEIGHTS = (
     _counter("wakes_total", "", "Times the engine got its weights back after sleep"),
     _counter("sleeps_total", "", "Times the engine gave up all of its weights"),
     _counter("pauses_total", "", "Sleeps with open requests, which waited until it was the engine's turn again"),
-    _counter("wake_seconds_total", "seconds", "Waiting for memory for the weights, from request to mapped pages"),
+    _counter("wake_seconds_total", "seconds", "Waiting for memory for the weights, from request to the broker's grant"),
     _gauge("wake_max_seconds", "seconds", "The longest of these waits"),
 )
 WEIGHT_RANKS = (
@@ -118,7 +118,7 @@ WEIGHT_RANKS = (
     _counter("weights_copy_seconds_total", "seconds", "Time that these copies took"),
     _counter("weights_stalls_total", "", "Times that computing waited for a layer, on one rank"),
     _counter("weights_stall_seconds_total", "seconds", "Time that computing waited for layers, on one rank"),
-    _gauge("weights_pass_stall_seconds", "seconds", "The same, for each of the last passes"),
+    _gauge("weights_pass_stall_seconds", "seconds", "The same, the longest of the last 16 passes"),
     _gauge("weights_resident_bytes", "bytes", "Weights that cannot move and stay on the device, on one rank"),
     _gauge("weights_rotating_layers", "layers", "Layers streamed in every pass"),
 )

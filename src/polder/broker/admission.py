@@ -54,7 +54,7 @@ def _budget_refusal(roster: Roster, hello: Hello, device: str, page_bytes: int) 
     awake = f", {largest.engine!r} {size(running)} more for its weights" if running else ""
     return (
         f"budget too small on {device}: {hello.engine!r} needs at least {size(mine)}, the others {size(theirs)}{awake}, and the "
-        f"budget is {size(total)}. Raise kv_budget to {size(total + missing)} or more, or lower --max-model-len"
+        f"budget is {size(total)}. Raise the budget to {size(total + missing)} or more, or lower --max-model-len"
     )
 
 

@@ -212,7 +212,7 @@ CHANGES: tuple[Change, ...] = (
         since="0.33.0",
         name="get_kv_cache_configs",
         parameters=("vllm_config", "kv_cache_specs", "available_memory", "global_kv_cache_groups"),
-        reason="the groups do not depend on the memory: plugin.py passes them on",
+        reason="the groups do not depend on the memory: start/taps.py passes them on",
     ),
     Change(
         since="0.33.0",

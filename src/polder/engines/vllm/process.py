@@ -31,7 +31,7 @@ T = TypeVar("T")
 @dataclass(kw_only=True)
 class Process:
     patched: bool = False
-    """vLLM has been patched (plugin.py)."""
+    """vLLM has been patched (hooks.py)."""
     starting: Any = None
     """In a core: vLLM's EngineCore while it makes its KV cache."""
     tier_agreement: TierAgreement | None = None

@@ -33,7 +33,7 @@ class Subsystem:
         """`outputs`: what goes to the clients, by client."""
 
     def on_arrival(self, request: Any) -> None:
-        """The scheduler has put a request into its queue."""
+        """The scheduler has put a request into its queue: loads of its prefix may begin."""
 
     def on_admission(self, request: Any, hit_tokens: int) -> None:
         """The scheduler has looked a request's prefix up in the engine's own cache."""
@@ -56,7 +56,7 @@ class Subsystem:
         """`steps`: (tokens, seconds) of those that have ended since the last call."""
 
     def on_request(self, now: float) -> None:
-        """A request has joined the queue."""
+        """A request has reached the engine core, also while the scheduler is paused: a sleeping model asks for its weights."""
 
     def between_steps(self, now: float) -> None:
         """After a step and after a request's arrival, when recalled memory was given back if it could be."""

@@ -164,7 +164,7 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
 
     def reset_cache(self) -> None:
         self.tiers.drop_all()
-        self.tiers.unseal()  # new weights stop the disks in the workers (plugin.py), so the namespace still holds
+        self.tiers.unseal()  # new weights stop the disks in the workers (weights/taps.py), so the namespace still holds
 
     def seal_disks(self) -> None:
         """After `reset_cache`, when it is not known whether the weights are still those that the disks' namespace names: nothing

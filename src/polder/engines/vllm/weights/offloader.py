@@ -13,7 +13,7 @@ A CUDA graph holds neither: what Python does around a layer happens when the gra
 calls `sync_prev_onload` before each replay, and there all layers are waited for. So with graphs an engine has all of its layers or
 none. Only where all graphs are piecewise can the two ops be kept out of them: the model is split there, too, and layers stream.
 
-The functions at the end are called by the core through `collective_rpc`, ordered with the steps like those of worker.py.
+The functions at the end are called by the core through `collective_rpc`, ordered with the steps like those of rank/calls.py.
 """
 
 from __future__ import annotations
