@@ -17,6 +17,7 @@ from polder.tiers.counters import TierCounters
 from scripts.generate_docs import DOCS, generated
 
 SOURCES = Path(metrics.__file__).parent
+EMITTING = ("engines", "tiers", "window", "weights", "stream", "diskstore")
 _NAMED = re.compile(r"\b(vllm:)?polder_((?:engine|device|child|broker|tier|disk)_[a-z0-9_]+\b)(?!\*)")
 
 
@@ -52,7 +53,8 @@ def test_no_metric_is_declared_twice() -> None:
 
 
 def test_each_declared_metric_is_emitted_somewhere() -> None:
-    sources = "".join(path.read_text() for path in SOURCES.rglob("*.py") if path.name != "metrics.py")
+    """Those that read metrics, such as `polder top`, name them, too: only what measures counts here."""
+    sources = "".join(path.read_text() for name in EMITTING for path in (SOURCES / name).rglob("*.py"))
     of_tiers = TierCounters(metrics.TIER_NAMES).stats()
     for metric in metrics.ENGINE:
         literal = re.sub(r"\{\w+\}_", "{*}_", metric.key)

@@ -44,4 +44,4 @@ def test_prose_begins_with_its_subject_and_fits_its_lines(package: str) -> None:
         for text in texts:
             assert not text.value.lstrip().startswith("Of "), f"{path.name}:{text.lineno}"
             lines = source.splitlines()[text.lineno - 1 : text.end_lineno]
-            assert max(map(len, lines)) <= 120, f"{path.name}:{text.lineno}"
+            assert max(map(len, lines)) <= 120, f"{path.name}:{text.lineno}: prose in docstrings is wrapped at 120"

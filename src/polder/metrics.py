@@ -2,7 +2,9 @@
 
 An engine reports its metrics to the broker as a flat dictionary, `EngineStatus.stats`. `polder serve` exports them as
 `polder_engine_NAME`. vLLM's own /metrics has those of tiers and disks as `vllm:polder_NAME`. docs/metrics.md is
-generated from this file. To add a metric, add one line here and put its value into `stats` where it is measured.
+generated from this file. To add a metric, add one line here and put its value into `stats` where it is measured. A
+label of an engine's metric has fixed values: add it to `_LABELS`, and write it in the middle of the key, as in
+"tier_{tier}_used_bytes".
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from polder.errors import IntegrityError
+from polder.errors import ConfigError, IntegrityError
 
 __all__ = [
     "BROKER",
@@ -69,6 +71,10 @@ class Metric:
         if placeholder is None:
             yield self.key, ()
             return
+        if placeholder[1] not in _LABELS:
+            raise ConfigError(
+                f"{self.key}: no values for the label {placeholder[1]!r}; add it to _LABELS in metrics.py"
+            )
         for value in _LABELS[placeholder[1]]:
             yield self.key.replace(f"{{{placeholder[1]}}}", value), (value,)
 
@@ -109,7 +115,7 @@ WEIGHTS = (
     _counter("wakes_total", "", "Times the engine got its weights back after sleep"),
     _counter("sleeps_total", "", "Times the engine gave up all of its weights"),
     _counter("pauses_total", "", "Sleeps with open requests, which waited until it was the engine's turn again"),
-    _counter("wake_seconds_total", "seconds", "Waiting for memory for the weights, from request to the broker's grant"),
+    _counter("wake_seconds_total", "seconds", "Waiting for memory for the weights, from request to mapped pages"),
     _gauge("wake_max_seconds", "seconds", "The longest of these waits"),
 )
 WEIGHT_RANKS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,7 @@ class Core:
         self.said: list[Any] = []
         self.now = 100.0
         self.fails = ""
+        self.mapping_s = 0.0
         self.in_transfer = False
         self.held: list[tuple[int, ...]] = []
         self.counts = {"weights_loads_total": 0.0, "weights_copy_seconds_total": 0.0, "weights_pass_stall_seconds": 0.0}
@@ -53,6 +55,7 @@ class Core:
         if function in (offloader.adopt, offloader.give):
             if self.fails:
                 return [Outcome(seconds=0.0, error=self.fails)]
+            time.sleep(self.mapping_s)
             self.held += [tuple(ranks[0]) for ranks in args[1]]
             return [Outcome(seconds=0.0)]
         if function is offloader.take:
@@ -203,6 +206,17 @@ def test_who_waits_for_its_weights_asks_again_but_not_all_the_time() -> None:
     assert isinstance(core.said[-1], Grown)
 
 
+def test_a_request_waits_from_its_arrival_until_the_weights_are_mapped() -> None:
+    core = Core()
+    core.take(LAYERS)
+    core.weights.on_request(core.now)
+    core.now, core.mapping_s = core.now + 0.5, 0.1
+    core.give(20, LAYERS)
+    counters = core.weights.stats(core.now)
+    assert counters["wakes_total"] == counters["sleeps_total"] == 1
+    assert counters["wake_seconds_total"] == counters["wake_max_seconds"] >= 0.6
+
+
 def test_what_cannot_be_mapped_goes_back_and_the_engine_stays_as_it_was() -> None:
     core = Core()
     core.take(LAYERS)
@@ -246,7 +260,6 @@ def test_ranks_may_choose_different_segments() -> None:
     }
     weights = CoreWeights(scheduler, found, lambda function, *_: answers[function], said.append, lambda: False)
     weights.start(1, [[1, 2], [11, 12]])
-    weights._figures = {}
     weights.on_recall(recall(1), 1, 0.0)
     assert said[-1].pages == [[1], [12]]
     assert weights.pages == [[2], [11]]

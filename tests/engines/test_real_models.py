@@ -153,28 +153,32 @@ def test_text_is_the_same_while_memory_shrinks_and_grows_and_after_it_came_back_
     expected = pair.expected(asked, lengths)
     pair.resize(pair.model.units)
     assert tokens_of(pair.elastic.generate(asked, lengths, pair.events())) == expected
-    assert pair.figures()["migrated_blocks_total"] > 0, "nothing moved"
+    found = pair.figures()
+    assert found["shrinks_total"] > 0, "it kept its memory"
+    # A unit of Gemma 3 is one block, so those that give up units give up free ones.
+    assert found["migrated_blocks_total"] > 0 or pair.model is GEMMA3, "nothing moved"
 
     # The next turns find blocks that have moved, first in the engine's own cache, then in the tier.
     turns = [prompt + answer for prompt, answer in zip(asked[1::2], expected[1::2], strict=True)]
     for ending, forget in zip(NEXT, (lambda: None, pair.forget), strict=True):
         forget()
-        found = pair.figures()["tier_host_hit_tokens_total"]
+        hits = pair.figures()["tier_host_hit_tokens_total"]
         again = [turn + pair.tokenizer.more(ending) for turn in turns]
         answers = pair.elastic.generate(again, 16)
         assert all(answer.cached >= 96 for answer in answers), [answer.cached for answer in answers]
         assert tokens_of(answers) == pair.expected(again, 16)
-    assert pair.figures()["tier_host_hit_tokens_total"] > found
+    assert pair.figures()["tier_host_hit_tokens_total"] > hits
     assert pair.figures()["tier_failed_loads_total"] == 0
 
 
 @LONG
 def test_in_bfloat16_tokens_are_the_same_where_batches_have_the_same_shape() -> None:
-    """One request at a time. Else stock vLLM itself gives other tokens in bfloat16 when a batch has another shape."""
-    with start(SMOLLM2, "async,uni", "bfloat16") as pair:
+    """Both engines are scheduled alike, and no request is preempted. With another shape of a batch stock vLLM itself gives other
+    tokens in bfloat16."""
+    with start(SMOLLM2, "", "bfloat16") as pair:
         pair.resize(pair.model.units)
-        asked = pair.asked()
-        expected = [pair.expected([prompt])[0] for prompt in asked]
-        answers = [tokens_of(pair.elastic.generate([prompt], events=pair.events()))[0] for prompt in asked]
-        assert answers == expected
+        asked, lengths = pair.asked(), [6, 24] * (pair.model.requests // 2)
+        expected = pair.expected(asked, lengths)
+        assert tokens_of(pair.elastic.generate(asked, lengths, pair.events())) == expected
+        assert pair.figures()["preemptions_total"] == 0
         assert pair.figures()["migrated_blocks_total"] > 0, "nothing moved"

@@ -75,7 +75,10 @@ TAPS: tuple[Tap, ...] = (
     # The core's loop.
     _core(
         *(_CORE, "EngineCoreProc._handle_client_request", "core.taps"),
-        *("WAKEUP between two steps: grants and recalls are handled there. ADD: a sleeping model asks for its weights", "handle_client_request"),
+        *(
+            "WAKEUP: grants and recalls, between two steps. ADD: a sleeping model asks for its weights",
+            "handle_client_request",
+        ),
     ),
     _core(
         *(_CORE, "EngineCoreProc._process_engine_step", "core.taps"),

@@ -179,8 +179,9 @@ class CoreWeights(ResidentWeights):
             self._want(now)
 
     def on_grant(self, message: Grant, generation: int, now: float) -> None:
-        segments = self._by_segment(message.pages)
+        segments, started = self._by_segment(message.pages), time.monotonic()
         outcomes = self._rpc(offloader.give, generation, segments)
+        now += time.monotonic() - started
         errors = [outcome.error for outcome in outcomes if outcome.error]
         if errors:
             logger.warning("cannot map %d segments: %s", len(segments), "; ".join(errors))
