@@ -87,18 +87,10 @@ def test_the_tables_are_written_as_html(tmp_path: Path) -> None:
     assert "window, peers" in path.read_text()
 
 
-def test_the_papers_table(tmp_path: Path) -> None:
-    found = figures(tmp_path, "plan", "--paper")
-    assert found[0]["paper"] == {"no_chunk": 6.66, "chunk_8k": 2.78, "chunk_32k": 3.3}
-    assert set(found[0]["ours"]) == set(found[0]["paper"])
-    assert "6.66/9.86" in polder("plan", "--paper").stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("Qwen3-8B",), "name a model and a --device"),
-        (("--paper", "--device", "H200"), "--paper stands alone"),
+        (("Qwen3-8B",), "Missing option '--device'"),
         (("Qwen3-8B", "--device", "H200", "--neighbours", "40GiB"), "neighbours: cannot read"),
         (("Qwen3-8B", "--device", "H200", "--neighbours", "H100:Llama-3.1-70B"), "Llama-3.1-70B: 131.4 GiB"),
         (("Qwen3-8B", "--device", "H200", "--window", "37"), "window: 37 of 36 layers"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from polder.errors import ConfigError
 from polder.units import parse_bytes
@@ -44,6 +45,13 @@ class Device:
     peer_link: Link | None = None
     source: str
     """Where the figures come from, and which of them are assumed."""
+
+    def link(self, kind: Literal["host", "peer"]) -> Link:
+        """Raises ConfigError when it is not known."""
+        link = self.host_link if kind == "host" else self.peer_link
+        if link is None:
+            raise ConfigError(f"link: the {kind} link of {self.name} is not known: give --link {kind}=55GB/s")
+        return link
 
 
 PCIE4 = Link(name="PCIe 4", bytes_per_s=25e9, source="measured peak of x16 (BaM, issue 54); 32 GB/s is the line rate")
@@ -120,9 +128,10 @@ def parse_device(text: str) -> Device:
     )
 
 
-def parse_links(text: str, device: Device) -> Device:
-    """The device with other links: "55GB/s" is the host's, "host=55GB/s,peer=380GB/s" names them. Raises
-    ConfigError."""
+def parse_links(text: str | None, device: Device) -> Device:
+    """The device with these links: "55GB/s" is the host's, "host=55GB/s,peer=380GB/s" names them. Raises ConfigError."""
+    if not text:
+        return device
     given = _pairs(text if "=" in text else f"host={text}", what="link", known=("host", "peer"))
     links = {
         kind: Link(name=f"own {kind} link", bytes_per_s=parse_rate(rate, what=f"link: {kind}"), source="--link")

@@ -12,6 +12,7 @@ the batch are not included.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,11 +79,5 @@ def longest_within(figures: StepFigures, goal_s: float, most_tokens: int, window
 
     if in_time(most_tokens):
         return most_tokens
-    low, high = 0, most_tokens // size
-    while low < high:
-        blocks = (low + high + 1) // 2
-        if in_time(blocks * size):
-            low = blocks
-        else:
-            high = blocks - 1
-    return low * size
+    blocks = range(1, most_tokens // size + 1)
+    return size * bisect_left(blocks, True, key=lambda count: not in_time(count * size))

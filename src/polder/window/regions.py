@@ -6,7 +6,7 @@ donors there is room for
 
     h - c + min(c * (L // w), S)        units of blocks, S being those that the store has room for
 
-which is SwiftCache's equations 1 to 5 in units, with w slots for one (papers: section 3.2; planner/context.py has them in blocks).
+which is SwiftCache's equations 1 to 5 in units, with w slots for one (section 3.2; in blocks: planner/context_plan.py).
 """
 
 from __future__ import annotations
