@@ -157,9 +157,9 @@ def test_an_adopted_page_is_the_page(machine: Machine) -> None:
         fds, fd_index, offsets = backend.export_many(handles)
         assert not any(os.get_inheritable(fd) for fd in fds)
         adopted = other.adopt_many(fds, fd_index, offsets)
-        fd, offset = backend.export(handles[1])
-        again = other.adopt(fd, offset)
-        for number in [*fds, fd]:
+        one, index, offset = backend.export_many(handles[1:2])
+        [again] = other.adopt_many(one, index, offset)
+        for number in [*fds, *one]:
             os.close(number)
         other.map(there, [*adopted[:2], again])
         machine.fill(here, 1)
@@ -230,18 +230,9 @@ def test_cpu_pages_come_zeroed_and_take_no_memory_before(cpu: Machine) -> None:
         span.unmap([0])
 
 
-def test_punched_pages_keep_their_handles_and_lose_their_bytes(cpu: Machine) -> None:
-    with cpu.pages(4) as handles, cpu.span(4) as span:
-        span.map(range(4), handles)
-        cpu.fill(span.address(0), 1, 4 * cpu.page)
-        cpu.backend.punch([handles[2], handles[0]])
-        assert cpu.backend.resident_bytes() == 2 * cpu.page
-        assert [cpu.bytes(span.address(i)) for i in range(4)] == [{0}, {1}, {0}, {1}]
-
-
 def test_a_peer_cannot_shrink_a_segment_under_the_others(cpu: Machine) -> None:
     with cpu.pages(2) as handles:
-        fd, _ = cpu.backend.export(handles[0])
+        [fd], _, _ = cpu.backend.export_many(handles[:1])
         with pytest.raises(PermissionError):
             os.ftruncate(fd, 0)
         os.close(fd)
@@ -347,17 +338,6 @@ def test_much_host_memory_is_pinned_in_pieces_or_not_at_all(fake: Machine, monke
     fake.backend.unpin(address)
     fake.backend.pin(address, 3 * 4096)
     fake.backend.unpin(address)
-
-
-def test_pages_of_a_peer_are_charged_to_the_peer(fake: Machine) -> None:
-    from polder.memory.cuda import CudaBackend
-
-    assert fake.fake is not None
-    peer = CudaBackend(0, owner=1)
-    handles = peer.create(2)
-    assert (fake.fake.used(0), fake.fake.used(1)) == (0, 2 * fake.page)
-    peer.destroy(handles)
-    peer.close()
 
 
 def test_cuda_pages_below_the_granularity_are_refused(fake: Machine) -> None:

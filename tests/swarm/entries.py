@@ -13,6 +13,8 @@ from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.model import PM9A3, DiskModel
 from polder.diskstore.store import DiskStore, StoreConfig
 from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
+from polder.swarm.activations import Profile
+from polder.swarm.clusters import Packing
 from polder.swarm.entry_pages import EntryConfig
 from polder.swarm.entry_store import EntryStore
 from polder.swarm.entry_upkeep import EntryUpkeep
@@ -61,6 +63,12 @@ class Rig:
     def close(self) -> None:
         self.entries.close()
         self.store.close()
+
+
+def pages_per_block(profile: Profile, packing: Packing) -> float:
+    """The pages that the profile's steps read for each wanted block; 0 if they want none."""
+    wanted = len(profile.items)
+    return len(profile.mapped(packing.page_of, size=packing.pages).items) / wanted if wanted else 0.0
 
 
 def fill(rig: Rig, entries: int) -> None:

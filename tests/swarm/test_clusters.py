@@ -11,8 +11,8 @@ from polder.arrays import IntArray
 from polder.bench.sparse.generator import Groups, latent_groups
 from polder.errors import ConfigError, IntegrityError
 from polder.swarm.activations import Profile
-from polder.swarm.adaptation import pages_per_block
 from polder.swarm.clusters import PackConfig, Packing, pack, pages_in_order, reading_order
+from tests.swarm.entries import pages_per_block
 
 SIZE = 40
 sets = st.lists(st.lists(st.integers(0, SIZE - 1), max_size=20), max_size=30)

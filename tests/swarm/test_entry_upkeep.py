@@ -6,7 +6,9 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from polder.swarm import entry_store
 from tests.swarm.entries import ENTRY, Rig, fill
 
 
@@ -102,8 +104,11 @@ def test_upkeep_in_another_thread_loses_nothing(tmp_path: Path) -> None:
     rig.close()
 
 
-def test_steps_longer_than_the_rings_are_read_and_packed_all_the_same(tmp_path: Path) -> None:
-    sizes = {"memory_bytes": 400 * ENTRY, "hot_bytes": 0, "learn_steps": 20, "ring_entries": 1000, "ahead_bytes": ENTRY}
+def test_steps_longer_than_the_rings_are_read_and_packed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry_store, "_RING_ENTRIES", 1000)
+    sizes = {"memory_bytes": 400 * ENTRY, "hot_bytes": 0, "learn_steps": 20, "ahead_bytes": ENTRY}
     rig = Rig(tmp_path, entries=512, limit_bytes=16 << 20, **sizes)
     fill(rig, 512)
     rng = np.random.default_rng(0)

@@ -86,7 +86,7 @@ class Backend(Protocol):
     """As the broker names it: "cpu:0", "cuda:1". Tensors over this backend's addresses are on this device."""
     page_bytes: int
     sparse: bool
-    """True: `create` takes no physical memory; a page takes it when first mapped or touched, and `punch` gives it back."""
+    """True: `create` takes no physical memory; a page takes it when first mapped or touched."""
 
     def reserve(self, size_bytes: int) -> int:
         """Returns the first of `size_bytes` (a multiple of the page) unmapped addresses, aligned to 2 MiB.
@@ -117,9 +117,6 @@ class Backend(Protocol):
     def drop(self, handles: Sequence[Handle]) -> None:
         """Forgets handles and leaves the memory to those who still map or hold it; on CUDA that is what `destroy` does."""
 
-    def punch(self, handles: Sequence[Handle]) -> None:
-        """Gives the physical memory of pages back and keeps the handles: the next touch finds zeroes. Sparse backends only."""
-
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """Puts the pages under adjacent addresses, the first at `address`, and makes them accessible.
 
@@ -137,20 +134,16 @@ class Backend(Protocol):
     def zero(self, address: int, size_bytes: int) -> None:
         """Fills mapped memory with zero bytes; returns when they are there. Releases the GIL."""
 
-    def export(self, handle: Handle) -> tuple[int, int]:
-        """(fd, offset) by which another process can adopt the page. The fd is new, close-on-exec, and the caller's to close."""
-
     def export_many(self, handles: Sequence[Handle]) -> tuple[list[int], list[int], list[int]]:
-        """(fds, fd_index, offsets): page i is `fds[fd_index[i]]` at `offsets[i]`. One fd a segment (CPU) or a page (CUDA).
+        """(fds, fd_index, offsets), by which another process can adopt the pages: page i is `fds[fd_index[i]]` at `offsets[i]`.
 
-        The caller closes the fds. Raises with none left open.
+        One fd a segment (CPU) or a page (CUDA), new, close-on-exec, and the caller's to close. Raises with none left open.
         """
 
-    def adopt(self, fd: int, offset: int) -> Handle:
-        """A handle of a page that another process exported. The fd stays the caller's to close, at once if it likes."""
-
     def adopt_many(self, fds: Sequence[int], fd_index: Sequence[int], offsets: Sequence[int]) -> list[Handle]:
-        """`adopt` of what `export_many` made. Raises ProtocolError, having adopted nothing, when it does not fit together.
+        """Handles of pages that another process exported. The fds stay the caller's to close, at once if it likes.
+
+        Raises ProtocolError, having adopted nothing, when the lists do not fit together.
 
         However often pages of one segment are adopted, the CPU backend keeps one descriptor of it.
         """

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,17 +51,10 @@ class CopyStatistics:
     pending: int
     """Of these, not known to be over."""
     failed: int
-    bytes: int
-    """Copied without error."""
-    pieces: int
-    """Submitted, before merging."""
     runs: int
-    """Carried out, after merging."""
+    """Pieces carried out, after merging."""
     busy_seconds: float
     """Time that the copying itself took."""
-    stalls: int
-    """Waits that found their ticket not done."""
-    stall_seconds: float
 
 
 @dataclass(kw_only=True)
@@ -81,10 +73,10 @@ class CopyEngine:
         self._lock = threading.Lock()
         self._closed = False
         self._last = 0
-        self._pending: dict[int, tuple[CopyJob, int]] = {}  # ticket -> job and its bytes, in order
+        self._pending: dict[int, CopyJob] = {}  # by ticket, in order
         self._failures: dict[int, _Failure] = {}
-        self._bytes = self._pieces = self._runs = self._failed = self._stalls = 0
-        self._busy_seconds = self._stall_seconds = 0.0
+        self._runs = self._failed = 0
+        self._busy_seconds = 0.0
 
     def mark(self) -> Mark | None:
         """Backend.mark: what to submit `after` when the calling thread has launched work on the bytes or their destination."""
@@ -108,9 +100,7 @@ class CopyEngine:
                 raise IntegrityError("the copy engine is closed")
             self._reap_done()
             self._last += 1
-            job = self._queue.put(merged_dst, merged_src, merged_lengths, after)
-            self._pending[self._last] = (job, int(lengths.sum()))
-            self._pieces += len(lengths)
+            self._pending[self._last] = self._queue.put(merged_dst, merged_src, merged_lengths, after)
             self._runs += len(merged_lengths)
             return self._last
 
@@ -130,22 +120,17 @@ class CopyEngine:
     def wait(self, ticket: int) -> None:
         """Returns when this submission and all before it are over. Raises the error of one of them, see Errors above."""
         self._check(ticket)
-        if not self.done(ticket):
-            started = time.perf_counter()
-            while True:
-                with self._lock:
-                    head = next(iter(self._pending), ticket + 1)
-                    if head > ticket:
-                        break
-                    job, _ = self._pending[head]
-                # Without the lock: others may submit, poll, or wait for the same job, which keeps its error for _reap.
-                with contextlib.suppress(Exception):
-                    job.wait()
-                with self._lock:
-                    self._reap(head)
+        while True:
             with self._lock:
-                self._stalls += 1
-                self._stall_seconds += time.perf_counter() - started
+                head = next(iter(self._pending), ticket + 1)
+                if head > ticket:
+                    break
+                job = self._pending[head]
+            # Without the lock: others may submit, poll, or wait for the same job, which keeps its error for _reap.
+            with contextlib.suppress(Exception):
+                job.wait()
+            with self._lock:
+                self._reap(head)
         self._raise_failure(ticket)
 
     def hold(self, ticket: int) -> Stall | None:
@@ -156,7 +141,7 @@ class CopyEngine:
         self._check(ticket)
         with self._lock:
             self._reap_done()
-            job, _ = self._pending.get(ticket, (None, 0))
+            job = self._pending.get(ticket)
         stall = None
         if job is not None:
             try:
@@ -183,12 +168,8 @@ class CopyEngine:
                 submitted=self._last,
                 pending=len(self._pending),
                 failed=self._failed,
-                bytes=self._bytes,
-                pieces=self._pieces,
                 runs=self._runs,
                 busy_seconds=self._busy_seconds,
-                stalls=self._stalls,
-                stall_seconds=self._stall_seconds,
             )
 
     def close(self) -> None:
@@ -210,18 +191,17 @@ class CopyEngine:
         """Books the jobs that are over, oldest first. Called with the lock held, and often, so that nothing piles up."""
         while self._pending:
             head = next(iter(self._pending))
-            if not self._pending[head][0].done():
+            if not self._pending[head].done():
                 return
             self._reap(head)
 
     def _reap(self, ticket: int) -> None:
         """Books a job that is over, once. Called with the lock held."""
-        job, size = self._pending.pop(ticket, (None, 0))
+        job = self._pending.pop(ticket, None)
         if job is None:
             return
         try:
             self._busy_seconds += job.wait()
-            self._bytes += size
         except Exception as error:
             self._failed += 1
             self._failures[ticket] = _Failure(error=error)

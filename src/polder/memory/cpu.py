@@ -12,7 +12,6 @@ A segment holds all pages of one `create`, so any number of pages costs one desc
 from __future__ import annotations
 
 import bisect
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,8 +31,8 @@ Mask = npt.NDArray[np.bool_]
 _ALIGNMENT = 2 << 20  # so that a 2 MiB page can be one huge page, whatever `page_bytes` is
 
 
-class CpuBackend:
-    """polder.memory.backend.Backend for the memory of this machine.
+class CpuBackend(Segments):
+    """polder.memory.backend.Backend for the memory of this machine. Its pages: segments.py.
 
     Unlike the driver it could not tell misuse from use, since MAP_FIXED replaces whatever lies there. So it keeps count of
     what is reserved and mapped, and refuses what the driver would refuse.
@@ -45,13 +44,10 @@ class CpuBackend:
         """Raises ConfigError unless `page_bytes` is a positive multiple of 4096."""
         if page_bytes <= 0 or page_bytes % 4096:
             raise ConfigError(f"page size {page_bytes}: must be a positive multiple of 4096 bytes")
-        self.device, self.page_bytes = device, page_bytes
-        self._segments = Segments(page_bytes)
-        self._lock = threading.Lock()
+        super().__init__(page_bytes)
+        self.device = device
         self._starts: list[int] = []  # of all reservations, rising
         self._mapped: dict[int, Mask] = {}  # start of a reservation -> which of its page slots are mapped
-
-    # ------------------------------------------------------------------ addresses
 
     def reserve(self, size_bytes: int) -> int:
         if size_bytes <= 0 or size_bytes % self.page_bytes:
@@ -76,7 +72,7 @@ class CpuBackend:
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         if not handles:
             return
-        self._segments.check_held(handles)
+        self.check_held(handles)
         with self._lock:
             slots = self._slots(address, len(handles))
             if slots.any():
@@ -121,47 +117,12 @@ class CpuBackend:
     def unpin(self, address: int) -> None:
         """As `pin`."""
 
-    # ------------------------------------------------------------------ physical memory
-
-    def create(self, count: int) -> list[Handle]:
-        return self._segments.create(count) if count else []
-
-    def destroy(self, handles: Sequence[Handle]) -> None:
-        self._segments.destroy(handles)
-
-    def drop(self, handles: Sequence[Handle]) -> None:
-        self._segments.drop(handles)
-
-    def punch(self, handles: Sequence[Handle]) -> None:
-        self._segments.punch(handles)
-
-    def resident_bytes(self) -> int:
-        return self._segments.resident_bytes()
-
     def free_bytes(self) -> int | None:
         """Memory of a machine is not taken page by page: what is free now says little."""
         return None
 
-    # ------------------------------------------------------------------ other processes
-
-    def export(self, handle: Handle) -> tuple[int, int]:
-        fds, _, offsets = self._segments.export_many([handle])
-        return fds[0], offsets[0]
-
-    def export_many(self, handles: Sequence[Handle]) -> tuple[list[int], list[int], list[int]]:
-        return self._segments.export_many(handles)
-
-    def adopt(self, fd: int, offset: int) -> Handle:
-        return self._segments.adopt_many([fd], [0], [offset])[0]
-
-    def adopt_many(self, fds: Sequence[int], fd_index: Sequence[int], offsets: Sequence[int]) -> list[Handle]:
-        return self._segments.adopt_many(fds, fd_index, offsets)
-
     def copy_queue(self, inline_bytes: int = 0) -> ThreadQueue:
         return ThreadQueue(f"polder-copy-{self.device}", inline_bytes)
-
-    def close(self) -> None:
-        self._segments.close()
 
     def _slots(self, address: int, count: int) -> Mask:
         """The mapped-flags of `count` pages at `address`, as a view. Raises unless one reservation holds them all."""

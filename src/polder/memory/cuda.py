@@ -97,18 +97,13 @@ class Driver:
 
 
 class CudaBackend:
-    """polder.memory.backend.Backend for one GPU: the calling process works on device `index`, pages lie on `owner`.
-
-    With `owner` another device (a peer, NVLink), this device's kernels and copies reach its pages directly. Both must be visible
-    to this process: do not hide devices with CUDA_VISIBLE_DEVICES.
-    """
+    """polder.memory.backend.Backend for one GPU."""
 
     sparse = False
 
     def __init__(
         self,
         index: int,
-        owner: int | None = None,
         *,
         page_bytes: int = PAGE_BYTES,
         compute_stream: Callable[[int], int] = torch_stream,
@@ -125,7 +120,7 @@ class CudaBackend:
         self._properties = api.CUmemAllocationProp()
         self._properties.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        self._properties.location.id = index if owner is None else owner
+        self._properties.location.id = index
         self._properties.requestedHandleTypes = self._fd_type
         self._access = api.CUmemAccessDesc()
         self._access.location.type = api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -232,9 +227,6 @@ class CudaBackend:
     def drop(self, handles: Sequence[Handle]) -> None:
         self.destroy(handles)
 
-    def punch(self, handles: Sequence[Handle]) -> None:
-        raise IntegrityError(f"{self.device}: a CUDA page has its memory for life, destroy it instead")
-
     def resident_bytes(self) -> int:
         with self._lock:
             return len(self._held) * self.page_bytes
@@ -243,9 +235,6 @@ class CudaBackend:
         return free_bytes(bytes(self.driver.call("cuDeviceGetUuid", self._properties.location.id).bytes))
 
     # ------------------------------------------------------------------ other processes
-
-    def export(self, handle: Handle) -> tuple[int, int]:
-        return self.export_many([handle])[0][0], 0
 
     def export_many(self, handles: Sequence[Handle]) -> tuple[list[int], list[int], list[int]]:
         self._check_held(handles)
@@ -259,9 +248,6 @@ class CudaBackend:
                 os.close(fd)
             raise
         return fds, list(range(len(fds))), [0] * len(fds)
-
-    def adopt(self, fd: int, offset: int) -> Handle:
-        return self.adopt_many([fd], [0], [offset])[0]
 
     def adopt_many(self, fds: Sequence[int], fd_index: Sequence[int], offsets: Sequence[int]) -> list[Handle]:
         if len(fd_index) != len(offsets) or any(offsets) or not all(0 <= i < len(fds) for i in fd_index):

@@ -1,4 +1,4 @@
-"""File descriptors over Unix sockets (SCM_RIGHTS, unix(7)).
+"""Receives file descriptors over Unix sockets (SCM_RIGHTS, unix(7)).
 
 Descriptors travel beside bytes, so a message of descriptors has at least one byte. The kernel takes at most 253 a message
 (SCM_MAX_FD); more are the caller's to split. Received descriptors are close-on-exec from the start: no child that another
@@ -10,30 +10,12 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Sequence
 
 from polder.errors import ProtocolError
 
-__all__ = ["MAX_FDS", "recv_fds", "send_fds"]
-
-MAX_FDS = 250
+__all__ = ["recv_fds"]
 
 _INT_BYTES = array.array("i").itemsize
-
-
-def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int]) -> int:
-    """Sends all of `data`, the descriptors beside its first byte; returns len(data). The fds stay the caller's to close.
-
-    For blocking sockets: blocks until the kernel has everything. Raises ProtocolError for no data or more than MAX_FDS, and
-    OSError when the connection is gone (what was sent until then may have arrived).
-    """
-    if not data or len(fds) > MAX_FDS:
-        raise ProtocolError(
-            f"a message of {len(data)} bytes with {len(fds)} descriptors: 1 byte or more, {MAX_FDS} or fewer"
-        )
-    sent = socket.send_fds(sock, [data], fds) if fds else sock.send(data)
-    sock.sendall(data[sent:])
-    return len(data)
 
 
 def recv_fds(sock: socket.socket, max_bytes: int, max_fds: int) -> tuple[bytes, list[int]]:

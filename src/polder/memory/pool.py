@@ -11,7 +11,6 @@ broker that is restarted makes new physical pages under the old numbers, hence t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,18 +18,7 @@ from polder.errors import IntegrityError, OutOfPages, ProtocolError
 from polder.memory.backend import Backend
 from polder.memory.page import Handle, Indices, as_indices
 
-__all__ = ["ImportedPages", "ImportedStatistics", "PagePool", "PoolStatistics"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolStatistics:
-    total_pages: int
-    made_pages: int
-    """Pages that have a handle: all of them on the CPU, on CUDA those that were ever asked for and not discarded since."""
-    resident_bytes: int
-    """Physical memory in use by the backend of the pool."""
-    discarded_pages: int
-    """Pages discarded since the pool was made."""
+__all__ = ["ImportedPages", "PagePool"]
 
 
 class PagePool:
@@ -42,7 +30,6 @@ class PagePool:
         Raises OutOfPages when the segment cannot be that large.
         """
         self._backend = backend
-        self._discarded = 0
         self._handles: list[Handle | None] = [None] * total_pages
         if backend.sparse:
             self._handles[:] = backend.create(total_pages)
@@ -79,29 +66,6 @@ class PagePool:
         """(fds, fd_index, offsets) as Backend.export_many gives them; the caller closes the fds. Makes missing pages."""
         return self._backend.export_many(self.handles(pages))
 
-    def discard(self, pages: Sequence[int] | Indices) -> None:
-        """Returns the physical memory of pages that nobody maps to the system; `handles` makes it anew.
-
-        On CUDA a process that adopted such a page keeps its memory until it discards it too, and must fetch it again
-        afterwards: its old handle is another page than the new one.
-        """
-        numbers = [page for page in dict.fromkeys(self._check(pages)) if self._handles[page] is not None]
-        if self._backend.sparse:
-            self._backend.punch(self._held(numbers))
-        else:
-            self._backend.destroy(self._held(numbers))
-            for page in numbers:
-                self._handles[page] = None
-        self._discarded += len(numbers)
-
-    def statistics(self) -> PoolStatistics:
-        return PoolStatistics(
-            total_pages=len(self._handles),
-            made_pages=len(self._handles) - self._handles.count(None),
-            resident_bytes=self._backend.resident_bytes(),
-            discarded_pages=self._discarded,
-        )
-
     def check_integrity(self) -> None:
         """Raises IntegrityError when two pages share their physical memory, or a sparse pool lacks a page."""
         made = [handle for handle in self._handles if handle is not None]
@@ -125,13 +89,6 @@ class PagePool:
         return [handle for handle in map(self._handles.__getitem__, numbers) if handle is not None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportedStatistics:
-    pages: int
-    generations: int
-    discarded_pages: int
-
-
 class ImportedPages:
     """Pages of a broker that this process has adopted, kept for its life: a page that comes back needs no new fd.
 
@@ -140,7 +97,6 @@ class ImportedPages:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._discarded = 0
         self._handles: dict[int, dict[int, Handle]] = {}  # generation -> page -> handle
 
     def missing(self, generation: int, pages: Sequence[int] | Indices) -> list[int]:
@@ -188,14 +144,6 @@ class ImportedPages:
             del known[page]
         if not known:
             self._handles.pop(generation, None)
-        self._discarded += len(numbers)
-
-    def statistics(self) -> ImportedStatistics:
-        return ImportedStatistics(
-            pages=sum(map(len, self._handles.values())),
-            generations=len(self._handles),
-            discarded_pages=self._discarded,
-        )
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when two pages share their physical memory."""

@@ -33,10 +33,10 @@ class _Segment:
 
 
 class Segments:
-    """The segments of one CpuBackend. Thread-safe. What its methods raise and change is told in polder.memory.backend."""
+    """The half of CpuBackend that makes and shares pages. Thread-safe. polder.memory.backend says what its methods raise."""
 
     def __init__(self, page_bytes: int) -> None:
-        self._page_bytes = page_bytes
+        self.page_bytes = page_bytes
         self._lock = threading.Lock()
         self._by_fd: dict[int, _Segment] = {}
         self._by_identity: dict[tuple[int, int], _Segment] = {}
@@ -44,21 +44,23 @@ class Segments:
         weakref.finalize(self, _close_all, self._by_fd).atexit = False
 
     def create(self, count: int) -> list[Handle]:
+        if not count:
+            return []
         fd = -1
         try:
             fd = os.memfd_create("polder", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(fd, count * self._page_bytes)
+            os.ftruncate(fd, count * self.page_bytes)
             # No process that adopts the segment can shrink it under the others, who would die by SIGBUS.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         except (OSError, OverflowError) as error:
             if fd >= 0:
                 os.close(fd)
-            what = f"cannot make {count} pages of {self._page_bytes} bytes: {error}"
+            what = f"cannot make {count} pages of {self.page_bytes} bytes: {error}"
             no_room = isinstance(error, OverflowError) or error.errno in (errno.ENOMEM, errno.EFBIG, errno.ENOSPC)
             raise (OutOfPages if no_room else EnvironmentFault)(what) from error
         with self._lock:
             self._add(fd).held[:] = 1
-        return [Handle(fd, i * self._page_bytes) for i in range(count)]
+        return [Handle(fd, i * self.page_bytes) for i in range(count)]
 
     def check_held(self, handles: Sequence[Handle]) -> None:
         """Raises IntegrityError when one of them is no handle of a page that is held here."""
@@ -68,7 +70,8 @@ class Segments:
     def destroy(self, handles: Sequence[Handle]) -> None:
         with self._lock:
             self._counts(handles)  # refuses before a byte is lost
-        self.punch(handles)
+        for first, count in contiguous(handles, self.page_bytes):
+            _libc.punch_hole(handles[first].key, handles[first].offset, count * self.page_bytes)
         self.drop(handles)
 
     def drop(self, handles: Sequence[Handle]) -> None:
@@ -78,11 +81,6 @@ class Segments:
                 if not segment.held.any():
                     del self._by_fd[segment.fd], self._by_identity[segment.identity]
                     os.close(segment.fd)
-
-    def punch(self, handles: Sequence[Handle]) -> None:
-        self.check_held(handles)
-        for first, count in contiguous(handles, self._page_bytes):
-            _libc.punch_hole(handles[first].key, handles[first].offset, count * self._page_bytes)
 
     def export_many(self, handles: Sequence[Handle]) -> tuple[list[int], list[int], list[int]]:
         with self._lock:
@@ -100,8 +98,8 @@ class Segments:
             )
         stats = [os.fstat(fd) for fd in fds]
         for i, offset in zip(fd_index, offsets, strict=True):
-            if offset % self._page_bytes or not 0 <= offset <= stats[i].st_size - self._page_bytes:
-                raise ProtocolError(f"no page of {self._page_bytes} bytes at {offset} of {stats[i].st_size}")
+            if offset % self.page_bytes or not 0 <= offset <= stats[i].st_size - self.page_bytes:
+                raise ProtocolError(f"no page of {self.page_bytes} bytes at {offset} of {stats[i].st_size}")
         used = sorted(set(fd_index))
         handles = []
         with self._lock:
@@ -110,7 +108,7 @@ class Segments:
                 self._add(fd)
             segments = {i: self._by_identity[stats[i].st_dev, stats[i].st_ino] for i in used}
             for i, offset in zip(fd_index, offsets, strict=True):
-                segments[i].held[offset // self._page_bytes] += 1
+                segments[i].held[offset // self.page_bytes] += 1
                 handles.append(Handle(segments[i].fd, offset))
         return handles
 
@@ -131,7 +129,7 @@ class Segments:
         if known is not None:  # one file came twice in one message
             os.close(fd)
             return known
-        segment = _Segment(fd, (stat.st_dev, stat.st_ino), stat.st_size // self._page_bytes)
+        segment = _Segment(fd, (stat.st_dev, stat.st_ino), stat.st_size // self.page_bytes)
         self._by_fd[fd] = self._by_identity[segment.identity] = segment
         return segment
 
@@ -141,7 +139,7 @@ class Segments:
             segment = self._by_fd.get(key)
             if segment is None:
                 raise IntegrityError(f"no segment {key} is held: its pages were destroyed or belong elsewhere")
-            yield segment, table[table[:, 0] == key, 1] // self._page_bytes
+            yield segment, table[table[:, 0] == key, 1] // self.page_bytes
 
     def _counts(self, handles: Sequence[Handle]) -> list[tuple[_Segment, npt.NDArray[np.int32]]]:
         """How often each page of each segment is named. Raises IntegrityError when that is more often than it is held."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,19 +22,9 @@ from polder.memory.tensor import tensor_over
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Span", "SpanStatistics"]
+__all__ = ["Span"]
 
 Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpanStatistics:
-    slots: int
-    mapped_slots: int
-    mapped_bytes: int
-    map_calls: int
-    """Calls to the backend's map since the span was made: one a run of adjacent slots."""
-    unmap_calls: int
 
 
 class _Addresses:
@@ -60,7 +49,6 @@ class Span:
         self._addresses: _Addresses | None = _Addresses(backend, slots)
         self._tensor: torch.Tensor | None = None
         self._slots = slots
-        self._mapped_slots = self._map_calls = self._unmap_calls = 0
 
     @property
     def slots(self) -> int:
@@ -94,8 +82,6 @@ class Span:
         try:
             for first, count in runs(ordered):
                 self._backend.map(self.address(first), [handles[i] for i in order[at : at + count].tolist()])
-                self._map_calls += 1
-                self._mapped_slots += count
                 mapped[first : first + count] = True
                 at += count
         except BaseException:
@@ -130,21 +116,6 @@ class Span:
             self._tensor = tensor_over(addresses.first, size, self._backend.device, addresses)
         return self._tensor
 
-    def statistics(self) -> SpanStatistics:
-        return SpanStatistics(
-            slots=self._slots,
-            mapped_slots=self._mapped_slots,
-            mapped_bytes=self._mapped_slots * self._backend.page_bytes,
-            map_calls=self._map_calls,
-            unmap_calls=self._unmap_calls,
-        )
-
-    def check_integrity(self) -> None:
-        """Raises IntegrityError when the count of mapped slots is not that of the slots marked as mapped."""
-        marked = 0 if self._addresses is None else int(self._addresses.mapped.sum())
-        if marked != self._mapped_slots:
-            raise IntegrityError(f"span counts {self._mapped_slots} mapped slots and marks {marked}")
-
     def close(self) -> None:
         """Unmaps everything and gives the addresses back, at once or when the last tensor over them is gone. May be repeated."""
         if self._addresses is None:
@@ -176,8 +147,6 @@ class Span:
         mapped = self._open().mapped
         for first, count in runs(ordered):
             self._backend.unmap(self.address(first), count)
-            self._unmap_calls += 1
-            self._mapped_slots -= count
             mapped[first : first + count] = False
 
 

@@ -58,7 +58,7 @@ class PassTime(NamedTuple):
 
     seconds: float
     compute_s: float
-    """Of the same passes with all KV local."""
+    """Time of the same passes with all KV local."""
     link_s: float
 
     @property
@@ -201,8 +201,11 @@ class Setup:
     def _pass(
         self, source: Source, rows: int, read: int, pairs: float, sequences: int, loaded: int, stored: int
     ) -> PassTime:
-        """One forward pass that computes `rows` tokens. In each layer attention reads the KV of `read` tokens, for `pairs`
-        pairs of a query and a key; windowed KV of `loaded` tokens is copied in, of `stored` tokens out."""
+        """One forward pass that computes `rows` tokens.
+
+        In each layer attention reads the KV of `read` tokens for `pairs` pairs of a query and a key; windowed KV of
+        `loaded` tokens is copied in, of `stored` tokens out.
+        """
         shape, device, kv = self.shape, self.device, self.shape.kv_bytes_of_layer
         local = LayerWork(
             before_s=self._product_s(shape.qkv_parameters, rows),

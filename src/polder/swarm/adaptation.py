@@ -12,30 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from polder.arrays import BoolArray, FloatArray, IntArray
-from polder.errors import ConfigError
 from polder.swarm.activations import Profile
 from polder.swarm.clusters import PackConfig, Packing, pack
 from polder.swarm.placement import anti_affine
 
-__all__ = ["Drift", "Repacked", "page_fill", "pages_per_block", "repack"]
-
-
-def pages_per_block(profile: Profile, packing: Packing) -> float:
-    """The pages that the profile's steps read for each wanted block; 0 if they want none."""
-    wanted = len(profile.items)
-    return len(profile.mapped(packing.page_of, size=packing.pages).items) / wanted if wanted else 0.0
+__all__ = ["Drift", "Repacked", "page_fill", "repack"]
 
 
 class Drift:
     """Compares the present cost of reading with the cost after clustering."""
 
     def __init__(self, *, after_clustering: float, threshold: float = 1.25, halflife_steps: float = 64.0) -> None:
-        """`after_clustering`: pages_per_block after clustering. Raises ConfigError unless all numbers are above 0."""
-        if min(after_clustering, threshold, halflife_steps) <= 0:
-            raise ConfigError(
-                f"drift: after_clustering {after_clustering}, threshold {threshold}, halflife_steps {halflife_steps}; "
-                f"write numbers above 0"
-            )
+        """`after_clustering`: the pages read for each wanted block then. `threshold`: the ratio that is drift."""
         self._baseline, self._threshold = after_clustering, threshold
         self._decay = 0.5 ** (1 / halflife_steps)
         self._pages = self._blocks = self._weight = 0.0

@@ -43,16 +43,6 @@ class EntryConfig:
     few."""
     ring_steps: int = 512
     """The number of steps that are remembered; the first packing uses up to as many."""
-    ring_entries: int = 1 << 22
-    """The number of ids remembered for all these steps together, 4 bytes each. If steps are long, fewer are remembered.
-    """
-    voting_steps: int = 64
-    """The number of steps that are remembered to read ahead."""
-    drift: float = 1.25
-    """Aged pages are packed again when a step reads this many times as many pages for each entry as after the last
-    packing."""
-    halflife_steps: float = 1.0
-    """The half-life of the hot set's counts; see BenefitSet."""
     host_s_per_request: float = 0.0
     """CPU time of a request. Where requests take longer than the disks do, gaps between them are read as well."""
     gap_bytes: int = 8 << 20

@@ -30,20 +30,23 @@ from polder.arrays import BoolArray, IntArray
 from polder.diskstore.io import Arena
 from polder.diskstore.store import DiskStore
 from polder.errors import ConfigError
-from polder.swarm.activations import Activations, Profile
+from polder.swarm.activations import Activations
 from polder.swarm.adaptation import Drift
 from polder.swarm.entry_memory import EntryMemory
 from polder.swarm.entry_pages import EntryConfig, EntryPages
-from polder.swarm.hotset import BenefitSet, HotSet
-from polder.swarm.prediction import Predictor
+from polder.swarm.hotset import FrequentSet, HotSet
+from polder.swarm.prediction import likeliest
 
 __all__ = ["EntryRead", "EntryStore"]
 
-_LATENCY_S = 80e-6
 _PAGES_AT_ONCE = 16
 """Pages written at a time."""
+_RING_ENTRIES = 1 << 22
+"""The number of ids remembered for all steps together, 4 bytes each. If steps are long, fewer are remembered."""
+_VOTING_STEPS = 64
+"""The number of steps that are remembered to read ahead."""
 _VOTING_ENTRIES = 1 << 21
-"""The number of ids remembered to read ahead, for all steps together."""
+"""The number of ids remembered for it, for all steps together."""
 _BASELINE_STEPS = 64
 """The cost of a step after packing is measured over so many steps."""
 
@@ -64,7 +67,7 @@ class EntryStore:
 
     def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int, hot: HotSet | None = None) -> None:
         """`entries`: the most entries there can be, each a part of one of the store's pages. `hot`: which entries stay
-        in memory; by default a BenefitSet. Several EntryStores may share a DiskStore that has nothing but entries; what
+        in memory; by default a FrequentSet. Several EntryStores may share a DiskStore that has nothing but entries; what
         an earlier process left there is removed.
 
         Raises ConfigError when the store has other disks than `config`, or more than can be scheduled.
@@ -74,16 +77,10 @@ class EntryStore:
         self.page_entries, self.entry_bytes = self.pages.page_entries, self.pages.entry_bytes
         self.map, self.stats, self.lock = self.pages.map, self.pages.stats, self.pages.lock
         self.memory = EntryMemory(entries, size_bytes=config.memory_bytes, entry_bytes=self.entry_bytes)
-        self.ring = Activations(entries, max_steps=config.ring_steps, max_items=config.ring_entries)
+        self.ring = Activations(entries, max_steps=config.ring_steps, max_items=_RING_ENTRIES)
         self.drift: Drift | None = None
         """None until the cost of a step after packing is known."""
-        self._hot = hot or BenefitSet(
-            np.full(entries, self.entry_bytes),
-            config.hot_bytes,
-            latency_s=_LATENCY_S,
-            bytes_per_s=sum(disk.bytes_per_s for disk in config.disks) / len(config.disks),
-            halflife_steps=config.halflife_steps,
-        )
+        self._hot = hot or FrequentSet(entries, config.hot_bytes // self.entry_bytes)
         self._unwritten: BoolArray = np.zeros(entries, dtype=np.bool_)
         self._kept_ahead: BoolArray = np.zeros(entries, dtype=np.bool_)
         self._scratch = Arena(_PAGES_AT_ONCE, store.config.page_bytes)
@@ -91,7 +88,7 @@ class EntryStore:
         self._cost: list[tuple[int, int]] | None = None  # (pages, entries) of the first steps after packing
         self._told: IntArray | None = None
         self._before, self._after = (
-            Activations(entries, max_steps=config.voting_steps, max_items=_VOTING_ENTRIES) for _ in range(2)
+            Activations(entries, max_steps=_VOTING_STEPS, max_items=_VOTING_ENTRIES) for _ in range(2)
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="polder-ahead")
         self._ahead: Future[None] | None = None
@@ -192,12 +189,9 @@ class EntryStore:
     def _read_ahead(self, present: IntArray) -> None:
         with self.lock:
             before, after = self._before.profile(), self._after.profile()
-            before, after = _last_of_both(before, after)
             here = self.memory.present  # these need not be read
-            budget = self.config.ahead_bytes - int(self._kept_ahead.sum()) * self.entry_bytes
-        likely = Predictor(before=before, after=after).ahead(
-            present, budget_bytes=budget, item_bytes=self.entry_bytes, resident=here
-        )
+            most = self.config.ahead_bytes // self.entry_bytes - int(self._kept_ahead.sum())
+        likely = likeliest(before, after, present, most=most, resident=here)
         with self.lock:
             missing = likely[self.map.page_of[likely] >= 0][: self.memory.free]
             self.memory.take(missing)
@@ -267,10 +261,4 @@ class EntryStore:
             self._cost.append((touched, len(pages)))
             if len(self._cost) == _BASELINE_STEPS:
                 cost = np.array(self._cost).sum(axis=0)
-                self.drift = Drift(after_clustering=float(cost[0] / cost[1]), threshold=self.config.drift)
-
-
-def _last_of_both(before: Profile, after: Profile) -> tuple[Profile, Profile]:
-    """The steps that both rings still have."""
-    steps = min(before.steps, after.steps)
-    return before.part(before.steps - steps, before.steps), after.part(after.steps - steps, after.steps)
+                self.drift = Drift(after_clustering=float(cost[0] / cost[1]))

@@ -254,7 +254,6 @@ class WeightStore:
 
     def check_integrity(self) -> None:
         """Raises IntegrityError when segments, rotation and what is mapped do not fit together."""
-        self._span.check_integrity()
         self._check(self._held)
         homes = self._rotation.homes if self._rotation else ()
         if self._rotation and len(self._held) != self._rotation.segments:

@@ -15,6 +15,7 @@ import numpy as np
 from polder.arrays import FloatArray, IntArray
 from polder.bench.report.metrics import Metrics
 from polder.bench.sparse.generator import Sticky, resident, sticky_clusters
+from polder.bench.sparse.lru import LruSet
 from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS, PAGE_BYTES, SetSizes, disks_of
 from polder.diskstore.disk import DiskConfig
 from polder.diskstore.engine import ThreadEngine
@@ -26,7 +27,6 @@ from polder.swarm.activations import Profile
 from polder.swarm.entry_pages import EntryConfig
 from polder.swarm.entry_store import EntryStore
 from polder.swarm.entry_upkeep import EntryUpkeep
-from polder.swarm.hotset import LruSet
 
 __all__ = ["LIVE_ARMS", "LIVE_DISKS", "LIVE_SETS", "live_run", "live_set"]
 
