@@ -129,7 +129,7 @@ def parse_device(text: str) -> Device:
 
 
 def parse_links(text: str | None, device: Device) -> Device:
-    """The device with these links: "55GB/s" is the host's, "host=55GB/s,peer=380GB/s" names them. Raises ConfigError."""
+    """The device with these links: "55GB/s" (the host link) or "host=55GB/s,peer=380GB/s". Raises ConfigError."""
     if not text:
         return device
     given = _pairs(text if "=" in text else f"host={text}", what="link", known=("host", "peer"))
