@@ -113,7 +113,8 @@ def _fill(pieces: Sequence[tuple[int, int]], byte: int) -> None:
 
 @_control("a load copies nothing")
 def _(broken: Breaker) -> None:
-    from polder.tiers.memories import HostMemory, PeerMemory
+    from polder.tiers.host import HostMemory
+    from polder.tiers.peer.memory import PeerMemory
 
     for memory in (HostMemory, PeerMemory):
         broken(memory, "load", lambda stock, *args: True)
@@ -128,7 +129,7 @@ def _(broken: Breaker) -> None:
 
 @_control("given: loads bring other bytes")
 def _(broken: Breaker) -> None:
-    from polder.tiers.memories import HostMemory
+    from polder.tiers.host import HostMemory
 
     def load(stock: Any, self: Any, recipe: Any, row: int, block: Any, mover: Any) -> bool:
         done: bool = stock(self, recipe, row, block, mover)
@@ -255,8 +256,8 @@ def _fill_slots(span: Any, slots: Any, byte: int) -> None:
 
 @_control("given: a borrower writes what is not a number")
 def _(broken: Breaker) -> None:
-    from polder.tiers.memories import PeerMemory
     from polder.tiers.movers import CpuMover
+    from polder.tiers.peer.memory import PeerMemory
 
     class NanMover(CpuMover):
         def copy(self, dst: Any, src: Any) -> None:
@@ -277,8 +278,8 @@ def _(broken: Breaker) -> None:
 
 @_control("blocks that the lender took back are read")
 def _(broken: Breaker) -> None:
-    from polder.tiers import borrowing
-    from polder.tiers.lending import LendingTable
+    from polder.tiers.peer import borrowing
+    from polder.tiers.peer.lending import LendingTable
 
     broken(borrowing._Lender, "lose", lambda stock, self: np.empty(0, dtype=np.int64))
     broken(LendingTable, "valid", lambda stock, self, lots, epochs: True)

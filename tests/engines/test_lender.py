@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.lender import Lender, lent_geometry
 from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
-from polder.tiers.lending import table_bytes
+from polder.tiers.peer.lending import table_bytes
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
 
 PAGE, BLOCK = 4096, 1024

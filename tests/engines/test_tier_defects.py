@@ -22,7 +22,7 @@ from polder.engines.vllm import plugin
 from polder.engines.vllm.compat import installed_version
 from polder.engines.vllm.tiers.connector import PolderConnector, TierScheduler, TierWorkerMetadata, complete_config
 from polder.engines.vllm.tiers.worker import PolderWorker
-from polder.tiers.transfer import JobResult
+from polder.tiers.jobs import JobResult
 
 
 class OneFailedLoad:

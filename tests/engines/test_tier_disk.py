@@ -22,7 +22,7 @@ from polder.engines.vllm.process import here
 from polder.engines.vllm.tiers.disk import OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
 from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.engines.vllm.weights import taps
-from polder.tiers.disk_memory import DiskMemory
+from polder.tiers.disk.memory import DiskMemory
 from polder.tiers.slots import block_ids
 
 PAGE = 64 << 10

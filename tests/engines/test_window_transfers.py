@@ -17,7 +17,7 @@ from polder.engines.vllm.process import here
 from polder.engines.vllm.tiers.worker import PolderWorker, TierJob
 from polder.engines.vllm.window import worker as window_worker
 from polder.memory import _libc
-from polder.tiers.transfer import Job, JobResult, Part, Pieces
+from polder.tiers.jobs import Job, JobResult, Part, Pieces
 from tests.window.rank import Rank
 from tests.window.test_stream_faults import LAST_STORE
 

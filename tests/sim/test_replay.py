@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from polder.sim.belady import belady_hit_ratio
 from polder.sim.replay import replay
 from polder.sim.traces import Trace, load_trace, reference_curve, trace_names
-from polder.tiers.density import HitDensity
-from polder.tiers.eviction import Lru
+from polder.tiers.eviction.density import HitDensity
+from polder.tiers.eviction.policy import Lru
 
 CHAT = "mooncake-conversation"
 

@@ -14,16 +14,16 @@ from polder.diskstore.io import Arena, IoEngine, OpenFile, open_page_file
 from polder.diskstore.keys import Keys
 from polder.diskstore.layout import usage_bytes
 from polder.diskstore.store import DiskStore, StoreConfig
-from polder.tiers.disk_memory import DiskMemory
-from polder.tiers.disk_mirror import disk_capacity, inventory
-from polder.tiers.disk_slots import DiskSlots
-from polder.tiers.eviction import EvictionPolicy, Lru
-from polder.tiers.memories import HostMemory
+from polder.tiers.disk.memory import DiskMemory
+from polder.tiers.disk.mirror import disk_capacity, inventory
+from polder.tiers.disk.slots import DiskSlots
+from polder.tiers.disk.spill import SpillConfig
+from polder.tiers.eviction.policy import EvictionPolicy, Lru
+from polder.tiers.host import HostMemory, HostSlots
+from polder.tiers.jobs import Job, JobResult, Pieces
 from polder.tiers.movers import CpuMover
-from polder.tiers.slots import HostSlots
-from polder.tiers.spill import SpillConfig
 from polder.tiers.tierset import TierSet
-from polder.tiers.transfer import Job, JobResult, Pieces, TierWorker
+from polder.tiers.worker import TierWorker
 
 PAGE = 64 << 10
 LAYERS, BYTES = 3, 1024

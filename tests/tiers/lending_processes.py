@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from polder.tiers.lending import LendingTable
+from polder.tiers.peer.lending import LendingTable
 
 PAGE = 4096
 BODY = PAGE - 12

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from polder.tiers import lending
-from polder.tiers.lending import LendingTable
+from polder.tiers.peer import lending
+from polder.tiers.peer.lending import LendingTable
 from tests.tiers.protocol import LENDER, Model, Scenario
 
 ARRAYS = ("epoch", "holder", "writer", "recalled")

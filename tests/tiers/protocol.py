@@ -1,4 +1,4 @@
-"""The lending protocol as a transition system: what polder/tiers/lending.py does, one shared access a step.
+"""The lending protocol as a transition system: what polder/tiers/peer/lending.py does, one shared access a step.
 
 Each step of a process is one read or write of one word of the table, one lock or unlock, or the copy of one half of a block. A
 step's name stands beside the line of lending.py that it is; `test_lending_conformance.py` holds the real code to exactly these

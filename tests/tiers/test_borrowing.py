@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from polder.tiers.borrowing import ChunkGeometry, PeerSlots
-from polder.tiers.lending import LendingTable, LentGeometry
+from polder.tiers.peer.borrowing import ChunkGeometry, PeerSlots
+from polder.tiers.peer.lending import LendingTable, LentGeometry
 from polder.tiers.slots import LentChunks
 
 CAPACITY = 200

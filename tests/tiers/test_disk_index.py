@@ -12,11 +12,12 @@ from hypothesis.stateful import precondition, rule
 
 from polder.arrays import IntArray
 from polder.errors import ConfigError
-from polder.tiers.density import HitDensity
-from polder.tiers.disk_slots import DiskSlots
-from polder.tiers.eviction import Lru
+from polder.tiers.disk.slots import DiskSlots
+from polder.tiers.eviction.density import HitDensity
+from polder.tiers.eviction.policy import Lru
+from polder.tiers.host import HostSlots
 from polder.tiers.index import ABSENT, BlockIndex, Spill
-from polder.tiers.slots import HostSlots, block_ids
+from polder.tiers.slots import block_ids
 from tests.tiers.test_index import KEYS, Lives, rows, some_keys
 
 DISK = 6

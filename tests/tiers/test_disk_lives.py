@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from polder.diskstore.model import DiskModel
 from polder.emulation.disks import EmulatedDisk
 from polder.errors import ConfigError
+from polder.tiers.jobs import Job
 from polder.tiers.slots import block_ids
-from polder.tiers.transfer import Job
 from tests.emulation.files import emulated_files
 from tests.tiers.disk_rig import DISK, Rig, content, names
 

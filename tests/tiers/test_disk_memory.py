@@ -16,12 +16,12 @@ from polder.diskstore.keys import key_array
 from polder.diskstore.model import DiskModel
 from polder.emulation.disks import DiskFaults, EmulatedDisk, EmulatedEngine, VirtualClock
 from polder.errors import ConfigError
-from polder.tiers.disk_memory import DiskMemory
-from polder.tiers.disk_mirror import common_inventory, inventory
+from polder.tiers.disk.memory import DiskMemory
+from polder.tiers.disk.mirror import common_inventory, inventory
+from polder.tiers.disk.spill import SpillConfig
+from polder.tiers.disk.striping import Striping
+from polder.tiers.jobs import JobResult
 from polder.tiers.slots import block_ids
-from polder.tiers.spill import SpillConfig
-from polder.tiers.striping import Striping
-from polder.tiers.transfer import JobResult
 from tests.emulation.files import emulated_files
 from tests.tiers.disk_rig import BLOCK, DISK, HOST, PAGE, SLOT, Rig, names
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from polder.diskstore.keys import Keys
 from polder.errors import ConfigError, IntegrityError
-from polder.tiers.disk_slots import DiskSlots
+from polder.tiers.disk.slots import DiskSlots
 
 CAPACITY = 12
 some_slots = st.sets(st.integers(0, CAPACITY - 1), min_size=1)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from polder.arrays import IntArray
-from polder.tiers.density import HitDensity
-from polder.tiers.eviction import EvictionPolicy, Lru
+from polder.tiers.eviction.density import HitDensity
+from polder.tiers.eviction.policy import EvictionPolicy, Lru
 
 CAPACITY = 24
 KEYS = np.random.default_rng(1).integers(0, 2**64, size=(8, 16), dtype=np.uint64)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from polder.errors import IntegrityError
-from polder.tiers.eviction import Lru
+from polder.tiers.eviction.policy import Lru
+from polder.tiers.host import HostSlots
 from polder.tiers.index import ABSENT, PENDING, BlockIndex, Places
-from polder.tiers.slots import HostSlots, Slots
+from polder.tiers.slots import Slots
 from tests.tiers.fakes import LosingSlots
 
 PEER, HOST = 5, 4

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from polder.errors import ProtocolError
-from polder.tiers import lending
-from polder.tiers.lending import LendingTable, LentGeometry, open_table, table_bytes
+from polder.tiers.peer import lending
+from polder.tiers.peer.lending import LendingTable, LentGeometry, open_table, table_bytes
 from tests.tiers.lending_processes import PAGE, owner_of, page_of
 
 LOTS = 12

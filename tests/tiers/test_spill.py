@@ -10,14 +10,15 @@ import pytest
 
 from polder import metrics
 from polder.errors import ConfigError
-from polder.tiers.disk_slots import DiskSlots
-from polder.tiers.eviction import Lru
+from polder.tiers.disk.admission import WriteAdmission
+from polder.tiers.disk.slots import DiskSlots
+from polder.tiers.disk.spill import SpillConfig
+from polder.tiers.eviction.policy import Lru
+from polder.tiers.host import HostSlots
 from polder.tiers.index import ABSENT
-from polder.tiers.slots import HostSlots, Slots, block_ids
-from polder.tiers.spill import SpillConfig
+from polder.tiers.jobs import Job, JobResult
+from polder.tiers.slots import Slots, block_ids
 from polder.tiers.tierset import TierSet
-from polder.tiers.transfer import Job, JobResult
-from polder.tiers.write_admission import WriteAdmission
 from tests.tiers.disk_rig import Clock, names
 
 SLOT, PAGE = 1 << 16, 1 << 16

@@ -7,14 +7,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from polder.tiers.admission import ReuseGate
 from polder.tiers.counters import verdict
-from polder.tiers.disk_slots import DiskSlots
-from polder.tiers.eviction import Lru
+from polder.tiers.disk.slots import DiskSlots
+from polder.tiers.eviction.admission import ReuseGate
+from polder.tiers.eviction.policy import Lru
+from polder.tiers.host import HostSlots
 from polder.tiers.index import ABSENT, PENDING
-from polder.tiers.slots import HostSlots, block_ids
+from polder.tiers.jobs import Job, JobResult
+from polder.tiers.slots import block_ids
 from polder.tiers.tierset import TierSet
-from polder.tiers.transfer import Job, JobResult
 
 SLOT = 1 << 20
 

@@ -14,10 +14,11 @@ from polder.emulation.memories import FaultyMemory, PacedMemory
 from polder.emulation.options import Faults
 from polder.errors import EnvironmentFault
 from polder.memory.backend import Mark
-from polder.tiers import transfer
-from polder.tiers.memories import HostMemory
+from polder.tiers import worker as transfer
+from polder.tiers.host import HostMemory
+from polder.tiers.jobs import Direction, Job, Mover, Part, PartResult, Pieces, TierMemory, TierState
 from polder.tiers.movers import CpuMover, CudaMover, pair
-from polder.tiers.transfer import Direction, Job, Mover, Part, PartResult, Pieces, TierMemory, TierState, TierWorker
+from polder.tiers.worker import TierWorker
 from tests.tiers.fakes import ids_of
 
 LAYERS, BYTES, BLOCKS, SLOTS = 4, 512, 16, 32

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from polder.arrays import UintArray
 from polder.errors import ConfigError
-from polder.tiers.write_admission import WriteAdmission, WriteBudget
+from polder.tiers.disk.admission import WriteAdmission, WriteBudget
 
 DAY_S = 86400.0
 

@@ -56,7 +56,7 @@ from polder.memory.backend import Backend
 from polder.memory.devices import device_uuid, open_backend
 from polder.memory.limits import raise_open_files
 from polder.memory.pool import PagePool
-from polder.tiers.lending import LendingTable
+from polder.tiers.peer.lending import LendingTable
 from polder.units import format_bytes
 
 __all__ = ["BrokerServer", "serve"]

@@ -44,7 +44,7 @@ def cache(
 
     from polder.sim.curves import cache_curve
     from polder.sim.traces import load_trace, trace_names
-    from polder.tiers.density import HitDensity
+    from polder.tiers.eviction.density import HitDensity
 
     traces = [load_trace(name) for name in trace or trace_names()]
     results = []

@@ -12,7 +12,7 @@ from polder.emulation.links import EmulatedLink
 from polder.emulation.memories import FaultyMemory, PacedBatch, PacedMemory
 from polder.emulation.options import parse_faults, parse_links
 from polder.memory.backend import Backend
-from polder.tiers.transfer import BatchMemory, Direction, TierMemory
+from polder.tiers.jobs import BatchMemory, Direction, TierMemory
 
 __all__ = ["Emulation"]
 

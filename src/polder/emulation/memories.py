@@ -1,4 +1,4 @@
-"""Memories of tiers (polder.tiers.transfer) behind an emulated link, or with random faults."""
+"""Memories of tiers (polder.tiers.worker) behind an emulated link, or with random faults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from polder.emulation.links import EmulatedLink
 from polder.emulation.options import Faults
-from polder.tiers.transfer import BatchMemory, Mover, Part, PartResult, Pieces, TierMemory
+from polder.tiers.jobs import BatchMemory, Mover, Part, PartResult, Pieces, TierMemory
 
 __all__ = ["FaultyMemory", "PacedBatch", "PacedMemory"]
 

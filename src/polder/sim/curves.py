@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from polder.sim.belady import belady_hit_ratio
 from polder.sim.replay import replay
 from polder.sim.traces import Trace, reference_curve
-from polder.tiers.eviction import EvictionPolicy, Lru
+from polder.tiers.eviction.policy import EvictionPolicy, Lru
 
 __all__ = ["CurvePoint", "cache_curve"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polder.sim.traces import Trace
-from polder.tiers.eviction import EvictionPolicy
+from polder.tiers.eviction.policy import EvictionPolicy
 
 __all__ = ["ReplayResult", "replay"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from polder.tiers.transfer import Direction
+from polder.tiers.jobs import Direction
 from polder.units import format_bytes
 
 __all__ = ["TierCounters", "verdict"]

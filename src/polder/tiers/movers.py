@@ -13,7 +13,7 @@ from polder.memory.addresses import bytes_at, rows_at
 from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.memory.tensor import tensor_over
-from polder.tiers.transfer import Pieces
+from polder.tiers.jobs import Pieces
 
 __all__ = ["CpuMover", "CudaMover", "pair"]
 

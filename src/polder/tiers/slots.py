@@ -1,7 +1,7 @@
 """The scheduler's half of a tier: which slots it has, and which of them are free, taken or gone.
 
 A **slot** is room for one KV block. A tier has two halves, because vLLM has two: this half lives in the scheduler's
-process and decides; the other half (transfer.py) lives in every worker and copies bytes. `TierSet` works with any list
+process and decides; the other half (worker.py) lives in every worker and copies bytes. `TierSet` works with any list
 of `Slots`; to add a tier, derive a class from `Slots` here and a memory from `TierMemory` or `BatchMemory` there.
 """
 
@@ -15,9 +15,8 @@ import xxhash
 
 from polder.arrays import IntArray
 from polder.diskstore.keys import Keys
-from polder.errors import IntegrityError
 
-__all__ = ["HostSlots", "LentChunks", "SlotStats", "Slots", "block_ids"]
+__all__ = ["LentChunks", "SlotStats", "Slots", "block_ids"]
 
 
 def block_ids(keys: Sequence[bytes]) -> Keys:
@@ -33,7 +32,7 @@ def block_ids(keys: Sequence[bytes]) -> Keys:
 
 @dataclass(frozen=True, kw_only=True)
 class LentChunks:
-    """Where the bytes of n slots lie in a lender's memory; see borrowing.py."""
+    """Where the bytes of n slots lie in a lender's memory; see peer/borrowing.py."""
 
     lender: str
     """Empty where the memory was taken back already."""
@@ -126,39 +125,3 @@ class Slots:
 
     def set_room(self, blocks: int) -> None:
         """The worker with the least room can hold so many blocks now."""
-
-
-class HostSlots(Slots):
-    """Slots in host memory that belongs to this engine until it ends."""
-
-    permanent = True
-
-    def __init__(self, *, name: str, size_bytes: int, slot_bytes: int) -> None:
-        self.name, self.slot_bytes = name, slot_bytes
-        self.capacity = size_bytes // slot_bytes if slot_bytes else 0
-        self._taken = np.zeros(self.capacity, dtype=np.bool_)
-        # A stack: slots used recently are in the CPU's caches, and memory that was never touched stays untouched.
-        self._free = list(range(self.capacity - 1, -1, -1))
-
-    def take(self, count: int) -> IntArray:
-        count = min(count, len(self._free))
-        taken = np.array(self._free[len(self._free) - count :][::-1], dtype=np.int64)
-        del self._free[len(self._free) - count :]
-        self._taken[taken] = True
-        return taken
-
-    def give(self, slots: IntArray) -> None:
-        if not self._taken[slots].all():
-            raise IntegrityError(f"{self.name}: a slot is given back that was not taken")
-        self._taken[slots] = False
-        self._free.extend(slots.tolist())
-
-    def stats(self) -> SlotStats:
-        return SlotStats(slots=self.capacity, used=self.capacity - len(self._free), slot_bytes=self.slot_bytes, lost=0)
-
-    def check_integrity(self) -> None:
-        """Raises IntegrityError unless free + taken = all."""
-        if len(self._free) + int(self._taken.sum()) != self.capacity or self._taken[self._free].any():
-            raise IntegrityError(
-                f"{self.name}: {len(self._free)} slots free, {int(self._taken.sum())} taken of {self.capacity}"
-            )

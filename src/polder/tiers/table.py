@@ -10,7 +10,7 @@ import numpy as np
 from polder.arrays import BoolArray, IntArray
 from polder.diskstore.keys import Keys
 from polder.errors import ConfigError, IntegrityError
-from polder.tiers.eviction import EvictionPolicy
+from polder.tiers.eviction.policy import EvictionPolicy
 from polder.tiers.slots import Slots, block_ids
 
 __all__ = ["ABSENT", "NOWHERE", "PENDING", "BlockTable", "Places", "Row"]

@@ -5,7 +5,7 @@ are written.
     find, plan_load  for a request: which of its blocks are in tiers, and how many are worth loading (planner/gate.py)
     prepare_load     pins these blocks and makes the job that the workers carry out
     prepare_store    chooses slots for blocks that the engine has computed or loaded, and makes the job
-    plan_spills      in every step: the next job that writes one tier from another (spill.py)
+    plan_spills      in every step: the next job that writes one tier from another (disk/spill.py)
     report           takes what a rank reports of a job; the last report closes the job
     drop_all         when the weights change: forgets everything
 """
@@ -21,14 +21,14 @@ import numpy as np
 from polder.arrays import IntArray
 from polder.planner.gate import Cut, best_cut
 from polder.planner.rates import LinkRate, PrefillRate
-from polder.tiers.admission import ReuseGate
 from polder.tiers.counters import TierCounters
-from polder.tiers.eviction import EvictionPolicy
+from polder.tiers.disk.spill import SpillConfig, Spiller
+from polder.tiers.eviction.admission import ReuseGate
+from polder.tiers.eviction.policy import EvictionPolicy
 from polder.tiers.index import BlockIndex
+from polder.tiers.jobs import Direction, Job, JobResult, Part
 from polder.tiers.slots import Slots
-from polder.tiers.spill import SpillConfig, Spiller
 from polder.tiers.table import ABSENT, Places
-from polder.tiers.transfer import Direction, Job, JobResult, Part
 
 __all__ = ["TierSet"]
 

@@ -30,7 +30,7 @@ import numpy as np
 from polder.engines.vllm.core.holders import BlockHolders, NewIds
 from polder.engines.vllm.core.subsystem import UnitPages
 from polder.engines.vllm.rank.geometry import KvGeometry
-from polder.tiers.lending import LendingTable, LentGeometry
+from polder.tiers.peer.lending import LendingTable, LentGeometry
 
 __all__ = ["Lender", "lent_geometry"]
 

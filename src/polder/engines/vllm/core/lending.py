@@ -14,7 +14,7 @@ from polder.engines.vllm.core.own_table import OwnTable
 from polder.engines.vllm.core.subsystem import Subsystem, UnitPages
 from polder.engines.vllm.rank import calls
 from polder.engines.vllm.start.negotiate import Agreement
-from polder.tiers.reach import ASK_TIMEOUT_S
+from polder.tiers.peer.circuit_breaker import ASK_TIMEOUT_S
 
 __all__ = ["Lending", "open_lending"]
 

@@ -35,7 +35,7 @@ from polder.engines.vllm.tiers.agreement import CONNECTOR, agree_on_tiers
 from polder.engines.vllm.window.agreement import WindowAgreement, agree_on_window, with_window
 from polder.engines.vllm.window.limits import check_window
 from polder.errors import BrokerUnavailable, BudgetError, ConfigError, ProtocolError
-from polder.tiers.lending import table_bytes
+from polder.tiers.peer.lending import table_bytes
 from polder.units import format_bytes
 
 __all__ = ["Agreement", "LocalBroker", "check_devices", "check_supported", "negotiate"]

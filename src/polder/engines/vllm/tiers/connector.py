@@ -38,7 +38,7 @@ from polder.engines.vllm.tiers.manager import TierManager
 from polder.engines.vllm.tiers.worker import PolderWorker
 from polder.errors import IntegrityError
 from polder.tiers.index import PENDING
-from polder.tiers.transfer import Job, JobResult
+from polder.tiers.jobs import Job, JobResult
 
 __all__ = ["PolderConnector", "complete_config"]
 

@@ -25,9 +25,9 @@ from polder.engines.vllm.plans import DiskPlan
 from polder.engines.vllm.process import here, present
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import ConfigError, EnvironmentFault
-from polder.tiers.disk_memory import DiskMemory
-from polder.tiers.disk_mirror import common_inventory, disk_capacity, inventory
-from polder.tiers.disk_slots import DiskSlots
+from polder.tiers.disk.memory import DiskMemory
+from polder.tiers.disk.mirror import common_inventory, disk_capacity, inventory
+from polder.tiers.disk.slots import DiskSlots
 
 __all__ = ["OpenDisks", "adopt", "agree_on_slots", "disk_plan", "found", "staged_pages"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 from polder.broker.wire import Neighbours
 from polder.errors import PolderError
-from polder.tiers.borrowing import PeerSlots
-from polder.tiers.lending import LendingTable
+from polder.tiers.peer.borrowing import PeerSlots
+from polder.tiers.peer.lending import LendingTable
 
 __all__ = ["Lenders"]
 

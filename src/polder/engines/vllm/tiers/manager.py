@@ -39,14 +39,15 @@ from polder.engines.vllm.tiers.disk import agree_on_slots
 from polder.engines.vllm.tiers.lenders import Lenders
 from polder.engines.vllm.tiers.worker import TierJob, open_worker
 from polder.errors import ConfigError
-from polder.tiers.borrowing import PeerSlots
-from polder.tiers.density import HitDensity
+from polder.tiers.disk.spill import SpillConfig
+from polder.tiers.eviction.density import HitDensity
+from polder.tiers.host import HostSlots
 from polder.tiers.index import PENDING
-from polder.tiers.lending import LendingTable, open_table
-from polder.tiers.slots import HostSlots, Slots
-from polder.tiers.spill import SpillConfig
+from polder.tiers.jobs import Job
+from polder.tiers.peer.borrowing import PeerSlots
+from polder.tiers.peer.lending import LendingTable, open_table
+from polder.tiers.slots import Slots
 from polder.tiers.tierset import TierSet
-from polder.tiers.transfer import Job
 
 __all__ = ["PolderOffloadingSpec", "TierAgreement", "TierManager"]
 

@@ -1,4 +1,4 @@
-"""The tiers' half in every worker: vLLM's OffloadingWorker over polder.tiers.transfer.
+"""The tiers' half in every worker: vLLM's OffloadingWorker over polder.tiers.worker.
 
 vLLM calls it with the ids of its own blocks and with the job that the scheduler's half made (manager.py); here the ids become
 addresses. A job that fails is reported as done, since OffloadingConnector asserts success and would end the engine
@@ -25,13 +25,15 @@ from polder.engines.vllm.tiers.disk import OpenDisks
 from polder.errors import EnvironmentFault, PolderError
 from polder.memory.backend import Mark
 from polder.memory.pool import ImportedPages
-from polder.tiers.borrowing import ChunkGeometry
-from polder.tiers.disk_memory import DiskMemory
-from polder.tiers.lending import open_table
-from polder.tiers.memories import HostMemory, Lent, PeerMemory, wait_for_end
+from polder.tiers.disk.memory import DiskMemory
+from polder.tiers.host import HostMemory
+from polder.tiers.jobs import BatchMemory, Direction, Job, JobResult, Pieces, TierMemory
 from polder.tiers.movers import CpuMover, CudaMover
-from polder.tiers.reach import ASK_TIMEOUT_S, BrokerReach
-from polder.tiers.transfer import BatchMemory, Direction, Job, JobResult, Pieces, TierMemory, TierWorker
+from polder.tiers.peer.borrowing import ChunkGeometry
+from polder.tiers.peer.circuit_breaker import ASK_TIMEOUT_S, CircuitBreaker
+from polder.tiers.peer.lending import open_table
+from polder.tiers.peer.memory import Lent, PeerMemory, wait_for_end
+from polder.tiers.worker import TierWorker
 
 __all__ = ["PolderWorker", "TierJob", "caches_prefixes", "open_worker"]
 
@@ -173,7 +175,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         groups.append(layers)
     emulation = Emulation(links=plan.links, faults=plan.faults)
     host = HostRegion(memory, plan.host_pages[memory.rank]) if "host" in plan.tiers else None
-    reach = BrokerReach(lambda: status(memory.plan.broker))
+    reach = CircuitBreaker(lambda: status(memory.plan.broker))
     lanes: dict[tuple[int, Direction], TierMemory] = {}
     directions: tuple[Direction, ...] = ("load", "store")
     for tier, name in enumerate(plan.tiers):
@@ -226,7 +228,7 @@ def caches_prefixes(worker: Any) -> bool:
     return bool(worker.vllm_config.cache_config.enable_prefix_caching)
 
 
-def _peer_memory(memory: WorkerMemory, plan: TierPlan, reach: BrokerReach) -> PeerMemory:
+def _peer_memory(memory: WorkerMemory, plan: TierPlan, reach: CircuitBreaker) -> PeerMemory:
     cuda = memory.device.startswith("cuda")
     broker = memory.plan.broker
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from polder.arrays import BoolArray, FloatArray, IntArray, UintArray
 from polder.errors import IntegrityError
-from polder.tiers.ghosts import Ghosts
-from polder.tiers.reuse_times import ReuseTimes, bin_of
+from polder.tiers.eviction.ghosts import Ghosts
+from polder.tiers.eviction.reuse_times import ReuseTimes, bin_of
 
 __all__ = ["HitDensity"]
 

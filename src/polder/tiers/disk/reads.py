@@ -17,7 +17,7 @@ from polder.diskstore.keys import Keys
 from polder.diskstore.schedule import MAX_DISKS, exact, greedy
 from polder.diskstore.store import DiskStore, PageLocations
 from polder.memory.cores import leave_bound_core
-from polder.tiers.transfer import Reason
+from polder.tiers.jobs import Reason
 
 __all__ = ["Chunk", "PageReader"]
 

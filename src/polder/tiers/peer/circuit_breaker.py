@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from polder.errors import BrokerUnavailable
 
-__all__ = ["ASK_TIMEOUT_S", "BrokerReach"]
+__all__ = ["ASK_TIMEOUT_S", "CircuitBreaker"]
 
 ASK_TIMEOUT_S = 1.0
 """Time limit of a question that a request waits for. A broker that is alive answers within milliseconds."""
@@ -22,7 +22,7 @@ PROBE_EVERY_S = 0.5
 T = TypeVar("T")
 
 
-class BrokerReach:
+class CircuitBreaker:
     """Shared by all threads of a worker. Thread-safe."""
 
     def __init__(self, probe: Callable[[], object], *, probe_every_s: float = PROBE_EVERY_S) -> None:

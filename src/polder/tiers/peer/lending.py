@@ -19,7 +19,7 @@ explores all interleavings):
      open-file-description lock on one byte of the table), so it ends with the process that held it: a borrower killed
      while writing leaves nothing locked.
   2. A borrower never takes foreign bytes for its own. Reads take no lock: the epoch is compared after the copy, and a
-     block that was taken back meanwhile is a miss. (The checksum is compared as well, see transfer.py.)
+     block that was taken back meanwhile is a miss. (The checksum is compared as well, see worker.py.)
   3. Two borrowers never hold the same block: claims are made under its lock.
   4. Taking back waits for at most one copy of a block. A process that locks a recalled block releases it untouched. A
      borrower that holds a lock for longer (stopped or swapped out) is killed, because there is no other way to be

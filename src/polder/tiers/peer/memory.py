@@ -1,4 +1,4 @@
-"""The memory of tiers as a worker sees it: this rank's part of the host region, and the KV caches of lenders."""
+"""Copies blocks to and from the KV caches of lenders, in a worker."""
 
 from __future__ import annotations
 
@@ -15,36 +15,11 @@ from polder.errors import EnvironmentFault
 from polder.memory.backend import Backend
 from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
-from polder.tiers.borrowing import ChunkGeometry
-from polder.tiers.lending import LendingTable
-from polder.tiers.transfer import Mover, Part, Pieces
+from polder.tiers.jobs import Mover, Part, Pieces
+from polder.tiers.peer.borrowing import ChunkGeometry
+from polder.tiers.peer.lending import LendingTable
 
-__all__ = ["HostMemory", "Lent", "PeerMemory", "wait_for_end"]
-
-
-class HostMemory:
-    """This rank's part of the host region: slots of equal size, one after another."""
-
-    def __init__(self, address: int, slot_bytes: int) -> None:
-        self._address, self._slot_bytes = address, slot_bytes
-
-    def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
-        mover.copy(self._slot(part, row), block)
-        return True
-
-    def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
-        address, _ = self._slot(part, row)[0]
-        mover.copy(block, [(address, sum(size for _, size in block))])
-        return True
-
-    def finish(self, size_bytes: int, started: float) -> None:
-        """Every copy has been waited for already."""
-
-    def close(self) -> None:
-        """The memory belongs to whoever mapped it."""
-
-    def _slot(self, part: Part, row: int) -> Pieces:
-        return [(self._address + int(part.slots[row]) * self._slot_bytes, self._slot_bytes)]
+__all__ = ["Lent", "PeerMemory", "wait_for_end"]
 
 
 @dataclass(frozen=True, kw_only=True)

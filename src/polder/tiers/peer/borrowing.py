@@ -17,7 +17,7 @@ import numpy as np
 
 from polder.arrays import IntArray
 from polder.errors import IntegrityError
-from polder.tiers.lending import LendingTable, LentGeometry
+from polder.tiers.peer.lending import LendingTable, LentGeometry
 from polder.tiers.slots import LentChunks, Slots, SlotStats
 
 __all__ = ["ChunkGeometry", "PeerSlots"]

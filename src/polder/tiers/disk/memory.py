@@ -7,7 +7,7 @@ Pages pass through an arena of aligned memory. Two thirds of it are for loads, i
 read while these are copied; the rest is for spills. Memory that a hung request may still use (`DiskStore.unsettled`) is
 not used.
 
-The scheduler decides which page is evicted: each of its slots (disk_slots.py) stands for one page. `SlotMirror` notes
+The scheduler decides which page is evicted: each of its slots (slots.py) stands for one page. `SlotMirror` notes
 which page that is, so that it is forgotten before the slot gets another page. While both agree, the store evicts
 nothing by itself. Pages that it loses nevertheless, with a disk, are reported by `state`.
 
@@ -30,10 +30,10 @@ from polder.diskstore.keys import Keys
 from polder.diskstore.store import DiskStore, PageLocations
 from polder.errors import ConfigError
 from polder.memory import _libc
-from polder.tiers.disk_mirror import COPIES, SlotMirror, disk_capacity
-from polder.tiers.disk_reads import Chunk, PageReader
-from polder.tiers.striping import Striping
-from polder.tiers.transfer import HostRows, Mover, Part, PartResult, Pieces, Reason, TierState
+from polder.tiers.disk.mirror import COPIES, SlotMirror, disk_capacity
+from polder.tiers.disk.reads import Chunk, PageReader
+from polder.tiers.disk.striping import Striping
+from polder.tiers.jobs import HostRows, Mover, Part, PartResult, Pieces, Reason, TierState
 
 __all__ = ["DiskMemory"]
 

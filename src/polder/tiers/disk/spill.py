@@ -1,7 +1,7 @@
 """Writes the disk tier behind the host tier: which blocks are written, when, and how many. The scheduler's half.
 
 A block that was copied to the host tier, or loaded from it, is a candidate. In every step `plan` takes some candidates
-in their order, asks write_admission.py which of them are worth the disk's endurance and how many the daily budget
+in their order, asks admission.py which of them are worth the disk's endurance and how many the daily budget
 allows, pins them in the host tier and makes a job. Only a few jobs are under way at a time. So no request and no block
 of the engine ever waits for a disk, and blocks that the disks cannot keep up with leave the host tier unwritten.
 
@@ -24,11 +24,11 @@ import numpy as np
 from polder.errors import ConfigError
 from polder.planner.rates import LinkRate
 from polder.tiers.counters import TierCounters
+from polder.tiers.disk.admission import WriteAdmission, WriteBudget
 from polder.tiers.index import BlockIndex, Spill
+from polder.tiers.jobs import Direction, Job, JobResult, Part
 from polder.tiers.slots import Slots, block_ids
 from polder.tiers.table import Places
-from polder.tiers.transfer import Direction, Job, JobResult, Part
-from polder.tiers.write_admission import WriteAdmission, WriteBudget
 
 __all__ = ["SpillConfig", "Spiller"]
 

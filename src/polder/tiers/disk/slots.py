@@ -1,6 +1,6 @@
 """The slots of the disk tier, as the scheduler counts them.
 
-A slot stands for room for one page on every rank. On which disk a page lies is decided by the workers (disk_memory.py).
+A slot stands for room for one page on every rank. On which disk a page lies is decided by the workers (memory.py).
 At the start some slots hold pages of an earlier run, the **inventory**. Their blocks get an entry in the index only
 when a request asks for them (`claim`), so a million of them cost no Python objects. Unclaimed pages are the first to
 make room.

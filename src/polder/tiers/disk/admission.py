@@ -7,7 +7,7 @@ use, when it was hit in the host tier. Its class is, first, which share of the r
 whether it was hit before.
 
 For each class, the share of blocks that are asked for again within the lifetime of a page is learnt as in
-reuse_times.py. This needs only the keys, so blocks that are not written teach as much as those that are, and a wrong
+eviction/reuse_times.py. This needs only the keys, so blocks that are not written teach as much as those that are, and a wrong
 refusal is corrected. Until a class has had `trial_blocks` blocks, its blocks are written.
 
 Memory is bounded: four numbers for each remembered key.
@@ -19,8 +19,8 @@ import numpy as np
 
 from polder.arrays import BoolArray, FloatArray, IntArray, UintArray
 from polder.errors import ConfigError
-from polder.tiers.ghosts import Ghosts
-from polder.tiers.reuse_times import ReuseTimes
+from polder.tiers.eviction.ghosts import Ghosts
+from polder.tiers.eviction.reuse_times import ReuseTimes
 
 __all__ = ["WriteAdmission", "WriteBudget"]
 

@@ -18,14 +18,16 @@ from polder.broker.client import fetch_table, status
 from polder.broker.wire import FetchTable
 from polder.errors import BrokerUnavailable, PolderError, UsageError
 from polder.memory.cpu import CpuBackend
-from polder.tiers import transfer
-from polder.tiers.borrowing import ChunkGeometry
-from polder.tiers.lending import open_table
-from polder.tiers.memories import HostMemory, Lent, PeerMemory
+from polder.tiers import worker as transfer
+from polder.tiers.host import HostMemory
+from polder.tiers.jobs import Job, Mover, Part, Pieces
 from polder.tiers.movers import CpuMover
-from polder.tiers.reach import ASK_TIMEOUT_S, BrokerReach
+from polder.tiers.peer.borrowing import ChunkGeometry
+from polder.tiers.peer.circuit_breaker import ASK_TIMEOUT_S, CircuitBreaker
+from polder.tiers.peer.lending import open_table
+from polder.tiers.peer.memory import Lent, PeerMemory
 from polder.tiers.slots import LentChunks
-from polder.tiers.transfer import Job, Mover, Part, Pieces, TierWorker
+from polder.tiers.worker import TierWorker
 from tests.serve.fakes import wait_for
 from tests.tiers.fakes import ids_of
 
@@ -69,7 +71,7 @@ def job(number: int, rows: int = ROWS, lender: str = "b") -> Job:
 def test_a_stopped_broker_costs_one_question_and_every_row_is_a_miss(broker: tuple[Path, int]) -> None:
     socket, pid = broker
     asked: list[float] = []
-    reach = BrokerReach(lambda: status(socket, timeout_s=ASK_TIMEOUT_S), probe_every_s=0.05)
+    reach = CircuitBreaker(lambda: status(socket, timeout_s=ASK_TIMEOUT_S), probe_every_s=0.05)
 
     def open_lender(name: str) -> Lent:
         def question() -> int:
