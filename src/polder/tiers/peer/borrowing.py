@@ -159,6 +159,11 @@ class PeerSlots(Slots):
     def lenders(self) -> list[str]:
         return [lender.name for lender in self._lenders]
 
+    @property
+    def closed(self) -> list[str]:
+        """Lenders that have closed the table that is attached here. They may lend by a new one."""
+        return [lender.name for lender in self._lenders if lender.table.closed]
+
     def attach(self, name: str, table: LendingTable) -> None:
         """Adds a lender, or a new table of a known lender. The table belongs to this object now. It is closed if
         `capacity` is used up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from polder.broker.wire import Neighbours
 from polder.errors import PolderError
@@ -35,14 +35,16 @@ class Lenders:
         """Engines came or went: forgets those that lend no more. New ones are attached by `look`."""
         self._wanted = dict(zip(message.lenders, message.pids, strict=True))
         self._wanted.pop(self._own_name, None)
-        for name in [known for known, pid in self._attached.items() if self._wanted.get(known) != pid]:
-            del self._attached[name]
-            self._peers.detach(name)
+        self._detach([name for name, pid in self._attached.items() if self._wanted.get(name) != pid])
         self._peers.share_with(max(1, len(message.cores) - 1))
         self._asked_at = float("-inf")
 
     def look(self, now: float) -> None:
-        """Between two steps: attaches tables that have come, and has missing ones fetched, at most once a second."""
+        """Between two steps: attaches tables that have come, and has missing ones fetched, at most once a second.
+
+        A lender that stays gets a new table from a new broker, and closes the old one.
+        """
+        self._detach(self._peers.closed)
         while self._fetched:
             self._take(*self._fetched.popleft())
         missing = {name: pid for name, pid in self._wanted.items() if name not in self._attached}
@@ -61,6 +63,11 @@ class Lenders:
             if isinstance(table, LendingTable):
                 table.close()
         self._fetched.clear()
+
+    def _detach(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._attached.pop(name, None)
+            self._peers.detach(name)
 
     def _take(self, name: str, pid: int, table: LendingTable | PolderError) -> None:
         if isinstance(table, PolderError):
