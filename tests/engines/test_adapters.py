@@ -17,6 +17,7 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from polder.engines.vllm import plugin
 from polder.engines.vllm.core import taps
+from polder.engines.vllm.hooks import around
 from polder.engines.vllm.tiers.adapters import AdapterEpochs
 from tests.engines.harness import A32, ORDINARY, PAGE, Engine, prompts, wait_for
 
@@ -52,7 +53,7 @@ def request(adapter: LoRARequest | None) -> Any:
 def test_an_adapter_has_other_hashes_only_when_it_is_loaded_again_from_changed_files(tmp_path: Path) -> None:
     stock = kv_cache_utils._gen_lora_extra_hash_keys
     epochs = AdapterEpochs()
-    keys = epochs.hash_keys(stock)
+    keys = around(stock, epochs.hash_keys)
     write_adapter(tmp_path / "a", 1)
     adapter = LoRARequest("a", 1, str(tmp_path / "a"))
     plain = stock(request(adapter))
@@ -78,8 +79,8 @@ def test_an_adapter_has_other_hashes_only_when_it_is_loaded_again_from_changed_f
 
 
 def patch(core: Any) -> None:
-    core.reset_prefix_cache = taps.reset_prefix_cache(core.reset_prefix_cache)
-    core.add_lora = taps.add_lora(core.add_lora)
+    core.reset_prefix_cache = around(core.reset_prefix_cache, taps.reset_prefix_cache)
+    core.add_lora = around(core.add_lora, taps.add_lora)
     core.polder_forget_local = taps.polder_forget_local
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 from vllm.v1.engine import EngineCoreRequestType
 
 from polder.engines.vllm.core.taps import handle_client_request
+from polder.engines.vllm.hooks import around
 
 
 def test_requests_that_come_and_go_are_told_when_vllm_has_handled_them() -> None:
@@ -26,7 +27,7 @@ def test_requests_that_come_and_go_are_told_when_vllm_has_handled_them() -> None
             told.append(request_type.name)
 
     kinds = EngineCoreRequestType
-    handle = handle_client_request(Process._handle_client_request)
+    handle = around(Process._handle_client_request, handle_client_request)
     for kind in (kinds.ADD, kinds.ABORT, kinds.WAKEUP, kinds.UTILITY):
         handle(Process(), kind, None)
     assert told == ["ADD", "on_request", "ABORT", "on_abort", "WAKEUP", "on_wake", "UTILITY"]

@@ -251,8 +251,7 @@ def test_a_turn_to_idle_busy_asleep_or_awake_is_told_at_once() -> None:
 
 
 def test_ranks_may_choose_different_segments() -> None:
-    scheduler, said = SimpleNamespace(requests={}, pause_state=PauseState.UNPAUSED), []
-    scheduler.set_pause_state, scheduler.has_requests = lambda state: None, lambda: False
+    scheduler, said = Scheduler(), []
     found = WeightsFound(layers=2, layer_pages=1, moved_bytes=1, resident_bytes=0, copy_share=0.0)
     answers = {
         offloader.adopt: [Outcome(seconds=0.0)] * 2,

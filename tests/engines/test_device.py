@@ -12,6 +12,7 @@ from vllm.utils.mem_utils import MemorySnapshot
 from vllm.v1.worker.utils import request_memory
 
 from polder.broker.wire import DeviceStatus
+from polder.engines.vllm.hooks import around
 from polder.engines.vllm.process import here
 from polder.engines.vllm.rank import calls, taps
 from polder.engines.vllm.start.negotiate import check_devices
@@ -32,7 +33,7 @@ def config_of(additional: dict[str, Any]) -> VllmConfig:
 
 
 def test_a_second_engine_gets_what_is_free_and_a_stock_one_is_refused() -> None:
-    module = SimpleNamespace(request_memory=taps.request_memory(request_memory))
+    module = SimpleNamespace(request_memory=around(request_memory, taps.request_memory))
     cache = SimpleNamespace(gpu_memory_utilization=0.92)
     with set_current_vllm_config(config_of({})), pytest.raises(ValueError, match="less than desired GPU memory"):
         module.request_memory(snapshot(40), cache)

@@ -13,6 +13,7 @@ from polder.errors import ConfigError
 pytest.importorskip("vllm")
 
 from polder.engines.vllm.core.prefetch import Prefetch
+from polder.engines.vllm.hooks import around
 from polder.engines.vllm.start import taps
 from polder.engines.vllm.tiers.agreement import agree_on_tiers
 
@@ -51,8 +52,9 @@ def test_vllm_gets_the_arguments_of_its_own_release(
     def negotiate(core: Any, settings: Any, configs: Callable[..., Any], *more: Any) -> tuple[Any, str]:
         return [configs("config", "specs", memory) for memory in (1, 2)], "agreed"
 
-    module = SimpleNamespace(get_kv_cache_configs=taps.get_kv_cache_configs(stock))
-    monkeypatch.setattr(Core, "_initialize_kv_caches", taps.initialize_kv_caches(Core._initialize_kv_caches))
+    module = SimpleNamespace(get_kv_cache_configs=around(stock, taps.get_kv_cache_configs))
+    started = around(Core._initialize_kv_caches, taps.initialize_kv_caches)
+    monkeypatch.setattr(Core, "_initialize_kv_caches", started)
     monkeypatch.setattr(taps, "negotiate", negotiate)
     settings: list[object] = [None]
     monkeypatch.setattr(taps, "settings_of", lambda _: settings[0])

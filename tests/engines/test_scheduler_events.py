@@ -14,6 +14,10 @@ from polder.engines.vllm.core.subsystem import Subsystem
 from polder.errors import InternalError
 
 
+class Scheduler(SimpleNamespace):
+    """Has vLLM's name for it, which hooks.put looks at."""
+
+
 class Part(Subsystem):
     def __init__(self, name: str, told: list[str]) -> None:
         self.name, self.told = name, told
@@ -32,7 +36,7 @@ def test_what_follows_a_call_is_told_in_the_reverse_order_and_what_nobody_asks_f
         told.append("schedule")
         return "step"
 
-    scheduler = SimpleNamespace(schedule=schedule, update_from_output=print, add_request=print)
+    scheduler = Scheduler(schedule=schedule, update_from_output=print, add_request=print)
     watch(scheduler, [Part("a", told), Subsystem(), Part("b", told)])
     assert scheduler.schedule() == "step"
     assert told == ["before a", "before b", "schedule", "after b step", "after a step"]
@@ -42,7 +46,9 @@ def test_what_follows_a_call_is_told_in_the_reverse_order_and_what_nobody_asks_f
 
 
 def test_nothing_is_replaced_that_the_table_does_not_have() -> None:
-    vllm = SimpleNamespace(unknown=print)
-    with pytest.raises(InternalError, match=r"hooks\.TAPS has no unknown"):
-        hooks.replace(vllm, "unknown", lambda stock: len)
-    assert vllm.unknown is print
+    """Neither another function, nor one of this name that somebody else has."""
+    scheduler, other = Scheduler(unknown=print), SimpleNamespace(schedule=print)
+    for owner, attribute in ((scheduler, "unknown"), (other, "schedule"), (pytest, "get_kv_cache_configs")):
+        with pytest.raises(InternalError, match=rf"hooks\.TAPS has no {attribute} of"):
+            hooks.put(owner, attribute, len)
+    assert (scheduler.unknown, other.schedule) == (print, print)

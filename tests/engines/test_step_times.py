@@ -15,12 +15,16 @@ from polder.planner.rates import PrefillRate
 TOKEN_S, FIXED_S = 34e-6, 3e-3
 
 
+class Scheduler(SimpleNamespace):
+    """Has vLLM's name for it, which hooks.put looks at."""
+
+
 class Engine:
     """A scheduler, and a device that computes one step after another; `ahead` steps are scheduled before an output is read."""
 
     def __init__(self, ahead: int) -> None:
         self.now, self.free_at, self.ahead = 100.0, 0.0, ahead
-        self.scheduler = SimpleNamespace(schedule=self._schedule, update_from_output=lambda output, result: {})
+        self.scheduler = Scheduler(schedule=self._schedule, update_from_output=lambda output, result: {})
         self.times = StepTimes(clock=lambda: self.now)
         watch(self.scheduler, [self.times])
 

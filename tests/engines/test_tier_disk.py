@@ -156,8 +156,8 @@ def test_new_weights_stop_the_disks_and_leave_their_pages(
     monkeypatch.setattr(here, "tiers", one)
     adopt(None, 8, KEYS[:2])
     monkeypatch.setattr(taps, "settings_of", lambda _: SimpleNamespace(weights="resident", disks=(("/mnt/a", 1),)))
-    updated = taps.update_weights(lambda self: "updated")
-    assert updated(SimpleNamespace(vllm_config=None)) == "updated"
+    worker = SimpleNamespace(vllm_config=None)
+    assert taps.update_weights(lambda self: "updated", worker) == "updated"
     memory = one._disk
     assert memory is not None
     assert memory.replicate(1).size_bytes == 0

@@ -68,12 +68,16 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_state, "get_tp_group", lambda: SimpleNamespace(world_size=1, rank_in_group=0))
 
 
+class GPUModelRunner(SimpleNamespace):
+    """Has vLLM's name for it, which hooks.put looks at."""
+
+
 def v1_runner() -> Any:
     """With two requests: 40 tokens computed and 1 to come, none computed and 20 to come."""
     table = MultiGroupBlockTable(REQUESTS, 256, False, torch.device("cpu"), [TOKENS], [WIDTH])
     table.add_row(([7, 3, 9],), 0)
     table.add_row(([5, 6],), 1)
-    return SimpleNamespace(
+    return GPUModelRunner(
         input_batch=SimpleNamespace(num_reqs=2, block_table=table, num_computed_tokens_cpu=np.array([40, 0, 77, 0])),
         optimistic_seq_lens_cpu=torch.tensor([41, 20, 0, 0]),
         _model_forward=lambda: "computed",
@@ -86,7 +90,7 @@ def tables() -> BlockTables:
 
 
 def v2_runner() -> Any:
-    return SimpleNamespace(
+    return GPUModelRunner(
         block_tables=tables(),
         kv_cache_config=SimpleNamespace(num_blocks=64),
         prepare_attn=lambda batch: "prepared",

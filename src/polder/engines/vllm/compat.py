@@ -10,6 +10,8 @@ Polder may go on using it; then the release may be added to TESTED, with what ra
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -38,160 +40,114 @@ TESTED: dict[str, str] = {
 Seam = tuple[str, str, tuple[str, ...]]
 """Module, dotted name in it, parameters that must be there in this order."""
 
-SEAMS: tuple[Seam, ...] = (
-    ("vllm.v1.engine.core", "EngineCore._initialize_effective_attention_block_size", ("self",)),
-    ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")),
-    ("vllm.v1.engine.core", "EngineCoreProc._handle_client_request", ("self", "request_type", "request")),
-    ("vllm.v1.engine.core", "EngineCoreProc._process_engine_step", ("self",)),
-    ("vllm.v1.engine.core", "EngineCore.shutdown", ("self",)),
-    ("vllm.v1.engine.core", "EngineCore.add_lora", ("self", "lora_request")),
-    (
-        "vllm.v1.engine.core",
-        "EngineCore.reset_prefix_cache",
-        ("self", "reset_running_requests", "reset_connector"),
-    ),
-    ("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.reset_connector_cache", ("self",)),
-    ("vllm.v1.engine.core", "get_kv_cache_configs", ("vllm_config", "kv_cache_specs", "available_memory")),
-    (
-        "vllm.v1.worker.gpu_model_runner",
-        "allocate_kv_cache",
-        ("kv_cache_config", "device", "layout", "kernel_block_sizes"),
-    ),
-    (
-        "vllm.v1.worker.gpu.attn_utils",
-        "allocate_kv_cache",
-        ("kv_cache_config", "device", "layout", "kernel_block_sizes"),
-    ),
-    (
-        "vllm.v1.kv_cache_interface",
-        "create_kv_cache_views",
-        ("raw", "spec", "num_blocks", "layout", "kv_cache_tensor", "kernel_block_size"),
-    ),
-    ("vllm.v1.core.block_pool", "BlockPool._maybe_evict_cached_block", ("self", "block")),
-    ("vllm.v1.core.block_pool", "BlockPool.move_block_hashes", ("self", "src_block", "dst_block")),
-    ("vllm.v1.core.block_pool", "BlockPool._notify_reuse", ("self", "blocks")),
-    ("vllm.v1.core.block_pool", "BlockPool.unpin_blocks", ("self", "blocks", "on_reuse")),
-    ("vllm.v1.core.block_pool", "BlockPool.touch", ("self", "blocks")),
-    ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.append_n", ("self", "blocks")),
-    (
-        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler",
-        "OffloadingConnectorScheduler._maximal_prefix_lookup",
-        ("self", "keys", "req_context", "req", "group_config", "start_chunk_idx"),
-    ),
-    (
-        "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector",
-        "OffloadingConnector.get_num_new_matched_tokens",
-        ("self", "request", "num_computed_tokens"),
-    ),
-    (
-        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker",
-        "OffloadingConnectorWorker.get_finished",
-        ("self", "finished_req_ids"),
-    ),
-    ("vllm.v1.kv_offload.base", "OffloadingWorker.submit_load", ("self", "job_id", "src_spec", "dst_spec")),
-    ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.remove", ("self", "block")),
-    ("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.prepend_n", ("self", "blocks")),
-    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.record_prefix_cache_stats", ("self", "request", "num_hits")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("self", "throttle_prefills")),
-    (
-        "vllm.v1.core.sched.scheduler",
-        "Scheduler.update_from_output",
-        ("self", "scheduler_output", "model_runner_output"),
-    ),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", ("self", "request")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.set_pause_state", ("self", "pause_state")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.has_requests", ("self",)),
-    (
-        "vllm.v1.worker.gpu_worker",
-        "request_memory",
-        ("init_snapshot", "cache_config", "external_weight_memory"),
-    ),
-    ("vllm.v1.worker.gpu_worker", "Worker.reload_weights", ("self", "args", "kwargs")),
-    ("vllm.v1.worker.gpu_worker", "Worker.start_weight_update", ("self",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.update_weights", ("self", "update_info")),
-    ("vllm.v1.worker.gpu_worker", "Worker.reset_weights", ("self",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.compute_weight_checksums", ("self",)),
-    ("vllm.v1.worker.gpu_worker", "Worker.save_sharded_state", ("self", "path", "pattern", "max_size")),
-    ("vllm.v1.worker.gpu_worker", "Worker.save_tensorized_model", ("self", "tensorizer_config")),
-    ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", ("self", "load_dummy_weights")),
-    ("vllm.v1.worker.gpu_model_runner", "create_offloader", ("offload_config",)),
-    ("vllm.v1.worker.gpu.model_runner", "create_offloader", ("offload_config",)),
-    ("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", ("layer", "remove_weight")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._get_local_prefix_cache_hit", ("self", "request")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._inflight_prefill_reserved_blocks", ("self",)),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._set_kv_fetch_stage", ("self", "request", "stage")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._enqueue_waiting_request", ("self", "request")),
-    (
-        "vllm.v1.core.sched.scheduler",
-        "Scheduler._preempt_request",
-        ("self", "request", "timestamp", "drop_stale_output"),
-    ),
-    # What holders.py and block_tables.py need, since vLLM keeps block ids there, and blocks that are freed late.
-    (
-        "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler",
-        "RequestOffloadState.update_block_id_groups",
-        ("self", "new_block_id_groups"),
-    ),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._drain_deferred_frees", ("self",)),
-    (
-        "vllm.v1.worker.gpu.block_table",
-        "BlockTables.append_block_ids",
-        ("self", "req_index", "new_block_ids", "overwrite"),
-    ),
-    ("vllm.v1.worker.gpu.buffer_utils", "StagedWriteTensor.apply_write", ("self",)),
-    # What the window needs; all of these modules are imported by those above.
-    ("vllm.v1.core.sched.scheduler", "Scheduler._free_request_blocks", ("self", "request")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._update_waiting_for_remote_kv", ("self", "request")),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
-    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", ("self", "block_ids")),
-    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("self", "request_id")),
-    (
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner._model_forward",
-        ("self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds", "model_kwargs"),
-    ),
-    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
-    (
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner._dummy_run",
-        (
-            *("self", "num_tokens", "cudagraph_runtime_mode", "force_attention", "uniform_decode"),
-            *("allow_microbatching", "skip_eplb", "is_profile", "create_mixed_batch", "remove_lora"),
-            *("is_graph_capturing", "num_active_loras", "profile_seq_lens", "randomize_inputs"),
-        ),
-    ),
-    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_attn", ("self", "input_batch")),
-    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", ("self", "grammar_output")),
-    (
-        "vllm.v1.worker.gpu.model_runner",
-        "GPUModelRunner._dummy_run",
-        (
-            *("self", "num_tokens", "args", "skip_attn", "uniform_decode", "context_len", "skip_eplb", "is_profile"),
-            *("valid_dummy_state_slots", "randomize_inputs", "kwargs"),
-        ),
-    ),
-    ("vllm.v1.executor.abstract", "Executor.__init__", ("self", "vllm_config")),
-    ("vllm.v1.worker.gpu_worker", "Worker.update_max_model_len", ("self", "max_model_len")),
-    # The ops that call `do_kv_cache_update` and `forward` of a layer's attention.
-    ("vllm.model_executor.layers.attention.attention", "unified_kv_cache_update", ("key", "value", "layer_name")),
-    (
-        "vllm.model_executor.layers.attention.attention",
-        "unified_attention_with_output",
-        (
-            *("query", "key", "value", "output", "layer_name"),
-            *("output_scale", "output_block_scale", "kv_cache_dummy_dep"),
-        ),
-    ),
-    (
-        "vllm.v1.attention.backend",
-        "AttentionImpl.forward",
-        (
-            *("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
-            *("output_scale", "output_block_scale"),
-        ),
-    ),
-)
+_NAMES = """
+vllm.v1.engine.core
+    EngineCore._initialize_effective_attention_block_size(self)
+    EngineCore._initialize_kv_caches(self, vllm_config)
+    EngineCoreProc._handle_client_request(self, request_type, request)
+    EngineCoreProc._process_engine_step(self)
+    EngineCore.shutdown(self)
+    EngineCore.add_lora(self, lora_request)
+    EngineCore.reset_prefix_cache(self, reset_running_requests, reset_connector)
+    get_kv_cache_configs(vllm_config, kv_cache_specs, available_memory)
+vllm.v1.core.kv_cache_utils
+    _gen_lora_extra_hash_keys(request)
+    FreeKVCacheBlockQueue.append_n(self, blocks)
+    FreeKVCacheBlockQueue.remove(self, block)
+    FreeKVCacheBlockQueue.prepend_n(self, blocks)
+vllm.v1.core.sched.scheduler
+    Scheduler.reset_connector_cache(self)
+    Scheduler.schedule(self, throttle_prefills)
+    Scheduler.update_from_output(self, scheduler_output, model_runner_output)
+    Scheduler.add_request(self, request)
+    Scheduler.set_pause_state(self, pause_state)
+    Scheduler.has_requests(self)
+    Scheduler._get_local_prefix_cache_hit(self, request)
+    Scheduler._inflight_prefill_reserved_blocks(self)
+    Scheduler._set_kv_fetch_stage(self, request, stage)
+    Scheduler._enqueue_waiting_request(self, request)
+    Scheduler._preempt_request(self, request, timestamp, drop_stale_output)
+    Scheduler._drain_deferred_frees(self)
+    Scheduler._free_request_blocks(self, request)
+    Scheduler._update_waiting_for_remote_kv(self, request)
+    Scheduler.finish_requests(self, request_ids, finished_status)
+vllm.v1.worker.gpu_model_runner
+    allocate_kv_cache(kv_cache_config, device, layout, kernel_block_sizes)
+    create_offloader(offload_config)
+    GPUModelRunner._model_forward(self, input_ids, positions, intermediate_tensors, inputs_embeds, model_kwargs)
+    GPUModelRunner.sample_tokens(self, grammar_output)
+    GPUModelRunner._dummy_run(self, num_tokens, cudagraph_runtime_mode, force_attention, uniform_decode,
+        allow_microbatching, skip_eplb, is_profile, create_mixed_batch, remove_lora, is_graph_capturing,
+        num_active_loras, profile_seq_lens, randomize_inputs)
+vllm.v1.worker.gpu.attn_utils
+    allocate_kv_cache(kv_cache_config, device, layout, kernel_block_sizes)
+vllm.v1.kv_cache_interface
+    create_kv_cache_views(raw, spec, num_blocks, layout, kv_cache_tensor, kernel_block_size)
+vllm.v1.core.block_pool
+    BlockPool._maybe_evict_cached_block(self, block)
+    BlockPool.move_block_hashes(self, src_block, dst_block)
+    BlockPool._notify_reuse(self, blocks)
+    BlockPool.unpin_blocks(self, blocks, on_reuse)
+    BlockPool.touch(self, blocks)
+vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler
+    OffloadingConnectorScheduler._maximal_prefix_lookup(self, keys, req_context, req, group_config, start_chunk_idx)
+    RequestOffloadState.update_block_id_groups(self, new_block_id_groups)
+vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector
+    OffloadingConnector.get_num_new_matched_tokens(self, request, num_computed_tokens)
+vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker
+    OffloadingConnectorWorker.get_finished(self, finished_req_ids)
+vllm.v1.kv_offload.base
+    OffloadingWorker.submit_load(self, job_id, src_spec, dst_spec)
+vllm.v1.core.kv_cache_manager
+    KVCacheManager.record_prefix_cache_stats(self, request, num_hits)
+    KVCacheManager.evict_blocks(self, block_ids)
+    KVCacheManager.get_block_ids(self, request_id)
+vllm.v1.worker.gpu_worker
+    request_memory(init_snapshot, cache_config, external_weight_memory)
+    Worker.reload_weights(self, args, kwargs)
+    Worker.start_weight_update(self)
+    Worker.update_weights(self, update_info)
+    Worker.reset_weights(self)
+    Worker.compute_weight_checksums(self)
+    Worker.save_sharded_state(self, path, pattern, max_size)
+    Worker.save_tensorized_model(self, tensorizer_config)
+    Worker.update_max_model_len(self, max_model_len)
+vllm.v1.worker.cpu_model_runner
+    CPUModelRunner.load_model(self, load_dummy_weights)
+vllm.v1.worker.gpu.model_runner
+    create_offloader(offload_config)
+    GPUModelRunner.prepare_attn(self, input_batch)
+    GPUModelRunner.sample_tokens(self, grammar_output)
+    GPUModelRunner._dummy_run(self, num_tokens, args, skip_attn, uniform_decode, context_len, skip_eplb, is_profile,
+        valid_dummy_state_slots, randomize_inputs, kwargs)
+vllm.model_executor.layers.utils
+    dispatch_cpu_unquantized_gemm(layer, remove_weight)
+vllm.v1.worker.gpu.block_table
+    BlockTables.append_block_ids(self, req_index, new_block_ids, overwrite)
+vllm.v1.worker.gpu.buffer_utils
+    StagedWriteTensor.apply_write(self)
+vllm.v1.executor.abstract
+    Executor.__init__(self, vllm_config)
+vllm.model_executor.layers.attention.attention
+    unified_kv_cache_update(key, value, layer_name)
+    unified_attention_with_output(query, key, value, output, layer_name, output_scale, output_block_scale,
+        kv_cache_dummy_dep)
+vllm.v1.attention.backend
+    AttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
+        output_block_scale)
+"""
+"""Modules of vLLM, and below each the functions that Polder calls, replaces or relies on, with their parameters in order."""
+
+
+def _seams(text: str) -> Iterator[Seam]:
+    module = ""
+    for found in re.finditer(r"^(\S+)$|^    ([\w.]+)\(([^)]*)\)$", text, re.MULTILINE):
+        module = found[1] or module
+        if found[2]:
+            yield module, found[2], tuple(re.findall(r"\w+", found[3]))
+
+
+SEAMS: tuple[Seam, ...] = tuple(_seams(_NAMES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,8 @@ class BlockUnits:
             from polder.engines.vllm.core.region_queue import RegionQueue
 
             first = self.first_windowed
-            hooks.replace(self._pool, "free_block_queue", lambda queue: RegionQueue(queue.get_all_free_blocks(), first))
+            queue = RegionQueue(self._pool.free_block_queue.get_all_free_blocks(), first)
+            hooks.put(self._pool, "free_block_queue", queue)
         for unit in set(range(all_units)) - set(self.mapped):
             for block in self._blocks(unit):
                 self._pool.free_block_queue.remove(block)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,81 +10,54 @@ from polder.engines.vllm.core.subsystem import Subsystem
 
 __all__ = ["watch"]
 
-Event = Callable[..., None]
-
 
 def watch(scheduler: Any, subsystems: Sequence[Subsystem]) -> None:
     """From now on, `scheduler` tells these subsystems. Once a scheduler."""
 
-    def listeners(event: str) -> list[Event]:
-        """Those subsystems' methods that do something."""
+    def listeners(event: str) -> list[Callable[..., None]]:
+        """Those subsystems' methods that do something; what follows a call of vLLM's goes in the reverse order."""
         nothing = getattr(Subsystem, event)
-        return [getattr(part, event) for part in subsystems if getattr(type(part), event) is not nothing]
+        found = [getattr(part, event) for part in subsystems if getattr(type(part), event) is not nothing]
+        return found[::-1] if event.startswith("after") else found
 
-    manager = getattr(scheduler, "kv_cache_manager", None)
-    _around(scheduler, "schedule", _schedule, listeners("before_schedule"), listeners("after_schedule"))
-    _around(scheduler, "update_from_output", _update, listeners("before_update"), listeners("after_update"))
-    _around(scheduler, "add_request", _arrival, [], listeners("on_arrival"))
-    _around(scheduler, "_preempt_request", _preemption, listeners("on_preemption"), [])
-    _around(manager, "record_prefix_cache_stats", _admission, [], listeners("on_admission"))
+    def tell(events: list[Callable[..., None]], *what: Any) -> None:
+        for event in events:
+            event(*what)
 
+    before_schedule, after_schedule = listeners("before_schedule"), listeners("after_schedule")
+    before_update, after_update = listeners("before_update"), listeners("after_update")
+    arrival, preemption, admission = map(listeners, ("on_arrival", "on_preemption", "on_admission"))
 
-def _around(owner: Any, name: str, wrapper: Callable[..., Any], before: list[Event], after: list[Event]) -> None:
-    if before or after:
-        hooks.replace(owner, name, functools.partial(wrapper, before, after[::-1]))
-
-
-def _schedule(before: list[Event], after: list[Event], stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def schedule(*args: Any, **kwargs: Any) -> Any:
-        for event in before:
-            event()
+    def schedule(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        tell(before_schedule)
         output = stock(*args, **kwargs)
-        for event in after:
-            event(output)
+        tell(after_schedule, output)
         return output
 
-    return schedule
-
-
-def _update(before: list[Event], after: list[Event], stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def update(scheduler_output: Any, model_runner_output: Any) -> Any:
-        for event in before:
-            event(scheduler_output, model_runner_output)
-        outputs = stock(scheduler_output, model_runner_output)
-        for event in after:
-            event(scheduler_output, outputs)
+    def update_from_output(stock: Callable[..., Any], output: Any, runner_output: Any) -> Any:
+        tell(before_update, output, runner_output)
+        outputs = stock(output, runner_output)
+        tell(after_update, output, outputs)
         return outputs
 
-    return update
-
-
-def _arrival(before: list[Event], after: list[Event], stock: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(stock)
-    def add_request(request: Any) -> None:
+    def add_request(stock: Callable[..., None], request: Any) -> None:
         stock(request)
-        for event in after:
-            event(request)
+        tell(arrival, request)
 
-    return add_request
-
-
-def _preemption(before: list[Event], after: list[Event], stock: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(stock)
-    def preempt(*args: Any, **kwargs: Any) -> None:
-        for event in before:
-            event()
+    def preempt(stock: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        tell(preemption)
         stock(*args, **kwargs)
 
-    return preempt
-
-
-def _admission(before: list[Event], after: list[Event], stock: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(stock)
-    def record(request: Any, num_hits: int) -> None:
+    def record(stock: Callable[..., None], request: Any, num_hits: int) -> None:
         stock(request, num_hits)
-        for event in after:
-            event(request, num_hits)
+        tell(admission, request, num_hits)
 
-    return record
+    for owner, name, instead, wanted in (
+        (scheduler, "schedule", schedule, [*before_schedule, *after_schedule]),
+        (scheduler, "update_from_output", update_from_output, [*before_update, *after_update]),
+        (scheduler, "add_request", add_request, arrival),
+        (scheduler, "_preempt_request", preempt, preemption),
+        (getattr(scheduler, "kv_cache_manager", None), "record_prefix_cache_stats", record, admission),
+    ):
+        if wanted:
+            hooks.replace(owner, name, instead)

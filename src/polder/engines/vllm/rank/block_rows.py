@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,16 +25,12 @@ class BlockRows:
         rows, width = tables.block_tables[0].gpu.shape
         self.rows: NDArray[np.int32] = np.zeros((rows, width), np.int32)
 
-        def wrap(stock: Callable[..., None]) -> Callable[..., None]:
-            @functools.wraps(stock)
-            def append_here_too(req_index: int, new_block_ids: Any, overwrite: bool) -> None:
-                start = 0 if overwrite else int(tables.num_blocks.np[0, req_index])
-                stock(req_index, new_block_ids, overwrite)
-                self.rows[req_index, start : start + len(new_block_ids[0])] = new_block_ids[0]
+        def append_here_too(stock: Callable[..., None], req_index: int, new_block_ids: Any, overwrite: bool) -> None:
+            start = 0 if overwrite else int(tables.num_blocks.np[0, req_index])
+            stock(req_index, new_block_ids, overwrite)
+            self.rows[req_index, start : start + len(new_block_ids[0])] = new_block_ids[0]
 
-            return append_here_too
-
-        hooks.replace(tables, "append_block_ids", wrap)
+        hooks.replace(tables, "append_block_ids", append_here_too)
 
     def renumber(self, new: Indices) -> None:
         """The block `old` is `new[old]` from now on. Rows of slots without a request may change as well."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,16 +114,16 @@ def places_of(kv_cache_config: Any) -> tuple[TensorPlace, ...]:
     )
 
 
-def allocate_kv_cache(kv_cache_config: Any, device: Any, layout: Any, kernel_block_sizes: Any = None) -> dict[str, Any]:
-    """Replaces vllm.v1.worker.utils.allocate_kv_cache (:564): the same views, over a span instead of torch.zeros.
+def allocate_kv_cache(
+    stock: Callable[..., dict[str, Any]], kv_cache_config: Any, device: Any, layout: Any, kernel_block_sizes: Any = None
+) -> dict[str, Any]:
+    """In place of vllm.v1.worker.utils.allocate_kv_cache (:564): the same views, over a span instead of torch.zeros.
 
     Without a plan (profiling on a GPU calls this once before there is one) it is vLLM's own.
     """
-    from vllm.v1.worker.utils import allocate_kv_cache as stock
-
     plan = here.plan
     if plan is None or not kv_cache_config.kv_cache_tensors:
-        return dict(stock(kv_cache_config, device, layout, kernel_block_sizes))
+        return stock(kv_cache_config, device, layout, kernel_block_sizes)
     geometry = geometry_of(kv_cache_config, plan.page_bytes, plan.unit_blocks)
     memory = here.memory = WorkerMemory(plan, here.rank, here.device, geometry)
     redirect_warm_up(here.runner)

@@ -1,11 +1,13 @@
-"""Wrappers of what vLLM's engine core calls when it starts. hooks.py says where they are put."""
+"""What takes the place of calls of vLLM's engine core when it starts. hooks.py has the table."""
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
+
+import vllm.v1.core.kv_cache_utils as kv_cache_utils
+from vllm.v1.engine import EngineCoreRequestType
 
 from polder.broker.client import request
 from polder.broker.wire import Stock
@@ -16,6 +18,7 @@ from polder.engines.vllm.process import here
 from polder.engines.vllm.settings import EngineSettings, settings_of
 from polder.engines.vllm.start.negotiate import negotiate
 from polder.engines.vllm.tiers.adapters import AdapterEpochs
+from polder.engines.vllm.window.limits import limit_graphs
 from polder.errors import ConfigError
 
 __all__ = ["get_kv_cache_configs", "init_executor", "initialize_kv_caches", "refuse_unsupported", "scheduler_is_ready"]
@@ -23,86 +26,60 @@ __all__ = ["get_kv_cache_configs", "init_executor", "initialize_kv_caches", "ref
 logger = logging.getLogger("polder.engine")
 
 
-def init_executor(stock: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(stock)
-    def init(self: Any, vllm_config: Any) -> None:
-        settings = settings_of(vllm_config)
-        if settings is not None and settings.window_bytes:
-            from polder.engines.vllm.window.limits import limit_graphs
-
-            limit_graphs(vllm_config)
-        stock(self, vllm_config)
-
-    return init
+def init_executor(stock: Callable[..., None], executor: Any, vllm_config: Any) -> None:
+    settings = settings_of(vllm_config)
+    if settings is not None and settings.window_bytes:
+        limit_graphs(vllm_config)
+    stock(executor, vllm_config)
 
 
-def initialize_kv_caches(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def initialize(self: Any, vllm_config: Any) -> Any:
-        here.starting = self
-        try:
-            return stock(self, vllm_config)
-        finally:
-            here.starting = None
-
-    return initialize
+def initialize_kv_caches(stock: Callable[..., Any], core: Any, vllm_config: Any) -> Any:
+    here.starting = core
+    try:
+        return stock(core, vllm_config)
+    finally:
+        here.starting = None
 
 
-def refuse_unsupported(stock: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_unsupported(stock: Callable[..., Any], core: Any, vllm_config: Any) -> Any:
     """In place of all other taps, where this vLLM was never tested."""
-
-    @functools.wraps(stock)
-    def initialize(self: Any, vllm_config: Any) -> Any:
-        if settings_of(vllm_config) is not None:
-            check_version(installed_version())
-            check_seams()
-        return stock(self, vllm_config)
-
-    return initialize
+    if settings_of(vllm_config) is not None:
+        check_version(installed_version())
+        check_seams()
+    return stock(core, vllm_config)
 
 
-def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)  # so that the seam looks the same when it is checked again
-    def configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *groups: Any) -> Any:
-        """`groups`: since vLLM 0.33 those of all ranks together; they are the same for any amount of memory."""
-        core = here.starting
-        settings = settings_of(vllm_config) if core is not None else None
-        if settings is None:
-            return stock(vllm_config, kv_cache_specs, available_memory, *groups)
-        if not any(kv_cache_specs):
-            _serve_as_stock(settings)
-            return stock(vllm_config, kv_cache_specs, available_memory, *groups)
-        if not hasattr(core, "input_queue"):
-            raise ConfigError(
-                "elastic KV needs the engine core in its own process: unset VLLM_ENABLE_V1_MULTIPROCESSING=0"
-            )
+def get_kv_cache_configs(
+    stock: Callable[..., Any], vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *groups: Any
+) -> Any:
+    """`groups`: since vLLM 0.33 those of all ranks together; they are the same for any amount of memory."""
+    core = here.starting
+    settings = settings_of(vllm_config) if core is not None else None
+    if settings is None:
+        return stock(vllm_config, kv_cache_specs, available_memory, *groups)
+    if not any(kv_cache_specs):
+        _serve_as_stock(settings)
+        return stock(vllm_config, kv_cache_specs, available_memory, *groups)
+    if not hasattr(core, "input_queue"):
+        raise ConfigError("elastic KV needs the engine core in its own process: unset VLLM_ENABLE_V1_MULTIPROCESSING=0")
 
-        def configs_for(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
-            return stock(vllm_config, kv_cache_specs, available_memory, *groups)
+    def configs_for(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+        return stock(vllm_config, kv_cache_specs, available_memory, *groups)
 
-        found, core.polder_agreement = negotiate(core, settings, configs_for, vllm_config, kv_cache_specs)
-        return found
-
+    configs, core.polder_agreement = negotiate(core, settings, configs_for, vllm_config, kv_cache_specs)
     return configs
 
 
-def scheduler_is_ready(stock: Callable[[Any], None]) -> Callable[[Any], None]:
-    @functools.wraps(stock)
-    def ready(self: Any) -> None:
-        stock(self)
-        agreement = getattr(self, "polder_agreement", None)
-        if agreement is None:
-            return
-        import vllm.v1.core.kv_cache_utils as kv_cache_utils
-        from vllm.v1.engine import EngineCoreRequestType
-
-        wakeup = EngineCoreRequestType.WAKEUP, None
-        self.polder = ElasticCore(self, agreement, wake=lambda: self.input_queue.put_nowait(wakeup))
-        if self.polder.tiers is not None:
-            self.polder_adapters = AdapterEpochs()
-            hooks.replace(kv_cache_utils, "_gen_lora_extra_hash_keys", self.polder_adapters.hash_keys)
-
-    return ready
+def scheduler_is_ready(stock: Callable[[Any], None], core: Any) -> None:
+    stock(core)
+    agreement = getattr(core, "polder_agreement", None)
+    if agreement is None:
+        return
+    wakeup = EngineCoreRequestType.WAKEUP, None
+    core.polder = ElasticCore(core, agreement, wake=lambda: core.input_queue.put_nowait(wakeup))
+    if core.polder.tiers is not None:
+        core.polder_adapters = AdapterEpochs()
+        hooks.replace(kv_cache_utils, "_gen_lora_extra_hash_keys", core.polder_adapters.hash_keys)
 
 
 def _serve_as_stock(settings: EngineSettings) -> None:

@@ -37,24 +37,20 @@ class AdapterEpochs:
                 self._epochs[name] = self._epochs.get(name, 0) + 1
             self._files[name] = files
 
-    def hash_keys(self, stock: Callable[[Any], list[tuple[Any, ...]]]) -> Callable[[Any], list[tuple[Any, ...]]]:
+    def hash_keys(self, stock: Callable[[Any], list[tuple[Any, ...]]], request: Any) -> list[tuple[Any, ...]]:
         """vLLM's `_gen_lora_extra_hash_keys` with the epoch added, where it is above 0."""
-
-        def keys(request: Any) -> list[tuple[Any, ...]]:
-            found = stock(request)
-            adapter = request.lora_request
-            if not adapter:
-                return found
-            name = adapter.lora_name, adapter.lora_path
-            if adapter.load_inplace and adapter is not self._in_place:
-                self._in_place = adapter  # the workers load it for each such request
-                self.loaded(adapter)
-            elif name not in self._files:
-                self.loaded(adapter)  # loaded by its first request
-            epoch = self._epochs.get(name, 0)
-            return [(*key, epoch) for key in found] if epoch else found
-
-        return keys
+        found = stock(request)
+        adapter = request.lora_request
+        if not adapter:
+            return found
+        name = adapter.lora_name, adapter.lora_path
+        if adapter.load_inplace and adapter is not self._in_place:
+            self._in_place = adapter  # the workers load it for each such request
+            self.loaded(adapter)
+        elif name not in self._files:
+            self.loaded(adapter)  # loaded by its first request
+        epoch = self._epochs.get(name, 0)
+        return [(*key, epoch) for key in found] if epoch else found
 
 
 def _files(path: Path) -> Files | None:

@@ -130,7 +130,7 @@ class PolderConnector(OffloadingConnector):  # type: ignore[misc]
         self._asked: set[str] = set()
         self._refused: set[str] = set()
         if self.connector_scheduler is not None:
-            hooks.replace(self.connector_scheduler, "__class__", lambda _: TierScheduler)
+            hooks.put(self.connector_scheduler, "__class__", TierScheduler)
 
     @property
     def manager(self) -> TierManager:

@@ -65,10 +65,10 @@ class CoreWeights(ResidentWeights):
         self._asked_at = 0.0
         self._pause_state = scheduler.pause_state
         self._set_pause_state = scheduler.set_pause_state
-        hooks.replace(scheduler, "set_pause_state", lambda _: self._on_pause)
+        hooks.replace(scheduler, "set_pause_state", self._on_pause)
         # A paused scheduler with requests makes vLLM's loop run a thousand empty steps a second, on the cores of whoever serves
         # meanwhile. Without requests it waits for a message, and one comes with the weights.
-        hooks.replace(scheduler, "has_requests", lambda stock: lambda: stock() and (not self.asleep or in_transfer()))
+        hooks.replace(scheduler, "has_requests", lambda stock: stock() and (not self.asleep or in_transfer()))
         self._arrivals = Arrivals()
         self._idle_since = time.monotonic()
         self._steps: deque[float] = deque(maxlen=STEPS_KEPT)
@@ -242,7 +242,7 @@ class CoreWeights(ResidentWeights):
 
     # ------------------------------------------------------------------ inside
 
-    def _on_pause(self, state: PauseState) -> None:
+    def _on_pause(self, stock: Callable[[PauseState], None], state: PauseState) -> None:
         """Takes the place of Scheduler.set_pause_state: somebody pauses or resumes. A model without weights stays paused."""
         self._pause_state = state
         self._apply_pause()

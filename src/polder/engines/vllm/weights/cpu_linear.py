@@ -14,7 +14,6 @@ The last two add up in another order than stock, so logits differ in their last 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -34,17 +33,13 @@ def install(belongs: Callable[[Any], bool]) -> None:
     """Replaces vLLM's dispatch for layers that `belongs` says yes to. Once a process."""
     import vllm.model_executor.layers.utils as utils
 
-    def wrap(stock: Callable[[Any, bool], None]) -> Callable[[Any, bool], None]:
-        @functools.wraps(stock)
-        def dispatch(layer: Any, remove_weight: bool) -> None:
-            if belongs(layer) and layer.weight.ndim == 2 and not layer.weight.is_meta:
-                _keep_as_tensor(layer, utils.check_cpu_sgl_kernel)
-            else:
-                stock(layer, remove_weight)
+    def dispatch(stock: Callable[[Any, bool], None], layer: Any, remove_weight: bool) -> None:
+        if belongs(layer) and layer.weight.ndim == 2 and not layer.weight.is_meta:
+            _keep_as_tensor(layer, utils.check_cpu_sgl_kernel)
+        else:
+            stock(layer, remove_weight)
 
-        return dispatch
-
-    hooks.replace(utils, "dispatch_cpu_unquantized_gemm", wrap)
+    hooks.replace(utils, "dispatch_cpu_unquantized_gemm", dispatch)
 
 
 def copy_share() -> float:

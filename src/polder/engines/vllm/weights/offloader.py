@@ -177,7 +177,7 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
             self._private = []
 
     def _hook(self, index: int, module: torch.nn.Module) -> None:
-        hooks.replace(module, "forward", functools.partial(self._around, index))
+        hooks.put(module, "forward", self._around(index, module.forward))
 
     def _around(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         """A layer's forward, which waits for the layer's weights first."""

@@ -14,7 +14,6 @@ Neither is called for a warm-up, which reads and writes the null block.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,41 +58,33 @@ def hook_runner(window: WorkerWindow, runner: Any) -> None:
 
 
 def _hook_v1(window: WorkerWindow, runner: Any) -> None:
-    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(stock)
-        def begin_and_forward(*args: Any, **kwargs: Any) -> Any:
-            batch = runner.input_batch
-            count = batch.num_reqs
-            window.begin(
-                batch.block_table[0].get_numpy_array()[:count],
-                batch.num_computed_tokens_cpu[:count],
-                runner.optimistic_seq_lens_cpu.numpy()[:count],
-            )
-            return stock(*args, **kwargs)
+    def begin_and_forward(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batch = runner.input_batch
+        count = batch.num_reqs
+        window.begin(
+            batch.block_table[0].get_numpy_array()[:count],
+            batch.num_computed_tokens_cpu[:count],
+            runner.optimistic_seq_lens_cpu.numpy()[:count],
+        )
+        return stock(*args, **kwargs)
 
-        return begin_and_forward
-
-    hooks.replace(runner, "_model_forward", wrap)
+    hooks.replace(runner, "_model_forward", begin_and_forward)
 
 
 def _hook_v2(window: WorkerWindow, runner: Any) -> None:
     copy = BlockRows(runner.block_tables)
     setattr(runner, ROWS, copy)
 
-    def wrap(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        @functools.wraps(stock)
-        def prepare_and_begin(input_batch: Any) -> Any:
-            count, done = input_batch.num_reqs, input_batch.num_computed_tokens_np
-            window.begin(
-                copy.rows[input_batch.idx_mapping_np[:count]],
-                done[:count],
-                done[:count] + input_batch.num_scheduled_tokens[:count],
-            )
-            return stock(input_batch)
+    def prepare_and_begin(stock: Callable[[Any], Any], input_batch: Any) -> Any:
+        count, done = input_batch.num_reqs, input_batch.num_computed_tokens_np
+        window.begin(
+            copy.rows[input_batch.idx_mapping_np[:count]],
+            done[:count],
+            done[:count] + input_batch.num_scheduled_tokens[:count],
+        )
+        return stock(input_batch)
 
-        return prepare_and_begin
-
-    hooks.replace(runner, "prepare_attn", wrap)
+    hooks.replace(runner, "prepare_attn", prepare_and_begin)
 
 
 def _hook_sampling(window: WorkerWindow, runner: Any) -> None:
@@ -101,22 +92,18 @@ def _hook_sampling(window: WorkerWindow, runner: Any) -> None:
 
     ranks = get_tp_group()
 
-    def wrap(stock: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(stock)
-        def sample_and_tell(*args: Any, **kwargs: Any) -> Any:
-            output = stock(*args, **kwargs)
-            compared = window.opened
-            doubtful = window.take_doubtful()
-            if compared and ranks.world_size > 1:
-                doubtful = _of_all_ranks(doubtful, ranks)
-            window.end_step(doubtful)
-            if doubtful and not ranks.rank_in_group and not _tell(output, doubtful):
-                window.doubtful = doubtful  # told with the next output
-            return output
+    def sample_and_tell(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = stock(*args, **kwargs)
+        compared = window.opened
+        doubtful = window.take_doubtful()
+        if compared and ranks.world_size > 1:
+            doubtful = _of_all_ranks(doubtful, ranks)
+        window.end_step(doubtful)
+        if doubtful and not ranks.rank_in_group and not _tell(output, doubtful):
+            window.doubtful = doubtful  # told with the next output
+        return output
 
-        return sample_and_tell
-
-    hooks.replace(runner, "sample_tokens", wrap)
+    hooks.replace(runner, "sample_tokens", sample_and_tell)
 
 
 def _tell(output: Any, doubtful: list[int]) -> bool:

@@ -12,10 +12,9 @@ drops what came of them (engines/vllm/window/core.py).
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -325,25 +324,17 @@ def figures(worker_: Any) -> dict[str, float]:
 
 
 def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
-    def when_there(update: Any) -> Any:
-        @functools.wraps(update)
-        def update_when_there(*args: Any, **kwargs: Any) -> Any:
-            window.before(layer)
-            return update(*args, **kwargs)
+    def update_when_there(update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        window.before(layer)
+        return update(*args, **kwargs)
 
-        return update_when_there
-
-    def around(forward: Any) -> Any:
-        @functools.wraps(forward)
-        def forward_and_store(*args: Any, **kwargs: Any) -> Any:
-            window.before(layer)  # where the update is part of it; else nothing is left to wait for
-            output = forward(*args, **kwargs)
-            window.after(layer)
-            return output
-
-        return forward_and_store
+    def forward_and_store(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        window.before(layer)  # where the update is part of it; else nothing is left to wait for
+        output = forward(*args, **kwargs)
+        window.after(layer)
+        return output
 
     for name in UPDATES:
         if hasattr(impl, name):
-            hooks.replace(impl, name, when_there)
-    hooks.replace(impl, "forward", around)
+            hooks.replace(impl, name, update_when_there)
+    hooks.replace(impl, "forward", forward_and_store)
