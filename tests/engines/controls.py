@@ -181,8 +181,8 @@ def _(broken: Breaker) -> None:
     def move(stock: Any, self: Any, sources: Any, targets: Any) -> None:
         stock(self, sources, targets)
         base = self.span.address(0)
-        for offset, stride, src, _, length in self.geometry.copies(sources, targets):
-            _fill([(base + offset + number * stride, length) for number in np.asarray(src).tolist()], GARBAGE)
+        for offset, size in self.geometry.runs():
+            _fill([(base + offset + number * size, size) for number in np.asarray(sources).tolist()], GARBAGE)
 
     def unmap(stock: Any, self: Any, units: Sequence[int], generation: int) -> None:
         left.update(dict.fromkeys(units, generation))
@@ -208,9 +208,9 @@ def _(broken: Breaker) -> None:
 
 @_control("the requests' lists keep old blocks")
 def _(broken: Breaker) -> None:
-    from polder.engines.vllm.core.blocks import BlockUnits
+    from polder.engines.vllm.core.holders import BlockHolders
 
-    broken(BlockUnits, "_renumber_requests", lambda stock, *args: None)
+    broken(BlockHolders, "_renumber_requests", lambda stock, *args: None)
 
 
 @_control("the connector's lists keep old blocks")

@@ -108,7 +108,7 @@ class Pool(RuleBasedStateMachine):
             )
         else:
             done = self.units.shrink(count, 1)
-            assert done.preempted_requests == 0
+            assert not done.preempted
         for source, target in zip(done.plan.sources.tolist(), done.plan.targets.tolist(), strict=True):
             self.content[target] = self.content[source]
         for unit in done.plan.units.tolist():
@@ -231,7 +231,7 @@ def test_blocks_that_a_step_under_way_may_still_write_are_given_up_after_it() ->
 
     scheduler._preempt_request = preempt  # type: ignore[method-assign]
     done = units.shrink_preempting(3, 1, await_steps)
-    assert (len(done.plan.units), done.preempted_requests, steps_under_way) == (3, 1, 0)
+    assert (len(done.plan.units), len(done.preempted), steps_under_way) == (3, 1, 0)
     assert [request.request_id for request in scheduler.running] == ["first"]
     units.check_integrity()
 

@@ -11,8 +11,9 @@ pytest.importorskip("vllm")
 from vllm.v1.core.sched.interface import PauseState
 
 from polder.broker.wire import Demand, Grant, Grown, NeedWeights, Recall, Returned
-from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
-from polder.engines.vllm.weights.core import SLOWDOWN, TOO_SLOW_S, CoreWeights, offloader
+from polder.engines.vllm.plans import Taken, WeightsFound
+from polder.engines.vllm.weights import calls
+from polder.engines.vllm.weights.core import SLOWDOWN, TOO_SLOW_S, CoreWeights
 from polder.planner.rotation_cost import pass_seconds
 
 LAYERS = 8
@@ -51,21 +52,21 @@ class Core:
         self.weights.start(1, pages(0, LAYERS))
 
     def rpc(self, function: Any, *args: Any) -> list[Any]:
-        if function in (offloader.adopt, offloader.give):
+        if function in (calls.adopt, calls.give):
             if self.fails:
-                return [Outcome(seconds=0.0, error=self.fails)]
+                return [self.fails]
             time.sleep(self.mapping_s)
             self.held += [tuple(ranks[0]) for ranks in args[1]]
-            return [Outcome(seconds=0.0)]
-        if function is offloader.take:
+            return [""]
+        if function is calls.take:
             if self.fails:
                 return [Taken(error=self.fails)]
             count = args[0]
             taken, self.held = self.held[-count:], self.held[:-count]
             return [Taken(segments=tuple(taken))]
-        if function is offloader.undo_give:
+        if function is calls.undo_give:
             return [Taken(segments=tuple(tuple(ranks[0]) for ranks in args[1]))]
-        assert function is offloader.figures
+        assert function is calls.figures
         self.counts["weights_loads_total"] += 10
         self.counts["weights_copy_seconds_total"] += 10 * self.layer_load_s
         return [dict(self.counts)]
@@ -253,8 +254,8 @@ def test_ranks_may_choose_different_segments() -> None:
     scheduler, said = Scheduler(), []
     found = WeightsFound(layers=2, layer_pages=1, moved_bytes=1, resident_bytes=0, copy_share=0.0)
     answers = {
-        offloader.adopt: [Outcome(seconds=0.0)] * 2,
-        offloader.take: [Taken(segments=((1,),)), Taken(segments=((12,),))],
+        calls.adopt: [""] * 2,
+        calls.take: [Taken(segments=((1,),)), Taken(segments=((12,),))],
     }
     weights = CoreWeights(scheduler, found, lambda function, *_: answers[function], said.append, lambda: False)
     weights.start(1, [[1, 2], [11, 12]])
@@ -267,13 +268,13 @@ def test_when_one_rank_cannot_give_up_the_others_get_theirs_back() -> None:
     scheduler, said, given = Scheduler(), [], []
     found = WeightsFound(layers=2, layer_pages=1, moved_bytes=1, resident_bytes=0, copy_share=0.0)
     answers = {
-        offloader.adopt: [Outcome(seconds=0.0)] * 2,
-        offloader.take: [Taken(segments=((2,),)), Taken(error="rank 1: no room")],
-        offloader.give: [Outcome(seconds=0.0), Outcome(seconds=0.0, error="rank 1: a segment of no pages")],
+        calls.adopt: [""] * 2,
+        calls.take: [Taken(segments=((2,),)), Taken(error="rank 1: no room")],
+        calls.give: ["", "rank 1: a segment of no pages"],
     }
 
     def rpc(function: Any, *args: Any) -> list[Any]:
-        if function is offloader.give:
+        if function is calls.give:
             given.append(args)
         return answers[function]
 
@@ -289,14 +290,14 @@ def test_when_one_rank_cannot_map_a_grant_all_hold_as_much_as_before() -> None:
     scheduler, said, undone = Scheduler(), [], []
     found = WeightsFound(layers=3, layer_pages=1, moved_bytes=1, resident_bytes=0, copy_share=0.0)
     answers = {
-        offloader.adopt: [Outcome(seconds=0.0)] * 2,
-        offloader.take: [Taken(segments=((3,),)), Taken(segments=((13,),))],
-        offloader.give: [Outcome(seconds=0.0), Outcome(seconds=0.0, error="rank 1: no room")],
-        offloader.undo_give: [Taken(segments=((2,),)), Taken(segments=((14,),))],
+        calls.adopt: [""] * 2,
+        calls.take: [Taken(segments=((3,),)), Taken(segments=((13,),))],
+        calls.give: ["", "rank 1: no room"],
+        calls.undo_give: [Taken(segments=((2,),)), Taken(segments=((14,),))],
     }
 
     def rpc(function: Any, *args: Any) -> list[Any]:
-        undone.extend([args] if function is offloader.undo_give else [])
+        undone.extend([args] if function is calls.undo_give else [])
         return answers[function]
 
     weights = CoreWeights(scheduler, found, rpc, said.append, lambda: False)

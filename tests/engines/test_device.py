@@ -15,7 +15,7 @@ from polder.broker.wire import DeviceStatus
 from polder.engines.vllm.hooks import around
 from polder.engines.vllm.process import here
 from polder.engines.vllm.rank import calls, taps
-from polder.engines.vllm.start.negotiate import check_devices
+from polder.engines.vllm.start.broker import check_devices
 from polder.errors import ConfigError
 
 GIB = 1 << 30

@@ -88,9 +88,11 @@ def test_a_restarted_engine_hits_from_its_first_request_and_spoilt_pages_cost_no
 
 
 def test_a_directory_of_another_model_is_refused_with_a_message(disks: list[Path], expected: list[list[int]]) -> None:
+    from polder.emulation.factory import Emulation
     from polder.engines.vllm.plans import DiskPlan
     from polder.engines.vllm.tiers.disk import OpenDisks
 
+    none = Emulation(links="", faults="")
     plan = DiskPlan(
         disks=((str(disks[1]), LIMIT),),
         page_bytes=512 << 10,
@@ -98,10 +100,8 @@ def test_a_directory_of_another_model_is_refused_with_a_message(disks: list[Path
         ranks=1,
         staged_pages=24,
         io="threads",
-        links="",
-        faults="",
     )
     with pytest.raises(ConfigError, match="namespace"):
-        OpenDisks(plan, 0)
+        OpenDisks(plan, 0, none)
     with pytest.raises(ConfigError, match="an engine with one rank"):
-        OpenDisks(replace(plan, ranks=2), 1)
+        OpenDisks(replace(plan, ranks=2), 1, none)

@@ -55,7 +55,7 @@ def test_a_block_outermost_layout_is_one_run_a_unit() -> None:
     geometry = KvGeometry(page_bytes=PAGE, size_bytes=2048 * 16, num_blocks=16, unit_blocks=2, places=(place,))
     geometry.check()
     assert geometry.slots([3]).tolist() == [3]
-    assert len(geometry.copies(np.array([1]), np.array([9]))) == 1
+    assert len(geometry.runs()) == 1
 
 
 def test_overlaid_groups_count_their_pages_once() -> None:
@@ -63,7 +63,7 @@ def test_overlaid_groups_count_their_pages_once() -> None:
     geometry = KvGeometry(page_bytes=PAGE, size_bytes=2 * 2048 * 8, num_blocks=8, unit_blocks=2, places=(one, one))
     geometry.check()
     assert geometry.pages_per_unit == 2
-    assert len(geometry.copies(np.array([1]), np.array([7]))) == 2
+    assert len(geometry.runs()) == 2
 
 
 def test_layers_that_start_inside_a_page_are_refused() -> None:

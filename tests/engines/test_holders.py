@@ -274,7 +274,7 @@ def test_blocks_of_a_request_that_has_just_ended_are_stored_from_where_they_are_
 def test_a_windowed_block_that_came_home_is_stored_from_there(tmp_path: Path) -> None:
     rig = Rig(tmp_path, windowed=WINDOWED)
     rig.units.shrink(UNITS - 1, 1)
-    rig.units.open(list(range(UNITS, UNITS + WINDOWED)))
+    rig.units.open({UNITS: list(range(UNITS, UNITS + WINDOWED))})
     talk = rig.ask("talk", 3 * TOKENS + 5, 60)
     rig.step()
     windowed = rig.units.windowed_of("talk")

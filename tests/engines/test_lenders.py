@@ -11,8 +11,8 @@ import pytest
 from polder.broker.wire import Neighbours
 from polder.engines.vllm.tiers.lenders import Lenders
 from polder.errors import UsageError
-from polder.tiers.borrowing import PeerSlots
-from polder.tiers.lending import LendingTable, LentGeometry
+from polder.tiers.peer.borrowing import PeerSlots
+from polder.tiers.peer.lending import LendingTable, LentGeometry
 
 GEOMETRY = LentGeometry(blocks=8, ranks=1, unit_blocks=2, unit_pages=2, page_bytes=512, granules=2, granule_bytes=256)
 BOTH = Neighbours(lenders=["b"], pids=[7], cores=[7, 8])

@@ -19,7 +19,7 @@ import torch
 import vllm
 
 from polder.engines.vllm.process import here
-from polder.engines.vllm.weights import offloader
+from polder.engines.vllm.weights import calls, offloader
 from polder.engines.vllm.weights.offloader import WeightOffloader
 from polder.errors import ConfigError, IntegrityError
 from polder.memory import _libc
@@ -217,9 +217,9 @@ def test_a_worker_gives_no_single_layers_of_a_model_in_graphs_away(
     model.offloader.post_init()
     monkeypatch.setattr(here, "memory", SimpleNamespace(rank=0))
     model.offloader.given |= {segment: (1, (at,)) for at, segment in enumerate(model.store.segments)}
-    assert "all of its layers or none" in offloader.take(None, 1, 1, 1).error
+    assert "all of its layers or none" in calls.take(None, 1, 1, 1).error
     assert len(model.store.segments) == LAYERS
-    assert len(offloader.take(None, LAYERS, 0, 1).segments) == LAYERS
+    assert len(calls.take(None, LAYERS, 0, 1).segments) == LAYERS
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -236,12 +236,12 @@ def test_a_grant_that_some_rank_cannot_map_leaves_each_rank_with_as_many_segment
     memory = SimpleNamespace(rank=0, imported=imported, fetch=lambda *_: None)
     monkeypatch.setattr(here, "memory", memory)
     model.offloader.given |= {segment: (1, numbers[segment]) for segment in segments}
-    [given_up] = offloader.take(None, 1, 1, 1).segments
+    [given_up] = calls.take(None, 1, 1, 1).segments
     if not mapped:
         memory.imported = SimpleNamespace(handles=lambda *_: [()])  # a page is missing
-    assert bool(offloader.give(None, 1, [[given_up]]).error) != mapped
+    assert bool(calls.give(None, 1, [[given_up]])) != mapped
     memory.imported = imported
-    [free] = offloader.undo_give(None, 1, [[given_up]], 1).segments
+    [free] = calls.undo_give(None, 1, [[given_up]], 1).segments
     assert free == given_up or mapped
     held = {numbers[segment] for segment in model.store.segments}
     assert len(held) == LAYERS - 1

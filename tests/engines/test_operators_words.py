@@ -31,8 +31,9 @@ from polder.broker.wire import (
     Wake,
     Welcome,
 )
-from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
-from polder.engines.vllm.weights.core import CoreWeights, offloader
+from polder.engines.vllm.plans import Taken, WeightsFound
+from polder.engines.vllm.weights import calls
+from polder.engines.vllm.weights.core import CoreWeights
 from polder.planner.sharing import SharingConfig
 
 PAGE = 4096
@@ -88,10 +89,10 @@ class Engine:
         )
 
     def rpc(self, function: Any, *args: Any) -> list[Any]:
-        if function in (offloader.adopt, offloader.give):
+        if function in (calls.adopt, calls.give):
             self.held += [tuple(ranks[0]) for ranks in args[1]]
-            return [Outcome(seconds=0.0)]
-        if function is offloader.take:
+            return [""]
+        if function is calls.take:
             taken, self.held = self.held[: args[0]], self.held[args[0] :]
             return [Taken(segments=tuple(taken))]
         figures = ("weights_loads_total", "weights_copy_seconds_total", "weights_pass_stall_seconds")

@@ -13,7 +13,6 @@ from polder.engines.vllm.core.resident import ResidentWeights
 from polder.engines.vllm.core.resizing import Resizing
 from polder.engines.vllm.core.subsystem import Subsystem, UnitPages
 from polder.engines.vllm.core.transfers import Transfers
-from polder.engines.vllm.plans import Outcome
 
 
 class Workers:
@@ -23,10 +22,9 @@ class Workers:
         self.errors = errors
         self.calls: list[str] = []
 
-    def collective_rpc(self, function: Any, args: tuple[Any, ...] = ()) -> list[Outcome]:
+    def collective_rpc(self, function: Any, args: tuple[Any, ...] = ()) -> list[str]:
         self.calls.append(function.__name__)
-        failing = self.errors if function.__name__ == "map_units" else ["", ""]
-        return [Outcome(seconds=0.0, error=error) for error in failing]
+        return self.errors if function.__name__ == "map_units" else ["", ""]
 
 
 class Part(Subsystem):

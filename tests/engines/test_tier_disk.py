@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from polder.diskstore.io import Arena
+from polder.emulation.factory import Emulation
 from polder.engines.vllm.plans import DiskPlan
 from polder.engines.vllm.process import here
 from polder.engines.vllm.tiers.disk import OpenDisks, adopt, agree_on_slots, disk_plan, found, staged_pages
@@ -27,6 +28,7 @@ from polder.tiers.slots import block_ids
 
 PAGE = 64 << 10
 LIMIT = 16 << 20
+NOTHING = Emulation(links="", faults="")
 KEYS = block_ids([b"%032d" % n for n in range(12)])
 
 
@@ -42,14 +44,12 @@ def plan_of(folder: Path, ranks: int) -> DiskPlan:
         ranks=ranks,
         staged_pages=24,
         io="threads",
-        links="",
-        faults="",
     )
 
 
 def worker(plan: DiskPlan, rank: int, wanted: list[int]) -> PolderWorker:
     """One that has written the pages `wanted` in a former run."""
-    former = OpenDisks(plan, rank)
+    former = OpenDisks(plan, rank, NOTHING)
     arena = Arena(len(wanted), PAGE)
     assert former.store.write(KEYS[wanted], arena.addresses).all()
     former.close()
@@ -65,7 +65,9 @@ def made(plan: DiskPlan, rank: int) -> PolderWorker:
         memories.append(memory)
         return SimpleNamespace(close=memory.close, region=region)
 
-    return PolderWorker(open_tiers, [], lambda: None, disks=OpenDisks(plan, rank), host=(region.ctypes.data, PAGE))
+    return PolderWorker(
+        open_tiers, [], lambda: None, disks=OpenDisks(plan, rank, NOTHING), host=(region.ctypes.data, PAGE)
+    )
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ def test_a_disk_that_has_no_folder_for_a_rank_is_out_and_the_others_serve(
         return stock(self, *arguments, **more)
 
     monkeypatch.setattr(Path, call, refuse)
-    disks = OpenDisks(plan, 1)
+    disks = OpenDisks(plan, 1, NOTHING)
     assert disks.store.states == ("ok", "out")
     assert f"{tmp_path}/b/rank1: {os.strerror(number)}" in caplog.text
     disks.close()

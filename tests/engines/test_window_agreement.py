@@ -24,10 +24,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from polder.engines.vllm.rank.memory import geometry_of
+from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.engines.vllm.settings import EngineSettings
-from polder.engines.vllm.start import negotiate
-from polder.engines.vllm.window.agreement import WindowAgreement, agree_on_window, with_window
+from polder.engines.vllm.start.sizes import Sizes, hello_of
+from polder.engines.vllm.window.agreement import WindowAgreement, agree_on_window, units_with_window
 from polder.errors import BudgetError, ConfigError
 
 PAGE = 4096
@@ -47,8 +47,6 @@ def settings(window_bytes: int = 1 << 30, window_layers: int = 2) -> EngineSetti
         kv_ceiling_bytes=None,
         window_bytes=window_bytes,
         window_layers=window_layers,
-        links="window=2GB/s",
-        faults="seed=3",
     )
 
 
@@ -79,7 +77,7 @@ def model(layers: int, units: int) -> SimpleNamespace:
 def agreed(layers: int, window_layers: int, regular: int, store_units: int) -> WindowAgreement:
     kv = model(layers, regular + store_units)
     found = agree_on_window(
-        settings(window_layers=window_layers), kv, geometry_of(kv, PAGE, UNIT_BLOCKS), regular_units=regular
+        settings(window_layers=window_layers), kv, KvGeometry.of(kv, PAGE, UNIT_BLOCKS), regular_units=regular
     )
     assert found is not None
     return found
@@ -90,16 +88,13 @@ def hello(agreement: WindowAgreement, max_model_len: int, own: EngineSettings | 
     units = agreement.regular_units + agreement.shape.store_units
     kv = model(agreement.shape.layers, units)
     name = SimpleNamespace(max_model_len=max_model_len, served_model_name="m", model="m")
-    found, _ = negotiate._hello(
-        SimpleNamespace(model_config=name),
-        own or settings(),
-        kv,
-        geometry_of(kv, PAGE, UNIT_BLOCKS),
-        ["cpu:0"],
-        agreement.regular_units,
-        agreement,
+    sizes = Sizes(
+        configs=[kv],
+        geometry=KvGeometry.of(kv, PAGE, UNIT_BLOCKS),
+        regular_units=agreement.regular_units,
+        window=agreement,
     )
-    return found
+    return hello_of(SimpleNamespace(model_config=name), own or settings(), sizes, ["cpu:0"])
 
 
 def test_a_floor_that_cannot_hold_one_request_is_refused_with_what_to_give() -> None:
@@ -119,7 +114,9 @@ def test_windowed_units_fit_the_store_and_the_donors(shape: tuple[int, int, int]
     unit_bytes = layers * PAGE
     ceiling, wanted = units * unit_bytes + rest, settings(window_layers=window_layers)
     assume(store_bytes >= unit_bytes)
-    regular, everything = with_window([model(layers, 3)], ceiling, PAGE, UNIT_BLOCKS, wanted, store_bytes)
+    regular, everything = units_with_window(
+        model(layers, 3), wanted, ceiling_bytes=ceiling, store_bytes=store_bytes, blocks_of_unit=UNIT_BLOCKS
+    )
     windowed = everything - regular
     assert regular == units
     assert windowed * unit_bytes <= store_bytes
@@ -135,16 +132,16 @@ def test_the_agreement_has_the_units_of_geometry_and_store(shape: tuple[int, int
     assert (agreement.unit_bytes, agreement.unit_blocks) == (layers * PAGE, UNIT_BLOCKS)
     assert (agreement.block_bytes, agreement.block_tokens) == (BLOCK_BYTES, TOKENS)
     host = [range(100, 150 + agreement.store_pages), range(agreement.store_pages)]
-    plan = agreement.plan(host, settings())
+    plan = agreement.plan(host)
     assert plan.first_block == regular * UNIT_BLOCKS
     assert plan.blocks * layers * plan.block_bytes == agreement.store_pages * PAGE
     assert plan.host_pages == (tuple(range(150, 150 + agreement.store_pages)), tuple(range(agreement.store_pages)))
-    assert (plan.links, plan.faults, plan.layers) == ("window=2GB/s", "seed=3", agreement.layers)
+    assert plan.layers == agreement.layers
 
 
 def test_without_a_store_there_is_no_window() -> None:
     kv = model(4, 8)
-    assert agree_on_window(settings(window_bytes=0), kv, geometry_of(kv, PAGE, UNIT_BLOCKS), 8) is None
+    assert agree_on_window(settings(window_bytes=0), kv, KvGeometry.of(kv, PAGE, UNIT_BLOCKS), 8) is None
 
 
 def test_layers_are_in_the_order_of_their_numbers_wherever_they_lie() -> None:
@@ -155,25 +152,29 @@ def test_layers_are_in_the_order_of_their_numbers_wherever_they_lie() -> None:
         tensor(names(*numbers[4:]), blocks, offset=4 * stride, size=6 * stride),
     ]
     kv = config(tensors, blocks)
-    agreement = agree_on_window(settings(), kv, geometry_of(kv, PAGE, UNIT_BLOCKS), 1)
+    agreement = agree_on_window(settings(), kv, KvGeometry.of(kv, PAGE, UNIT_BLOCKS), 1)
     assert agreement is not None
     assert agreement.layers == tuple(
         (name, numbers.index(n) * stride) for n, name in zip(sorted(numbers), names(*sorted(numbers)), strict=True)
     )
 
 
+def in_a_mebibyte(kv: SimpleNamespace, wanted: EngineSettings) -> None:
+    units_with_window(kv, wanted, ceiling_bytes=1 << 20, store_bytes=1 << 20, blocks_of_unit=UNIT_BLOCKS)
+
+
 def test_a_layer_without_a_number_is_refused() -> None:
     kv = config([tensor(["model.attn", *names(1, 2, 3)], 8)], 8)
     with pytest.raises(ConfigError, match=r"model\.attn"):
-        with_window([kv], 1 << 20, PAGE, UNIT_BLOCKS, settings(), 1 << 20)
+        in_a_mebibyte(kv, settings())
 
 
 def refuse(kv: SimpleNamespace, match: str, window_layers: int = 2) -> None:
     wanted = settings(window_layers=window_layers)
     with pytest.raises(ConfigError, match=match):
-        with_window([kv], 1 << 20, PAGE, UNIT_BLOCKS, wanted, 1 << 20)
+        in_a_mebibyte(kv, wanted)
     with pytest.raises(ConfigError, match=match):
-        agree_on_window(wanted, kv, geometry_of(kv, PAGE, UNIT_BLOCKS), 2)
+        agree_on_window(wanted, kv, KvGeometry.of(kv, PAGE, UNIT_BLOCKS), 2)
 
 
 def test_a_layout_with_the_blocks_outermost_is_refused() -> None:
@@ -217,8 +218,12 @@ def test_more_than_half_of_the_layers_make_no_room(layers: int, window_layers: i
 def test_a_store_or_a_budget_without_a_unit_is_refused(ceiling_units: int, store_units: int) -> None:
     unit = 4 * PAGE
     with pytest.raises(BudgetError, match="POLDER_WINDOW=1 GiB is less than one unit of 16 KiB"):
-        with_window(
-            [model(4, 8)], ceiling_units * unit + 5, PAGE, UNIT_BLOCKS, settings(), store_units * unit + unit - 1
+        units_with_window(
+            model(4, 8),
+            settings(),
+            ceiling_bytes=ceiling_units * unit + 5,
+            store_bytes=store_units * unit + unit - 1,
+            blocks_of_unit=UNIT_BLOCKS,
         )
 
 

@@ -77,24 +77,21 @@ class Windowed(Pool):
         for at, donor in enumerate(donors):
             self.carried[donor] = unused[at * EACH : (at + 1) * EACH]
         opened = [unit for donor in donors for unit in self.carried[donor]]
-        self.units.donors = dict(self.carried)
-        self.units.open(opened)
+        self.units.open({donor: self.carried[donor] for donor in donors})
         self.content |= {block: b"zero" for unit in opened for block in blocks_of(unit)}
 
     @precondition(lambda self: self.carried)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
-        idle = set(self.units.idle_windowed())
         busy = {b.block_id // UNIT_BLOCKS for blocks in self.scheduler.requests.values() for b in blocks}
-        assert idle == set(self.units.windowed) - busy
-        able = [donor for donor, units in self.carried.items() if idle.issuperset(units)]
+        able = self.units.idle_donors()
+        assert able == [donor for donor, units in self.carried.items() if busy.isdisjoint(units)]
         if not able:
             return
         donors = data.draw(st.lists(st.sampled_from(able), min_size=1, unique=True))
         closed = [unit for donor in donors for unit in self.carried.pop(donor)]
-        self.units.donors = dict(self.carried)
         self.pool.take_events()
-        evicted = self.units.close(closed)
+        evicted = self.units.close(donors)
         removed = [event for event in self.pool.take_events() if type(event).__name__ == "BlockRemoved"]
         assert len(removed) == evicted
         for block in (block for unit in closed for block in blocks_of(unit)):
@@ -147,7 +144,7 @@ class Windowed(Pool):
             assert not donors & mapped
             assert {*self.units.unmapped(UNITS)} == {*range(REGULAR)} - mapped - donors
             carried = sorted(unit for units in self.carried.values() for unit in units)
-            assert carried == self.units.windowed
+            assert carried == sorted(self.units.windowed)
 
 
 def blocks_of(unit: int) -> range:
@@ -162,7 +159,7 @@ def window(busy: BusyBlocks = BusyBlocks.MOVE) -> tuple[Scheduler, BlockUnits]:
     """All regular units but one, and one windowed unit."""
     scheduler = Scheduler()
     units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(REGULAR - 1)), busy, windowed_units=WINDOWED)
-    units.open([REGULAR])
+    units.open({REGULAR - 1: [REGULAR]})
     return scheduler, units
 
 
@@ -232,6 +229,6 @@ def test_lent_windowed_blocks_are_announced_before_their_unit_closes() -> None:
     scheduler, units = window()
     held, recalled = scheduler.pool.get_new_blocks(REGULAR_FREE + UNIT_BLOCKS), list[int]()
     scheduler.pool.unpin_blocks(held, lambda block: recalled.append(block.block_id))
-    units.close([REGULAR])
+    units.close([REGULAR - 1])
     assert recalled == list(blocks_of(REGULAR))
     units.check_integrity()

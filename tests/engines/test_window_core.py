@@ -13,9 +13,8 @@ from vllm.v1.request import RequestStatus
 
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.transfers import Transfers
-from polder.engines.vllm.plans import Outcome
+from polder.engines.vllm.window import calls as window_calls
 from polder.engines.vllm.window import runner as window_runner
-from polder.engines.vllm.window import worker as window_worker
 from polder.engines.vllm.window.agreement import WindowAgreement
 from polder.engines.vllm.window.core import HOME_EVERY_S, RETRY_S, CoreWindow
 from polder.window.regions import WindowShape
@@ -28,8 +27,7 @@ AGREEMENT = WindowAgreement(
     shape=WindowShape(layers=4, window_layers=2, store_units=WINDOWED),
     unit_blocks=UNIT_BLOCKS,
     block_tokens=16,
-    unit_bytes=4 * 4096,
-    page_bytes=4096,
+    unit_pages=4,
     regular_units=REGULAR,
     layers=tuple((f"model.layers.{n}.attn", n) for n in range(4)),
     block_bytes=1024,
@@ -46,10 +44,10 @@ class Engine:
         manager.get_block_ids = lambda name: ([block.block_id for block in scheduler.requests.get(name, ())],)
         manager.evict_blocks = scheduler.pool.evict_blocks
         self.units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(REGULAR)), BusyBlocks.MOVE, windowed_units=WINDOWED)
-        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR, Transfers())
+        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, Transfers())
 
     def rpc(self, function: Any, *arguments: Any) -> list[Any]:
-        return [""] if function is window_worker.install else [Outcome(seconds=0.0)]
+        return [""]
 
     def ask(self, name: str, blocks: int) -> None:
         self.scheduler.requests[name] = self.scheduler.pool.get_new_blocks(blocks)
@@ -81,7 +79,7 @@ def engine() -> Engine:
     engine = Engine()
     engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)]
     engine.window.tick(0.0)
-    assert (engine.units.regular_blocks, engine.units.windowed) == (8, [REGULAR, REGULAR + 1])
+    assert (len(engine.units.mapped), engine.units.windowed) == (2, [REGULAR, REGULAR + 1])
     engine.scheduler.waiting = []
     engine.ask("short", 4)
     engine.ask("long", 5)
@@ -115,15 +113,15 @@ def test_a_window_whose_pages_cannot_be_mapped_stays_closed_and_is_tried_again_l
 
     def rpc(function: Any, *arguments: Any) -> list[Any]:
         calls.append(function)
-        return [Outcome(seconds=0.0, error="no map" if failing[0] and function is window_worker.open_units else "")]
+        return ["no map" if failing[0] and function is window_calls.open_units else ""]
 
     engine.window._rpc = rpc
     engine.scheduler.waiting = [SimpleNamespace(num_tokens=13 * 16 - 1, num_output_placeholders=0)]
     for now in (0.0, RETRY_S / 2):
         engine.window.tick(now)
         engine.units.check_integrity()
-    assert calls == [window_worker.open_units, window_worker.close_units]
-    assert (engine.units.regular_blocks, engine.units.windowed) == (REGULAR * UNIT_BLOCKS, [])
+    assert calls == [window_calls.open_units, window_calls.close_units]
+    assert (len(engine.units.mapped), engine.units.windowed) == (REGULAR, [])
     failing[0] = False
     engine.window.tick(RETRY_S)
     assert engine.units.windowed == [REGULAR, REGULAR + 1]

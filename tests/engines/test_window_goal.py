@@ -11,24 +11,24 @@ pytest.importorskip("vllm")
 
 from polder.engines.vllm.window.agreement import WindowAgreement
 from polder.engines.vllm.window.goal import keep_goal
-from polder.engines.vllm.window.measure import Measured
 from polder.errors import BudgetError
+from polder.planner.window_steps import StepFigures
 from polder.window.regions import WindowShape
 
 AGREEMENT = WindowAgreement(
     shape=WindowShape(layers=8, window_layers=2, store_units=36),
     unit_blocks=2,
     block_tokens=16,
-    unit_bytes=16 << 15,
-    page_bytes=1 << 15,
+    unit_pages=16,
     regular_units=10,
     layers=tuple((f"model.layers.{n}.attn", n) for n in range(8)),
     block_bytes=1 << 15,
 )
 CEILING = 10
 LONGEST = 1100
-FAST = Measured(step_s=0.01, token_s=1e-6, overhead_s=1e-4, link_bytes_per_s=1e9)
-SLOW = Measured(step_s=0.011, token_s=1e-6, overhead_s=1e-4, link_bytes_per_s=5e8)
+SIZES = {"layers": 8, "window_layers": 2, "block_bytes": 1 << 15, "block_tokens": 16}
+FAST = StepFigures(**SIZES, step_s=0.01, token_s=1e-6, overhead_s=1e-4, link_bytes_per_s=1e9)
+SLOW = StepFigures(**SIZES, step_s=0.011, token_s=1e-6, overhead_s=1e-4, link_bytes_per_s=5e8)
 
 
 class Core:
@@ -45,8 +45,8 @@ class Core:
         assert method == "update_max_model_len"
         self.told += args
 
-    def keep(self, goal_s: float, ranks: list[Measured]) -> dict[str, float]:
-        return keep_goal(self, AGREEMENT, goal_s, CEILING, lambda *_: ranks)
+    def keep(self, goal_s: float, ranks: list[StepFigures]) -> dict[str, float]:
+        return keep_goal(self, AGREEMENT, goal_s, lambda *_: ranks)
 
     @property
     def lengths(self) -> set[Any]:

@@ -28,11 +28,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.scheduler_events import watch
 from polder.engines.vllm.core.transfers import Transfers
-from polder.engines.vllm.plans import Outcome
 from polder.engines.vllm.process import here
 from polder.engines.vllm.rank import calls
+from polder.engines.vllm.window import calls as window_calls
 from polder.engines.vllm.window import runner as window_runner
-from polder.engines.vllm.window import worker as window_worker
 from polder.engines.vllm.window.core import CoreWindow
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS
 from tests.engines.test_window_core import AGREEMENT, REGULAR, WINDOWED
@@ -102,12 +101,12 @@ class Core:
         self.asked_of_workers: list[tuple[Any, tuple[Any, ...]]] = []
         self.tier = scheduler.connector = Tier("loads")
         self.units = BlockUnits(scheduler, UNIT_BLOCKS, list(range(REGULAR)), BusyBlocks.MOVE, windowed_units=WINDOWED)
-        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, REGULAR, Transfers())
+        self.window = CoreWindow(scheduler, self.units, AGREEMENT, self.rpc, Transfers())
         watch(scheduler, [self.window])
 
     def rpc(self, function: Any, *arguments: Any) -> list[Any]:
         self.asked_of_workers.append((function, arguments))
-        return [""] if function is window_worker.install else [Outcome(seconds=0.0)]
+        return [""]
 
     def ask(self, name: str, prompt: list[int], *, session: bool = False) -> Request:
         init_none_hash(sha256)
@@ -242,7 +241,7 @@ def test_a_model_whose_layers_read_other_layers_kv_is_refused_a_window(monkeypat
     monkeypatch.setattr(here, "memory", memory)
     layers = {"a": SimpleNamespace(), "b": SimpleNamespace(kv_sharing_target_layer_name="a")}
     context = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-    assert "POLDER_WINDOW" in window_worker.install(SimpleNamespace(vllm_config=context))
+    assert "POLDER_WINDOW" in window_calls.install(SimpleNamespace(vllm_config=context))
 
 
 def test_with_a_step_more_under_way_a_request_is_given_up_as_late_as_without(tmp_path: Path) -> None:

@@ -53,10 +53,6 @@ class Rank:
         self.backend = FaultyBackend(self._inner)
         self.span = Span(self._inner, geometry.total_slots)
         pages = self._inner.create(held * geometry.pages_per_unit)
-        self.pages_of = {
-            unit: tuple(range(unit * geometry.pages_per_unit, (unit + 1) * geometry.pages_per_unit))
-            for unit in range(held)
-        }
         self.span.map(geometry.slots(range(held)), pages)
         self.store = np.zeros((layers, len(self.windowed), block_bytes), np.uint8)
         memory = SimpleNamespace(
@@ -64,9 +60,9 @@ class Rank:
             geometry=geometry,
             span=self.span,
             backend=self.backend,
-            imported=SimpleNamespace(handles=lambda _, numbers: [pages[number] for number in numbers]),
-            generation_of=dict.fromkeys(range(held), 1),
-            pages_of=self.pages_of,
+            handles_of=lambda unit: pages[unit * geometry.pages_per_unit : (unit + 1) * geometry.pages_per_unit],
+            pages_of=dict.fromkeys(range(held)),
+            plan=SimpleNamespace(links="", faults=""),
         )
         stride = geometry.places[0].layer_stride
         plan = WindowPlan(
@@ -77,19 +73,19 @@ class Rank:
             first_block=self.first,
             blocks=len(self.windowed),
             host_pages=((),),
-            links="",
-            faults="",
         )
         region = SimpleNamespace(address=self.store.ctypes.data)
         with mock.patch.object(window_worker, "HostRegion", return_value=region):
             self.window = WorkerWindow(cast(Any, memory), plan, steps_in_flight=steps_in_flight)
         self.stream = self.window.stream
-        self.donors = list(range(REGULAR_UNITS, held))
+        each = layers // window_layers
+        units = range(held, held + windowed)
+        self.donors = {REGULAR_UNITS + n: list(units[n * each : (n + 1) * each]) for n in range(donors)}
         for layer in range(layers):
             for block in range(len(self.regular), self.first):
                 self.local(layer, block)[:] = 0xAA  # of requests before
-        self.span.unmap(geometry.slots(self.donors))
-        self.window.open(self.donors, list(range(held, held + windowed)))
+        self.span.unmap(geometry.slots(list(self.donors)))
+        self.window.open(self.donors)
         self.random = np.random.default_rng(layers * 10 + window_layers)
         self.truth = self.random.integers(0, 256, (layers, self.blocks, block_bytes), np.uint8)
         self.store[:] = self.truth[:, self.first :]

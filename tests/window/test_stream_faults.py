@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from polder.engines.vllm.process import here
 from polder.engines.vllm.rank import calls
-from polder.engines.vllm.window import worker as window_worker
+from polder.engines.vllm.window import calls as window_calls
 from polder.errors import EnvironmentFault, OutOfPages
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank
@@ -148,10 +148,10 @@ def bring_home(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The workers' part of it: returns the error that the core is told."""
 
     def told(rank: Rank, sources: list[int], targets: list[int]) -> str:
-        monkeypatch.setattr(here, "memory", rank.window._memory)
+        monkeypatch.setattr(here, "memory", rank.window.memory)
         monkeypatch.setattr(here, "window", rank.window)
         monkeypatch.setattr(calls, "rewrite_block_tables", lambda *_: None)
-        return window_worker.bring_home(SimpleNamespace(model_runner=None), sources, targets).error
+        return window_calls.bring_home(SimpleNamespace(model_runner=None), sources, targets)
 
     return told
 
@@ -172,7 +172,7 @@ def test_ranks_compare_as_long_as_one_of_them_may_have_lost_something() -> None:
     with Rank(4, 2).open() as rank:
         rank.window.take_doubtful()
         assert rank.window.opened, "after every pass while units are windowed"
-        rank.window.close(rank.donors)
+        rank.window.close(list(rank.donors))
         assert rank.window.opened, "and once more after that"
         rank.window.take_doubtful()
         assert not rank.window.opened
@@ -192,16 +192,17 @@ def test_closing_one_donor_tells_of_blocks_of_another() -> None:
         rank.backend.fail_next("copy", LAST_STORE)
         rank.run([], [rank.first])
         assert not rank.window.settled()
-        rank.window.close(rank.donors[1:])
+        rank.window.close(list(rank.donors)[1:])
         assert rank.window.take_doubtful() == [rank.first]
 
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_an_opening_that_cannot_map_puts_the_donors_pages_back(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with Rank(4, 2).open() as rank:
-        window, geometry = rank.window, rank.window._memory.geometry
-        units = window.close(rank.donors)
-        donors = geometry.slots(rank.donors)
+        window, geometry = rank.window, rank.window.memory.geometry
+        window.close(list(rank.donors))
+        donors = geometry.slots(list(rank.donors))
+        under = geometry.slots([unit for units in rank.donors.values() for unit in units])
         rank.span.unmap(donors)
         real, calls = rank.span.map, itertools.count(1)
 
@@ -212,10 +213,10 @@ def test_an_opening_that_cannot_map_puts_the_donors_pages_back(failing: int, mon
 
         monkeypatch.setattr(rank.span, "map", map_or_fail)
         with pytest.raises(OutOfPages):
-            window.open(rank.donors, units)
+            window.open(rank.donors)
         assert rank.span.mapped[donors].all()
-        assert not rank.span.mapped[geometry.slots(units)].any()
-        window.close(rank.donors)  # what the core asks of every rank changes nothing here
+        assert not rank.span.mapped[under].any()
+        window.close(list(rank.donors))  # what the core asks of every rank changes nothing here
         rank.span.unmap(donors)
-        window.open(rank.donors, units)
-        assert rank.span.mapped[geometry.slots(units)].all()
+        window.open(rank.donors)
+        assert rank.span.mapped[under].all()

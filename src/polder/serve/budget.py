@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from polder.engines.vllm.rank.geometry import TensorPlace, unit_blocks, units_of_request
+from polder.engines.vllm.rank.geometry import TensorPlace, least_bytes
 from polder.errors import ConfigError
 from polder.planner.model_shape import element_bytes, read_config, read_kv_shape
 
@@ -44,10 +44,8 @@ def least_kv_bytes(
     if (option(args, "--kv-cache-dtype") or "auto") != "auto":
         return None
     block_bytes = shape.bytes_of_layer(size) * int(block_tokens)
-    place = TensorPlace(offset=0, layers=shape.layers, layer_stride=0, block_stride=block_bytes)
-    blocks_of_unit = unit_blocks([place], page_bytes)
-    units = units_of_request(length, [int(block_tokens)], blocks_of_unit)
-    return units * blocks_of_unit * block_bytes * shape.layers
+    place = TensorPlace(offset=0, layers=shape.layers, layer_stride=block_bytes, block_stride=block_bytes)
+    return least_bytes(length, [int(block_tokens)], [place], page_bytes)
 
 
 def option(args: Sequence[str], name: str) -> str | None:

@@ -49,10 +49,6 @@ class BlockHomes:
     store: int
     """Address of the store."""
 
-    @property
-    def store_bytes(self) -> int:
-        return len(self.local) * self.blocks * self.stride_bytes
-
     def windowed(self, blocks: Indices) -> Indices:
         """Those of `blocks` that are, each once, rising."""
         return np.unique(blocks[blocks >= self.first])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DiskPlan", "Outcome", "Taken", "TierPlan", "WeightsFound", "WindowPlan", "WorkerPlan"]
+__all__ = ["DiskPlan", "Taken", "TierPlan", "WeightsFound", "WindowPlan", "WorkerPlan"]
 
 
 # ---------------------------------------------------------------- from the core
@@ -22,8 +22,6 @@ class DiskPlan:
     ranks: int
     staged_pages: int
     io: str
-    links: str
-    faults: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +40,6 @@ class TierPlan:
     """Process id of this engine's core, by which lenders know it."""
     namespace: int
     disk: DiskPlan | None
-    links: str
-    faults: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +57,6 @@ class WindowPlan:
     blocks: int
     host_pages: tuple[tuple[int, ...], ...]
     """Pages of the store, per rank."""
-    links: str
-    faults: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +71,14 @@ class WorkerPlan:
     pages: tuple[tuple[int, ...], ...]
     """Pages of these units, per rank."""
     unit_blocks: int
+    links: str = ""
+    faults: str = ""
+    """POLDER_LINKS and POLDER_FAULTS: what the workers emulate."""
     tiers: TierPlan | None = None
     window: WindowPlan | None = None
 
 
 # ---------------------------------------------------------------- from a worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Answer of a worker. `error` is empty when it did as asked; else it did nothing."""
-
-    seconds: float
-    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ Everything here runs between two steps, in the engine core's thread, and is logi
 from __future__ import annotations
 
 import enum
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,8 @@ import numpy as np
 
 from polder.engines.vllm import hooks
 from polder.engines.vllm.core.compaction import Compaction, Ids, plan_compaction
-from polder.engines.vllm.core.holders import BlockHolders, NewIds
+from polder.engines.vllm.core.holders import BlockHolders
+from polder.engines.vllm.core.preemption import free_deferred, last_running, preempt
 from polder.errors import IntegrityError
 
 __all__ = ["BlockUnits", "BusyBlocks", "Shrink"]
@@ -34,10 +34,6 @@ class Shrink:
     migrated_blocks: int
     preempted: tuple[str, ...]
     """Requests that lost their blocks. A step under way may still compute a token for them, which is dropped."""
-
-    @property
-    def preempted_requests(self) -> int:
-        return len(self.preempted)
 
 
 class BusyBlocks(enum.Enum):
@@ -63,40 +59,35 @@ class BlockUnits:
         self._scheduler = scheduler
         self.holders = BlockHolders(scheduler)
         """All who must be told when blocks get other ids."""
-        self.holders.register(self._renumber_requests)
         self._manager = scheduler.kv_cache_manager
         self._pool = self._manager.block_pool
-        self._unit_blocks = unit_blocks
+        self.unit_blocks = unit_blocks
         all_units = self._pool.num_gpu_blocks // unit_blocks
-        self.virtual_units = all_units - windowed_units
+        self.virtual_units: int = all_units - windowed_units
+        self.first_windowed: int = self.virtual_units * unit_blocks
+        """The lowest windowed block, if there are any."""
         self.mapped: list[int] = sorted(mapped_units)
+        """Regular units in use."""
         self.donors: dict[int, list[int]] = {}
-        """Regular unit that is not in use, since its pages lie under windowed units -> these units. Kept by the window."""
-        self.windowed: list[int] = []
-        """Units whose blocks cost copies in every pass, in use now; their ids lie above all others."""
+        """Regular unit that is not in use, since its pages lie under windowed units -> these units, whose blocks are in use.
+
+        Blocks of windowed units cost copies in every pass; their ids lie above all others.
+        """
         if windowed_units:
             from polder.engines.vllm.core.region_queue import RegionQueue
 
-            first = self.first_windowed
-            queue = RegionQueue(self._pool.free_block_queue.get_all_free_blocks(), first)
+            queue = RegionQueue(self._pool.free_block_queue.get_all_free_blocks(), self.first_windowed)
             hooks.put(self._pool, "free_block_queue", queue)
-        for unit in set(range(all_units)) - set(self.mapped):
-            for block in self._blocks(unit):
-                self._pool.free_block_queue.remove(block)
+        for block in self._blocks(set(range(all_units)) - set(self.mapped)):
+            self._pool.free_block_queue.remove(block)
         self._resized()
 
     # ------------------------------------------------------------------ sizes
 
     @property
-    def unit_blocks(self) -> int:
-        size: int = self._unit_blocks
-        return size
-
-    @property
-    def first_windowed(self) -> int:
-        """The lowest windowed block, if there are any."""
-        first: int = self.virtual_units * self._unit_blocks
-        return first
+    def windowed(self) -> list[int]:
+        """Windowed units in use."""
+        return [unit for units in self.donors.values() for unit in units]
 
     @property
     def held_units(self) -> int:
@@ -104,19 +95,18 @@ class BlockUnits:
         return len(self.mapped) + len(self.donors)
 
     @property
-    def usable_blocks(self) -> int:
-        return (len(self.mapped) + len(self.windowed)) * self._unit_blocks
+    def usable_units(self) -> int:
+        return len(self.mapped) + sum(map(len, self.donors.values()))
 
     @property
-    def regular_blocks(self) -> int:
-        """Usable and not windowed."""
-        return len(self.mapped) * self._unit_blocks
+    def usable_blocks(self) -> int:
+        return self.usable_units * self.unit_blocks
 
     @property
     def free_regular(self) -> int:
         """Free and not windowed; counted."""
         queue = self._pool.free_block_queue
-        return int(queue.num_free_blocks - (queue.free_windowed if self.windowed else 0))
+        return int(queue.num_free_blocks - (queue.free_windowed if self.donors else 0))
 
     @property
     def busy_blocks(self) -> int:
@@ -129,42 +119,42 @@ class BlockUnits:
 
     def unmapped(self, count: int) -> list[int]:
         """The lowest `count` units that have no pages."""
-        mapped = self.donors.keys() | self.mapped
-        return [unit for unit in range(self.virtual_units) if unit not in mapped][:count]
+        held = self.donors.keys() | self.mapped
+        return [unit for unit in range(self.virtual_units) if unit not in held][:count]
 
     # ------------------------------------------------------------------ grow
 
     def offer(self, units: list[int]) -> None:
         """The units' pages are mapped and zeroed: their blocks may be used, before any cached block is evicted."""
-        self._pool.free_block_queue.prepend_n([block for unit in units for block in self._blocks(unit)])
+        self._pool.free_block_queue.prepend_n(self._blocks(units))
         self.mapped = sorted([*self.mapped, *units])
         self._resized()
 
     # ------------------------------------------------------------------ windowed units
 
-    def open(self, units: list[int]) -> None:
-        """Windowed units have pages: their blocks may be used, when all others are."""
-        self._pool.free_block_queue.append_n([block for unit in units for block in self._blocks(unit)])
-        self.windowed = sorted([*self.windowed, *units])
+    def open(self, donors: dict[int, list[int]]) -> None:
+        """Pages of regular units that are not in use lie under windowed ones: these may be used, when all others are."""
+        self._pool.free_block_queue.append_n(self._blocks(unit for units in donors.values() for unit in units))
+        self.donors |= donors
         self._resized()
 
-    def close(self, units: list[int]) -> int:
+    def close(self, donors: list[int]) -> int:
         """Takes windowed units out of use, of which no block is busy. Returns how many cached blocks were lost."""
         evicted = 0
-        blocks = [block for unit in units for block in self._blocks(unit)]
+        blocks = self._blocks(unit for donor in donors for unit in self.donors.pop(donor))
         self._pool._notify_reuse(blocks)
         for block in blocks:
             evicted += self._pool._maybe_evict_cached_block(block)
             self._pool.free_block_queue.remove(block)
-        gone = set(units)
-        self.windowed = [unit for unit in self.windowed if unit not in gone]
         self._resized()
         self.holders.renumber({}, lost=[block.block_id for block in blocks])
         return evicted
 
-    def idle_windowed(self) -> list[int]:
-        """Windowed units without a busy block."""
-        return [unit for unit in self.windowed if all(block.ref_cnt == 0 for block in self._blocks(unit))]
+    def idle_donors(self) -> list[int]:
+        """Donors whose windowed units have no busy block."""
+        return [
+            donor for donor, units in self.donors.items() if all(block.ref_cnt == 0 for block in self._blocks(units))
+        ]
 
     def windowed_of(self, request_id: str) -> list[int]:
         """Ids of the windowed blocks that a request holds."""
@@ -208,9 +198,11 @@ class BlockUnits:
         while len((plan := self._plan(count)).units) < count:
             if getattr(self._scheduler, "deferred_frees", None):
                 await_steps()
-                self._free_deferred()
+                free_deferred(self._scheduler)
             elif self._scheduler.running:
-                preempted.append(self._preempt_last())
+                request = last_running(self._scheduler)
+                preempt(self._scheduler, request)
+                preempted.append(str(request.request_id))
             else:
                 break
         return self._apply(plan, preempted=tuple(preempted))
@@ -218,8 +210,7 @@ class BlockUnits:
     def check_integrity(self) -> None:
         """Raises IntegrityError unless mapped blocks = busy + free, and nothing of an unmapped unit is in use or cached."""
         free = {block.block_id for block in self._pool.free_block_queue.get_all_free_blocks()}
-        units = (*self.mapped, *self.windowed)
-        mapped = {block for unit in units for block in range(unit * self._unit_blocks, (unit + 1) * self._unit_blocks)}
+        mapped = {block.block_id for block in self._blocks([*self.mapped, *self.windowed])}
         busy = {b.block_id for b in self._pool.blocks if b.ref_cnt > 0 or b.is_null}
         if len(free) != self._pool.get_num_free_blocks() or free & busy or free | busy != mapped:
             raise IntegrityError(
@@ -231,9 +222,9 @@ class BlockUnits:
 
     # ------------------------------------------------------------------ inside
 
-    def _blocks(self, unit: int) -> list[Any]:
-        blocks: list[Any] = self._pool.blocks[unit * self._unit_blocks : (unit + 1) * self._unit_blocks]
-        return blocks
+    def _blocks(self, units: Iterable[int]) -> list[Any]:
+        size = self.unit_blocks
+        return [block for unit in units for block in self._pool.blocks[unit * size : (unit + 1) * size]]
 
     def _resized(self) -> None:
         # Read by get_usage(), reset_prefix_cache() and admission only; ids still run up to the virtual size.
@@ -245,12 +236,12 @@ class BlockUnits:
         free_blocks = [block for block in everything if block.block_id < self.first_windowed]
         free = np.array([b.block_id for b in free_blocks], dtype=np.int64)
         mapped_units = np.array(self.mapped, dtype=np.int64)
-        ids = (mapped_units[:, None] * self._unit_blocks + np.arange(self._unit_blocks)).ravel()
+        ids = (mapped_units[:, None] * self.unit_blocks + np.arange(self.unit_blocks)).ravel()
         busy = np.setdiff1d(ids, free, assume_unique=True)
         return plan_compaction(
             count=count,
             mapped_units=mapped_units,
-            unit_blocks=self._unit_blocks,
+            unit_blocks=self.unit_blocks,
             busy=busy,
             immovable=self._immovable(busy),
             free_coldest_first=free,
@@ -258,20 +249,7 @@ class BlockUnits:
         )
 
     def _immovable(self, busy: Ids) -> Ids:
-        """Busy blocks with a holder that is not a request's block list: the null block, deferred frees, connectors."""
-        if self._busy_rule is BusyBlocks.STAY:
-            return busy
-        held = np.zeros(len(self._pool.blocks), dtype=np.int64)
-        for manager in self._manager.coordinator.single_type_managers:
-            for blocks in manager.req_to_blocks.values():
-                for block in blocks:
-                    held[block.block_id] += 1
-            for block in _kept_apart(manager):
-                held[block.block_id] = -1
-        references = np.array([self._pool.blocks[i].ref_cnt for i in busy.tolist()], dtype=np.int64)
-        unknown = np.not_equal(references, held[busy]) | np.equal(busy, int(self._pool.null_block.block_id))
-        found: Ids = busy[unknown]
-        return found
+        return busy if self._busy_rule is BusyBlocks.STAY else self.holders.unknown(busy)
 
     def _apply(self, plan: Compaction, preempted: tuple[str, ...]) -> Shrink:
         pool, queue = self._pool, self._pool.free_block_queue
@@ -292,15 +270,6 @@ class BlockUnits:
         self._resized()
         return Shrink(plan=plan, evicted_blocks=evicted, migrated_blocks=len(moved), preempted=preempted)
 
-    def _renumber_requests(self, new: NewIds) -> None:
-        """The requests' lists hold block objects, which other ones take the place of."""
-        changed = set(np.flatnonzero((new != np.arange(len(new))) & (new != 0)).tolist())  # what is lost was nobody's
-        for manager in self._manager.coordinator.single_type_managers:
-            for blocks in manager.req_to_blocks.values():
-                for at, block in enumerate(blocks):
-                    if block.block_id in changed:
-                        blocks[at] = self._pool.blocks[new[block.block_id]]
-
     def _move(self, source: Any, target: Any) -> None:
         """`target`, free and unhashed, becomes what `source` is: same references, same hashes, same place in the free queue."""
         self._pool.free_block_queue.remove(target)
@@ -313,36 +282,3 @@ class BlockUnits:
             before.next_free_block = after.prev_free_block = target
             source.prev_free_block = source.next_free_block = None
         self._pool.move_block_hashes(source, target)
-
-    def _free_deferred(self) -> None:
-        """As Scheduler._drain_deferred_frees does, when no step is under way."""
-        deferred = self._scheduler.deferred_frees
-        while deferred:
-            _, blocks = deferred.popleft()
-            self._pool.free_blocks(reversed(blocks))
-
-    def _preempt_last(self) -> str:
-        """As vLLM's scheduler does when it runs out of blocks, between two steps instead of within one. Returns the request."""
-        scheduler = self._scheduler
-        if scheduler.policy.name == "PRIORITY":
-            request = max(scheduler.running, key=lambda r: (r.priority, r.arrival_time))
-        else:
-            request = scheduler.running[-1]
-        scheduler.running.remove(request)
-        # Output of a step still in flight belongs to KV that is gone: drop it, or tokens could come twice.
-        scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
-        scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
-        return str(request.request_id)
-
-
-def _kept_apart(manager: Any) -> list[Any]:
-    """Blocks that one of vLLM's managers remembers beside the requests' lists: sources of copies, and states of recurrent layers
-    that are to be handed on. They stay where they are."""
-    kept: list[Any] = []
-    for name in ("_partial_hit_reqs", "_producer_partial_tail_reqs", "residency_changes"):
-        for value in getattr(manager, name, {}).values():
-            parts = value.values() if isinstance(value, dict) else value
-            kept += [part for part in parts if hasattr(part, "block_id")]
-    for name in ("_pending_cow_copies", "_pending_boundary_state_offloads"):
-        kept += [part for entry in getattr(manager, name, ()) for part in entry if hasattr(part, "block_id")]
-    return kept

@@ -55,12 +55,10 @@ class ElasticCore:
         """After the scheduler exists and the workers have mapped the floor. `wake` makes the core call `on_wake` soon."""
         self._core, self._scheduler, self._hello = core, core.scheduler, agreement.hello
         welcome = agreement.welcome
-        ranks = self._rpc(calls.describe)
-        rule = BusyBlocks.MOVE if all(rank["movable"] for rank in ranks) else BusyBlocks.STAY
+        rule = BusyBlocks.MOVE if all(self._rpc(calls.start_serving)) else BusyBlocks.STAY
+        held, size = list(range(agreement.held_units)), agreement.geometry.unit_blocks
         windowed = agreement.window.shape.store_units if agreement.window else 0
-        self.blocks = BlockUnits(
-            self._scheduler, agreement.unit_blocks, ranks[0]["units"], rule, windowed_units=windowed
-        )
+        self.blocks = BlockUnits(self._scheduler, size, held, rule, windowed_units=windowed)
         self._refusal = ""
         self._slow: dict[str, float] = {}
         self._slow_at = float("-inf")
@@ -86,8 +84,8 @@ class ElasticCore:
             self._scheduler,
             self.blocks,
             self._hello,
-            block_tokens=agreement.block_tokens,
-            groups=agreement.groups,
+            block_tokens=min(agreement.block_tokens),
+            groups=len(agreement.block_tokens),
             prefill=self._transfers.prefill,
             weights=self._weights,
             stats=self.stats,
@@ -111,11 +109,11 @@ class ElasticCore:
             yield Prefetch(self._scheduler, self.tiers.tiers.counters)
         if agreement.window:
             yield self._open_window(agreement)
-        if agreement.tbt_goal_s:
-            yield Pacing(self._scheduler, agreement.tbt_goal_s, self.counters)
+        if agreement.settings.tbt_goal_s:
+            yield Pacing(self._scheduler, agreement.settings.tbt_goal_s, self.counters)
         yield self._step_times
         yield self._transfers
-        if agreement.lend_bytes:
+        if agreement.settings.lend_bytes:
             yield self._open_lending(agreement, wake)
         yield self._weights
         yield self._demand
@@ -135,10 +133,9 @@ class ElasticCore:
 
     def _open_window(self, agreement: Agreement) -> CoreWindow:
         assert agreement.window
-        ceiling = self._hello.ceiling_units
-        window = CoreWindow(self._scheduler, self.blocks, agreement.window, self._rpc, ceiling, self._transfers)
-        if agreement.tbt_goal_s:
-            self.counters |= keep_goal(self._core, agreement.window, agreement.tbt_goal_s, ceiling, self._rpc)
+        window = CoreWindow(self._scheduler, self.blocks, agreement.window, self._rpc, self._transfers)
+        if agreement.settings.tbt_goal_s:
+            self.counters |= keep_goal(self._core, agreement.window, agreement.settings.tbt_goal_s, self._rpc)
         return window
 
     def _open_lending(self, agreement: Agreement, wake: Callable[[], None]) -> Lending:

@@ -6,7 +6,7 @@ block's bytes are lost when its unit goes, when it is the target of a move, and 
 
 | who keeps ids                        | is told by                                                                    |
 |--------------------------------------|-------------------------------------------------------------------------------|
-| the requests' block lists            | BlockUnits, which registers here                                              |
+| the requests' block lists            | BlockHolders itself                                                           |
 | vLLM's block pool: hashes, queue     | BlockUnits, block by block, as it moves them                                  |
 | the KV connector (offloading)        | registered here at the start; a connector that cannot be told is refused      |
 | the lender                           | registers here                                                                |
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from polder.engines.vllm.core.compaction import Ids
 from polder.errors import ConfigError
 
 __all__ = ["BlockHolders", "NewIds"]
@@ -37,7 +38,8 @@ class BlockHolders:
 
     def __init__(self, scheduler: Any) -> None:
         """Raises ConfigError for a KV connector without `renumber_blocks`."""
-        self._size = len(scheduler.kv_cache_manager.block_pool.blocks)
+        self._pool = scheduler.kv_cache_manager.block_pool
+        self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._holders: list[Callable[[NewIds], None]] = []
         self._connector: Any = getattr(scheduler, "connector", None)
         if self._connector is not None:
@@ -48,6 +50,7 @@ class BlockHolders:
                     f"could correct: remove --kv-transfer-config, or use PolderConnector"
                 )
             self.register(renumber)
+        self.register(self._renumber_requests)
 
     def register(self, holder: Callable[[NewIds], None]) -> None:
         """`holder(new)` is called at every change, with an array as long as the block pool."""
@@ -58,14 +61,52 @@ class BlockHolders:
         lost = list(lost)
         if not moved and not lost:
             return
-        new = np.arange(self._size, dtype=np.int64)
+        new = np.arange(len(self._pool.blocks), dtype=np.int64)
         new[lost] = 0
         new[list(moved.values())] = 0  # what was in a target is lost, and nobody must take the block that came for it
         new[list(moved)] = list(moved.values())
         for holder in self._holders:
             holder(new)
 
+    def unknown(self, busy: Ids) -> Ids:
+        """Those of the busy blocks that have a holder besides the requests' block lists, and so must stay where they are.
+
+        Such blocks are the null block, frees that vLLM defers, and what a connector keeps.
+        """
+        held = np.zeros(len(self._pool.blocks), dtype=np.int64)
+        for manager in self._managers:
+            for blocks in manager.req_to_blocks.values():
+                for block in blocks:
+                    held[block.block_id] += 1
+            for block in _kept_apart(manager):
+                held[block.block_id] = -1
+        references = np.array([self._pool.blocks[i].ref_cnt for i in busy.tolist()], dtype=np.int64)
+        found: Ids = busy[np.not_equal(references, held[busy]) | np.equal(busy, int(self._pool.null_block.block_id))]
+        return found
+
     def in_transfer(self) -> set[int]:
         """Blocks that jobs under way read or write: they must be neither moved nor lent."""
         found: set[int] = self._connector.blocks_in_transfer() if self._connector is not None else set()
         return found
+
+    def _renumber_requests(self, new: NewIds) -> None:
+        """The requests' lists hold block objects, which other ones take the place of."""
+        changed = set(np.flatnonzero((new != np.arange(len(new))) & (new != 0)).tolist())  # what is lost was nobody's
+        for manager in self._managers:
+            for blocks in manager.req_to_blocks.values():
+                for at, block in enumerate(blocks):
+                    if block.block_id in changed:
+                        blocks[at] = self._pool.blocks[new[block.block_id]]
+
+
+def _kept_apart(manager: Any) -> list[Any]:
+    """Blocks that one of vLLM's managers remembers beside the requests' lists: sources of copies, and states of recurrent layers
+    that are to be handed on. They stay where they are."""
+    kept: list[Any] = []
+    for name in ("_partial_hit_reqs", "_producer_partial_tail_reqs", "residency_changes"):
+        for value in getattr(manager, name, {}).values():
+            parts = value.values() if isinstance(value, dict) else value
+            kept += [part for part in parts if hasattr(part, "block_id")]
+    for name in ("_pending_cow_copies", "_pending_boundary_state_offloads"):
+        kept += [part for entry in getattr(manager, name, ()) for part in entry if hasattr(part, "block_id")]
+    return kept

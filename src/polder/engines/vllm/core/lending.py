@@ -116,7 +116,7 @@ def open_lending(
         blocks.holders,
         agreement.geometry,
         len(devices),
-        agreement.lend_bytes,
+        agreement.settings.lend_bytes,
         before_offer=before_offer,
     )
     question = FetchTable(engine=name, lender=name)

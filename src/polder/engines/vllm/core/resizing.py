@@ -64,12 +64,13 @@ class Resizing:
         """Maps the pages, or gives them back."""
         started = time.perf_counter()
         units = self._blocks.unmapped(grant.units)
-        outcomes = self._rpc(calls.map_units, self.generation, units, grant.pages) if len(units) == grant.units else []
-        errors = [outcome.error for outcome in outcomes if outcome.error]
-        if errors or not outcomes:
-            logger.warning("cannot map %d units: %s", grant.units, "; ".join(errors) or "already at the ceiling")
-            if outcomes:
+        errors = ["already at the ceiling"]
+        if len(units) == grant.units:
+            errors = list(filter(None, self._rpc(calls.map_units, self.generation, units, grant.pages)))
+            if errors:
                 self._rpc(calls.unmap_units, self.generation, units)  # some ranks may have mapped theirs
+        if errors:
+            logger.warning("cannot map %d units: %s", grant.units, "; ".join(errors))
             self._send(Returned(lease=grant.lease, use="kv", pages=grant.pages))
             return
         added = self._by_unit(units, grant.pages)
@@ -120,7 +121,7 @@ class Resizing:
         self._send(Returned(lease=recall.lease, use="kv", pages=pages, short=recall.units - len(units)))
         self._counters["evicted_blocks_total"] += done.evicted_blocks
         self._counters["migrated_blocks_total"] += done.migrated_blocks
-        self._counters["giveback_preemptions_total"] += done.preempted_requests
+        self._counters["giveback_preemptions_total"] += len(done.preempted)
         if units:
             self._count("shrinks_total", "shrink_seconds_total", "shrink_max_seconds", started)
 

@@ -2,18 +2,17 @@
 
 The calls are ordered with the steps (one FIFO queue): when one of them runs, every step submitted before has been launched, and
 none submitted later has. GPU steps are asynchronous, so a call waits for the device before it moves or unmaps pages. No call
-raises for want of memory: an exception in a worker would end the engine, so a failure is an answer (`Outcome.error`).
+raises for want of memory, since an exception in a worker would end the engine. A failure is an answer: a text, "" if there is none.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from polder.engines.vllm.plans import Outcome, WorkerPlan
+from polder.engines.vllm.plans import WorkerPlan
 from polder.engines.vllm.process import here, present
 from polder.engines.vllm.rank import block_tables
 from polder.engines.vllm.rank.block_tables import Ids
@@ -21,18 +20,8 @@ from polder.errors import PolderError
 from polder.memory.limits import raise_open_files
 
 __all__ = [
-    "await_steps",
-    "describe",
-    "device_name",
-    "device_uuid",
-    "forget_blocks",
-    "forget_outputs",
-    "map_units",
-    "prepare",
-    "reserve_bytes",
-    "rewrite_block_tables",
-    "unmap_units",
-    "zero_blocks",
+    *("await_steps", "device_name", "device_uuid", "forget_blocks", "forget_outputs", "map_units", "prepare"),
+    *("reserve_bytes", "rewrite_block_tables", "start_serving", "unmap_units", "zero_blocks"),
 ]
 
 
@@ -69,19 +58,17 @@ def prepare(worker: Any, plan: WorkerPlan) -> None:
     here.plan, here.rank, here.device, here.runner = plan, worker.rank, device_name(worker), worker.model_runner
 
 
-def describe(worker: Any) -> dict[str, Any]:
-    """What this rank can do: whether busy blocks may move, and the units it has mapped. The first call after the warm-up."""
-    memory = present(here.memory)
+def start_serving(worker: Any) -> bool:
+    """The first call after the warm-up. Returns whether busy blocks may move on this rank."""
     if block_tables.is_v2(worker.model_runner):
         worker.model_runner.block_tables.redirect_writes_to_null_block = False
-        memory.zero_blocks([0])  # where the warm-up has written
-    return {"movable": block_tables.can_rewrite(worker.model_runner), "units": sorted(memory.pages_of)}
+        present(here.memory).zero_blocks([0])  # where the warm-up has written
+    return block_tables.can_rewrite(worker.model_runner)
 
 
 def await_steps(worker: Any) -> None:
     """Returns when the steps launched before have read and written all that they will."""
-    memory = present(here.memory)
-    memory.backend.fence()
+    present(here.memory).backend.fence()
 
 
 def rewrite_block_tables(runner: Any, sources: Ids, targets: Ids, units: Sequence[int] = ()) -> None:
@@ -101,29 +88,25 @@ def forget_outputs(worker: Any, requests: Sequence[str]) -> None:
 def forget_blocks(worker: Any, blocks: Sequence[int]) -> None:
     """Nobody may read these blocks any more, not even for nothing. Returns when steps launched before have."""
     memory = present(here.memory)
-    lost = np.asarray(blocks, dtype=np.int64)
-    nobody = np.empty(0, dtype=np.int64)
-    block_tables.rewrite(
-        worker.model_runner, block_tables.new_ids(memory.geometry.num_blocks, nobody, nobody, lost=lost)
-    )
+    lost, nobody = np.asarray(blocks, dtype=np.int64), np.empty(0, dtype=np.int64)
+    new = block_tables.new_ids(memory.geometry.num_blocks, nobody, nobody, lost=lost)
+    block_tables.rewrite(worker.model_runner, new)
     memory.backend.fence()
 
 
 def zero_blocks(worker: Any, blocks: Sequence[int]) -> None:
     """Zeroes blocks between two steps."""
-    memory = present(here.memory)
-    memory.zero_blocks(blocks)
+    present(here.memory).zero_blocks(blocks)
 
 
-def map_units(worker: Any, generation: int, units: Sequence[int], pages: Sequence[Sequence[int]]) -> Outcome:
-    """Maps zeroed pages under `units`; `pages` holds one list per rank."""
+def map_units(worker: Any, generation: int, units: Sequence[int], pages: Sequence[Sequence[int]]) -> str:
+    """Maps zeroed pages under `units`; `pages` holds one list per rank. Returns what was wrong; "" if nothing."""
     memory = present(here.memory)
-    started = time.perf_counter()
     try:
         memory.map(generation, units, pages[memory.rank])
     except (PolderError, OSError) as error:
-        return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")
-    return Outcome(seconds=time.perf_counter() - started)
+        return f"rank {memory.rank}: {error}"
+    return ""
 
 
 def unmap_units(
@@ -132,14 +115,12 @@ def unmap_units(
     units: Sequence[int],
     sources: Sequence[int] = (),
     targets: Sequence[int] = (),
-) -> Outcome:
+) -> None:
     """Moves blocks out of the way (`sources` to `targets`), then unmaps `units`. Units not mapped here are passed over."""
     memory = present(here.memory)
-    started = time.perf_counter()
     memory.backend.fence()
     src, dst = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)
     if sources:
         memory.move(src, dst)
     rewrite_block_tables(worker.model_runner, src, dst, units)
     memory.unmap([unit for unit in units if unit in memory.pages_of], current_generation)
-    return Outcome(seconds=time.perf_counter() - started)

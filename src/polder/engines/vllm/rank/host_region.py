@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Sequence
 
-from polder.broker.client import fetch_handles
 from polder.broker.core import HOST
-from polder.broker.wire import MAX_FDS, Fetch
 from polder.engines.vllm.rank.memory import WorkerMemory
 from polder.errors import EnvironmentFault
 from polder.memory.devices import open_backend
@@ -17,7 +14,7 @@ from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
 from polder.units import format_bytes
 
-__all__ = ["HostRegion", "adopt_pages"]
+__all__ = ["HostRegion"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -29,7 +26,7 @@ class HostRegion:
         """`pages`: numbers of the broker. Raises PolderError, OSError."""
         self._backend = open_backend(HOST, memory.plan.page_bytes)
         self._imported = ImportedPages(self._backend)
-        adopt_pages(memory, self._imported, HOST, list(pages), lender="")
+        memory.adopt(self._imported, HOST, pages, generation=memory.plan.generation)
         self._span = Span(self._backend, len(pages))
         self._span.map(range(len(pages)), self._imported.handles(memory.plan.generation, list(pages)))
         self.address = self._span.address(0)
@@ -51,27 +48,3 @@ class HostRegion:
         self._span.close()
         self._imported.close()
         self._backend.close()
-
-
-def adopt_pages(
-    memory: WorkerMemory,
-    imported: ImportedPages,
-    device: str,
-    pages: list[int],
-    lender: str,
-    *,
-    timeout_s: float = 5.0,
-) -> None:
-    """Brings handles of pages into this process. On CUDA every page is a descriptor, and a message carries a limited number.
-
-    Raises BrokerUnavailable when a message has no answer within `timeout_s`.
-    """
-    for start in range(0, len(pages), MAX_FDS):
-        part = pages[start : start + MAX_FDS]
-        request = Fetch(engine=memory.plan.engine, rank=memory.rank, device=device, pages=part, lender=lender)
-        handles, fds = fetch_handles(memory.plan.broker, request, timeout_s=timeout_s)
-        try:
-            imported.adopt(memory.plan.generation, part, fds, handles.fd_index, handles.offsets)
-        finally:
-            for fd in fds:
-                os.close(fd)

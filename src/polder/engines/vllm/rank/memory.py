@@ -13,12 +13,13 @@ from polder.broker.wire import MAX_FDS, Fetch
 from polder.engines.vllm.plans import WorkerPlan
 from polder.engines.vllm.process import here
 from polder.engines.vllm.rank import block_tables
-from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
+from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.memory.copy import CopyEngine
+from polder.memory.page import Handle
 from polder.memory.pool import ImportedPages
 from polder.memory.span import Span
 
-__all__ = ["WorkerMemory", "allocate_kv_cache", "geometry_of", "places_of", "redirect_warm_up"]
+__all__ = ["WorkerMemory", "allocate_kv_cache", "redirect_warm_up"]
 
 
 class WorkerMemory:
@@ -31,8 +32,8 @@ class WorkerMemory:
         self.imported = ImportedPages(self.backend)
         self.span = Span(self.backend, geometry.total_slots)
         self.copies = CopyEngine(self.backend)
-        self.generation_of: dict[int, int] = {}  # unit -> generation of the broker that its pages came from
-        self.pages_of: dict[int, tuple[int, ...]] = {}
+        self.pages_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """Unit -> generation of the broker that its pages came from, and their numbers there. Has the donors of a window too."""
         self.map(plan.generation, plan.units, plan.pages[rank])
 
     def map(self, generation: int, units: Sequence[int], pages: Sequence[int]) -> None:
@@ -41,22 +42,41 @@ class WorkerMemory:
         self.fetch(generation, pages)
         self.span.map(slots, self.imported.handles(generation, pages))
         self.span.zero(slots)  # law 2: stale bytes read as NaN spoil even masked rows
+        size = self.geometry.pages_per_unit
         for at, unit in enumerate(units):
-            self.generation_of[unit] = generation
-            self.pages_of[unit] = tuple(
-                pages[at * self.geometry.pages_per_unit : (at + 1) * self.geometry.pages_per_unit]
-            )
+            self.pages_of[unit] = generation, tuple(pages[at * size : (at + 1) * size])
+
+    def handles_of(self, unit: int) -> list[Handle]:
+        """The pages of a unit that this rank has, whether they are mapped under it or under windowed units."""
+        return self.imported.handles(*self.pages_of[unit])
 
     def fetch(self, generation: int, pages: Sequence[int]) -> None:
         """Brings handles of pages that the broker gave this engine into this process. Raises PolderError or OSError."""
-        missing = self.imported.missing(generation, pages)
+        self.adopt(self.imported, self.device, self.imported.missing(generation, pages))
+
+    def adopt(
+        self,
+        imported: ImportedPages,
+        device: str,
+        pages: Sequence[int],
+        *,
+        lender: str = "",
+        generation: int | None = None,
+        timeout_s: float = 5.0,
+    ) -> None:
+        """Brings handles of pages of this engine, or of `lender`, into `imported`.
+
+        They are kept there under `generation`, or the broker's own if that is None. Raises BrokerUnavailable when a message has
+        no answer within `timeout_s`, PolderError and OSError when the pages cannot be had.
+        """
         # On CUDA every page is a file descriptor of its own, and a message carries a limited number of them.
-        for start in range(0, len(missing), MAX_FDS):
-            part = list(missing[start : start + MAX_FDS])
-            request = Fetch(engine=self.plan.engine, rank=self.rank, device=self.device, pages=part)
-            handles, fds = fetch_handles(self.plan.broker, request)
+        for start in range(0, len(pages), MAX_FDS):
+            part = list(pages[start : start + MAX_FDS])
+            request = Fetch(engine=self.plan.engine, rank=self.rank, device=device, pages=part, lender=lender)
+            handles, fds = fetch_handles(self.plan.broker, request, timeout_s=timeout_s)
             try:
-                self.imported.adopt(handles.generation, part, fds, handles.fd_index, handles.offsets)
+                kept_under = handles.generation if generation is None else generation
+                imported.adopt(kept_under, part, fds, handles.fd_index, handles.offsets)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -65,8 +85,9 @@ class WorkerMemory:
         """Copies whole blocks, all layers, from `sources` to `targets` (disjoint ids); returns when the bytes are there."""
         base = self.span.address(0)
         ticket = 0
-        for offset, stride, src, dst, length in self.geometry.copies(sources, targets):
-            ticket = self.copies.submit_blocks(base + offset, stride, dst, base + offset, stride, src, length)
+        for offset, size in self.geometry.runs():
+            first = base + offset
+            ticket = self.copies.submit_blocks(first, size, targets, first, size, sources, size)
         self.copies.wait(ticket)
 
     def zero_blocks(self, blocks: Sequence[int]) -> None:
@@ -76,42 +97,16 @@ class WorkerMemory:
 
         buffer = self.span.tensor()
         rows = torch.tensor(list(blocks), dtype=torch.int64, device=buffer.device)
-        nowhere = np.empty(0, dtype=np.int64)
-        for offset, stride, _, _, length in self.geometry.copies(nowhere, nowhere):
-            whole = buffer.as_strided((self.geometry.num_blocks, length), (stride, 1), offset)
-            whole.index_fill_(0, rows, 0)
+        for offset, size in self.geometry.runs():
+            buffer.as_strided((self.geometry.num_blocks, size), (size, 1), offset).index_fill_(0, rows, 0)
 
     def unmap(self, units: Sequence[int], current_generation: int) -> None:
         """Unmaps the units. Pages of a former broker are destroyed, since nobody else can ever use them again."""
         self.span.unmap(self.geometry.slots(units))
         for unit in units:
-            generation, pages = self.generation_of.pop(unit), self.pages_of.pop(unit)
+            generation, pages = self.pages_of.pop(unit)
             if generation != current_generation:
                 self.imported.discard(generation, pages)
-
-
-def geometry_of(kv_cache_config: Any, page_bytes: int, blocks_of_unit: int) -> KvGeometry:
-    """The geometry of vLLM's KVCacheConfig."""
-    tensors = kv_cache_config.kv_cache_tensors
-    return KvGeometry(
-        page_bytes=page_bytes,
-        size_bytes=tensors[0].size,
-        num_blocks=kv_cache_config.num_blocks,
-        unit_blocks=blocks_of_unit,
-        places=places_of(kv_cache_config),
-    )
-
-
-def places_of(kv_cache_config: Any) -> tuple[TensorPlace, ...]:
-    return tuple(
-        TensorPlace(
-            offset=tensor.offset,
-            layers=len(tensor.layers),
-            layer_stride=tensor.layer_stride,
-            block_stride=tensor.block_stride,
-        )
-        for tensor in kv_cache_config.kv_cache_tensors
-    )
 
 
 def allocate_kv_cache(
@@ -124,7 +119,7 @@ def allocate_kv_cache(
     plan = here.plan
     if plan is None or not kv_cache_config.kv_cache_tensors:
         return stock(kv_cache_config, device, layout, kernel_block_sizes)
-    geometry = geometry_of(kv_cache_config, plan.page_bytes, plan.unit_blocks)
+    geometry = KvGeometry.of(kv_cache_config, plan.page_bytes, plan.unit_blocks)
     memory = here.memory = WorkerMemory(plan, here.rank, here.device, geometry)
     redirect_warm_up(here.runner)
     return _views(memory.span.tensor(), kv_cache_config, layout, kernel_block_sizes)

@@ -74,8 +74,6 @@ def agree_on_tiers(
         number=os.getpid(),
         namespace=namespace,
         disk=disk_plan(settings, shard_bytes=shard_bytes, namespace=namespace, ranks=ranks),
-        links=settings.links,
-        faults=settings.faults,
     )
     agreement = TierAgreement(
         plan=plan,

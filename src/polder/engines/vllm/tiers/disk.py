@@ -51,8 +51,6 @@ def disk_plan(settings: EngineSettings, *, shard_bytes: int, namespace: int, ran
         namespace=f"{namespace:016x}, {shard_bytes} bytes a block",
         ranks=ranks,
         io=settings.disk_io,
-        links=settings.links,
-        faults=settings.faults,
     )
 
 
@@ -63,14 +61,14 @@ def staged_pages(page_bytes: int) -> int:
 class OpenDisks:
     """One rank's store. Raises ConfigError or BudgetError when a directory or a size cannot be meant; a disk that fails is out."""
 
-    def __init__(self, plan: DiskPlan, rank: int) -> None:
+    def __init__(self, plan: DiskPlan, rank: int, emulation: Emulation) -> None:
         disks = tuple(
             DiskConfig(directory=_directory(Path(path), plan.ranks, rank), limit_bytes=limit // plan.ranks)
             for path, limit in plan.disks
         )
         namespace = f"{plan.namespace}, rank {rank} of {plan.ranks}"
         config = StoreConfig(disks=disks, page_bytes=plan.page_bytes, namespace=namespace)
-        self.store = DiskStore(config, engine=_io_engine(plan))
+        self.store = DiskStore(config, engine=emulation.disk_engine(_io_engine(plan), disks=len(plan.disks)))
         self.capacity = disk_capacity(self.store)
         self.inventory = inventory(self.store, self.capacity)
         self._arena = Arena(plan.staged_pages, plan.page_bytes)
@@ -106,15 +104,14 @@ def _directory(path: Path, ranks: int, rank: int) -> Path:
 
 
 def _io_engine(plan: DiskPlan) -> IoEngine:
-    engine: IoEngine = ThreadEngine()
     if plan.io == "aio":
         from polder.diskstore.aio import AioEngine
 
         try:
-            engine = AioEngine(ThreadEngine())
+            return AioEngine(ThreadEngine())
         except EnvironmentFault as error:
             logger.warning("%s", error)
-    return Emulation(links=plan.links, faults=plan.faults).disk_engine(engine, disks=len(plan.disks))
+    return ThreadEngine()
 
 
 # ---------------------------------------------------------------- called by the core, in every worker

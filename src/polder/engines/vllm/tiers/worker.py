@@ -19,7 +19,7 @@ from polder.diskstore.keys import Keys
 from polder.emulation.factory import Emulation
 from polder.engines.vllm.plans import TierPlan
 from polder.engines.vllm.process import here
-from polder.engines.vllm.rank.host_region import HostRegion, adopt_pages
+from polder.engines.vllm.rank.host_region import HostRegion
 from polder.engines.vllm.rank.memory import WorkerMemory
 from polder.engines.vllm.tiers.disk import OpenDisks
 from polder.errors import EnvironmentFault, PolderError
@@ -173,7 +173,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
             tensor = kv_caches.tensors[ref.tensor_idx].tensor
             layers.append((tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), ref.page_size_bytes))
         groups.append(layers)
-    emulation = Emulation(links=plan.links, faults=plan.faults)
+    emulation = Emulation(links=memory.plan.links, faults=memory.plan.faults)
     host = HostRegion(memory, plan.host_pages[memory.rank]) if "host" in plan.tiers else None
     reach = CircuitBreaker(lambda: status(memory.plan.broker))
     lanes: dict[tuple[int, Direction], TierMemory] = {}
@@ -217,7 +217,7 @@ def open_worker(memory: WorkerMemory, plan: TierPlan, kv_caches: CanonicalKVCach
         groups,
         close,
         mark=memory.backend.mark,
-        disks=OpenDisks(plan.disk, memory.rank) if plan.disk is not None else None,
+        disks=OpenDisks(plan.disk, memory.rank, emulation) if plan.disk is not None else None,
         host=(host.address, plan.shard_bytes) if host is not None else (0, 0),
     )
     return here.tiers
@@ -240,7 +240,16 @@ def _peer_memory(memory: WorkerMemory, plan: TierPlan, reach: CircuitBreaker) ->
 
         def fetch(imported: ImportedPages, rank: int, pages: Sequence[int]) -> None:
             device = table_devices[rank]
-            reach.ask(lambda: adopt_pages(memory, imported, device, list(pages), lender=name, timeout_s=ASK_TIMEOUT_S))
+            reach.ask(
+                lambda: memory.adopt(
+                    imported,
+                    device,
+                    pages,
+                    lender=name,
+                    generation=memory.plan.generation,
+                    timeout_s=ASK_TIMEOUT_S,
+                )
+            )
 
         cut = ChunkGeometry.of(table.geometry, plan.shard_bytes)
         return Lent(table=table, cut=cut, generation=memory.plan.generation, fetch=fetch)

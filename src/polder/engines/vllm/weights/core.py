@@ -26,7 +26,7 @@ from polder.broker.wire import Demand, Grant, Grown, Message, NeedWeights, Pages
 from polder.engines.vllm import hooks
 from polder.engines.vllm.core.resident import ResidentWeights
 from polder.engines.vllm.plans import Taken, WeightsFound
-from polder.engines.vllm.weights import offloader
+from polder.engines.vllm.weights import calls
 from polder.errors import EnvironmentFault
 from polder.planner.arrivals import Arrivals
 from polder.planner.rotation_cost import choose_rotation, pass_seconds
@@ -100,7 +100,7 @@ class CoreWeights(ResidentWeights):
     def start(self, generation: int, pages: Pages) -> None:
         """The pages that the broker gives at first: of all segments, or none. Raises RuntimeError when a rank cannot map them."""
         segments = self._by_segment(pages)
-        errors = [outcome.error for outcome in self._rpc(offloader.adopt, generation, segments) if outcome.error]
+        errors = list(filter(None, self._rpc(calls.adopt, generation, segments)))
         if errors:
             raise RuntimeError(f"cannot place the weights: {'; '.join(errors)}")
         self._hold(segments)
@@ -161,7 +161,7 @@ class CoreWeights(ResidentWeights):
         ):  # 0 slots: it cannot stream so many layers
             self._send(Returned(lease=message.lease, use="weights", pages=[], short=message.units))
             return
-        taken: list[Taken] = self._rpc(offloader.take, count, 0 if everything else self._slots(count), generation)
+        taken: list[Taken] = self._rpc(calls.take, count, 0 if everything else self._slots(count), generation)
         errors = [answer.error for answer in taken if answer.error]
         if errors:
             logger.warning("cannot give %d segments up: %s", count, "; ".join(errors))
@@ -180,9 +180,8 @@ class CoreWeights(ResidentWeights):
 
     def on_grant(self, message: Grant, generation: int, now: float) -> None:
         segments, started = self._by_segment(message.pages), time.monotonic()
-        outcomes = self._rpc(offloader.give, generation, segments)
+        errors = list(filter(None, self._rpc(calls.give, generation, segments)))
         now += time.monotonic() - started
-        errors = [outcome.error for outcome in outcomes if outcome.error]
         if errors:
             logger.warning("cannot map %d segments: %s", len(segments), "; ".join(errors))
             self._send(Returned(lease=message.lease, use="weights", pages=self._refuse(segments, generation)))
@@ -229,7 +228,7 @@ class CoreWeights(ResidentWeights):
 
     def _ask_workers(self, now: float) -> None:
         """Asks the workers for their stats, and they check the laws."""
-        ranks: list[dict[str, float]] = self._rpc(offloader.figures)
+        ranks: list[dict[str, float]] = self._rpc(calls.figures)
         before, self._rank_stats = self._rank_stats, {name: max(rank[name] for rank in ranks) for name in ranks[0]}
         self._rank_stats_at, self._worked = now, False
         self._steps_unexplained = not self._steps
@@ -295,7 +294,7 @@ class CoreWeights(ResidentWeights):
         most = max(len(rank.segments) for rank in taken)
         if most:
             back = [[list(rank.segments[at]) if rank.segments else [] for rank in taken] for at in range(most)]
-            self._rpc(offloader.give, generation, back)  # a rank that gets empty segments refuses them
+            self._rpc(calls.give, generation, back)  # a rank that gets empty segments refuses them
 
     def _refuse(self, segments: list[list[list[int]]], generation: int) -> Pages:
         """Some rank could not map these segments: all ranks hold as many as before. Returns the pages that are free then.
@@ -304,7 +303,7 @@ class CoreWeights(ResidentWeights):
         """
         self._hold(segments)
         slots = 0 if len(segments) == len(self._held) else self._slots(len(segments))
-        freed: list[Taken] = self._rpc(offloader.undo_give, generation, segments, slots)
+        freed: list[Taken] = self._rpc(calls.undo_give, generation, segments, slots)
         errors = [answer.error for answer in freed if answer.error]
         if errors:
             raise EnvironmentFault(f"ranks hold different layers and cannot go on: {'; '.join(errors)}")

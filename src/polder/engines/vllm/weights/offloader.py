@@ -12,8 +12,6 @@ Around each layer the store is told, by direct calls in eager mode, and by vLLM'
 A CUDA graph holds neither: what Python does around a layer happens when the graph is captured, and not when it is replayed. vLLM
 calls `sync_prev_onload` before each replay, and there all layers are waited for. So with graphs an engine has all of its layers or
 none. Only where all graphs are piecewise can the two ops be kept out of them: the model is split there, too, and layers stream.
-
-The functions at the end are called by the core through `collective_rpc`, ordered with the steps like those of rank/calls.py.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,19 +28,15 @@ from vllm.model_executor.offloader.base import BaseOffloader
 from polder.broker.client import status
 from polder.emulation.factory import Emulation
 from polder.engines.vllm import hooks
-from polder.engines.vllm.plans import Outcome, Taken, WeightsFound
-from polder.engines.vllm.process import here, present
-from polder.engines.vllm.rank.memory import WorkerMemory
+from polder.engines.vllm.process import here
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.weights import cpu_linear, host_copies, movable
-from polder.errors import ConfigError, PolderError
+from polder.errors import ConfigError
 from polder.memory.backend import Backend
-from polder.weights.rotation import Rotation
 from polder.weights.store import Segment, WeightStore
 from polder.weights.tensors import held_elsewhere
 
-__all__ = ["WeightOffloader", "adopt", "describe", "figures", "give", "open_offloader", "take"]
-
+__all__ = ["WeightOffloader", "open_offloader"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -263,106 +256,3 @@ def mark(vllm_config: Any) -> None:
     if not isinstance(given, dict):
         raise ConfigError("elastic weights need --additional-config to be a JSON object")
     vllm_config.additional_config = {**given, MARKER: "elastic"}
-
-
-# ---------------------------------------------------------------- called by the core
-
-
-def describe(worker_: Any) -> WeightsFound | None:
-    """None: this engine's weights stay where they are."""
-    offloader = here.offloader
-    if offloader is None or offloader.store is None:
-        return None
-    found = offloader.store.statistics()
-    return WeightsFound(
-        layers=found.layers,
-        layer_pages=found.layer_pages,
-        moved_bytes=found.moved_bytes,
-        resident_bytes=offloader.resident_bytes,
-        copy_share=offloader.copy_share,
-        streams=offloader.streams,
-    )
-
-
-def adopt(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]]) -> Outcome:
-    """The start is over: the private pages go, and the weights lie on the broker's segments, or sleep without any."""
-    offloader = present(here.offloader)
-    offloader.end_private()
-    outcome = give(worker_, generation, segments) if segments else Outcome(seconds=0.0)
-    if not outcome.error:
-        present(offloader.store).wait_all()  # the first request is not to find a cold model
-    return outcome
-
-
-def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]]) -> Outcome:
-    """Maps the segments (each one list of pages a rank) and begins to copy layers in, in the order of execution."""
-    memory, offloader, store = _parts()
-    started = time.perf_counter()
-    try:
-        incoming: list[Segment] = []
-        for segment in segments:
-            pages = tuple(segment[memory.rank])
-            memory.fetch(generation, pages)
-            incoming.append(tuple(memory.imported.handles(generation, pages)))
-            offloader.given[incoming[-1]] = (generation, pages)
-        store.give(incoming)
-        if offloader.wake == "whole":
-            store.wait_all()
-    except (PolderError, OSError) as error:
-        return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")
-    return Outcome(seconds=time.perf_counter() - started)
-
-
-def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken:
-    """Gives up `count` segments: all to sleep, else the rest rotates over `slots` slots. Pages of a former broker are destroyed."""
-    memory, offloader, store = _parts()
-    left = len(store.segments) - count
-    try:
-        layers = store.statistics().layers
-        if left > 0 and not offloader.streams:
-            return Taken(error=f"rank {memory.rank}: a model in CUDA graphs has all of its layers or none")
-        rotation = None if left <= 0 else Rotation.winning(layers, layers - left, slots=slots)
-        freed = store.rotate(rotation)
-    except PolderError as error:
-        return Taken(error=f"rank {memory.rank}: {error}")
-    numbers = []
-    for segment in freed:
-        generation, pages = offloader.given.pop(segment)
-        numbers.append(pages)
-        if generation != current_generation:
-            memory.imported.discard(generation, pages)
-    return Taken(segments=tuple(numbers))
-
-
-def undo_give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]], slots: int) -> Taken:
-    """Gives up as many segments as `give` was to map: the same ones if this rank has not mapped them. `slots`: as in `take`."""
-    memory, offloader, store = _parts()
-    numbers = [tuple(segment[memory.rank]) for segment in segments]
-    held = {offloader.given[segment] for segment in store.segments}
-    if all((generation, pages) in held for pages in numbers):
-        return take(worker_, len(segments), slots, generation)
-    for pages in numbers:
-        offloader.given = {segment: known for segment, known in offloader.given.items() if known != (generation, pages)}
-    return Taken(segments=tuple(numbers))
-
-
-def figures(worker_: Any) -> dict[str, float]:
-    """Counters and gauges of this rank."""
-    _, offloader, store = _parts()
-    store.check_integrity()
-    found = store.statistics()
-    return {
-        "weights_loaded_bytes_total": float(found.stream.loaded_bytes),
-        "weights_loads_total": float(found.stream.loads),
-        "weights_stalls_total": float(found.stream.stalls),
-        "weights_stall_seconds_total": found.stream.stall_seconds,
-        "weights_pass_stall_seconds": found.stream.recent_pass_stall_seconds,
-        "weights_copy_seconds_total": found.stream.busy_seconds,
-        "weights_resident_bytes": float(offloader.resident_bytes),
-        "weights_rotating_layers": float(found.rotating),
-    }
-
-
-def _parts() -> tuple[WorkerMemory, WeightOffloader, WeightStore]:
-    offloader = present(here.offloader)
-    return present(here.memory), offloader, present(offloader.store)

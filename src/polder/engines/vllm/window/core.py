@@ -14,7 +14,6 @@ need no window, and when the broker wants memory.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -25,11 +24,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from polder import metrics
 from polder.engines.vllm.core.blocks import BlockUnits
 from polder.engines.vllm.core.holders import NewIds
+from polder.engines.vllm.core.preemption import preempt
 from polder.engines.vllm.core.subsystem import Subsystem
 from polder.engines.vllm.core.transfers import Transfers
 from polder.engines.vllm.rank import calls
+from polder.engines.vllm.window import calls as window_calls
 from polder.engines.vllm.window import runner as window_runner
-from polder.engines.vllm.window import worker as window_worker
 from polder.engines.vllm.window.agreement import WindowAgreement
 from polder.errors import ConfigError
 
@@ -59,15 +59,12 @@ class CoreWindow(Subsystem):
         blocks: BlockUnits,
         agreement: WindowAgreement,
         rpc: Callable[..., list[Any]],
-        ceiling_units: int,
         transfers: Transfers,
     ) -> None:
         """Opens the store in all workers. Raises ConfigError when one of them cannot."""
         self._scheduler, self._blocks, self._rpc = scheduler, blocks, rpc
         self._shape, self._block_tokens = agreement.shape, agreement.block_tokens
-        self._ceiling, self._transfers = ceiling_units, transfers
-        first = blocks.virtual_units
-        self._unused = list(range(first + self._shape.store_units - 1, first - 1, -1))
+        self._ceiling, self._transfers = agreement.regular_units, transfers
         self._wanted_since: float | None = None
         self._refused_until = float("-inf")
         self._brought_home_at = float("-inf")
@@ -83,7 +80,7 @@ class CoreWindow(Subsystem):
         self._rank_stats: dict[str, float] = {}
         self._worked = True
         self.counters = metrics.zeros(metrics.WINDOW)
-        for error in rpc(window_worker.install):
+        for error in rpc(window_calls.install):
             if error:
                 raise ConfigError(f"the window's store: {error}")
         blocks.holders.register(self._renumber)
@@ -102,12 +99,12 @@ class CoreWindow(Subsystem):
 
     def pressing(self) -> bool:
         """Whether a request has no room without more windowed units."""
-        return self._wanted_units() > len(self._blocks.mapped) + len(self._blocks.windowed)
+        return self._wanted_units() > self._blocks.usable_units
 
     def tick(self, now: float) -> None:
         """Opens, closes, brings home, as the requests of this moment need it. To be called between steps; mostly does nothing."""
         wanted = self._wanted_units()
-        if wanted > len(self._blocks.mapped) + len(self._blocks.windowed):
+        if wanted > self._blocks.usable_units:
             self._open(wanted, now)
         else:
             self._wanted_since = None
@@ -119,14 +116,11 @@ class CoreWindow(Subsystem):
 
     def close_idle(self) -> None:
         """Donors whose windowed units hold no busy block become regular again; what these have cached is lost."""
-        idle = set(self._blocks.idle_windowed())
-        donors = [unit for unit, units in self._blocks.donors.items() if idle.issuperset(units)]
+        donors = self._blocks.idle_donors()
         if not donors:
             return
-        units = [unit for donor in donors for unit in self._blocks.donors.pop(donor)]
-        self._blocks.close(units)
-        self._rpc(window_worker.close_units, donors)
-        self._unused += units
+        self._blocks.close(donors)
+        self._rpc(window_calls.close_units, donors)
         self._blocks.offer(donors)
         self.counters["window_closes_total"] += 1
         logger.info("window: %d units are regular again", len(donors))
@@ -134,7 +128,7 @@ class CoreWindow(Subsystem):
     def stats(self, now: float) -> dict[str, float]:
         """Counters and gauges; asks the workers only if they may have news, for a message keeps them spinning for a second."""
         if self._worked:
-            ranks: list[dict[str, float]] = self._rpc(window_worker.figures)
+            ranks: list[dict[str, float]] = self._rpc(window_calls.figures)
             self._rank_stats = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
             self._worked = False
         return {
@@ -155,7 +149,7 @@ class CoreWindow(Subsystem):
         longest = max((request.num_tokens + request.num_output_placeholders for request in requests), default=0)
         blocks = -(-(longest + 1) // self._block_tokens) + 1  # the null block
         wanted = -(-blocks // self._blocks.unit_blocks)
-        return wanted + 1 if wanted >= len(self._blocks.mapped) + len(self._blocks.windowed) else wanted
+        return wanted + 1 if wanted >= self._blocks.usable_units else wanted
 
     def _open(self, wanted: int, now: float) -> None:
         if now < self._refused_until:
@@ -173,26 +167,24 @@ class CoreWindow(Subsystem):
         donors, plan = done.plan.units.tolist(), done.plan
         if not donors:
             return
-        each = self._shape.units_of_donor
-        units = [self._unused.pop() for _ in range(min(len(donors) * each, len(self._unused)))]
+        each, first, used = self._shape.units_of_donor, self._blocks.virtual_units, set(self._blocks.windowed)
+        unused = [unit for unit in range(first, first + self._shape.store_units) if unit not in used]
+        units = {donor: unused[at * each : (at + 1) * each] for at, donor in enumerate(donors)}
         moves = plan.sources.tolist(), plan.targets.tolist()
-        errors = [o.error for o in self._rpc(window_worker.open_units, donors, units, *moves) if o.error]
+        errors = list(filter(None, self._rpc(window_calls.open_units, units, *moves)))
         if errors:
             logger.warning("window: cannot be opened: %s", errors[0])
-            self._rpc(window_worker.close_units, donors)  # of ranks that could
-            self._unused += units
+            self._rpc(window_calls.close_units, donors)  # of ranks that could
             self._blocks.offer(donors)
             self._refused_until = now + RETRY_S
             return
-        for at, donor in enumerate(donors):
-            self._blocks.donors[donor] = units[at * each : (at + 1) * each]
         self._blocks.open(units)
         self.counters["window_opens_total"] += 1
         logger.info("window: %d units carry %d now", len(self._blocks.donors), len(self._blocks.windowed))
 
     def _pressed(self) -> bool:
         """Whether requests hold windowed blocks, or would have to."""
-        if len(self._blocks.idle_windowed()) < len(self._blocks.windowed):
+        if len(self._blocks.idle_donors()) < len(self._blocks.donors):
             return True
         waiting = islice(self._scheduler.waiting, MOST_WAITING)
         wanted = sum(-(-(request.num_tokens + 1) // self._block_tokens) for request in waiting)
@@ -209,7 +201,7 @@ class CoreWindow(Subsystem):
             targets = self._blocks.bring_home(sources) if sources else []
             if not targets:
                 continue
-            errors = [o.error for o in self._rpc(window_worker.bring_home, sources, targets) if o.error]
+            errors = list(filter(None, self._rpc(window_calls.bring_home, sources, targets)))
             self.counters["window_home_blocks_total"] += len(targets)
             if errors:
                 logger.warning("window: %s", errors[0])
@@ -271,9 +263,7 @@ class CoreWindow(Subsystem):
         scheduler = self._scheduler
         match request.status:
             case RequestStatus.RUNNING:
-                scheduler.running.remove(request)
-                scheduler._preempt_request(request, time.monotonic(), drop_stale_output=True)
-                scheduler.prev_step_scheduled_req_ids.discard(request.request_id)
+                preempt(scheduler, request)
                 tokens, times = self._tries.get(request.request_id, (0, 0))
                 times = times + 1 if request.num_tokens == tokens else 1
                 self._tries[request.request_id] = request.num_tokens, times

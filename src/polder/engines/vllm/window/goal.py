@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from polder.engines.vllm.window.agreement import WindowAgreement
-from polder.engines.vllm.window.measure import Measured, measure
+from polder.engines.vllm.window.measure import measure
 from polder.errors import BudgetError
 from polder.metrics import WINDOW_POINTS
 from polder.planner.window_steps import StepFigures, decode_step_seconds, longest_within
@@ -23,32 +24,15 @@ __all__ = ["keep_goal"]
 logger = logging.getLogger("polder.engine")
 
 
-def keep_goal(
-    core: Any, agreement: WindowAgreement, goal_s: float, ceiling_units: int, rpc: Callable[..., list[Any]]
-) -> dict[str, float]:
+def keep_goal(core: Any, agreement: WindowAgreement, goal_s: float, rpc: Callable[..., list[Any]]) -> dict[str, float]:
     """Measures, and lowers max_model_len if it was "auto". Returns gauges. Raises BudgetError when it was given and is too long."""
     config, scheduler = core.vllm_config.model_config, core.scheduler
-    regular_tokens = max(1, ceiling_units * agreement.unit_blocks - 1) * agreement.block_tokens
-    ranks: list[Measured] = rpc(measure, min(regular_tokens, config.max_model_len))
-    figures = StepFigures(  # of the slowest rank
-        layers=agreement.shape.layers,
-        window_layers=agreement.shape.window_layers,
-        block_bytes=agreement.block_bytes,
-        block_tokens=agreement.block_tokens,
-        step_s=max(rank.step_s for rank in ranks),
-        token_s=max(rank.token_s for rank in ranks),
-        overhead_s=max(rank.overhead_s for rank in ranks),
-        link_bytes_per_s=min(rank.link_bytes_per_s for rank in ranks),
-        contention_s_per_byte=max(rank.contention_s_per_byte for rank in ranks),
-        windowed_steps=tuple(
-            (steps[0][0], max(more_s for _, more_s in steps))
-            for steps in zip(*(rank.windowed_steps for rank in ranks), strict=True)
-        ),
-    )
+    regular_tokens = max(1, agreement.regular_units * agreement.unit_blocks - 1) * agreement.block_tokens
+    figures = _slowest(rpc(measure, min(regular_tokens, config.max_model_len)))
 
     def windowed(tokens: int) -> int:
         blocks = -(-(tokens + 1) // agreement.block_tokens)
-        return agreement.shape.windowed_blocks(blocks, ceiling_units, agreement.unit_blocks)
+        return agreement.shape.windowed_blocks(blocks, agreement.regular_units, agreement.unit_blocks)
 
     asked = config.max_model_len
     possible = longest_within(figures, goal_s, asked, windowed)
@@ -81,3 +65,19 @@ def keep_goal(
         **{f"window_measured_{at}_blocks": float(blocks) for at, (blocks, _) in measured},
         **{f"window_measured_{at}_seconds": more_s for at, (_, more_s) in measured},
     }
+
+
+def _slowest(ranks: list[StepFigures]) -> StepFigures:
+    """The slowest of all ranks in each figure."""
+    return replace(
+        ranks[0],
+        step_s=max(rank.step_s for rank in ranks),
+        token_s=max(rank.token_s for rank in ranks),
+        overhead_s=max(rank.overhead_s for rank in ranks),
+        link_bytes_per_s=min(rank.link_bytes_per_s for rank in ranks),
+        contention_s_per_byte=max(rank.contention_s_per_byte for rank in ranks),
+        windowed_steps=tuple(
+            (steps[0][0], max(more_s for _, more_s in steps))
+            for steps in zip(*(rank.windowed_steps for rank in ranks), strict=True)
+        ),
+    )

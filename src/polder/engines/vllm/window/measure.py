@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from polder.engines.vllm.process import here
+from polder.engines.vllm.process import here, present
 from polder.engines.vllm.window.worker import INLINE_BYTES, WorkerWindow
 from polder.errors import EnvironmentFault
 from polder.memory.copy import CopyEngine
+from polder.planner.window_steps import StepFigures
 from polder.window.stream import WindowStream
 
-__all__ = ["Measured", "measure"]
+__all__ = ["measure"]
 
 TRIES = 7
 STEPS_BESIDE = 2
@@ -27,30 +28,22 @@ COPIED_BYTES = 32 << 20
 """By a longer pass, at most."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Of one rank; see planner.window_goal.StepFigures."""
-
-    step_s: float
-    token_s: float
-    overhead_s: float
-    link_bytes_per_s: float
-    contention_s_per_byte: float = 0.0
-    windowed_steps: tuple[tuple[int, float], ...] = ()
-
-
-def measure(worker_: Any, context_tokens: int) -> Measured:
+def measure(worker_: Any, context_tokens: int) -> StepFigures:
     """Called by the core. Steps with and without a context of `context_tokens`; copies over regular blocks, zero onto zero.
 
     Steps are collective: every rank makes the same number of them, and what may raise on one of them comes after all steps.
     """
-    window = here.window
-    assert window is not None
+    window = present(here.window)
+    plan = window.plan
     step = _steps_of(worker_.model_runner, window)
     short_s, long_s = (_median_s(step, tokens) for tokens in (1, context_tokens))
     contention_s_per_byte, windowed_steps = _contention(window, step), _windowed_steps(window, step)
     overhead_s, link_bytes_per_s = _copying(window)
-    return Measured(
+    return StepFigures(
+        layers=len(plan.layers),
+        window_layers=plan.window_layers,
+        block_bytes=plan.block_bytes,
+        block_tokens=plan.block_tokens,
         step_s=short_s,
         token_s=max(0.0, long_s - short_s) / max(1, context_tokens - 1),
         overhead_s=overhead_s,
@@ -58,6 +51,22 @@ def measure(worker_: Any, context_tokens: int) -> Measured:
         contention_s_per_byte=contention_s_per_byte,
         windowed_steps=windowed_steps,
     )
+
+
+def _mapped_blocks(window: WorkerWindow) -> int:
+    """Before the first request, when the units that have pages are the first ones."""
+    return len(window.memory.pages_of) * window.memory.geometry.unit_blocks
+
+
+@contextlib.contextmanager
+def _stream_over_regular(window: WorkerWindow) -> Iterator[WindowStream]:
+    """A stream that takes regular blocks for windowed ones. A copy of its last pass may fail."""
+    copies = CopyEngine(window.backend, inline_bytes=INLINE_BYTES)
+    try:
+        yield WindowStream(copies, replace(window.homes, first=1), window_layers=window.plan.window_layers)
+    finally:
+        with contextlib.suppress(EnvironmentFault):
+            copies.close()
 
 
 def _steps_of(runner: Any, window: WorkerWindow) -> Callable[[int], float]:
@@ -69,7 +78,7 @@ def _steps_of(runner: Any, window: WorkerWindow) -> Callable[[int], float]:
     def step(tokens: int) -> float:
         started = time.perf_counter()
         dummy_step(runner, window, tokens)
-        window.fence()
+        window.memory.backend.fence()
         return time.perf_counter() - started
 
     return step
@@ -89,7 +98,7 @@ def _v1_step(runner: Any, window: WorkerWindow, tokens: int) -> None:
 
 def _v2_step(runner: Any, window: WorkerWindow, tokens: int) -> None:
     config = runner.kv_cache_config
-    runner.kv_cache_config = replace(config, num_blocks=window.mapped_blocks)
+    runner.kv_cache_config = replace(config, num_blocks=_mapped_blocks(window))
     try:
         runner._dummy_run(1, uniform_decode=True, context_len=tokens - 1)
     finally:
@@ -99,8 +108,8 @@ def _v2_step(runner: Any, window: WorkerWindow, tokens: int) -> None:
 def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:
     """By how much a step takes longer for each byte copied under it: steps with and without, in turn."""
     homes = window.homes
-    copies = CopyEngine(window.inner_backend)
-    blocks = np.arange(1, 1 + min(window.mapped_blocks - 1, homes.blocks))
+    copies = CopyEngine(window.memory.backend)
+    blocks = np.arange(1, 1 + min(_mapped_blocks(window) - 1, homes.blocks))
     regular = replace(homes, first=1)
     layers = range(len(homes.local))
     source = np.concatenate([regular.home(layer, blocks) for layer in layers])
@@ -121,12 +130,9 @@ def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:
 
 def _windowed_steps(window: WorkerWindow, step: Callable[[int], float]) -> tuple[tuple[int, float], ...]:
     """Real steps, as if regular blocks were windowed, with those without in turn: a few blocks, half of what is there, all."""
-    most = min(window.mapped_blocks - 1, window.homes.blocks)
-    copies = CopyEngine(window.backend, inline_bytes=INLINE_BYTES)
-    homes = replace(window.homes, first=1)
-    stream = WindowStream(copies, homes, window_layers=window.window_layers)
+    most = min(_mapped_blocks(window) - 1, window.homes.blocks)
     found: list[tuple[int, float]] = []
-    try:
+    with _stream_over_regular(window) as stream:
         for blocks in sorted({1, max(1, most // 2), most}):
             longer = []
             for _ in range(TRIES + 1):
@@ -135,9 +141,6 @@ def _windowed_steps(window: WorkerWindow, step: Callable[[int], float]) -> tuple
                     longer.append(step(1) - alone_s)
             more_s = median(longer[1:])  # all code has run once
             found.append((blocks, max(more_s, *(before_s for _, before_s in found), 0.0)))
-    finally:
-        with contextlib.suppress(EnvironmentFault):
-            copies.close()
     return tuple(found)
 
 
@@ -145,10 +148,9 @@ def _copying(window: WorkerWindow) -> tuple[float, float]:
     """(seconds of a layer besides its bytes, bytes a second), from passes over one block and over many."""
     homes, block_bytes = window.homes, window.homes.stride_bytes
     layers = len(homes.local)
-    most = min(window.mapped_blocks - 1, homes.blocks, max(2, COPIED_BYTES // (layers * block_bytes)))
-    copies = CopyEngine(window.backend, inline_bytes=INLINE_BYTES)
-    try:
-        stream = WindowStream(copies, replace(homes, first=1), window_layers=window.window_layers)
+    most = min(_mapped_blocks(window) - 1, homes.blocks, max(2, COPIED_BYTES // (layers * block_bytes)))
+    failed: list[int] = []
+    with _stream_over_regular(window) as stream:
 
         def one_pass(blocks: int) -> float:
             read = np.arange(1, 1 + blocks)
@@ -166,14 +168,10 @@ def _copying(window: WorkerWindow) -> tuple[float, float]:
                     if len(failed) > MOST_FAILURES:
                         raise
 
-        failed: list[int] = []
         short_s, long_s = (_median_s(one_pass, blocks) for blocks in (1, most))
-    finally:
-        with contextlib.suppress(EnvironmentFault):
-            copies.close()
-    rate = (
-        layers * (most - 1) * block_bytes / max(1e-9, long_s - short_s) if most > 1 else layers * block_bytes / short_s
-    )
+    rate = layers * block_bytes / short_s
+    if most > 1:
+        rate = layers * (most - 1) * block_bytes / max(1e-9, long_s - short_s)
     return max(0.0, short_s / layers - 2 * block_bytes / rate), rate
 
 

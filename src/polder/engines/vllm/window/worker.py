@@ -1,4 +1,4 @@
-"""The window in every worker process: the store, the pages under windowed units, and the hooks around each attention.
+"""The window in every worker process: the store, the pages under windowed units, and what is done around each attention.
 
 vLLM writes keys and values by an op of its own before attention (`do_kv_cache_update`), so the layer's blocks must be there before
 that, and not before attention only, as a connector's hook would have it. Both are methods of the layer's attention implementation,
@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,16 @@ from numpy.typing import NDArray
 
 from polder.emulation.factory import Emulation
 from polder.engines.vllm import hooks
-from polder.engines.vllm.plans import Outcome, WindowPlan
-from polder.engines.vllm.process import here, present
-from polder.engines.vllm.rank import calls
+from polder.engines.vllm.plans import WindowPlan
 from polder.engines.vllm.rank.host_region import HostRegion
 from polder.engines.vllm.rank.memory import WorkerMemory
-from polder.engines.vllm.window.limits import check_runner
-from polder.engines.vllm.window.runner import blocks_of_step, hook_runner
+from polder.engines.vllm.window.runner import blocks_of_step
 from polder.errors import EnvironmentFault, PolderError
 from polder.memory.copy import CopyEngine
 from polder.memory.page import Indices
 from polder.window.stream import BlockHomes, WindowStream
 
-__all__ = ["WorkerWindow", "bring_home", "close_units", "figures", "install", "open_units"]
+__all__ = ["INLINE_BYTES", "WorkerWindow", "hook_layer"]
 
 logger = logging.getLogger("polder.engine")
 
@@ -55,7 +51,7 @@ class WorkerWindow:
 
     def __init__(self, memory: WorkerMemory, plan: WindowPlan, *, steps_in_flight: int = 1) -> None:
         """Maps the store. `steps_in_flight`: that vLLM has launched before it hears of the first. Raises PolderError, OSError."""
-        self._memory, self._plan, self._steps_in_flight = memory, plan, steps_in_flight
+        self.memory, self.plan, self._steps_in_flight = memory, plan, steps_in_flight
         self.store = HostRegion(memory, plan.host_pages[memory.rank])
         base = memory.span.address(0)
         self.homes = BlockHomes(
@@ -65,12 +61,8 @@ class WorkerWindow:
             blocks=plan.blocks,
             store=self.store.address,
         )
-        self.inner_backend = memory.backend
-        self.backend, self.window_layers, self.fence = (
-            Emulation(links=plan.links, faults=plan.faults).window_backend(memory.backend, rank=memory.rank),
-            plan.window_layers,
-            memory.backend.fence,
-        )
+        emulation = Emulation(links=memory.plan.links, faults=memory.plan.faults)
+        self.backend = emulation.window_backend(memory.backend, rank=memory.rank)
         self.copies = CopyEngine(self.backend, inline_bytes=INLINE_BYTES)
         self.stream = WindowStream(self.copies, self.homes, window_layers=plan.window_layers)
         self._carried: dict[int, tuple[int, ...]] = {}  # donor -> its windowed units
@@ -83,51 +75,46 @@ class WorkerWindow:
 
     # ------------------------------------------------------------------ pages
 
-    def open(self, donors: Sequence[int], units: Sequence[int]) -> None:
-        """The pages of `donors`, no longer mapped, go under the windowed `units`, L // w of them each, zeroed.
+    def open(self, donors: Mapping[int, Sequence[int]]) -> None:
+        """The pages of `donors`, no longer mapped, go under the windowed units that each of them has there, zeroed.
 
-        Raises PolderError or OSError with the donors' pages back in place: a process has a limited number of mappings, and
-        windowed units take one a page.
+        Each windowed unit gets the pages of w layers. Raises PolderError or OSError with the donors' pages back in place: a
+        process has a limited number of mappings, and windowed units take one a page.
         """
         self.opened = True
         try:
-            self._open(donors, units)
+            self._open(donors)
         except (PolderError, OSError):
-            self.close(donors)
+            self.close(list(donors))
             raise
 
-    def _open(self, donors: Sequence[int], units: Sequence[int]) -> None:
-        memory, geometry = self._memory, self._memory.geometry
-        layers, w = len(self._plan.layers), self._plan.window_layers
-        per_layer, each = geometry.pages_per_unit // layers, layers // w
-        by_place = sorted(range(layers), key=lambda layer: self._plan.layers[layer][1])  # as `slots` has them
+    def _open(self, donors: Mapping[int, Sequence[int]]) -> None:
+        memory, geometry = self.memory, self.memory.geometry
+        layers, w = len(self.plan.layers), self.plan.window_layers
+        per_layer = geometry.pages_per_unit // layers
+        by_place = sorted(range(layers), key=lambda layer: self.plan.layers[layer][1])  # as `slots` has them
         one_of_each = np.repeat(np.array(by_place) < w, per_layer)
-        for at, donor in enumerate(donors):
-            handles = memory.imported.handles(memory.generation_of[donor], memory.pages_of[donor])
-            mine = units[at * each : (at + 1) * each]
-            self._carried[donor] = tuple(mine)
-            for number, unit in enumerate(mine):
+        for donor, units in donors.items():
+            handles = memory.handles_of(donor)
+            self._carried[donor] = tuple(units)
+            for number, unit in enumerate(units):
                 slots = geometry.slots([unit])
                 pages = handles[number * w * per_layer : (number + 1) * w * per_layer]
                 wanted = [pages[(layer % w) * per_layer + page] for layer in by_place for page in range(per_layer)]
                 memory.span.map(slots, wanted)
                 memory.span.zero(slots[one_of_each])  # the pages of all slots, law 2
 
-    def close(self, donors: Sequence[int]) -> list[int]:
-        """The pages go back under donors that do not have them, zeroed. Returns the windowed units that have none any more."""
-        memory, geometry = self._memory, self._memory.geometry
-        closed: list[int] = []
+    def close(self, donors: Sequence[int]) -> None:
+        """The pages go back under donors that do not have them, zeroed."""
+        memory, geometry = self.memory, self.memory.geometry
         for donor in donors:
-            units = self._carried.pop(donor, ())
-            under = geometry.slots(units)
+            under = geometry.slots(self._carried.pop(donor, ()))
             memory.span.unmap(under[memory.span.mapped[under]])
-            closed += units
             slots = geometry.slots([donor])
             if memory.span.mapped[slots].any():
                 continue
-            memory.span.map(slots, memory.imported.handles(memory.generation_of[donor], memory.pages_of[donor]))
+            memory.span.map(slots, memory.handles_of(donor))
             memory.span.zero(slots)
-        return closed
 
     def move(self, sources: Indices, targets: Indices) -> None:
         """Copies whole blocks, all layers, between their homes. To be `settled` before. Raises EnvironmentFault."""
@@ -138,11 +125,6 @@ class WorkerWindow:
             self.homes.stride_bytes,
         )
         self.copies.wait(ticket)
-
-    @property
-    def mapped_blocks(self) -> int:
-        """At the start, when the units that have pages are the first ones."""
-        return len(self._memory.pages_of) * self._memory.geometry.unit_blocks
 
     # ------------------------------------------------------------------ others who read KV by block
 
@@ -169,7 +151,7 @@ class WorkerWindow:
         self._busy = False
         if not self._carried:
             return
-        read, written = blocks_of_step(rows, done, ends, self._plan.block_tokens)
+        read, written = blocks_of_step(rows, done, ends, self.plan.block_tokens)
         try:
             self._busy = self.stream.begin(read, written)
         except EnvironmentFault as error:
@@ -205,7 +187,7 @@ class WorkerWindow:
                 self.stream.after(layer)
             except EnvironmentFault as error:
                 self._failed(error)
-            if layer == len(self._plan.layers) - 1:
+            if layer == len(self.plan.layers) - 1:
                 self._busy = False
 
     @property
@@ -233,97 +215,9 @@ class WorkerWindow:
         logger.warning("the window lost %d blocks: %s", len(self.doubtful), error)
 
 
-# ---------------------------------------------------------------- called by the core
+def hook_layer(window: WorkerWindow, impl: Any, layer: int) -> None:
+    """Has an attention implementation of vLLM's wait for its layer's blocks, and store what it wrote."""
 
-
-def install(worker_: Any) -> str:
-    """Opens the store and hooks the model's attention layers. Returns what was wrong; "" if nothing."""
-    memory = present(here.memory)
-    plan = present(memory.plan.window)
-    layers = worker_.vllm_config.compilation_config.static_forward_context
-    if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
-        return "layers of this model read other layers' KV, whose slots are filled anew by then: remove POLDER_WINDOW"
-    if error := check_runner(worker_.model_runner):
-        return error
-    steps = worker_.vllm_config.max_concurrent_batches
-    try:
-        window = here.window = WorkerWindow(memory, plan, steps_in_flight=steps)
-    except (PolderError, OSError) as error:
-        return f"rank {memory.rank}: {error}"
-    for number, (name, _) in enumerate(plan.layers):
-        _hook(window, layers[name].impl, number)
-    hook_runner(window, worker_.model_runner)
-    return ""
-
-
-def open_units(
-    worker_: Any,
-    donors: Sequence[int],
-    units: Sequence[int],
-    sources: Sequence[int],
-    targets: Sequence[int],
-) -> Outcome:
-    """Moves blocks out of the donors, and puts their pages under windowed units. After an `error` they are where they were."""
-    memory, window = present(here.memory), present(here.window)
-    started = time.perf_counter()
-    memory.backend.fence()
-    src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
-    if len(src):
-        memory.move(src, dst)
-        calls.rewrite_block_tables(worker_.model_runner, src, dst)
-    memory.span.unmap(memory.geometry.slots(donors))
-    try:
-        window.open(donors, units)
-    except (PolderError, OSError) as error:
-        return Outcome(seconds=time.perf_counter() - started, error=f"rank {memory.rank}: {error}")
-    return Outcome(seconds=time.perf_counter() - started)
-
-
-def close_units(worker_: Any, donors: Sequence[int]) -> Outcome:
-    memory, window = present(here.memory), present(here.window)
-    started = time.perf_counter()
-    memory.backend.fence()
-    window.settled()  # blocks of other donors may be among those that did not get home: they are doubtful then
-    window.close(donors)
-    return Outcome(seconds=time.perf_counter() - started)
-
-
-def bring_home(worker_: Any, sources: Sequence[int], targets: Sequence[int]) -> Outcome:
-    """Windowed blocks become regular ones. When copies fail, `error` says so and the targets hold nothing of worth."""
-    memory, window = present(here.memory), present(here.window)
-    started = time.perf_counter()
-    memory.backend.fence()
-    src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)
-    error = ""
-    if window.settled():
-        try:
-            window.move(src, dst)
-        except EnvironmentFault as failure:
-            error = f"rank {memory.rank}: {failure}"
-    else:
-        error = f"rank {memory.rank}: blocks that were written before did not get home"
-    calls.rewrite_block_tables(worker_.model_runner, src, dst)
-    return Outcome(seconds=time.perf_counter() - started, error=error)
-
-
-def figures(worker_: Any) -> dict[str, float]:
-    """Counters of this rank."""
-    window = present(here.window)
-    found = window.stream.statistics()
-    return {
-        "window_loaded_bytes_total": float(found.loaded_bytes),
-        "window_stored_bytes_total": float(found.stored_bytes),
-        "window_stall_seconds_total": found.stall_seconds,
-        "window_copy_seconds_total": found.busy_seconds,
-        "window_passes_total": float(found.passes),
-        "window_failures_total": float(window.failures),
-    }
-
-
-# ---------------------------------------------------------------- inside
-
-
-def _hook(window: WorkerWindow, impl: Any, layer: int) -> None:
     def update_when_there(update: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         window.before(layer)
         return update(*args, **kwargs)

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 
-from polder.engines.vllm.start.kv_limits import check_kv_cache
+from polder.engines.vllm.start.limits import check_kv_cache
 from polder.errors import ConfigError
 
 
