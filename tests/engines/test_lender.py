@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.lender import Lender, lent_geometry
 from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
-from polder.tiers.peer.lending import table_bytes
+from polder.tiers.peer.lending import LendingTable, open_table, table_bytes
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
 
 PAGE, BLOCK = 4096, 1024
+BORROWER = 41
 GEOMETRY = KvGeometry(
     page_bytes=PAGE,
     size_bytes=2 * UNITS * PAGE,
@@ -31,18 +33,28 @@ class Lending:
         self.pool = self.scheduler.pool
         self.units = BlockUnits(self.scheduler, UNIT_BLOCKS, list(range(UNITS)), BusyBlocks.MOVE)
         self.lender = Lender(self.pool, self.units.holders, GEOMETRY, 1, UNITS * UNIT_BLOCKS * BLOCK * 2)
+        self.open()
+
+    def open(self) -> None:
+        """A table, and a borrower's view of it."""
         fd = os.memfd_create("table")
         os.ftruncate(fd, table_bytes(lent_geometry(GEOMETRY, 1)))
+        borrowers = os.dup(fd)
         self.lender.open(fd, {unit: [[2 * unit, 2 * unit + 1]] for unit in range(UNITS)})
+        self.table = open_table(borrowers)
 
     def lend(self, count: int) -> list[int]:
-        """Offers blocks, and a borrower takes all of them."""
-        before = set(self.lender._offered)
+        """Offers blocks, and a borrower writes into all of them."""
         self.lender._offer(count)
-        offered = sorted(self.lender._offered - before)
-        assert self.lender._table is not None
-        self.lender._table.holder[offered] = 1
-        return offered
+        blocks, epochs = self.table.claim(BORROWER, count)
+        with self.table.writing(BORROWER, blocks.tolist(), epochs.tolist()) as ours:
+            assert ours
+        return sorted(blocks.tolist())
+
+    def use_all(self) -> list[int]:
+        """Hands all free blocks out. Returns those that are zeroed."""
+        self.pool.get_new_blocks(self.pool.get_num_free_blocks())
+        return sorted(self.lender.take_dirty())
 
 
 @pytest.fixture
@@ -50,13 +62,42 @@ def lending() -> Iterator[Lending]:
     lending = Lending()
     yield lending
     lending.lender.close()
+    lending.table.close()
 
 
 def test_a_block_that_was_borrowed_is_zeroed_before_it_is_used(lending: Lending) -> None:
     lent = lending.lend(4)
-    taken = [block.block_id for block in lending.pool.get_new_blocks(lending.pool.get_num_free_blocks())]
-    assert sorted(lending.lender.take_dirty()) == lent
-    assert set(lent) <= set(taken)
+    assert lending.use_all() == lent
+
+
+def retire(lending: Lending) -> None:
+    broker = LendingTable(lending.table._fd)
+    broker.retire()
+    broker.close()
+
+
+@pytest.mark.parametrize(
+    "let_go",
+    [
+        lambda lending: lending.lender.on_neighbours([]),
+        lambda lending: lending.table.release(BORROWER, np.flatnonzero(lending.table.holder)),
+        retire,
+    ],
+    ids=["the borrower is gone", "the borrower has released them", "the broker ends"],
+)
+def test_a_block_that_was_written_is_zeroed_whoever_has_let_go_of_it(
+    lending: Lending, let_go: Callable[[Lending], None]
+) -> None:
+    lent = lending.lend(4)
+    let_go(lending)
+    assert lending.use_all() == lent
+    assert not lending.lender.take_dirty()
+
+
+def test_a_block_that_nobody_wrote_is_not_zeroed(lending: Lending) -> None:
+    lending.lender._offer(4)
+    lending.table.claim(BORROWER, 2)
+    assert not lending.use_all()
 
 
 def test_what_has_moved_to_a_block_that_was_lent_is_not_zeroed(lending: Lending) -> None:
@@ -99,3 +140,14 @@ def test_blocks_that_were_lent_when_the_broker_was_replaced_are_zeroed(lending: 
     assert sorted(lending.lender.take_dirty()) == lent
     assert not lending.lender._offered
     lending.lender.check_integrity()
+
+
+def test_a_block_that_is_lent_again_before_it_was_zeroed_is_zeroed_in_the_end(lending: Lending) -> None:
+    """Nothing is zeroed while the engine makes no step."""
+    lent = lending.lend(4)
+    lending.lender.close()
+    lending.table.close()
+    lending.open()
+    lending.lender._offer(lending.pool.get_num_free_blocks())
+    assert set(lent) <= lending.lender._offered
+    assert lending.use_all() == lent

@@ -22,7 +22,7 @@ from polder.tiers.peer import lending
 from polder.tiers.peer.lending import LendingTable
 from tests.tiers.protocol import LENDER, Model, Scenario
 
-ARRAYS = ("epoch", "holder", "writer", "recalled")
+ARRAYS = ("epoch", "holder", "writer", "foreign", "recalled")
 
 
 class Killed(BaseException):
@@ -243,6 +243,7 @@ class Actor:
             or (name == ".r.closed" and pc == "idle")  # claim(), before its filter
             or (name == ".r.recalled" and pc.startswith("write.lock"))  # while waiting: whether to give up
             or (name == ".r.epoch" and pc == "idle")  # valid() has seen one that differs and reads the rest
+            or (name == ".r.holder" and pc == "idle")  # reap() looks for whom there is to reap
         )
         self.world.step(self.number, name, lot, missing_ok=extra)
         self._last = name

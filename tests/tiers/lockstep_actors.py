@@ -10,7 +10,7 @@ from tests.tiers.protocol import LENDER, NEXT_OWNER
 
 class Lender(Actor):
     def __init__(self, world: World, number: int, *, broker: bool = False) -> None:
-        self.broker = broker
+        self.broker, self.reaping = broker, False
         super().__init__(world, number)
 
     def life(self) -> None:
@@ -23,9 +23,15 @@ class Lender(Actor):
                 world.step(LENDER, "offer.begin", lot)
                 self.table.offer(np.array([lot]))
                 lent.add(lot)
+            elif lot in lent and world.draw.random() < 0.2:
+                self.reaping = True
+                self.table.reap([b for b in world.model.borrowers if world.draw.random() < 0.5])
+                self.reaping = False
             elif lot in lent:
-                self.table.take_back(lot)
+                foreign = self.table.take_back(lot)
                 lent.discard(lot)
+                if foreign:
+                    self.table.foreign[lot] = 0
                 for cell, of in enumerate(world.model.scenario.cells):
                     if of == lot:
                         self.turn()
@@ -41,8 +47,15 @@ class Lender(Actor):
         self.stepped("reuse", 0)
 
     def stepped(self, name: str, lot: int | None) -> None:
-        if name == ".w.recalled" and self.world.pc(LENDER) == "retire.next":
+        if name == ".w.recalled" and self.reaping and self.world.pc(LENDER) == "idle":
+            self.world.step(LENDER, "reap.begin", lot)
+        elif name == ".w.recalled" and self.world.pc(LENDER) == "retire.next":
             name, lot = "retire.next", None
+        if name == ".w.foreign":  # zeroed with it
+            self.world.cells = [
+                LENDER if of == lot else cell
+                for cell, of in zip(self.world.cells, self.world.model.scenario.cells, strict=True)
+            ]
         super().stepped(name, lot)
         if name == ".w.closed":
             self.world.step(LENDER, "retire.look", 0)

@@ -69,8 +69,8 @@ class Scenario:
         return 2 * first, 2 * second + 1
 
 
-SHARED = ("epoch", "holder", "writer", "recalled", "lock", "own")
-LENDER_FIELDS = ("pc", "lot", "offers", "todo")
+SHARED = ("epoch", "holder", "writer", "foreign", "recalled", "lock", "own")
+LENDER_FIELDS = ("pc", "lot", "offers", "todo", "after")
 BORROWER_FIELDS = (
     "pc",
     "version",
@@ -130,6 +130,9 @@ class Model:
         ]
         self._lock = [self.field["lock", lot] for lot in range(scenario.lots)]
         self._own = [self.field["own", lot] for lot in range(scenario.lots)]
+        self._marked = [
+            (self.field["cell", cell], self.field["foreign", lot], lot) for cell, lot in enumerate(scenario.cells)
+        ]
         self._waiting = {
             (b, f"write.lock{k}"): lot for b in self.borrowers for k, lot in enumerate(scenario.lots_of(b))
         }
@@ -203,6 +206,9 @@ class Model:
                 raise Violation(f"lot {lot} has two holders")
             if holders and state[self._own[lot]]:
                 raise Violation(f"borrower {holders[0]} has lot {lot}, which is the lender's own")
+        for cell, foreign, lot in self._marked:
+            if state[cell] >= 10 and not state[foreign]:
+                raise Violation(f"lot {lot} has bytes of borrower {state[cell] // 10}, and nobody knows to zero it")
         waits = {p: state[self._lock[lot]] for p in self._pc if (lot := self._waits(state, p)) is not None}
         for process, other in waits.items():
             if other == process or waits.get(other) == process:

@@ -15,8 +15,8 @@ def steps(model: Model, b: int) -> Steps:
     mutant, filtered = model.scenario.mutant, model.scenario.filtered
     last = len(lots) - 1
     closed, releases = model.at("closed"), model.at("releases")
-    epoch, holder, writer, recalled, lock = (
-        [model.at(name, lot) for lot in lots] for name in ("epoch", "holder", "writer", "recalled", "lock")
+    epoch, holder, writer, foreign, recalled, lock = (
+        [model.at(name, lot) for lot in lots] for name in ("epoch", "holder", "writer", "foreign", "recalled", "lock")
     )
     cells = [model.at("cell", cell) for cell in model.scenario.halves(b)]
     PC, HALF, VERSION, WRITTEN = model.at(b, "pc"), model.at(b, "half0"), model.at(b, "version"), model.at(b, "written")
@@ -109,6 +109,10 @@ def steps(model: Model, b: int) -> Steps:
         def give_up(s: list[Any], k: int = k) -> bool:  # the deadline has passed, or another lot is recalled
             return go(s, f"unmark{k - 1}.{k - 1}" if k else "idle")
 
+        def spoil(s: list[Any], k: int = k) -> bool:  # self.foreign[lot] = 1
+            s[foreign[k]] = 1
+            return go(s, f"mark{k}")
+
         def mark(s: list[Any], k: int = k) -> bool:  # self.writer[lot] = os.getpid()
             s[writer[k]] = b
             return go(s, f"write.lock{k + 1}" if k < last else "copy0")
@@ -135,9 +139,10 @@ def steps(model: Model, b: int) -> Steps:
             "write.r.recalled",
             k,
             lambda s, k=k, ignores=ignores: ignores or not s[recalled[k]],
-            f"mark{k}",
+            f"spoil{k}",
             fail,
         )
+        on(f"spoil{k}", "write.w.foreign", k, spoil)
         on(f"mark{k}", "write.w.writer", k, mark)
 
         # -------------------------------------------------------------- _let_go(held, marked), of the lots 0 .. k

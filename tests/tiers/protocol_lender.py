@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.tiers.protocol import LENDER, NEXT_OWNER, Model, Step
+from tests.tiers.protocol import LENDER, NEXT_OWNER, Model, Step, Violation
 
 Steps = dict[str, list[tuple[str, int, Step]]]
 
@@ -12,10 +12,10 @@ Steps = dict[str, list[tuple[str, int, Step]]]
 def steps(model: Model) -> Steps:
     scenario, mutant = model.scenario, model.scenario.mutant
     closed = model.at("closed")
-    PC, LOT, OFFERS, TODO = (model.at("L", name) for name in ("pc", "lot", "offers", "todo"))
-    epoch, holder, writer, recalled, lock, own = (
+    PC, LOT, OFFERS, TODO, AFTER = (model.at("L", name) for name in ("pc", "lot", "offers", "todo", "after"))
+    epoch, holder, writer, foreign, recalled, lock, own = (
         [model.at(name, lot) for lot in range(scenario.lots)]
-        for name in ("epoch", "holder", "writer", "recalled", "lock", "own")
+        for name in ("epoch", "holder", "writer", "foreign", "recalled", "lock", "own")
     )
     cells = [[model.at("cell", c) for c, of in enumerate(scenario.cells) if of == lot] for lot in range(scenario.lots)]
     program: Steps = {}
@@ -92,6 +92,18 @@ def steps(model: Model) -> Steps:
 
         on("idle", "take.w.recalled", lot, begin_take)
 
+        # -------------------------------------------------------------- reap(): take_back(lot), offer([lot])
+        def begin_reap(s: list[Any], lot: int = lot) -> bool:
+            """Of any lot: the list of borrowers who live may be old, and the holder may have let go meanwhile."""
+            if s[own[lot]] or s[OFFERS] >= scenario.offers:
+                return False
+            s[OFFERS] += 1
+            s[AFTER] = "offer.lock"
+            return go(s, f"reap{lot}")
+
+        on("idle", "reap.begin", lot, begin_reap)
+        on(f"reap{lot}", "take.w.recalled", lot, begin_take)
+
     def lower_epoch(s: list[Any], lot: int) -> None:  # self.epoch[lot] += self.epoch[lot] % 2
         if mutant == "epoch_goes_back":
             s[epoch[lot]] -= s[epoch[lot]] % 2
@@ -107,14 +119,23 @@ def steps(model: Model) -> Steps:
             s[model.at(dead, "landing")] = 0  # self._on_dead_writer(pid) waits until its copies have ended
         return go(s, "take.bury" if dead else "take.read")
 
+    def look_for_bytes(s: list[Any]) -> bool:  # foreign = bool(self.foreign[lot])
+        told = s[holder[s[LOT]] if mutant == "told_by_holder" else foreign[s[LOT]]]
+        if not s[AFTER]:
+            s[AFTER] = "retire.next" if s[closed] else "zero" if told else "own0"
+        return go(s, "take.writer")
+
     def returned(s: list[Any]) -> bool:
         lot = s[LOT]
         s[lock[lot]] = 0
         s[own[lot]] = 1
-        return go(s, "retire.next" if s[closed] else "own0")
+        after, s[AFTER] = s[AFTER], 0
+        if after == "own0" and any(s[cell] >= 10 for cell in cells[lot]):
+            raise Violation(f"the lender uses lot {lot} and does not know of a borrower's bytes in it")
+        return go(s, after)
 
-    take_lock("take.lock", "take.lock", "take.holder")
-    do("take.holder", "take.r.holder", nothing, "take.writer")  # borrowed = bool(self.holder[lot])
+    take_lock("take.lock", "take.lock", "take.foreign")
+    on("take.foreign", "take.r.foreign", -1, look_for_bytes)
     on("take.writer", "take.r.writer", -1, look_for_dead)
     do("take.bury", "take.w.writer", put(writer, 0), "take.read")  # if pid: self.writer[lot] = 0
     do("take.read", "take.r.epoch", nothing, "take.epoch")
@@ -122,6 +143,13 @@ def steps(model: Model) -> Steps:
     do("take.free", "take.w.holder", put(holder, 0), "take.recalled")  # self.holder[lot] = 0
     do("take.recalled", "take.w.recalled", put(recalled, 0), "take.unlock")  # self.recalled[lot] = 0
     on("take.unlock", "take.unlock", -1, returned)
+
+    def zero(s: list[Any], lot: int) -> None:  # take_dirty(): self._table.foreign[dirty] = 0, and the workers zero them
+        s[foreign[lot]] = 0
+        for cell in cells[lot]:
+            s[cell] = LENDER
+
+    do("zero", "zero.w.foreign", zero, "own0")
     for half in (0, 1):
 
         def write(s: list[Any], half: int = half) -> bool:  # the lender's model writes its own block there

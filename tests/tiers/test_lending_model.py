@@ -31,12 +31,12 @@ SCENARIOS = {
     "stale claims": Scenario(blocks=((0, 1), (0, 1)), lots=2, offers=4, writes=1, filtered=True, before=STALE),
 }
 STATES = {
-    "lent twice": 106978,
-    "released": 107494,
-    "written twice": 41622,
-    "released and lent twice": 81276,
-    "a block over two lots": 203926,
-    "stale claims": 44141,
+    "lent twice": 129605,
+    "released": 104980,
+    "written twice": 40628,
+    "released and lent twice": 90862,
+    "a block over two lots": 219026,
+    "stale claims": 58978,
 }
 
 
@@ -60,6 +60,8 @@ def mutant(rule: str, **changes: object) -> Scenario:
         (mutant("epoch_not_raised"), "which is the lender's own"),
         (mutant("epoch_goes_back", blocks=((0, 0),), offers=2), "takes bytes"),
         (mutant("release_keeps_epoch", releases=1), "takes bytes"),
+        (mutant("told_by_holder", releases=1), "does not know of a borrower's bytes"),
+        (mutant("told_by_holder", blocks=((0, 0),), offers=2), "does not know of a borrower's bytes"),
         (mutant("no_recalled_flag"), "the lender starves"),
         (mutant("kill_by_mark"), "does not know whom to kill"),
         (mutant("dead_writer_ignored"), "after take_back has returned"),

@@ -9,6 +9,7 @@ table. For each block it has
     epoch     odd while the block is offered or borrowed, even while it is the lender's own; it never decreases
     holder    the number of the borrower that claimed it
     writer    the process that is writing into it now
+    foreign   set before a borrower's first byte, until the lender has zeroed the block, whoever has let go of it meanwhile
     recalled  set while the lender waits for the block
 
 The protocol guarantees the following, whatever processes do, crashes included (tests/tiers/test_lending_model.py
@@ -64,7 +65,7 @@ logger = logging.getLogger("polder.tiers")
 RECALL_DEADLINE_S = 1.0
 """A borrower that keeps a lender waiting for a lock for longer than this is killed."""
 
-_MAGIC = 0x504F4C4445520001
+_MAGIC = 0x504F4C4445520002
 _HEADER_BYTES = 4096
 _CHANGES_AT = 480  # offset of a word in the header that only the lender writes
 _LOCKS_AT = 1 << 40  # beyond the end of the file, so that no lock covers data
@@ -107,6 +108,7 @@ def _sections(geometry: LentGeometry) -> dict[str, tuple[int, str, tuple[int, ..
         ("epoch", "<u8", (geometry.blocks,)),
         ("holder", "<u8", (geometry.blocks,)),
         ("writer", "<u8", (geometry.blocks,)),
+        ("foreign", "<u8", (geometry.blocks,)),
         ("recalled", "<u8", (geometry.blocks,)),
         ("pages", "<i8", (geometry.ranks, geometry.units, geometry.unit_pages)),
         ("granule_page", "<i4", (geometry.unit_blocks, geometry.granules)),
@@ -130,6 +132,7 @@ class LendingTable:
     epoch: npt.NDArray[np.uint64]
     holder: npt.NDArray[np.uint64]
     writer: npt.NDArray[np.uint64]
+    foreign: npt.NDArray[np.uint64]
     recalled: npt.NDArray[np.uint64]
     pages: IntArray
     """[ranks, units, unit_pages] the page numbers of each unit, -1 while it is not mapped."""
@@ -207,7 +210,8 @@ class LendingTable:
                     self.epoch[block] += np.uint64(1)
 
     def take_back(self, block: int) -> bool:
-        """The lender uses this block from now on. Returns whether somebody had borrowed it.
+        """The lender uses this block from now on. Returns whether a borrower's bytes may be in it: then it zeroes the block and
+        clears `foreign`.
 
         Waits for a copy in flight, at most; a borrower that does not let go within RECALL_DEADLINE_S is killed.
         """
@@ -215,22 +219,22 @@ class LendingTable:
             1  # a borrower that writes block after block would get the lock before us again and again
         )
         with self._locked(block):
-            borrowed = bool(self.holder[block])
+            foreign = bool(self.foreign[block])
             self._bury(int(self.writer[block]), block)
             self.epoch[block] += np.uint64(int(self.epoch[block]) % 2)
             self.holder[block] = 0
             self.recalled[block] = 0
         self._changes += np.uint64(1)
-        return borrowed
+        return foreign
 
     def reap(self, alive: Sequence[int]) -> int:
         """Puts the blocks of borrowers that are no more on offer again. `alive`: the numbers of those that are. Returns
         how many."""
         held = np.flatnonzero(self.holder)
         orphaned = held[~np.isin(self.holder[held], np.array(list(alive), dtype=np.uint64))]
-        for block in orphaned.tolist():
-            self.take_back(block)
-        self.offer(orphaned)
+        for block in orphaned:
+            self.take_back(int(block))
+            self.offer(block[None])
         return len(orphaned)
 
     def retire(self) -> None:
@@ -293,6 +297,7 @@ class LendingTable:
                 # A mark: another rank of ours died in mid-write, and only the lender may bury it.
                 if not ours or self.writer[block] or self.recalled[block]:
                     break
+                self.foreign[block] = 1
                 self.writer[block] = os.getpid()
                 marked.append(block)
             else:

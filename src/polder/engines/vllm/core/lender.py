@@ -9,8 +9,8 @@ what its own prefix cache makes use of (the reuse curve that the broker's policy
 blocks are offered. They stand at the end of the free queue, renewed every second, so the engine first uses up its own cold
 cache, then takes back.
 
-Blocks that were written by a borrower are zeroed before the engine uses them: foreign bytes, read as numbers of another type,
-can be NaN. `take_dirty` names them after each `schedule()`, and the workers zero them before that step (worker.zero_blocks), with
+Blocks that a borrower wrote are zeroed before the engine uses them, whoever has let go of them meanwhile: foreign bytes, read as
+numbers of another type, can be NaN. `take_dirty` names them after each `schedule()`, and the workers zero them before that step (worker.zero_blocks), with
 every model runner in the same way.
 
 A block that a store to a tier still reads is not offered, and one that is offered is not stored any more: its bytes are lost.
@@ -81,8 +81,7 @@ class Lender:
         self._used: deque[tuple[float, int]] = deque()  # (time, most blocks used since the one before)
         self._peak_now = 0
         self._looked_at = float("-inf")
-        self._foreign: set[int] = set()  # blocks with a borrower's bytes in them
-        self._dirty: list[int] = []  # of these, blocks that the engine uses from now on
+        self._dirty: list[int] = []  # blocks with a borrower's bytes in them that are not lent any more
         self._cores: list[int] = []
         self.recalls = self.borrowed_recalls = 0
         self.recall_seconds: deque[float] = deque(maxlen=4096)
@@ -98,6 +97,7 @@ class Lender:
             os.close(fd)
         _, granule_pages, offsets = self._geometry.granules()
         self._table.granule_page[:], self._table.granule_offset[:] = granule_pages, offsets
+        self._table.foreign[self._dirty] = 1  # lent by the table before, and not zeroed yet
         self.mapped(pages)
 
     def mapped(self, pages: UnitPages) -> None:
@@ -176,13 +176,11 @@ class Lender:
         self._offered.discard(number)
         assert self._table is not None
         started = time.perf_counter()
-        borrowed = self._table.take_back(number)
+        foreign = self._table.take_back(number)
         self.recalls += 1
-        if borrowed:
+        if foreign:
             self.borrowed_recalls += 1
             self.recall_seconds.append(time.perf_counter() - started)
-            self._foreign.add(number)
-        if number in self._foreign:
             self._dirty.append(number)
 
     def _renumber(self, new: NewIds) -> None:
@@ -192,7 +190,8 @@ class Lender:
     def take_dirty(self) -> list[int]:
         """Blocks taken back with a borrower's bytes in them, since the last call: to be zeroed before they are used."""
         dirty, self._dirty = self._dirty, []
-        self._foreign.difference_update(dirty)
+        if self._table is not None:
+            self._table.foreign[dirty] = 0
         return dirty
 
     def recall_all(self) -> None:
