@@ -46,6 +46,12 @@ def test_names_say_unit_and_kind() -> None:
             assert metric.unit in words, metric
 
 
+def test_a_metrics_meaning_can_be_read_without_that_of_its_neighbour() -> None:
+    """Prometheus shows each alone."""
+    for metric in (*metrics.ENGINE, *metrics.STATUS, *metrics.DEVICE, *metrics.BROKER, *metrics.CHILD):
+        assert not re.search(r"\b(of (these|it)|these (copies|waits)|the same)\b", metric.help, re.IGNORECASE), metric
+
+
 def test_no_metric_is_declared_twice() -> None:
     for group in ((*metrics.STATUS, *metrics.ENGINE), metrics.DEVICE, metrics.BROKER, metrics.CHILD):
         names = [metric.name for metric in group]

@@ -112,19 +112,19 @@ PACING = (
 )
 WEIGHTS = (
     _gauge("segments", "layers", "Layers whose weights have memory on the device"),
-    _counter("wakes_total", "", "Times the engine got its weights back after sleep"),
+    _counter("wakes_total", "", "Times the engine got weights while it had none, also at its start"),
     _counter("sleeps_total", "", "Times the engine gave up all of its weights"),
     _counter("pauses_total", "", "Sleeps with open requests, which waited until it was the engine's turn again"),
     _counter("wake_seconds_total", "seconds", "Waiting for memory for the weights, from request to mapped pages"),
-    _gauge("wake_max_seconds", "seconds", "The longest of these waits"),
+    _gauge("wake_max_seconds", "seconds", "The longest wait of a request for memory for the weights"),
 )
 WEIGHT_RANKS = (
     _counter("weights_loaded_bytes_total", "bytes", "Weights copied from the host, on one rank"),
     _counter("weights_loads_total", "", "Layers copied from the host, on one rank"),
-    _counter("weights_copy_seconds_total", "seconds", "Time that these copies took"),
+    _counter("weights_copy_seconds_total", "seconds", "Time that copies of weights from the host took, on one rank"),
     _counter("weights_stalls_total", "", "Times that computing waited for a layer, on one rank"),
     _counter("weights_stall_seconds_total", "seconds", "Time that computing waited for layers, on one rank"),
-    _gauge("weights_pass_stall_seconds", "seconds", "The same, the longest of the last 16 passes"),
+    _gauge("weights_pass_stall_seconds", "seconds", "The longest wait for layers in one of the last 16 passes"),
     _gauge("weights_resident_bytes", "bytes", "Weights that cannot move and stay on the device, on one rank"),
     _gauge("weights_rotating_layers", "layers", "Layers streamed in every pass"),
 )
@@ -140,7 +140,7 @@ WINDOW_RANKS = (
     _counter("window_loaded_bytes_total", "bytes", "Windowed KV copied from the host, on one rank"),
     _counter("window_stored_bytes_total", "bytes", "Windowed KV copied to the host, on one rank"),
     _counter("window_stall_seconds_total", "seconds", "Time that computing waited for windowed KV, on one rank"),
-    _counter("window_copy_seconds_total", "seconds", "Time that these copies took, on one rank"),
+    _counter("window_copy_seconds_total", "seconds", "Time that copies of windowed KV took, on one rank"),
     _counter("window_passes_total", "", "Forward passes with windowed blocks"),
     _counter("window_failures_total", "", "Passes whose copies failed"),
     _gauge("window_step_seconds", "seconds", "Measured at the start: one token with next to no context"),
@@ -151,15 +151,19 @@ WINDOW_RANKS = (
     _gauge("window_link_bytes_per_second", "bytes/s", "Measured at the start: speed of the copies"),
     _gauge("window_contention_seconds_per_byte", "seconds", "Measured at the start: slowdown by each byte copied"),
     _gauge("window_measured_{point}_blocks", "blocks", "Windowed blocks of a step that was measured at the start"),
-    _gauge("window_measured_{point}_seconds", "seconds", "By how much that step took longer"),
+    _gauge(
+        "window_measured_{point}_seconds", "seconds", "By how much the step with these blocks took longer at the start"
+    ),
 )
 LENDING = (
     _gauge("lent_offered_bytes", "bytes", "Idle KV memory on offer to other engines"),
-    _gauge("lent_borrowed_bytes", "bytes", "The part of it that others hold"),
+    _gauge("lent_borrowed_bytes", "bytes", "Idle KV memory on offer that other engines hold"),
     _counter("lent_recalls_total", "blocks", "Blocks on offer that the owner took back for itself"),
-    _counter("lent_borrowed_recalls_total", "blocks", "The part of these that somebody had borrowed"),
+    _counter(
+        "lent_borrowed_recalls_total", "blocks", "Blocks that the owner took back from an engine that had borrowed them"
+    ),
     _gauge("lent_recall_p99_seconds", "seconds", "Wait for a borrower when a block is taken back, the last 4096 times"),
-    _gauge("lent_recall_max_seconds", "seconds", "The longest of these waits"),
+    _gauge("lent_recall_max_seconds", "seconds", "The longest wait for a borrower when a block is taken back"),
 )
 TIERS = (
     _gauge("tier_{tier}_used_bytes", "bytes", "KV in the tier now"),
@@ -167,18 +171,18 @@ TIERS = (
     _gauge("tier_{tier}_load_bytes_per_second", "bytes/s", "Speed of the last loads"),
     _counter("tier_{tier}_hit_tokens_total", "tokens", "Tokens whose load was begun"),
     _counter("tier_{tier}_loaded_bytes_total", "bytes", "KV copied from the tier"),
-    _counter("tier_{tier}_load_seconds_total", "seconds", "Time that the tier was busy with these copies"),
+    _counter("tier_{tier}_load_seconds_total", "seconds", "Time that the tier was busy with loads"),
     _counter("tier_{tier}_stored_bytes_total", "bytes", "KV copied to the tier"),
-    _counter("tier_{tier}_store_seconds_total", "seconds", "Time that the tier was busy with these copies"),
+    _counter("tier_{tier}_store_seconds_total", "seconds", "Time that the tier was busy with stores"),
     _counter("tier_{tier}_lost_loads_total", "", "Loads that failed because the owner took the memory back"),
     _counter("tier_{tier}_corrupt_blocks_total", "blocks", "Blocks whose checksum was wrong; they were computed"),
     _counter("tier_{tier}_failed_blocks_total", "blocks", "Blocks whose copy failed for another reason"),
     _counter("tier_asked_tokens_total", "tokens", "Tokens that were not in the engine's own cache"),
     _counter("tier_refused_loads_total", "", "Loads cut short or refused as slower than computing"),
-    _counter("tier_refused_tokens_total", "tokens", "Tokens of these"),
+    _counter("tier_refused_tokens_total", "tokens", "Tokens found in a tier but computed, because loading is slower"),
     _counter("tier_early_loads_total", "", "Loads begun when the request arrived"),
     _counter("tier_late_loads_total", "", "Loads that took longer than computing would have"),
-    _counter("tier_late_tokens_total", "tokens", "Tokens of these"),
+    _counter("tier_late_tokens_total", "tokens", "Tokens whose load took longer than computing would have"),
     _counter("tier_failed_loads_total", "", "Loads that failed; their tokens were computed"),
     _counter("tier_lost_blocks_total", "blocks", "Blocks lost because their owner took the memory back"),
     _counter("tier_stored_blocks_total", "blocks", "Blocks stored in any tier"),
@@ -191,7 +195,9 @@ TIERS = (
 )
 DISKS = (
     _counter("disk_written_bytes_total", "bytes", "Bytes written to the disks, second copies included, on all ranks"),
-    _counter("disk_copied_bytes_total", "bytes", "The part of these that are second copies of pages read most"),
+    _counter(
+        "disk_copied_bytes_total", "bytes", "Bytes written to the disks that are second copies of pages read most"
+    ),
     _gauge("disk_written_bytes_per_day", "bytes", "Bytes a day, at the rate of the last hour, on all ranks"),
     _counter("disk_spilled_blocks_total", "blocks", "Blocks written from host memory to disk"),
     _counter(
@@ -218,7 +224,7 @@ STATUS = (
     _gauge("waiting_bytes", "bytes", "What waiting requests need in addition"),
     _gauge("cached_bytes", "bytes", "Memory that holds reusable KV"),
     _gauge("target_bytes", "bytes", "What the policy wants the engine to hold"),
-    _gauge("floor_bytes", "bytes", "What is never taken from the engine"),
+    _gauge("floor_bytes", "bytes", "What is never taken from the engine while it is awake"),
     _gauge("share_bytes", "bytes", "What is the engine's own on demand"),
     _gauge("ceiling_bytes", "bytes", "The most that the engine can hold"),
     _gauge("borrowed_bytes", "bytes", "Memory held above the share"),

@@ -10,8 +10,10 @@ import pytest
 
 from polder.bench.workloads.models import ensure_model
 from polder.serve.process import ManagedProcess, ProcessSpec
+from tests.engines.answers import varied
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, ENVIRONMENT, MODELS, ORDINARY, Broker, Engine, prompts, tokens_of
+from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, Engine, prompts, tokens_of
+from tests.engines.test_gpu_defaults import TINY
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 ASKED, LENGTHS = prompts(12, 150, seed=21), [4, 32] * 6
@@ -44,29 +46,29 @@ def test_a_budget_of_its_own_needs_no_broker_and_may_come_by_additional_config(e
 
 
 def test_tensor_parallel_ranks_grow_move_and_shrink_together() -> None:
-    """Two ranks, each with half of the heads: pages of both come and go in one unit."""
-    two = {"tensor_parallel_size": 2, "max_model_len": 512}
+    """Two ranks of the V2 runner with graphs, each with half of the heads: pages of both come and go in one unit."""
+    two = {"tensor_parallel_size": 2, "max_model_len": 512, "max_num_seqs": 16}
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    reference = Engine.start("stock2", settings=bind | {"VLLM_PLUGINS": ""}, num_gpu_blocks_override=320, **two)
-    expected = tokens_of(reference.generate(ASKED, LENGTHS))
+    reference = Engine.start("stock2", TINY, bind | {"VLLM_PLUGINS": ""}, num_gpu_blocks_override=320, **two)
+    asked = prompts(8, 150, seed=2, vocabulary=TINY.vocab)
+    expected = varied(tokens_of(reference.generate(asked, LENGTHS[:8])))
     reference.stop()
     with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
-        broker = Broker(Path(folder) / "b", pages=16 * 20).start()
-        engine = Engine.start(
-            "t", settings=bind | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "t"}, like=ORDINARY, **two
-        )
+        broker = Broker(Path(folder) / "b", pages=4 * 20).start()
+        settings = bind | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "t"}
+        engine = Engine.start("t", TINY, settings, like="v2,async,warmup,graphs", **two)
         try:
             events = {
-                14: lambda: broker.resize("t", 7),
-                18: lambda: broker.resize("t", 20),
-                24: lambda: broker.resize("t", 8),
+                12: lambda: broker.resize("t", 5),
+                16: lambda: broker.resize("t", 20),
+                22: lambda: broker.resize("t", 5),
             }
-            assert tokens_of(engine.generate(ASKED, LENGTHS, events)) == expected
+            assert tokens_of(engine.generate(asked, LENGTHS[:8], events)) == expected
             counters = engine.utility("polder_check")
             assert counters["shrinks_total"] >= 2
             assert counters["migrated_blocks_total"] > 0
             device = broker.status().devices[0]
-            assert device.pages_by_owner == {"t/kv": broker.engine("t").held_units * 16}
+            assert device.pages_by_owner == {"t/kv": broker.engine("t").held_units * 4}
         finally:
             engine.stop()
             broker.stop()
