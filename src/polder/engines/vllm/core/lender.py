@@ -9,9 +9,9 @@ what its own prefix cache makes use of (the reuse curve that the broker's policy
 blocks are offered. They stand at the end of the free queue, renewed every second, so the engine first uses up its own cold
 cache, then takes back.
 
-Blocks that a borrower wrote are zeroed before the engine uses them, whoever has let go of them meanwhile: foreign bytes, read as
-numbers of another type, can be NaN. `take_dirty` names them after each `schedule()`, and the workers zero them before that step (worker.zero_blocks), with
-every model runner in the same way.
+Blocks that a borrower wrote are zeroed before the engine uses them, whoever has let go of them meanwhile: foreign
+bytes, read as numbers of another type, can be NaN. `take_dirty` names them after each `schedule()`, and the workers
+zero them before that step (worker.zero_blocks), with every model runner in the same way.
 
 A block that a store to a tier still reads is not offered, and one that is offered is not stored any more: its bytes are lost.
 """
