@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
+from polder.broker.wire import Neighbours
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.lender import Lender, lent_geometry
 from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
@@ -32,7 +33,7 @@ class Lending:
         self.scheduler = Scheduler()
         self.pool = self.scheduler.pool
         self.units = BlockUnits(self.scheduler, UNIT_BLOCKS, list(range(UNITS)), BusyBlocks.MOVE)
-        self.lender = Lender(self.pool, self.units.holders, GEOMETRY, 1, UNITS * UNIT_BLOCKS * BLOCK * 2)
+        self.lender = Lender(self.pool, self.units, GEOMETRY, 1, UNITS * UNIT_BLOCKS * BLOCK * 2)
         self.open()
 
     def open(self) -> None:
@@ -79,7 +80,7 @@ def retire(lending: Lending) -> None:
 @pytest.mark.parametrize(
     "let_go",
     [
-        lambda lending: lending.lender.on_neighbours([]),
+        lambda lending: lending.lender.on_neighbours(Neighbours(lenders=[], pids=[], cores=[])),
         lambda lending: lending.table.release(BORROWER, np.flatnonzero(lending.table.holder)),
         retire,
     ],

@@ -23,9 +23,10 @@ from polder.broker.wire import (
     Refused,
     Welcome,
 )
+from polder.engines.vllm.agreement import Agreement
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.demand import DemandReports
-from polder.engines.vllm.core.lending import Lending, open_lending
+from polder.engines.vllm.core.lending import Lending
 from polder.engines.vllm.core.link import BrokerLink, Down, Tick, Up
 from polder.engines.vllm.core.pacing import Pacing
 from polder.engines.vllm.core.prefetch import Prefetch
@@ -36,7 +37,6 @@ from polder.engines.vllm.core.step_times import StepTimes
 from polder.engines.vllm.core.subsystem import Subsystem
 from polder.engines.vllm.core.transfers import TierTransfers, Transfers
 from polder.engines.vllm.rank import calls
-from polder.engines.vllm.start.negotiate import Agreement
 from polder.engines.vllm.weights.core import CoreWeights
 from polder.engines.vllm.window.core import CoreWindow
 from polder.engines.vllm.window.goal import keep_goal
@@ -139,7 +139,7 @@ class ElasticCore:
         return window
 
     def _open_lending(self, agreement: Agreement, wake: Callable[[], None]) -> Lending:
-        return open_lending(
+        return Lending(
             self._scheduler,
             self.blocks,
             agreement,

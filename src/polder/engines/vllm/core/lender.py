@@ -1,19 +1,19 @@
 """The lender's side in the engine core: which blocks are on offer, and how they come back.
 
-A block on offer counts as free: it stands in vLLM's free queue, with a callback that vLLM calls when it hands the block out
+A block on offer counts as free: it is in vLLM's free queue, with a callback that vLLM calls when it hands the block out
 (BlockPool.unpin_blocks), and the callback takes it back. So lending needs no permission to end, and costs the scheduler one
-lock a block.
+lock per block.
 
-How much to offer is decided once a second from what the engine itself needs: the blocks it used at most in the last `PEAK_S`,
-what its own prefix cache makes use of (the reuse curve that the broker's policy sees too), and a reserve. The coldest free
-blocks are offered. They stand at the end of the free queue, renewed every second, so the engine first uses up its own cold
-cache, then takes back.
+How much to offer is decided once a second from what the engine itself needs: the most blocks it used in the last `PEAK_S`,
+the cache that its own prefix hits make use of (the reuse curve that the broker's policy sees too), and a reserve. The coldest
+free blocks are offered. Once a second they are moved to the end of the free queue, so the engine first uses up its own cold
+cache, then takes blocks back.
 
-Blocks that a borrower wrote are zeroed before the engine uses them, whoever has let go of them meanwhile: foreign
-bytes, read as numbers of another type, can be NaN. `take_dirty` names them after each `schedule()`, and the workers
-zero them before that step (worker.zero_blocks), with every model runner in the same way.
+Blocks that a borrower wrote are zeroed before the engine uses them, also when the borrower has let go of them meanwhile:
+foreign bytes, read as numbers of another type, can be NaN. `take_dirty` names them after each `schedule()`, and the workers
+zero them before that step (rank/calls.py).
 
-A block that a store to a tier still reads is not offered, and one that is offered is not stored any more: its bytes are lost.
+A block that a store to a tier still reads is not offered. A block that is offered is not stored any more: its bytes are lost.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from polder.engines.vllm.core.holders import BlockHolders, NewIds
-from polder.engines.vllm.core.subsystem import UnitPages
+from polder.broker.wire import Neighbours
+from polder.engines.vllm.core.blocks import BlockUnits
+from polder.engines.vllm.core.holders import NewIds
+from polder.engines.vllm.core.subsystem import Subsystem, UnitPages
 from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.tiers.peer.lending import LendingTable, LentGeometry
 
@@ -58,22 +60,25 @@ def lent_geometry(geometry: KvGeometry, ranks: int) -> LentGeometry:
     )
 
 
-class Lender:
+class Lender(Subsystem):
     """Offers idle blocks of one BlockPool. Runs in the engine core's thread, between steps but for `_on_reuse`."""
 
     def __init__(
         self,
         pool: Any,
-        holders: BlockHolders,
+        blocks: BlockUnits,
         geometry: KvGeometry,
         ranks: int,
         lend_bytes: int,
-        before_offer: Callable[[list[int]], object] = lambda _: None,
+        *,
+        useful_units: Callable[[float], int] = lambda now: 0,
+        before_offer: Callable[[list[int]], object] = lambda free: None,
     ) -> None:
-        """`before_offer(blocks)` returns when no step reads these free blocks."""
-        self._pool, self._holders, self._geometry, self._ranks = pool, holders, geometry, ranks
-        self._before_offer = before_offer
-        holders.register(self._renumber)
+        """`useful_units(now)`: units of cache beyond which more saves next to nothing. `before_offer(free)` returns when no step
+        reads these free blocks."""
+        self._pool, self._blocks, self._holders, self._geometry = pool, blocks, blocks.holders, geometry
+        self._useful_units, self._before_offer = useful_units, before_offer
+        self._holders.register(self._renumber)
         self._lent = lent_geometry(geometry, ranks)
         self.most_blocks = lend_bytes // self._lent.block_bytes
         self._table: LendingTable | None = None
@@ -82,9 +87,8 @@ class Lender:
         self._peak_now = 0
         self._looked_at = float("-inf")
         self._dirty: list[int] = []  # blocks with a borrower's bytes in them that are not lent any more
-        self._cores: list[int] = []
-        self.recalls = self.borrowed_recalls = 0
-        self.recall_seconds: deque[float] = deque(maxlen=4096)
+        self._recalls = self._borrowed_recalls = 0
+        self._recall_seconds: deque[float] = deque(maxlen=4096)
 
     # ------------------------------------------------------------------ the table
 
@@ -98,35 +102,33 @@ class Lender:
         _, granule_pages, offsets = self._geometry.granules()
         self._table.granule_page[:], self._table.granule_offset[:] = granule_pages, offsets
         self._table.foreign[self._dirty] = 1  # lent by the table before, and not zeroed yet
-        self.mapped(pages)
+        self.on_mapped(pages)
 
-    def mapped(self, pages: UnitPages) -> None:
-        """These units have pages now. Before any of their blocks is offered."""
+    def on_mapped(self, pages: UnitPages) -> None:
         if self._table is not None:
             for unit, ranks in pages.items():
                 self._table.pages[:, unit] = ranks
 
-    def unmapped(self, units: Sequence[int]) -> None:
-        """Their blocks were taken back before (BlockUnits tells vLLM's watchers)."""
-        if self._table is not None:
+    def before_unmap(self, units: Sequence[int]) -> None:
+        if self._table is not None:  # their blocks were taken back when BlockUnits told vLLM's watchers
             self._table.pages[:, list(units)] = -1
 
-    def on_neighbours(self, cores: list[int]) -> None:
-        self._cores = cores
+    def on_neighbours(self, message: Neighbours) -> None:
         if self._table is not None:
-            self._table.reap(cores)
+            self._table.reap(message.cores)
 
     # ------------------------------------------------------------------ offering
 
-    def note_used(self, busy_blocks: int) -> None:
-        """After a step."""
-        self._peak_now = max(self._peak_now, busy_blocks)
+    def on_step(self, steps: Sequence[tuple[int, float]], now: float) -> None:
+        self._peak_now = max(self._peak_now, self._blocks.busy_blocks)
 
-    def tick(self, now: float, busy_blocks: int, usable_blocks: int, useful_cache_blocks: int) -> None:
-        """Offers more, or less, at most every EVERY_S."""
+    def on_tick(self, now: float) -> None:
+        """Offers more at most every EVERY_S."""
         if self._table is None or now - self._looked_at < EVERY_S:
             return
         self._looked_at = now
+        busy_blocks, usable_blocks = self._blocks.busy_blocks, self._blocks.usable_blocks
+        useful_cache_blocks = self._useful_units(now) * usable_blocks // len(self._blocks.mapped)
         self._used.append((now, max(self._peak_now, busy_blocks)))
         self._peak_now = busy_blocks
         while self._used[0][0] < now - PEAK_S:
@@ -177,10 +179,10 @@ class Lender:
         assert self._table is not None
         started = time.perf_counter()
         foreign = self._table.take_back(number)
-        self.recalls += 1
+        self._recalls += 1
         if foreign:
-            self.borrowed_recalls += 1
-            self.recall_seconds.append(time.perf_counter() - started)
+            self._borrowed_recalls += 1
+            self._recall_seconds.append(time.perf_counter() - started)
             self._dirty.append(number)
 
     def _renumber(self, new: NewIds) -> None:
@@ -194,18 +196,14 @@ class Lender:
             self._table.foreign[dirty] = 0
         return dirty
 
-    def recall_all(self) -> None:
-        """Takes everything back (an operator, or a test)."""
-        blocks = [self._pool.blocks[number] for number in sorted(self._offered)]
-        self._pool._notify_reuse(blocks)
-
-    def stats(self) -> dict[str, float]:
-        times = sorted(self.recall_seconds)
+    def stats(self, now: float) -> dict[str, float]:
+        times = sorted(self._recall_seconds)
+        borrowed = 0 if self._table is None else int(np.count_nonzero(self._table.holder))
         return {
             "lent_offered_bytes": float(len(self._offered) * self._lent.block_bytes),
-            "lent_borrowed_bytes": float(self._borrowed() * self._lent.block_bytes),
-            "lent_recalls_total": float(self.recalls),
-            "lent_borrowed_recalls_total": float(self.borrowed_recalls),
+            "lent_borrowed_bytes": float(borrowed * self._lent.block_bytes),
+            "lent_recalls_total": float(self._recalls),
+            "lent_borrowed_recalls_total": float(self._borrowed_recalls),
             "lent_recall_p99_seconds": times[int(0.99 * (len(times) - 1))] if times else 0.0,
             "lent_recall_max_seconds": times[-1] if times else 0.0,
         }
@@ -225,11 +223,8 @@ class Lender:
     def close(self) -> None:
         """Lends no more. What was lent is zeroed before the engine uses it, as after any other end of lending."""
         if self._table is not None:
-            self.recall_all()
+            self._pool._notify_reuse([self._pool.blocks[number] for number in sorted(self._offered)])
             self._table.retire()
             self._table.close()
             self._table = None
         self._offered.clear()
-
-    def _borrowed(self) -> int:
-        return 0 if self._table is None else int(np.count_nonzero(self._table.holder))

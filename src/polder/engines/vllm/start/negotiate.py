@@ -9,52 +9,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from polder.broker.core import HOST
-from polder.broker.transport import Channel
-from polder.broker.wire import Hello, Welcome
+from polder.engines.vllm.agreement import Agreement
 from polder.engines.vllm.plans import WeightsFound, WorkerPlan
 from polder.engines.vllm.rank import calls
-from polder.engines.vllm.rank.geometry import KvGeometry
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.start.broker import LocalBroker, ask_sizes, say_hello
 from polder.engines.vllm.start.limits import check_kv_cache, check_supported
 from polder.engines.vllm.start.sizes import Sizes, hello_of, sizes_of
 from polder.engines.vllm.tiers.agreement import agree_on_tiers
-from polder.engines.vllm.window.agreement import WindowAgreement
 from polder.errors import ConfigError
 from polder.units import format_bytes
 
-__all__ = ["Agreement", "negotiate"]
+__all__ = ["negotiate"]
 
 logger = logging.getLogger("polder.engine")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """What broker and engine agreed on."""
-
-    settings: EngineSettings
-    hello: Hello
-    welcome: Welcome
-    channel: Channel
-    socket: Path
-    geometry: KvGeometry
-    block_tokens: list[int]
-    """Tokens of a block, for each KV cache group."""
-    weights: WeightsFound | None
-    """None: they stay where they are."""
-    window: WindowAgreement | None
-
-    @property
-    def held_units(self) -> int:
-        """Units that the broker gave at first: the lowest ones."""
-        return len(self.welcome.held.kv[0]) // self.hello.pages_per_unit
 
 
 def negotiate(

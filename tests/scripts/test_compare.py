@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from polder.engines.vllm import compare
-from polder.engines.vllm.compare import Use, uses_of
-from polder.engines.vllm.sources import Package, folder_reader, parameters_of, wheel_reader
+from scripts.releases import compare
+from scripts.releases.compare import Use, uses_of
+from scripts.releases.sources import Package, folder_reader, parameters_of, wheel_reader
 
 OLD = {
     "vllm/_version.py": "__version__ = version = '1.0'",
@@ -123,9 +123,7 @@ def test_polder_s_own_imports_and_private_names_are_found(tmp_path: Path) -> Non
 
 def test_the_installed_release_does_not_differ_from_itself() -> None:
     """The whole command, in a process that imports no vLLM."""
-    code = (
-        "import sys; from polder.engines.vllm.compare import main; main(sys.argv[1:]); assert 'vllm' not in sys.modules"
-    )
+    code = "import sys; from scripts.releases.compare import main; main(sys.argv[1:]); assert 'vllm' not in sys.modules"
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:
         pytest.skip("no vLLM is installed")

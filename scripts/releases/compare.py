@@ -24,8 +24,8 @@ from pathlib import Path
 
 import polder
 from polder.engines.vllm.compat import CHANGES, TESTED, seams_of
-from polder.engines.vllm.sources import Definition, Package, folder_reader, index_wheel, parameters_of, wheel_reader
 from polder.errors import EnvironmentFault
+from scripts.releases.sources import Definition, Package, folder_reader, index_wheel, parameters_of, wheel_reader
 
 __all__ = ["Finding", "compare", "main"]
 
