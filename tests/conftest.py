@@ -7,8 +7,9 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -16,18 +17,60 @@ from hypothesis import settings
 # A time limit for each example says how loaded the machine is, and nothing of the code.
 settings.register_profile("polder", deadline=None)
 settings.load_profile("polder")
+TIMES = int(os.environ.get("POLDER_EXAMPLES", "1"))
 
 if TYPE_CHECKING:
     from tests.memory.machines import FakeCuda
 
 
-def pytest_configure() -> None:
-    """A run that is told to end tears its fixtures down, engines included, as one that fails does."""
+def examples(count: int, *, steps: int = 50, **more: Any) -> settings:
+    """So many examples of a property, each of at most `steps` steps. In a run by hand POLDER_EXAMPLES times as many."""
+    return settings(max_examples=count * TIMES, stateful_step_count=steps, **more)
+
+
+class SharedFiles:
+    """Several runs of pytest share the files of one list: who comes to a file first runs it, the others pass over it.
+
+    `folder` is empty when the first of them starts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ours: dict[Path, bool] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Long files first: they tend to take long, and whoever has the last one runs alone."""
+        items.sort(key=lambda item: -item.path.stat().st_size)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        if self._takes(item.path):
+            return None
+        item.session._setupstate.teardown_exact(nextitem)  # what is left of the file before
+        return True
+
+    def _takes(self, path: Path) -> bool:
+        if path not in self._ours:
+            try:
+                (self._folder / sha256(bytes(path)).hexdigest()).touch(exist_ok=False)
+                self._ours[path] = True
+            except FileExistsError:
+                self._ours[path] = False
+        return self._ours[path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A run that is told to end tears its fixtures down, engines included, as one that fails does.
+
+    Runs with the same folder in POLDER_SHARED_FILES share their files (scripts/test).
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    if folder := os.environ.get("POLDER_SHARED_FILES"):
+        config.pluginmanager.register(SharedFiles(Path(folder)))
 
 
 @pytest.fixture

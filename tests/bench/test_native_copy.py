@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.bench.native.copy import BlockCopier, BlockIds, Blocks
+from tests.conftest import examples
 
 BLOCK_BYTES = 64
 
@@ -23,7 +24,7 @@ def ids(*numbers: int) -> BlockIds:
     return np.array(numbers, dtype=np.int32)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.data())
 def test_what_is_stored_and_loaded_has_equal_bytes_and_nothing_else_changes(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 12))

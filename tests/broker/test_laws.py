@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -54,6 +53,7 @@ from polder.memory.cpu import CpuBackend
 from polder.memory.pool import ImportedPages, PagePool
 from polder.memory.span import Span
 from polder.planner.sharing import SharingConfig
+from tests.conftest import examples
 
 PAGE = 4096
 TOTAL = 60
@@ -451,4 +451,4 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestLives.settings = examples(80, steps=60)

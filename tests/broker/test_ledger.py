@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from polder.broker.ledger import Ledger, Owner
 from polder.errors import IntegrityError, OutOfPages, ProtocolError
+from tests.conftest import examples
 
 A, B = Owner("a", "kv"), Owner("b", "weights")
 
@@ -112,7 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLedgerMachine.settings = examples(60, steps=40)
 
 
 def test_ten_thousand_pages_change_hands_in_arrays() -> None:

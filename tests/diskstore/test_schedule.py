@@ -7,12 +7,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from polder.arrays import FloatArray, IntArray
 from polder.diskstore.schedule import exact, greedy
 from polder.errors import ConfigError
+from tests.conftest import examples
 
 
 @st.composite
@@ -30,7 +31,7 @@ def seconds(chosen: IntArray, speeds: FloatArray) -> float:
     return float((np.bincount(chosen, minlength=len(speeds)) / speeds).max())
 
 
-@settings(deadline=None, max_examples=200)
+@examples(100)
 @given(batches())
 def test_every_page_is_read_once_from_a_disk_that_has_it_and_exact_is_never_slower(
     batch: tuple[IntArray, FloatArray],
@@ -43,7 +44,7 @@ def test_every_page_is_read_once_from_a_disk_that_has_it_and_exact_is_never_slow
     assert seconds(best, speeds) <= seconds(papers, speeds) + 1e-9
 
 
-@settings(deadline=None, max_examples=200)
+@examples(100)
 @given(batches(max_disks=3, max_pages=24))
 def test_no_choice_of_copies_is_done_sooner(batch: tuple[IntArray, FloatArray]) -> None:
     masks, speeds = batch
@@ -53,7 +54,7 @@ def test_no_choice_of_copies_is_done_sooner(batch: tuple[IntArray, FloatArray]) 
     assert seconds(exact(masks, speeds), speeds) == pytest.approx(least)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(100)
 @given(batches())
 def test_on_equal_disks_the_best_is_the_formula_rounded_up(batch: tuple[IntArray, FloatArray]) -> None:
     masks, speeds = batch
@@ -65,7 +66,7 @@ def test_on_equal_disks_the_best_is_the_formula_rounded_up(batch: tuple[IntArray
     assert seconds(exact(masks, equal), equal) == math.ceil(formula - 1e-9)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(100)
 @given(batches())
 def test_on_unequal_disks_the_best_is_the_least_time_with_room_in_every_set(
     batch: tuple[IntArray, FloatArray],

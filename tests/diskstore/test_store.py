@@ -11,7 +11,6 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from polder.diskstore.aio import AioEngine
@@ -22,6 +21,7 @@ from polder.diskstore.keys import KeyTable, distinct, key_array
 from polder.diskstore.layout import index_pages, plan_layout, read_meta, usage_bytes
 from polder.diskstore.slots import SlotBook
 from polder.errors import BudgetError, ConfigError, IntegrityError
+from tests.conftest import examples
 from tests.diskstore.pages import PAGE, Shelf, content, names
 
 SMALL = 4 << 20  # 29 slots
@@ -189,7 +189,7 @@ class ModelOfParts(Model):
 
 
 TestModel, TestModelOfParts = Model.TestCase, ModelOfParts.TestCase
-TestModel.settings = TestModelOfParts.settings = settings(max_examples=12, stateful_step_count=14, deadline=None)
+TestModel.settings = TestModelOfParts.settings = examples(12, steps=14)
 
 
 # ---------------------------------------------------------------- sizes

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
+from tests.conftest import examples
 
 pytest.importorskip("vllm")
 from vllm.v1.core.block_pool import BlockPool
@@ -150,7 +150,7 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPool.settings = examples(60, steps=40)
 
 
 def cached(pool: BlockPool, names: list[bytes]) -> list[Any]:

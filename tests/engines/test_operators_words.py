@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.conftest import examples
 
 pytest.importorskip("vllm")
 from vllm.v1.core.sched.interface import PauseState
@@ -290,4 +291,4 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestLives.settings = examples(50, steps=40)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
+
+from tests.conftest import examples
 
 pytest.importorskip("vllm")
 from vllm.v1.core.kv_cache_utils import BlockHash
@@ -152,7 +153,7 @@ def blocks_of(unit: int) -> range:
 
 
 TestWindowed = Windowed.TestCase
-TestWindowed.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestWindowed.settings = examples(60, steps=40)
 
 
 def window(busy: BusyBlocks = BusyBlocks.MOVE) -> tuple[Scheduler, BlockUnits]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -13,6 +13,7 @@ from polder.errors import IntegrityError, OutOfPages
 from polder.memory.copy import CopyEngine
 from polder.memory.pool import PagePool
 from polder.memory.span import Span
+from tests.conftest import examples
 from tests.memory.machines import Machine
 from tests.memory.test_span import mapped_ranges
 
@@ -140,13 +141,8 @@ class Lives(RuleBasedStateMachine):
 
 
 def test_the_laws_hold_after_every_step(machine: Machine) -> None:
-    examples, steps = (50, 40) if machine.kind == "cpu" else (15, 20)
+    count, steps = (50, 40) if machine.kind == "cpu" else (15, 20)
     run_state_machine_as_test(
         lambda: Lives(machine),
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        ),
+        settings=examples(count, steps=steps, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]),
     )

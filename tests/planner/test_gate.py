@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.planner.gate import best_cut
+from tests.conftest import examples
 
 TOKENS = 16
 links = st.lists(st.integers(0, 2), max_size=20)
@@ -30,7 +31,7 @@ def seconds(
     return (fixed if count else 0.0) + max(waits) + (len(links) - count) * TOKENS * token
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(150, derandomize=True)
 @given(links, st.floats(1, 1e6), costs, queues, st.floats(0, 1e-3), st.floats(0, 0.01))
 def test_no_other_cut_is_better(
     links: list[int], block: float, costs: dict[int, float], queued: dict[int, float], token: float, fixed: float

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.emulation.backends import FaultyBackend
@@ -18,6 +18,7 @@ from polder.memory.backend import Backend
 from polder.memory.copy import CopyEngine
 from polder.memory.cpu import CpuBackend
 from polder.stream.pipeline import LayerStream, Pieces
+from tests.conftest import examples
 
 SIZE = 64
 
@@ -67,7 +68,7 @@ def stepwise(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     return steps
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data(), buffers=st.lists(st.integers(0, 4), min_size=1, max_size=9))
 def test_a_layer_never_finds_other_bytes_in_whatever_order_layers_run(data: st.DataObject, buffers: list[int]) -> None:
     with Bench(buffers).open() as bench:

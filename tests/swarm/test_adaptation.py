@@ -16,6 +16,7 @@ from polder.swarm.clusters import PackConfig, pack
 from polder.swarm.hotset import FrequentSet, HotSet
 from polder.swarm.placement import anti_affine
 from polder.swarm.prediction import likeliest
+from tests.conftest import examples
 from tests.swarm.entries import pages_per_block
 
 SIZE = 24
@@ -71,7 +72,7 @@ def test_drift_is_noticed_and_mended_by_rewriting_some_pages() -> None:
     assert len(mended.moved) < 0.82 * old.pages
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(sets, sets, st.integers(2, 5))
 def test_only_moved_pages_change_and_no_block_is_lost(
     before: list[list[int]], after: list[list[int]], page_blocks: int

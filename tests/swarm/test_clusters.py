@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.arrays import IntArray
@@ -12,6 +12,7 @@ from polder.bench.sparse.generator import Groups, latent_groups
 from polder.errors import ConfigError, IntegrityError
 from polder.swarm.activations import Profile
 from polder.swarm.clusters import PackConfig, Packing, pack, pages_in_order, reading_order
+from tests.conftest import examples
 from tests.swarm.entries import pages_per_block
 
 SIZE = 40
@@ -22,7 +23,7 @@ def profile_of(values: list[list[int]]) -> Profile:
     return Profile.of([np.unique(np.array(one, dtype=np.int64)) for one in values], size=SIZE)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(sets, st.integers(1, 9), st.sampled_from([8, 16384]))
 def test_every_block_is_on_one_page_and_only_the_last_page_is_not_full(
     values: list[list[int]], page_blocks: int, group_blocks: int
@@ -34,7 +35,7 @@ def test_every_block_is_on_one_page_and_only_the_last_page_is_not_full(
     assert (packing.members[:-1] >= 0).all()
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(sets, st.lists(st.integers(0, SIZE - 1), unique=True))
 def test_only_the_blocks_asked_for_are_packed(values: list[list[int]], blocks: list[int]) -> None:
     packing = pack(profile_of(values), PackConfig(page_blocks=4), blocks=np.array(blocks, dtype=np.int64))
@@ -52,7 +53,7 @@ def test_conversations_get_pages_of_their_own() -> None:
     assert np.diff(np.sort(packing.members, axis=1), axis=1).max() == 4  # and neighbours in it stay together
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(sets)
 def test_the_reading_order_has_every_page_once(values: list[list[int]]) -> None:
     assert sorted(reading_order(profile_of(values), neighbours=4).tolist()) == list(range(SIZE))

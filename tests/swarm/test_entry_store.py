@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -21,6 +20,7 @@ from polder.swarm.entry_map import EntryMap
 from polder.swarm.entry_memory import EntryMemory
 from polder.swarm.entry_pages import EntryConfig
 from polder.swarm.entry_store import EntryStore
+from tests.conftest import examples
 from tests.swarm.entries import ENTRY, PARTS, Rig, content, fill
 
 
@@ -114,7 +114,7 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestModel.settings = examples(25, steps=25)
 
 
 # ---------------------------------------------------------------------- memory

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,6 +21,7 @@ from hypothesis.stateful import (
 from polder.tiers.peer.borrowing import ChunkGeometry, PeerSlots
 from polder.tiers.peer.lending import LendingTable, LentGeometry
 from polder.tiers.slots import LentChunks
+from tests.conftest import examples
 
 CAPACITY = 200
 
@@ -286,7 +286,7 @@ class Lives(RuleBasedStateMachine):
 def test_slots_are_apart_and_every_loss_is_told_once(borrowers: int, shard_bytes: int, ranks: int) -> None:
     run_state_machine_as_test(
         lambda: Lives(borrowers, shard_bytes, ranks),
-        settings=settings(max_examples=40, stateful_step_count=40, deadline=None, derandomize=True),
+        settings=examples(40, steps=40, derandomize=True),
     )
 
 

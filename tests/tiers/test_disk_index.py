@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
@@ -18,6 +17,7 @@ from polder.tiers.eviction.policy import Lru
 from polder.tiers.host import HostSlots
 from polder.tiers.index import ABSENT, BlockIndex, Spill
 from polder.tiers.slots import block_ids
+from tests.conftest import examples
 from tests.tiers.test_index import KEYS, Lives, rows, some_keys
 
 DISK = 6
@@ -154,7 +154,7 @@ class DiskLives(Lives):
 
 
 TestDiskLives = DiskLives.TestCase
-TestDiskLives.settings = settings(max_examples=250, stateful_step_count=50, deadline=None, derandomize=True)
+TestDiskLives.settings = examples(100, steps=50, derandomize=True)
 
 
 # ---------------------------------------------------------------- what a disk changes

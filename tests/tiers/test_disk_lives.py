@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -18,6 +17,7 @@ from polder.emulation.disks import EmulatedDisk
 from polder.errors import ConfigError
 from polder.tiers.jobs import Job
 from polder.tiers.slots import block_ids
+from tests.conftest import examples
 from tests.emulation.files import emulated_files
 from tests.tiers.disk_rig import DISK, Rig, content, names
 
@@ -200,7 +200,7 @@ class DiskTierLives(RuleBasedStateMachine):
 
 
 TestDiskTierLives = DiskTierLives.TestCase
-TestDiskTierLives.settings = settings(max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
+TestDiskTierLives.settings = examples(30, steps=40, derandomize=True)
 
 
 def test_content_tells_keys_and_weights_apart() -> None:

@@ -7,13 +7,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from polder.diskstore.keys import Keys
 from polder.errors import ConfigError, IntegrityError
 from polder.tiers.disk.slots import DiskSlots
+from tests.conftest import examples
 
 CAPACITY = 12
 some_slots = st.sets(st.integers(0, CAPACITY - 1), min_size=1)
@@ -100,7 +100,7 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=200, stateful_step_count=50, deadline=None, derandomize=True)
+TestLives.settings = examples(80, steps=50, derandomize=True)
 
 
 def test_a_million_pages_of_a_former_run_cost_a_second_and_some_megabytes_at_the_start() -> None:

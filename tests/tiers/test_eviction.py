@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from polder.arrays import IntArray
 from polder.tiers.eviction.density import HitDensity
 from polder.tiers.eviction.policy import EvictionPolicy, Lru
+from tests.conftest import examples
 
 CAPACITY = 24
 KEYS = np.random.default_rng(1).integers(0, 2**64, size=(8, 16), dtype=np.uint64)
@@ -120,7 +120,7 @@ class DensityMachine(PolicyMachine):
 
 TestLru = LruMachine.TestCase
 TestDensity = DensityMachine.TestCase
-TestLru.settings = TestDensity.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLru.settings = TestDensity.settings = examples(40, steps=30)
 
 
 def _bytes(thing: object, seen: set[int]) -> int:

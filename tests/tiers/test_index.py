@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -15,6 +14,7 @@ from polder.tiers.eviction.policy import Lru
 from polder.tiers.host import HostSlots
 from polder.tiers.index import ABSENT, PENDING, BlockIndex, Places
 from polder.tiers.slots import Slots
+from tests.conftest import examples
 from tests.tiers.fakes import LosingSlots
 
 PEER, HOST = 5, 4
@@ -230,7 +230,7 @@ class Lives(RuleBasedStateMachine):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=250, stateful_step_count=50, deadline=None, derandomize=True)
+TestLives.settings = examples(100, steps=50, derandomize=True)
 
 
 def test_a_prefix_that_does_not_fit_loses_its_end() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.arrays import UintArray
 from polder.errors import ConfigError
 from polder.tiers.disk.admission import WriteAdmission, WriteBudget
+from tests.conftest import examples
 
 DAY_S = 86400.0
 
@@ -112,7 +113,7 @@ def test_a_share_outside_0_to_1_and_a_negative_budget_are_refused() -> None:
         WriteBudget(-1)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     per_day=st.integers(0, 10_000_000),
     steps=st.lists(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -13,6 +13,7 @@ from polder.emulation.backends import FaultyBackend
 from polder.errors import EnvironmentFault, IntegrityError, OutOfPages
 from polder.memory.cpu import CpuBackend
 from polder.weights.rotation import Rotation
+from tests.conftest import examples
 from tests.weights.models import PAGE, Model
 
 LAYERS = 6
@@ -126,10 +127,5 @@ class Lives(RuleBasedStateMachine):
 def test_the_laws_hold_after_every_step() -> None:
     run_state_machine_as_test(
         Lives,
-        settings=settings(
-            max_examples=60,
-            stateful_step_count=30,
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        ),
+        settings=examples(60, steps=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]),
     )

@@ -6,16 +6,17 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.engines.vllm.window import worker as window_worker
 from polder.memory import _libc
+from tests.conftest import examples
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank
 
 
-@settings(max_examples=150, deadline=None)
+@examples(60)
 @given(shape=SHAPES, passes=st.lists(PASSES, min_size=1, max_size=6))
 def test_every_layer_reads_the_truth_and_the_store_keeps_it(shape: Shape, passes: list[Pass]) -> None:
     with rank_of(shape).open() as rank:

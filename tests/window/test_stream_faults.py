@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polder.engines.vllm.process import here
 from polder.engines.vllm.rank import calls
 from polder.engines.vllm.window import calls as window_calls
 from polder.errors import EnvironmentFault, OutOfPages
+from tests.conftest import examples
 from tests.window.passes import PASSES, SHAPES, Pass, Shape, rank_of
 from tests.window.rank import Rank
 
@@ -40,7 +41,7 @@ def settle(rank: Rank) -> bool:
     return raised
 
 
-@settings(max_examples=150, deadline=None)
+@examples(60)
 @given(
     shape=SHAPES,
     passes=st.lists(PASSES, min_size=1, max_size=6),
@@ -62,7 +63,7 @@ def test_what_is_not_named_is_right_whatever_fails(shape: Shape, passes: list[Pa
         rank.check()
 
 
-@settings(max_examples=100, deadline=None)
+@examples(50)
 @given(shape=SHAPES, passes=st.lists(PASSES, min_size=2, max_size=6), nth=st.integers(1, 40))
 def test_a_failure_is_raised_by_the_next_pass_that_computes_a_layer_at_the_latest(
     shape: Shape, passes: list[Pass], nth: int

@@ -9,6 +9,7 @@ The tokenizer has one word per id, `t<i>`, so text and token ids map to each oth
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -92,13 +93,23 @@ def weights_bytes(recipe: ModelRecipe) -> int:
 
 
 def ensure_model(recipe: ModelRecipe, directory: Path) -> Path:
-    """Returns the model's folder under `directory`, building it if the one there has another recipe or is not whole."""
+    """Returns the model's folder under `directory`, building it if the one there has another recipe or is not whole.
+
+    One process builds at a time.
+    """
     folder = directory / f"{recipe.name}-{recipe.fingerprint}"
-    if (folder / _FINGERPRINT_FILE).is_file():
-        return folder
-    directory.mkdir(parents=True, exist_ok=True)
+    if not (folder / _FINGERPRINT_FILE).is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / _FINGERPRINT_FILE).is_file():
+                _build(recipe, folder)
+    return folder
+
+
+def _build(recipe: ModelRecipe, folder: Path) -> None:
     # Built beside its place and moved there: an interrupted build leaves nothing that looks finished.
-    draft = Path(mkdtemp(prefix=f".{recipe.name}-", dir=directory))
+    draft = Path(mkdtemp(prefix=f".{recipe.name}-", dir=folder.parent))
     try:
         _save_weights(recipe, draft)
         _save_tokenizer(recipe, draft)
@@ -109,7 +120,6 @@ def ensure_model(recipe: ModelRecipe, directory: Path) -> Path:
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
 
 
 def _save_weights(recipe: ModelRecipe, folder: Path) -> None:
