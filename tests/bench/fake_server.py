@@ -78,4 +78,4 @@ def serving(engine: FakeEngine) -> Iterator[FakeEngine]:
         yield engine
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=60)

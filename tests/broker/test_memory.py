@@ -30,7 +30,7 @@ class Engine:
 
     def __init__(self, broker: Running, name: str, floor: int, **values: object) -> None:
         self.broker, self.name = broker, name
-        self.channel = Channel(broker.path, timeout_s=10.0)
+        self.channel = Channel(broker.path, timeout_s=60.0)
         self.channel.send(
             hello(
                 name,

@@ -105,7 +105,7 @@ def test_memory_of_a_page_is_named_by_its_address_while_any_part_of_it_may_chang
     assert np.isin(held, shelf.target.addresses).all()
     assert shelf.store.stats()[0].timeouts == 40, "pages"
     emulated.recover()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while len(shelf.store.unsettled()) and time.monotonic() < until:
         time.sleep(0.01)
     assert len(shelf.store.unsettled()) == 0

@@ -81,17 +81,17 @@ def hanging(call: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 def test_an_index_that_hangs_is_waited_for_once_and_its_disk_is_still_read(
     tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("polder.diskstore.disk._LEAST_PATIENCE_S", 0.2)
-    shelf, _ = two_disks(tmp_path, timeout_s=0.2)
+    monkeypatch.setattr("polder.diskstore.disk._LEAST_PATIENCE_S", 1.0)
+    shelf, _ = two_disks(tmp_path, timeout_s=1.0)
     with hanging("store", tmp_path / "a", monkeypatch):
         started = time.monotonic()
         if first == "write":
             assert shelf.write(range(300, 310), disks=[0] * 5 + [1] * 5).tolist() == [False] * 5 + [True] * 5
         else:
             assert shelf.store.forget(names(range(10))) == 10
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 30
         assert shelf.store.states == ("read-only", "ok")
-        assert "read-only: writing the index: no answer for 0.2 s" in caplog.text
+        assert "read-only: writing the index: no answer for 1 s" in caplog.text
         shelf.store._disks[0]._patience_s = 1e6
         ok = shelf.read(range(10, 100))
         assert ok.all()
@@ -101,7 +101,7 @@ def test_an_index_that_hangs_is_waited_for_once_and_its_disk_is_still_read(
         assert shelf.write(range(400, 420)).all()
         assert not shelf.store.lookup(names(range(400, 420))).present[:, 0].any()
         shelf.check()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while shelf.store._disks[0]._timed.hangs and time.monotonic() < until:
         time.sleep(0.01)
     assert shelf.store.forget(names([20])) == 1, "and now all of it is noted"
@@ -120,14 +120,14 @@ def test_an_index_that_hangs_is_waited_for_once_and_its_disk_is_still_read(
 def test_a_store_is_closed_though_a_disk_hangs(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("polder.diskstore.disk._LEAST_PATIENCE_S", 0.2)
-    shelf, _ = two_disks(tmp_path, timeout_s=0.2)
+    monkeypatch.setattr("polder.diskstore.disk._LEAST_PATIENCE_S", 1.0)
+    shelf, _ = two_disks(tmp_path, timeout_s=1.0)
     assert shelf.read(range(100)).all()
     with hanging(call, tmp_path / "a", monkeypatch):
         started = time.monotonic()
         shelf.store.close()
-        assert time.monotonic() - started < 4
-        assert "not closed: no answer for 0.2 s" in caplog.text
+        assert time.monotonic() - started < 30
+        assert "not closed: no answer for 1 s" in caplog.text
         again = Shelf([tmp_path / "a", tmp_path / "b"])
         assert again.store.states == ("out", "ok"), "a directory that may still be written to is in use"
         again.store.close()

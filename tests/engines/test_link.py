@@ -26,7 +26,7 @@ HELLO = Hello(
     share_units=1,
 )
 LATE = Returned(lease=7, use="kv", pages=[[1]])
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 class Line:
@@ -39,7 +39,7 @@ class Line:
         self._listener.listen()
         self._listener.settimeout(LIMIT_S)
         self.woken = threading.Condition()
-        channel = Channel(path, timeout_s=1.0)
+        channel = Channel(path, timeout_s=LIMIT_S)
         self.far = self.accepted()
         self.link = BrokerLink(path, channel, self._wake)
         stack.callback(self.link.close)

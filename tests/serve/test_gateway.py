@@ -83,7 +83,7 @@ def running_fleet(socket: Path | None = None) -> Iterator[Fleet]:
     engines = {name: FakeEngine(name, vllm) for name in ("a", "b")}
     with running(engines["a"]) as a, running(engines["b"]) as b:
         app = make_app({"a": a, "b": b, "c": NOWHERE}, socket=socket, children=lambda: fleet.children)
-        with running(app) as base, httpx.Client(base_url=base, timeout=10, trust_env=False) as client:
+        with running(app) as base, httpx.Client(base_url=base, timeout=60, trust_env=False) as client:
             fleet = Fleet(client, engines["a"])
             yield fleet
 
@@ -135,13 +135,13 @@ def test_a_stream_is_passed_on_piece_by_piece(fleet: Fleet) -> None:
 def test_a_client_that_goes_away_before_the_answer_aborts_the_engines_work(fleet: Fleet) -> None:
     with pytest.raises(httpx.ReadTimeout):
         fleet.client.post("/v1/completions", json={"model": "a", "wish": "hang"}, timeout=0.3)
-    assert fleet.engine.aborted.wait(5)
+    assert fleet.engine.aborted.wait(60)
 
 
 def test_a_client_that_goes_away_in_mid_answer_aborts_the_engines_work(fleet: Fleet) -> None:
     with fleet.client.stream("POST", "/v1/completions", json={"model": "a", "wish": "stream and hang"}) as got:
         assert next(got.iter_raw()) == EVENTS[0]
-    assert fleet.engine.aborted.wait(5)
+    assert fleet.engine.aborted.wait(60)
 
 
 def test_a_client_that_goes_away_in_mid_body_harms_nobody(fleet: Fleet) -> None:

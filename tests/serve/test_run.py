@@ -98,7 +98,7 @@ class Serve:
         return self
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False)
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False, timeout=60)
 
     def ready(self) -> bool:
         try:
@@ -108,7 +108,7 @@ class Serve:
 
     def ask(self, model: str) -> httpx.Response:
         url = f"http://127.0.0.1:{self.port}/v1/completions"
-        return httpx.post(url, json={"model": model}, trust_env=False, timeout=10)
+        return httpx.post(url, json={"model": model}, trust_env=False, timeout=60)
 
     def children(self) -> dict[str, dict[str, Any]]:
         return {child["name"]: child for child in self.get("/health").json()["children"]}
@@ -142,7 +142,7 @@ def serve(tmp_path: Path, short_dir: Path) -> Iterator[Serve]:
 
 def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:
     serve.start()
-    wait_for(serve.ready, "the fleet", 120)
+    wait_for(serve.ready, "the fleet")
     assert serve.ask("a").text.startswith("a ")
     name, pid, broker = serve.ask("b").text.split()
     assert name == "b"
@@ -170,8 +170,8 @@ def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:
 def test_a_connection_on_which_nothing_is_asked_for_longer_than_clients_keep_theirs_stays_open(serve: Serve) -> None:
     """Clients keep connections for 5 s and more: closed then, a request could meet a connection that is just being closed."""
     serve.start()
-    wait_for(serve.ready, "the fleet", 120)
-    connection = http.client.HTTPConnection("127.0.0.1", serve.port, timeout=30)
+    wait_for(serve.ready, "the fleet")
+    connection = http.client.HTTPConnection("127.0.0.1", serve.port, timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", "/v1/models")
         assert connection.getresponse().read()
@@ -185,7 +185,7 @@ def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_
     text = path.read_text().replace("[[model]]", f'host = "8MiB"\ndisks = ["{tmp_path}/nvme:64MiB"]\n[[model]]', 1)
     path.write_text(text.replace('name = "b"', 'name = "b/8"\ntiers = ["host", "disk"]'))
     serve.start()
-    wait_for(serve.ready, "the fleet", 120)
+    wait_for(serve.ready, "the fleet")
     assert [made.name for made in (tmp_path / "nvme").iterdir()] == ["b%2F8"]
     serve.end(signal.SIGTERM)
     assert (tmp_path / "nvme" / "b%2F8").is_dir(), "what is on disk stays"
@@ -193,7 +193,7 @@ def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_
 
 def test_a_killed_serve_takes_everything_along(serve: Serve) -> None:
     serve.start()
-    wait_for(serve.ready, "the fleet", 120)
+    wait_for(serve.ready, "the fleet")
     tree = serve.tree()
     assert serve.process is not None
     serve.process.kill()
@@ -203,7 +203,7 @@ def test_a_killed_serve_takes_everything_along(serve: Serve) -> None:
 
 def test_a_killed_broker_comes_back_on_its_socket(serve: Serve) -> None:
     serve.start("--socket", str(serve.runtime / "here"))
-    wait_for(serve.ready, "the fleet", 120)
+    wait_for(serve.ready, "the fleet")
     wait_for(lambda: serve.get("/health").json()["status"] == "ok", "the broker")
     before = client.status(serve.runtime / "here").generation
     guard = serve.children()["broker"]["pid"]
@@ -215,7 +215,7 @@ def test_a_killed_broker_comes_back_on_its_socket(serve: Serve) -> None:
         states.add((answer.status_code, answer.json()["status"]))
         return bool(serve.children()["broker"]["restarts"] == 1 and answer.json()["status"] == "ok")
 
-    wait_for(is_back, "the broker", 120)
+    wait_for(is_back, "the broker")
     assert states == {(200, "degraded"), (200, "ok")}, "the models serve all the time"
     assert client.status(serve.runtime / "here").generation != before
     serve.end(signal.SIGINT)

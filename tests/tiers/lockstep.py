@@ -199,7 +199,7 @@ class Actor:
         self._last = ""
         self._thread = threading.Thread(target=self._run, name=f"actor {number}", daemon=True)
         self._thread.start()
-        world.idle.acquire(timeout=10)
+        world.idle.acquire(timeout=60)
 
     def life(self) -> None:
         raise NotImplementedError
@@ -219,7 +219,7 @@ class Actor:
     def go(self) -> None:
         """By the scheduler: lets it take one step."""
         self._may_go.release()
-        assert self.world.idle.acquire(timeout=10)
+        assert self.world.idle.acquire(timeout=60)
 
     def finish(self) -> None:
         while not self.ended:

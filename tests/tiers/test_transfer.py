@@ -171,7 +171,7 @@ def test_a_load_does_not_wait_for_stores() -> None:
 
     class Slow(HostMemory):
         def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
-            gate.wait(10.0)
+            gate.wait(60.0)
             return super().store(part, row, block, mover)
 
     machine = Machine()
@@ -204,7 +204,7 @@ def test_a_disk_that_keeps_its_lane_keeps_nobody_from_closing(
 
         def replicate(self, copies: int) -> PartResult:
             begun.set()
-            answers.wait(10.0)
+            answers.wait(120.0)
             return PartResult(failed={}, size_bytes=0)
 
         def state(self) -> TierState:
@@ -222,10 +222,10 @@ def test_a_disk_that_keeps_its_lane_keeps_nobody_from_closing(
     none = np.empty(0, dtype=np.int64)
     part = Part(tier=0, rows=none, slots=none, ids=ids_of([]))
     worker.submit(Job(number=1, direction="replicate", parts=(part,)), [])
-    assert begun.wait(10.0)
+    assert begun.wait(60.0)
     started = time.monotonic()
     worker.close()
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 60.0
     assert memory.stopped
     assert memory.closed
     assert "polder-tier0-spill: a disk does not answer" in caplog.text
