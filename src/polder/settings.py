@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True, kw_only=True)
     class EngineSettings:
-        tbt_goal_s: float | None = setting(GOAL, key="tbt_goal", default=None, help="The time that a token may take")
+        tbt_goal_s: float | None = setting(GOAL, default=None, help="The time that a token may take")
 
 The declaration holds everything that is said about the setting: how its value is written and read, its default, its
 help. Readers, command line options, the example of a fleet file and docs/settings.md are made from
@@ -95,7 +95,7 @@ def setting(
     model: str = "",
     alternative: bool = False,
 ) -> Any:
-    """A dataclass field that is a setting. `key`: the field's own name if it is empty."""
+    """A dataclass field that is a setting. `key`: the field's own name without its unit if it is empty."""
     given = {"kind": kind, "help": help, "default_text": default_text, "example": example, "key": key, "model": model}
     return dataclasses.field(default=default, metadata={_METADATA: given | {"alternative": alternative}})
 
@@ -108,7 +108,7 @@ def declared(*classes: type) -> list[Setting]:
         if given is not None:
             required = field.default is dataclasses.MISSING
             default = None if required else field.default
-            values = {**given, "key": given["key"] or field.name}
+            values = {**given, "key": given["key"] or field.name.removesuffix("_bytes").removesuffix("_s")}
             found.append(Setting(field=field.name, required=required, default=default, **values))
     return found
 

@@ -13,7 +13,8 @@ from vllm.v1.core.sched.interface import PauseState
 from polder.broker.wire import Demand, Grant, Grown, NeedWeights, Recall, Returned
 from polder.engines.vllm.plans import Taken, WeightsFound
 from polder.engines.vllm.weights import calls
-from polder.engines.vllm.weights.core import SLOWDOWN, TOO_SLOW_S, CoreWeights
+from polder.engines.vllm.weights.core import TOO_SLOW_S, CoreWeights
+from polder.engines.vllm.weights.streaming import SLOWDOWN
 from polder.planner.rotation_cost import pass_seconds
 
 LAYERS = 8

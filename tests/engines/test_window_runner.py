@@ -20,7 +20,7 @@ from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.gpu.block_table import BlockTables
 
 from polder.engines.vllm.rank import block_tables
-from polder.engines.vllm.rank.block_rows import BlockRows, block_rows
+from polder.engines.vllm.rank.block_tables import BlockRows
 from polder.engines.vllm.window.runner import DOUBTFUL, blocks_of_step, hook_runner
 
 TOKENS = 16
@@ -208,7 +208,3 @@ def test_blocks_in_doubt_wait_for_an_output_that_names_requests(empty: Any) -> N
     assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, DOUBTFUL)
     runner.sample_tokens(None)
     assert getattr(inner, DOUBTFUL) == [8]
-
-
-def test_a_runner_without_a_copy_has_none() -> None:
-    assert block_rows(v1_runner()) is None

@@ -23,7 +23,6 @@ class BrokerConfig:
     pages."""
     page_bytes: int = setting(
         SIZE,
-        key="page",
         default=PAGE_BYTES,
         example='"2MiB"',
         help="Size of a page, the smallest amount of memory that changes hands",

@@ -94,12 +94,9 @@ class MemoryTable:
         example='"cpu:0"',
         help="The device whose memory the models share",
     )
-    kv_budget_bytes: int = setting(
-        SIZE, key="kv_budget", default=0, example='"320MiB"', help="KV memory of all models together"
-    )
+    kv_budget_bytes: int = setting(SIZE, default=0, example='"320MiB"', help="KV memory of all models together")
     budget_bytes: int = setting(
         SIZE,
-        key="budget",
         default=0,
         example='"900MiB"',
         alternative=True,
@@ -107,7 +104,6 @@ class MemoryTable:
     )
     host_bytes: int = setting(
         SIZE,
-        key="host",
         default=0,
         default_text="none",
         example='"64GiB"',

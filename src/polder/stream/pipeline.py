@@ -1,30 +1,32 @@
 """Layers whose bytes are fetched just before they are used: three events a layer, one queue of copies.
 
-A model computes its layers 0, 1, ... n - 1, again and again. Some of them share a buffer, which has the bytes of one of them at a
-time. Around each layer its owner calls `before` and `after`:
+A model computes its layers 0, 1, ... n - 1, again and again. Some of them share a buffer, which has the bytes of one of
+them at a time. Around each layer its owner calls `before` and `after`:
 
     before(l)   data ready      what is launched next finds l's bytes in its buffer
     (compute)
     after(l)    result stored   what l has changed is on its way home, if there is a home
                 buffer free     the next layer of the same buffer is on its way in
 
-The next layer of a buffer is the next higher one that shares it, and after the highest the lowest: so a fetch crosses the border
-between two passes, as in Oneiros and SwiftCache. A layer with a buffer of its own is fetched once and costs a look-up from then on.
+The next layer of a buffer is the next higher one that shares it, and after the highest the lowest: so a fetch crosses
+the border between two passes, as in Oneiros and SwiftCache. A layer with a buffer of its own is fetched once and costs
+a look-up from then on.
 
 **Overwriting.** A buffer may be overwritten by what comes after the call of `after` of its layer, or of `before` of another layer
-of the same buffer, until `before` of that other layer returns. The queue is a FIFO, so a result is read out before the fetch that
-overwrites it.
+of the same buffer, until `before` of that other layer returns. The queue is a FIFO, so a result is read out before the
+fetch that overwrites it.
 
 **Devices that compute behind the caller's back.** There "comes after" is the order of the device's work, not of these calls: each
-store and fetch waits for a mark on the compute stream, and the compute stream waits for the fetch (polder.memory.backend, order
-on the device). The caller waits for nothing, and copies run beside the compute of other layers.
+store and fetch waits for a mark on the compute stream, and the compute stream waits for the fetch
+(polder.memory.backend, order on the device). The caller waits for nothing, and copies run beside the compute of other
+layers.
 
 **Order of calls.** Any. A pass that is given up half way leaves a buffer with a later layer's bytes; `before` notices, fetches
 its own layer and waits for it. `before` never returns over bytes of another layer.
 
 **Errors.** A fetch that failed is raised (EnvironmentFault) by the `before` that would have returned over its bytes, or by one that
-comes earlier; the next `before` of that layer fetches anew. A result that could not be stored is raised by a later `before`
-that has something to wait for, or by `drain`.
+comes earlier; the next `before` of that layer fetches anew. A result that could not be stored is raised by a later
+`before` that has something to wait for, or by `drain`.
 
 **Threads.** All methods but `statistics` belong to one thread, the one that launches the layers. Pages under buffers may be
 unmapped after `drain`.
@@ -109,8 +111,8 @@ class LayerStream:
     ) -> None:
         """Layers with the same number in `buffers` share a buffer. No layer's bytes are there yet.
 
-        `copies`: used by nobody else, or the statistics count others' copies. `load(layer)`: how its bytes come in; asked
-        whenever they are fetched. `store(layer)`: how its result goes home.
+        `copies`: used by nobody else, or the statistics count others' copies. `load(layer)`: how its bytes come in;
+        asked whenever they are fetched. `store(layer)`: how its result goes home.
         """
         self._copies, self._load, self._store = copies, load, store
         self._passes = self._loads = self._loaded_bytes = self._stored_bytes = self._stalls = 0
@@ -122,7 +124,8 @@ class LayerStream:
         self.assign(buffers)
 
     def assign(self, buffers: Sequence[int], present: Iterable[int] = ()) -> None:
-        """Layers share buffers otherwise from now on. Drain first: of what was there, only the layers `present` still are."""
+        """Layers share buffers otherwise from now on. Drain first: of what was there, only the layers `present` still
+        are."""
         self._buffers = list(buffers)
         members: dict[int, list[int]] = {}
         for layer, buffer in enumerate(self._buffers):

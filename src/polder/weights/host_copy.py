@@ -1,9 +1,10 @@
 """The host copy of all layers' segments: one memory file, written once, read by every copy to the device.
 
-Engines of the same weights can share it: the one that made it hands its descriptor on, the others open it for reading. Nobody can
-shrink it under the others, who would die by SIGBUS. Each process makes its own mapping read-only by `protect`, and only after the
-memory is registered with a GPU's driver: the driver pins what it may write to, and registering read-only memory is an error, or
-unsupported, on many systems. For the same reason the file is not sealed against writing.
+Engines of the same weights can share it: the one that made it hands its descriptor on, the others open it for reading.
+Nobody can shrink it under the others, who would die by SIGBUS. Each process makes its own mapping read-only by
+`protect`, and only after the memory is registered with a GPU's driver: the driver pins what it may write to, and
+registering read-only memory is an error, or unsupported, on many systems. For the same reason the file is not sealed
+against writing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class HostCopy:
 
     @classmethod
     def make(cls, layers: int, layer_bytes: int, file: int | None = None) -> HostCopy:
-        """A new one, zeroed, that takes memory as it is written. Raises EnvironmentFault (OutOfPages) when it cannot be made.
+        """A new one, zeroed, that takes memory as it is written. Raises EnvironmentFault (OutOfPages) when it cannot be
+        made.
 
         `file`: an empty memory file to make it in, of which this takes a descriptor of its own.
         """
@@ -94,7 +96,8 @@ class HostCopy:
         return self.layers * self.layer_bytes
 
     def address(self, layer: int) -> int:
-        """Of the layer's first byte. Layers follow one another, so `address(0)` and `size_bytes` are what to pin for a GPU."""
+        """Of the layer's first byte. Layers follow one another, so `address(0)` and `size_bytes` are what to pin for a
+        GPU."""
         return int(self._rows.ctypes.data) + range(self.layers)[layer] * self.layer_bytes
 
     def bytes(self, layer: int) -> npt.NDArray[np.uint8]:
@@ -114,7 +117,8 @@ class HostCopy:
         return xxhash.xxh3_128_hexdigest(contents)
 
     def close(self) -> None:
-        """Lets go of the memory, which is free when the last view and every other process have let go too. May be repeated."""
+        """Lets go of the memory, which is free when the last view and every other process have let go too. May be
+        repeated."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -128,10 +132,11 @@ def read_out(
     shared: HostCopy | None,
     file: int | None = None,
 ) -> HostCopy:
-    """A host copy of each layer's blocks, read from where they are now, in `file` if one is given; or `shared`, when it has the
-    same bytes.
+    """A host copy of each layer's blocks, read from where they are now, in `file` if one is given; or `shared`, when it
+    has the same bytes.
 
-    Raises UsageError when it has not, OutOfPages when there is no room, EnvironmentFault when the blocks cannot be read.
+    Raises UsageError when it has not, OutOfPages when there is no room, EnvironmentFault when the blocks cannot be
+    read.
     """
     with contextlib.closing(CopyEngine(backend)) as copies, contextlib.ExitStack() as undo:
 

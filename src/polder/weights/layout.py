@@ -1,11 +1,12 @@
 """Where the tensors of each decoder layer lie in its segment.
 
-Tensors are known by their addresses alone. Those of one layer whose bytes overlap (tied parameters, views of one storage) form a
-block, which moves as a whole, so that they overlap afterwards as before. A block stays where it is, "resident", when a byte of
-it belongs to another layer or to something outside the layers too, or when its owner names an obstacle.
+Tensors are known by their addresses alone. Those of one layer whose bytes overlap (tied parameters, views of one
+storage) form a block, which moves as a whole, so that they overlap afterwards as before. A block stays where it is,
+"resident", when a byte of it belongs to another layer or to something outside the layers too, or when its owner names
+an obstacle.
 
-A block starts at a multiple of an alignment, plus what its old address was beyond one. Kernels choose their loads, and cuBLAS its
-whole algorithm, by the alignment of an address, so they choose what they would have chosen for the old one.
+A block starts at a multiple of an alignment, plus what its old address was beyond one. Kernels choose their loads, and
+cuBLAS its whole algorithm, by the alignment of an address, so they choose what they would have chosen for the old one.
 """
 
 from __future__ import annotations
@@ -62,11 +63,11 @@ class Layout:
 def lay_out(
     layers: Sequence[Iterable[Extent]], *, page_bytes: int, alignment: int, outside: Iterable[Extent] = ()
 ) -> Layout:
-    """The layout of segments for `layers`. `alignment`: bytes, see `alignment_bytes`. `outside`: tensors beyond the layers that may
-    share memory with them.
+    """The layout of segments for `layers`. `alignment`: bytes, see `alignment_bytes`. `outside`: tensors beyond the
+    layers that may share memory with them.
 
-    Blocks lie in the order in which their tensors are named, so two processes that name them alike have the same layout.
-    Raises UsageError when nothing can move.
+    Blocks lie in the order in which their tensors are named, so two processes that name them alike have the same
+    layout. Raises UsageError when nothing can move.
     """
     owned = [_Owned(layer, rank, extent) for layer, extents in enumerate(layers) for rank, extent in enumerate(extents)]
     owned += [_Owned(None, 0, extent) for extent in outside]

@@ -1,14 +1,14 @@
 """Which layers give up their memory, and which of them share what is left (Oneiros, "uniform interval" placement).
 
-A pass computes layers 0 .. n - 1, then the next pass begins again: the layers lie on a circle. To win the memory of `won` layers,
-m of them, evenly spaced, share m - won slots, so that each fetch has as long as possible to hide behind the layers between.
-All m are fetched in each pass.
+A pass computes layers 0 .. n - 1, then the next pass begins again: the layers lie on a circle. To win the memory of
+`won` layers, m of them, evenly spaced, share m - won slots, so that each fetch has as long as possible to hide behind
+the layers between. All m are fetched in each pass.
 
     one slot     m = won + 1: a fetch begins when the rotating layer before has ended: hidden while it takes at most n/m - 1 layers
     two slots    m = won + 2, double buffering: a fetch begins one rotating layer earlier: at most n/m layers, for one more fetch
 
-With two slots and an odd m the circle cannot alternate: the last rotating layer and the first share a slot, and that one fetch
-has the shorter time. Every slot has two layers or more, since one alone in it would not rotate.
+With two slots and an odd m the circle cannot alternate: the last rotating layer and the first share a slot, and that
+one fetch has the shorter time. Every slot has two layers or more, since one alone in it would not rotate.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ __all__ = ["Rotation", "spread"]
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
-    """`count` of `layers` layers, evenly spaced on the circle: floor((k + 1/2) * layers / count). Gaps differ by 1 at most."""
+    """`count` of `layers` layers, evenly spaced on the circle: floor((k + 1/2) * layers / count). Gaps differ by 1 at
+    most."""
     return tuple((2 * k + 1) * layers // (2 * count) for k in range(count))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Layers `rotating`, in rising order, take turns in `slots` slots; the others have a segment each. None and 0: all do."""
+    """Layers `rotating`, in rising order, take turns in `slots` slots; the others have a segment each. None and 0: all
+    do."""
 
     layers: int
     rotating: tuple[int, ...] = ()
@@ -45,7 +47,8 @@ class Rotation:
 
     @classmethod
     def winning(cls, layers: int, won: int, *, slots: int) -> Rotation:
-        """`won` + `slots` layers, evenly spaced, in `slots` slots. Raises ConfigError when there are not so many layers."""
+        """`won` + `slots` layers, evenly spaced, in `slots` slots. Raises ConfigError when there are not so many
+        layers."""
         if not 1 <= won <= layers - slots:
             raise ConfigError(
                 f"{won} of {layers} layers cannot be won with {slots} slots: win 1 to {layers - slots} of them"
@@ -57,7 +60,8 @@ class Rotation:
         """A rotation that runs in `segments` segments, for callers without measurements.
 
         One slot while that leaves a fetch as long to hide as two would: layers/(won+1) - 1 >= layers/(won+2), which is
-        (won+1) * (won+2) <= layers. A measured choice is the planner's. Raises ConfigError unless 1 <= segments <= layers.
+        (won+1) * (won+2) <= layers. A measured choice is the planner's. Raises ConfigError unless 1 <= segments <=
+        layers.
         """
         if not 1 <= segments <= layers:
             raise ConfigError(f"{segments} segments for {layers} layers: hold 1 to {layers} of them")

@@ -1,9 +1,10 @@
 """One rank's decoder layers in memory that comes and goes.
 
-The layers lie in a span of `layers * layer_pages` page slots, at addresses that never change (law 3), and in a host copy, which
-always has everything. Under the addresses lie segments: tuples of `layer_pages` pages that the caller gives and takes back.
-Resident layers have one each; the layers of a rotation are mapped onto the segments of their slots, several on one ("virtual
-aliasing", Oneiros). So giving a segment up costs no copy, and getting one back costs one, host to device.
+The layers lie in a span of `layers * layer_pages` page slots, at addresses that never change (law 3), and in a host
+copy, which always has everything. Under the addresses lie segments: tuples of `layer_pages` pages that the caller gives
+and takes back. Resident layers have one each; the layers of a rotation are mapped onto the segments of their slots,
+several on one ("virtual aliasing", Oneiros). So giving a segment up costs no copy, and getting one back costs one, host
+to device.
 
     rotation        segments held    what is mapped
     all resident    layers           each layer over its own
@@ -17,8 +18,8 @@ between two passes. They wait for the stream and the device first. A segment is 
 waits for that layer only; whoever wants all layers first calls `wait_all`.
 
 **Failures.** When mapping fails, the store is as it was before the call; when even that cannot be mapped any more, it is asleep,
-and its segments are still held, for the next `rotate`, `take` or `give`. Either way the error is raised, and incoming segments
-are the caller's. A copy that fails is raised by `before`, see polder.stream.pipeline.
+and its segments are still held, for the next `rotate`, `take` or `give`. Either way the error is raised, and incoming
+segments are the caller's. A copy that fails is raised by `before`, see polder.stream.pipeline.
 """
 
 from __future__ import annotations
@@ -93,15 +94,17 @@ class WeightStore:
         file: int | None = None,
         fence: Callable[[], None] | None = None,
     ) -> None:
-        """Adopts the tensors that `layers` name: reads their bytes, and makes `tensors`, which are to take their places.
+        """Adopts the tensors that `layers` name: reads their bytes, and makes `tensors`, which are to take their
+        places.
 
-        `outside`: the model's other tensors, with which they may share memory. `obstacles`: by id(tensor), why it stays where it
-        is. `shared`: another engine's host copy of the same weights, used in place of one of its own. The store closes it.
-        `file`: an empty memory file to make its own in, so that others can share it. `fence`: returns when the device has computed
-        what was launched; Backend.fence when not given.
+        `outside`: the model's other tensors, with which they may share memory. `obstacles`: by id(tensor), why it stays
+        where it is. `shared`: another engine's host copy of the same weights, used in place of one of its own. The
+        store closes it. `file`: an empty memory file to make its own in, so that others can share it. `fence`: returns
+        when the device has computed what was launched; Backend.fence when not given.
 
-        Keeps no reference to the layers' tensors: once `tensors` have taken their places, the old memory is free. Raises UsageError
-        when no tensor can move or `shared` has other bytes, OutOfPages when there is no room on the host.
+        Keeps no reference to the layers' tensors: once `tensors` have taken their places, the old memory is free.
+        Raises UsageError when no tensor can move or `shared` has other bytes, OutOfPages when there is no room on the
+        host.
         """
         from polder.weights.tensors import extent_of, moved
 
@@ -172,10 +175,11 @@ class WeightStore:
             self.rotate(Rotation.holding(self._layers, len(self._held) + len(segments)), segments)
 
     def rotate(self, rotation: Rotation | None, incoming: Sequence[Segment] = ()) -> list[Segment]:
-        """Runs in another rotation from the next pass on, None to sleep, and returns the segments that it does not need.
+        """Runs in another rotation from the next pass on, None to sleep, and returns the segments that it does not
+        need.
 
-        Raises UsageError when it needs more than are held and incoming, IntegrityError when an incoming page is held already or
-        comes twice, EnvironmentFault (OutOfPages) when the pages cannot be mapped: see Failures.
+        Raises UsageError when it needs more than are held and incoming, IntegrityError when an incoming page is held
+        already or comes twice, EnvironmentFault (OutOfPages) when the pages cannot be mapped: see Failures.
         """
         homes = rotation.homes if rotation else ()
         if rotation and len(homes) != self._layers:
@@ -205,9 +209,11 @@ class WeightStore:
         self._stream.drain()
 
     def wait_all_present(self) -> None:
-        """Returns when every layer's bytes are there, however the layers are run. Costs a look at one number when they are.
+        """Returns when every layer's bytes are there, however the layers are run. Costs a look at one number when they
+        are.
 
-        Raises EnvironmentFault when a layer cannot be fetched, IntegrityError when layers share memory, or while asleep.
+        Raises EnvironmentFault when a layer cannot be fetched, IntegrityError when layers share memory, or while
+        asleep.
         """
         if self._stream.complete:
             return
@@ -229,8 +235,8 @@ class WeightStore:
     # ------------------------------------------------------------------ in a pass
 
     def before(self, layer: int) -> None:
-        """To be called before the layer is launched: returns when its bytes are there. Raises EnvironmentFault when they cannot be
-        copied, IntegrityError while asleep."""
+        """To be called before the layer is launched: returns when its bytes are there. Raises EnvironmentFault when
+        they cannot be copied, IntegrityError while asleep."""
         self._stream.before(layer)
 
     def after(self, layer: int) -> None:

@@ -13,7 +13,8 @@ __all__ = ["extent_of", "held_elsewhere", "moved"]
 
 
 def extent_of(name: str, tensor: torch.Tensor, device: str, obstacle: str = "") -> Extent:
-    """The bytes of a parameter or buffer, with the obstacle that keeps it from moving within `device` ("cpu:0", "cuda:1").
+    """The bytes of a parameter or buffer, with the obstacle that keeps it from moving within `device` ("cpu:0",
+    "cuda:1").
 
     `obstacle`: one that the caller knows of. It matters only for a tensor that has bytes.
     """
@@ -34,7 +35,8 @@ def extent_of(name: str, tensor: torch.Tensor, device: str, obstacle: str = "") 
 
 
 def held_elsewhere(layers: Sequence[Mapping[str, torch.Tensor]]) -> set[int]:
-    """id() of each tensor whose storage one that `layers` does not name refers to, too: a view, an alias, a library's handle.
+    """id() of each tensor whose storage one that `layers` does not name refers to, too: a view, an alias, a library's
+    handle.
 
     Such a holder would keep the old bytes, and their memory, when the tensor moves.
     """

@@ -1,8 +1,8 @@
 """How many units are windowed: as few as let the longest context in.
 
-A held unit has pages for all L layers of its blocks. It is either regular, and its blocks are read where they are, or a donor:
-its pages are w layers of L // w windowed units, whose blocks cost copies in every pass. So with h units held and c of them
-donors there is room for
+A held unit has pages for all L layers of its blocks. It is either regular, and its blocks are read where they are, or a
+donor: its pages are w layers of L // w windowed units, whose blocks cost copies in every pass. So with h units held and
+c of them donors there is room for
 
     h - c + min(c * (L // w), S)        units of blocks, S being those that the store has room for
 
@@ -43,7 +43,8 @@ class WindowShape:
         return next((c for c in range(held) if self.room(held, c) >= wanted), None)
 
     def windowed_blocks(self, blocks: int, held: int, unit_blocks: int) -> int:
-        """Of a context of `blocks` blocks that is alone: those that regular units have no room for, beside the null block.
+        """Of a context of `blocks` blocks that is alone: those that regular units have no room for, beside the null
+        block.
 
         As the engine does it: with a unit to spare where that can be.
         """

@@ -1,18 +1,20 @@
-"""A pass over the layers with KV that is not all there: each layer's blocks come just before its attention, and go home after it.
+"""A pass over the layers with KV that is not all there: each layer's blocks come just before its attention, and go home
+after it.
 
-A windowed block has an address in every layer, as any block has, but the pages under its layers are those of w slots: layer l lies
-on the pages of slot l mod w. Its home, with all layers, is a store in memory that is not scarce. For a pass the blocks are named
-that the step's requests read and those that it writes, and then, around each layer,
+A windowed block has an address in every layer, as any block has, but the pages under its layers are those of w slots:
+layer l lies on the pages of slot l mod w. Its home, with all layers, is a store in memory that is not scarce. For a
+pass the blocks are named that the step's requests read and those that it writes, and then, around each layer,
 
     before(l)    what is launched next finds the blocks to read, and may write the new tokens' keys and values
     (key and value are written, attention)
     after(l)     the written blocks are on their way home; layer l + w is on its way into the slot
 
 so copies overlap with what is computed between two attentions, and with w - 1 attentions. Order and errors are those of
-stream/pipeline.py: one FIFO, so a block has gone home before its slot is filled anew, and the next pass reads what this one wrote.
-A failure is raised once, for all copies that have failed by then.
+stream/pipeline.py: one FIFO, so a block has gone home before its slot is filled anew, and the next pass reads what this
+one wrote. A failure is raised once, for all copies that have failed by then.
 
-Source: SwiftCache section 3.3, with w slots in place of one, which lets a load run during the attention of the layer before.
+Source: SwiftCache section 3.3, with w slots in place of one, which lets a load run during the attention of the layer
+before.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ _NO_BLOCKS: Indices = np.empty(0, np.int64)
 
 @dataclass(frozen=True, kw_only=True)
 class BlockHomes:
-    """Where blocks' bytes are, layer by layer, when no pass is under way: regular blocks in place, windowed ones in the store."""
+    """Where blocks' bytes are, layer by layer, when no pass is under way: regular blocks in place, windowed ones in the
+    store."""
 
     local: tuple[int, ...]
     """Address of block 0 of each layer, in the order of execution."""
@@ -81,7 +84,8 @@ class WindowStream:
         self._stream = LayerStream(copies, self._load, self._buffers, store=self._save)
 
     def begin(self, read: Sequence[int] | Indices, written: Sequence[int] | Indices) -> bool:
-        """A pass begins that reads and writes these blocks. Returns whether any is windowed: if not, nothing else is to be called.
+        """A pass begins that reads and writes these blocks. Returns whether any is windowed: if not, nothing else is to
+        be called.
 
         A block that has tokens from before and gets new ones is in both lists.
         """
@@ -130,8 +134,8 @@ class WindowStream:
 
     @property
     def doubtful(self) -> list[int]:
-        """After a copy failed: blocks whose bytes may be wrong, here or at home. Failures are found late, so those are among them
-        that passes before have written and no wait has found at home."""
+        """After a copy failed: blocks whose bytes may be wrong, here or at home. Failures are found late, so those are
+        among them that passes before have written and no wait has found at home."""
         found: list[int] = np.unique(np.concatenate([self._read, self._written, self._unproven])).tolist()
         return found
 
@@ -139,7 +143,8 @@ class WindowStream:
         return self._stream.statistics()
 
     def _take_errors(self) -> None:
-        """Waits for all copies. What else has failed concerns blocks that are doubtful now, and must not spoil a later pass."""
+        """Waits for all copies. What else has failed concerns blocks that are doubtful now, and must not spoil a later
+        pass."""
         last = self._copies.submit(*_NOTHING)
         with contextlib.suppress(EnvironmentFault):
             self._copies.wait(last)

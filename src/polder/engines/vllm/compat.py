@@ -1,10 +1,11 @@
 """Which vLLM this Polder was tested with, and what it relies on in it.
 
-Polder reads and replaces private parts of vLLM. A release that is not in the table is refused: silently wrong KV is worse than no
-elasticity. `check_seams` looks at every private name before anything is patched, so a locally modified vLLM is refused too.
+Polder reads and replaces private parts of vLLM. A release that is not in the table is refused: silently wrong KV is
+worse than no elasticity. `check_seams` looks at every private name before anything is patched, so a locally modified
+vLLM is refused too.
 
-A new release: `scripts/compare-vllm` says which of these names changed in it. What differs goes into CHANGES with the reason why
-Polder may go on using it; then the release may be added to TESTED, with what ran.
+A new release: `scripts/compare-vllm` says which of these names changed in it. What differs goes into CHANGES with the
+reason why Polder may go on using it; then the release may be added to TESTED, with what ran.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ vllm.v1.attention.backend
     AttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
         output_block_scale)
 """
-"""Modules of vLLM, and below each the functions that Polder calls, replaces or relies on, with their parameters in order."""
+"""Modules of vLLM, and below each the functions that Polder calls, replaces or relies on, with their parameters in
+order."""
 
 
 def _seams(text: str) -> Iterator[Seam]:

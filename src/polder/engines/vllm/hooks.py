@@ -1,9 +1,9 @@
 """Everything that Polder replaces in vLLM: one table, and the only functions that replace anything.
 
-A tap with a `function` is put on a class or a module of vLLM, in every process of an engine, when vLLM loads the plugin. At
-that time additional-config is not known yet. So each of these functions looks up when it is called whether its engine is
-elastic, and does what vLLM does if it is not. A tap without a `function` is put on one object, when that object exists, by the
-module that asks for it.
+A tap with a `function` is put on a class or a module of vLLM, in every process of an engine, when vLLM loads the
+plugin. At that time additional-config is not known yet. So each of these functions looks up when it is called whether
+its engine is elastic, and does what vLLM does if it is not. A tap without a `function` is put on one object, when that
+object exists, by the module that asks for it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ WORKER_TAPS: tuple[Tap, ...] = (
     Tap("torch.nn.modules.module", "Module.forward", "weights.offloader", "waits for a decoder layer's weights"),
     Tap(_V1, "GPUModelRunner._model_forward", "window.runner", _PASS),
     Tap(_V2, "GPUModelRunner.prepare_attn", "window.runner", _PASS),
-    Tap("vllm.v1.worker.gpu.block_table", "BlockTables.append_block_ids", "rank.block_rows", "a window: a host copy"),
+    Tap("vllm.v1.worker.gpu.block_table", "BlockTables.append_block_ids", "rank.block_tables", "a window: a host copy"),
     Tap(_V1, "GPUModelRunner.sample_tokens", "window.runner", _LOST),
     Tap(_V2, "GPUModelRunner.sample_tokens", "window.runner", _LOST),
     Tap(_IMPL, "AttentionImpl.forward", "window.worker", _STORED),

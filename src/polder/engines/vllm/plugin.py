@@ -1,6 +1,7 @@
 """The entry point (`vllm.general_plugins`): puts Polder's taps on vLLM, and registers its connector.
 
-vLLM calls `register` in every process it starts, sometimes more than once. hooks.py has the table of all that is replaced.
+vLLM calls `register` in every process it starts, sometimes more than once. hooks.py has the table of all that is
+replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ logger = logging.getLogger("polder.engine")
 
 
 def register() -> None:
-    """Patches vLLM in this process. Raises UnsupportedVersion if the engine is to be elastic and this vLLM was never tested."""
+    """Patches vLLM in this process. Raises UnsupportedVersion if the engine is to be elastic and this vLLM was never
+    tested."""
     if here.patched:
         return
     here.patched = True

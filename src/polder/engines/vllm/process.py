@@ -1,8 +1,9 @@
 """What Polder keeps in one process of an engine: the only module of the product that holds mutable state.
 
-vLLM calls Polder at several places in an order of its own, and passes no object of Polder's from one call to the next: the
-core's plan arrives by an RPC, vLLM then allocates the KV cache, then makes the connector's worker, and later the core sends more
-RPCs. What one call leaves for a later one is kept in `here`. A core and a worker may share a process; they use different fields.
+vLLM calls Polder at several places in an order of its own, and passes no object of Polder's from one call to the next:
+the core's plan arrives by an RPC, vLLM then allocates the KV cache, then makes the connector's worker, and later the
+core sends more RPCs. What one call leaves for a later one is kept in `here`. A core and a worker may share a process;
+they use different fields.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Process:
     window: WorkerWindow | None = None
     offloader: WeightOffloader | None = None
     packed: list[PackedLinear] = field(default_factory=list)
-    """Packed linear layers by number. Compiled graphs hold the numbers; each process of a model packs in the same order."""
+    """Packed linear layers by number. Compiled graphs hold the numbers; each process of a model packs in the same
+    order."""
     backends: dict[tuple[str, int], Backend] = field(default_factory=dict)
 
     def backend(self, device: str, page_bytes: int) -> Backend:

@@ -1,7 +1,8 @@
 """The settings of an elastic engine: environment variables, or `--additional-config '{"polder": {...}}'`.
 
-A setting `kv_floor` is POLDER_KV_FLOOR in the environment, which wins over additional-config. With neither POLDER_BROKER nor
-POLDER_KV_BUDGET the engine is stock vLLM. An engine with tiers needs the connector too (`polder serve` adds it):
+A setting `kv_floor` is POLDER_KV_FLOOR in the environment, which wins over additional-config. With neither
+POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. An engine with tiers needs the connector too (`polder
+serve` adds it):
 --kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'. docs/settings.md is generated from this file.
 """
 
@@ -71,15 +72,11 @@ class EngineSettings:
         TEXT, default_text="the served model's name", help="This engine's name at the broker; each engine needs its own"
     )
     kv_budget_bytes: int | None = setting(
-        SIZE,
-        key="kv_budget",
-        default=None,
-        help="In place of a broker: KV memory of this engine alone, grown on demand",
+        SIZE, default=None, help="In place of a broker: KV memory of this engine alone, grown on demand"
     )
-    page_bytes: int = setting(SIZE, key="page", default=PAGE_BYTES, help="Size of a page, with `kv_budget` only")
+    page_bytes: int = setting(SIZE, default=PAGE_BYTES, help="Size of a page, with `kv_budget` only")
     kv_floor_bytes: int | None = setting(
         SIZE,
-        key="kv_floor",
         model="floor",
         default=None,
         default_text="what one request of max_model_len needs",
@@ -88,7 +85,6 @@ class EngineSettings:
     )
     kv_share_bytes: int | None = setting(
         SIZE,
-        key="kv_share",
         model="share",
         default=None,
         default_text="an equal part",
@@ -97,7 +93,6 @@ class EngineSettings:
     )
     kv_ceiling_bytes: int | None = setting(
         SIZE,
-        key="kv_ceiling",
         model="ceiling",
         default=None,
         default_text="the whole budget",
@@ -113,19 +108,13 @@ class EngineSettings:
         help="Where KV goes that the cache has no room for: to others' idle KV memory, to host memory, to disks",
     )
     host_bytes: int = setting(
-        SIZE,
-        key="host",
-        model="host",
-        default=0,
-        example='"32GiB"',
-        help="The engine's quota of host memory, for the tier `host`",
+        SIZE, model="host", default=0, example='"32GiB"', help="The engine's quota of host memory, for the tier `host`"
     )
     disks: tuple[tuple[str, int], ...] = setting(
         DISKS, default=(), help='"PATH:SIZE,PATH:SIZE": a directory on each disk and its limit, for the tier `disk`'
     )
     disk_writes_bytes: int | None = setting(
         SIZE,
-        key="disk_writes",
         model="disk_writes",
         default=None,
         default_text="no bound",
@@ -141,7 +130,6 @@ class EngineSettings:
     )
     lend_bytes: int = setting(
         SIZE,
-        key="lend",
         model="lend",
         default=0,
         default_text="nothing",
@@ -157,7 +145,6 @@ class EngineSettings:
     )
     window_bytes: int = setting(
         SIZE,
-        key="window",
         model="window",
         default=0,
         default_text="no window",
@@ -173,7 +160,6 @@ class EngineSettings:
     )
     tbt_goal_s: float | None = setting(
         GOAL,
-        key="tbt_goal",
         model="tbt_goal",
         default=None,
         default_text="no bound",

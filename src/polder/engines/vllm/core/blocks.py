@@ -1,10 +1,11 @@
 """The scheduler's side of a resize: which block ids vLLM may use.
 
-vLLM's BlockPool is made for the virtual size (the ceiling); blocks of unmapped units are parked: in no queue, in no hash table. The
-pool itself stays vLLM's own class, so prefix hits, KV events, partial blocks and metrics work as they do in stock.
+vLLM's BlockPool is made for the virtual size (the ceiling); blocks of unmapped units are parked: in no queue, in no
+hash table. The pool itself stays vLLM's own class, so prefix hits, KV events, partial blocks and metrics work as they
+do in stock.
 
-Everything here runs between two steps, in the engine core's thread, and is logical only: no byte moves. The order of the laws
-(physical before logical to grow, logical before physical to shrink) is kept by the caller, resizing.py.
+Everything here runs between two steps, in the engine core's thread, and is logical only: no byte moves. The order of
+the laws (physical before logical to grow, logical before physical to shrink) is kept by the caller, resizing.py.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class BlockUnits:
     def __init__(
         self, scheduler: Any, unit_blocks: int, mapped_units: list[int], busy: BusyBlocks, *, windowed_units: int = 0
     ) -> None:
-        """Parks the blocks of all units that are not mapped. Before the first request. The last `windowed_units` are windowed.
+        """Parks the blocks of all units that are not mapped. Before the first request. The last `windowed_units` are
+        windowed.
 
         Raises ConfigError for a KV connector that cannot be told when blocks move.
         """
@@ -69,7 +71,8 @@ class BlockUnits:
         self.mapped: list[int] = sorted(mapped_units)
         """Regular units in use."""
         self.donors: dict[int, list[int]] = {}
-        """Regular unit that is not in use, since its pages lie under windowed units -> these units, whose blocks are in use.
+        """Regular unit that is not in use, since its pages lie under windowed units -> these units, whose blocks are in
+        use.
 
         Blocks of windowed units cost copies in every pass; their ids lie above all others.
         """
@@ -166,7 +169,8 @@ class BlockUnits:
         ]
 
     def bring_home(self, sources: list[int]) -> list[int]:
-        """Busy windowed blocks become regular ones, the coldest free of these: their ids. None is brought if not all can be."""
+        """Busy windowed blocks become regular ones, the coldest free of these: their ids. None is brought if not all
+        can be."""
         free = [b for b in self._pool.free_block_queue.get_all_free_blocks() if b.block_id < self.first_windowed]
         ids = np.array(sources, dtype=np.int64)
         if len(free) < len(sources) or self._busy_rule is BusyBlocks.STAY or len(self._immovable(ids)):
@@ -190,8 +194,9 @@ class BlockUnits:
     def shrink_preempting(self, count: int, floor_units: int, await_steps: Callable[[], object]) -> Shrink:
         """The same, preempting requests from the back of the queue until `count` units can go.
 
-        A request may be in a step under way, whose writes vLLM waits for before it frees the blocks, if a connector could fill them
-        meanwhile. `await_steps` returns when all steps launched so far are over: then the blocks are free at once.
+        A request may be in a step under way, whose writes vLLM waits for before it frees the blocks, if a connector
+        could fill them meanwhile. `await_steps` returns when all steps launched so far are over: then the blocks are
+        free at once.
         """
         count = min(count, len(self.mapped) - floor_units)
         preempted: list[str] = []
@@ -208,7 +213,8 @@ class BlockUnits:
         return self._apply(plan, preempted=tuple(preempted))
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError unless mapped blocks = busy + free, and nothing of an unmapped unit is in use or cached."""
+        """Raises IntegrityError unless mapped blocks = busy + free, and nothing of an unmapped unit is in use or
+        cached."""
         free = {block.block_id for block in self._pool.free_block_queue.get_all_free_blocks()}
         mapped = {block.block_id for block in self._blocks([*self.mapped, *self.windowed])}
         busy = {b.block_id for b in self._pool.blocks if b.ref_cnt > 0 or b.is_null}
@@ -271,7 +277,8 @@ class BlockUnits:
         return Shrink(plan=plan, evicted_blocks=evicted, migrated_blocks=len(moved), preempted=preempted)
 
     def _move(self, source: Any, target: Any) -> None:
-        """`target`, free and unhashed, becomes what `source` is: same references, same hashes, same place in the free queue."""
+        """`target`, free and unhashed, becomes what `source` is: same references, same hashes, same place in the free
+        queue."""
         self._pool.free_block_queue.remove(target)
         if source.ref_cnt > 0:
             target.ref_cnt, source.ref_cnt = source.ref_cnt, 0

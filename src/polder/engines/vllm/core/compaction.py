@@ -1,13 +1,14 @@
 """Which blocks stay, which move and which are evicted when units are given up. A pure function over arrays.
 
-Giving up n units leaves room for (units - n) * G blocks. Busy blocks stay; of the free ones, those that vLLM would evict
-last stay as long as there is room, so a shrink costs exactly the coldest part of the prefix cache, wherever it lies:
+Giving up n units leaves room for (units - n) * G blocks. Busy blocks stay; of the free ones, those that vLLM would
+evict last stay as long as there is room, so a shrink costs exactly the coldest part of the prefix cache, wherever it
+lies:
 
     units        | 0: null B  . |  1: c  B  C |  2: c  .  B |  3: C  c  C |        B busy, C hot, c cold cached, . empty
     give up one  | 0: null B  B |  1: C' B  C |  2: given up |  3: C  C' C | ...    moves fill the places of evicted blocks
 
-Victims are the units with the fewest blocks to save. A unit with a block that must not be moved (the null block, or one whose
-every holder is not known) is never a victim.
+Victims are the units with the fewest blocks to save. A unit with a block that must not be moved (the null block, or one
+whose every holder is not known) is never a victim.
 """
 
 from __future__ import annotations

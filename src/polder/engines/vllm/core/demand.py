@@ -1,4 +1,5 @@
-"""What an engine core tells the broker it needs: built from the scheduler's queues, sent only when it is worth a message."""
+"""What an engine core tells the broker it needs: built from the scheduler's queues, sent only when it is worth a
+message."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class DemandReports(Subsystem):
         send: Callable[[Demand], None],
         counters: dict[str, float],
     ) -> None:
-        """`groups`: KV cache groups, each of which takes blocks of its own. `stats` goes out with every demand. Counts preemptions
-        and prefix hits in `counters`."""
+        """`groups`: KV cache groups, each of which takes blocks of its own. `stats` goes out with every demand. Counts
+        preemptions and prefix hits in `counters`."""
         self._scheduler, self._blocks, self._hello = scheduler, blocks, hello
         self._block_tokens, self._groups, self._prefill = block_tokens, groups, prefill
         self._weights, self._stats, self._send, self._counters = weights, stats, send, counters

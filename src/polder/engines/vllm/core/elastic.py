@@ -1,7 +1,8 @@
 """One engine core's side of Polder: events of vLLM and of the broker in, demand out.
 
-Everything runs in the core's own thread: `on_wake` when the link has something (between two steps, or at once in an idle engine),
-`on_step` after each step, `on_request` when a request arrives. What there is to do then is done by Resizing, and by the subsystems.
+Everything runs in the core's own thread: `on_wake` when the link has something (between two steps, or at once in an
+idle engine), `on_step` after each step, `on_request` when a request arrives. What there is to do then is done by
+Resizing, and by the subsystems.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class ElasticCore:
         self._slow_at = float("-inf")
         self.counters: dict[str, float] = metrics.zeros(metrics.CORE)
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
-        """The tiers' manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can do."""
+        """The tiers' manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can
+        do."""
         self._transfers = TierTransfers(self.tiers) if self.tiers else Transfers()
         self._weights = self._open_weights(agreement)
         self._step_times = StepTimes()
@@ -101,9 +103,9 @@ class ElasticCore:
     def _parts(self, agreement: Agreement, wake: Callable[[], None]) -> Iterator[Subsystem]:
         """In the order in which they are told.
 
-        In particular: loads of tiers begin before a step's tokens are bounded; blocks that a window has lost are dropped before the
-        step's output is handled; the time of a schedule is that of vLLM's and of nothing else; blocks that were lent are zeroed
-        as soon as a step with them is scheduled.
+        In particular: loads of tiers begin before a step's tokens are bounded; blocks that a window has lost are
+        dropped before the step's output is handled; the time of a schedule is that of vLLM's and of nothing else;
+        blocks that were lent are zeroed as soon as a step with them is scheduled.
         """
         if self.tiers and Prefetch.fits(self._scheduler):
             yield Prefetch(self._scheduler, self.tiers.tiers.counters)

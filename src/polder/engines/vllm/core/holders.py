@@ -1,8 +1,8 @@
 """Everybody in the engine core who keeps ids of KV blocks, so that all of them are told when blocks get other ids.
 
-A block's id changes when a unit is given up and its blocks move out of the way, and when a windowed block becomes a regular one. A
-block's bytes are lost when its unit goes, when it is the target of a move, and when it is lent. In each of these cases
-`BlockHolders.renumber` is called once, between two steps, before the next step is scheduled.
+A block's id changes when a unit is given up and its blocks move out of the way, and when a windowed block becomes a
+regular one. A block's bytes are lost when its unit goes, when it is the target of a move, and when it is lent. In each
+of these cases `BlockHolders.renumber` is called once, between two steps, before the next step is scheduled.
 
 | who keeps ids                        | is told by                                                                    |
 |--------------------------------------|-------------------------------------------------------------------------------|
@@ -57,7 +57,8 @@ class BlockHolders:
         self._holders.append(holder)
 
     def renumber(self, moved: Mapping[int, int], lost: Iterable[int] = ()) -> None:
-        """Tells all holders. `moved`: old id -> new id; `lost`: ids whose bytes are gone (targets of moves may be among them)."""
+        """Tells all holders. `moved`: old id -> new id; `lost`: ids whose bytes are gone (targets of moves may be among
+        them)."""
         lost = list(lost)
         if not moved and not lost:
             return
@@ -69,7 +70,8 @@ class BlockHolders:
             holder(new)
 
     def unknown(self, busy: Ids) -> Ids:
-        """Those of the busy blocks that have a holder besides the requests' block lists, and so must stay where they are.
+        """Those of the busy blocks that have a holder besides the requests' block lists, and so must stay where they
+        are.
 
         Such blocks are the null block, frees that vLLM defers, and what a connector keeps.
         """
@@ -100,8 +102,8 @@ class BlockHolders:
 
 
 def _kept_apart(manager: Any) -> list[Any]:
-    """Blocks that one of vLLM's managers remembers beside the requests' lists: sources of copies, and states of recurrent layers
-    that are to be handed on. They stay where they are."""
+    """Blocks that one of vLLM's managers remembers beside the requests' lists: sources of copies, and states of
+    recurrent layers that are to be handed on. They stay where they are."""
     kept: list[Any] = []
     for name in ("_partial_hit_reqs", "_producer_partial_tail_reqs", "residency_changes"):
         for value in getattr(manager, name, {}).values():

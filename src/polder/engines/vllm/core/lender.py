@@ -1,19 +1,20 @@
 """The lender's side in the engine core: which blocks are on offer, and how they come back.
 
 A block on offer counts as free: it is in vLLM's free queue, with a callback that vLLM calls when it hands the block out
-(BlockPool.unpin_blocks), and the callback takes it back. So lending needs no permission to end, and costs the scheduler one
-lock per block.
+(BlockPool.unpin_blocks), and the callback takes it back. So lending needs no permission to end, and costs the scheduler
+one lock per block.
 
-How much to offer is decided once a second from what the engine itself needs: the most blocks it used in the last `PEAK_S`,
-the cache that its own prefix hits make use of (the reuse curve that the broker's policy sees too), and a reserve. The coldest
-free blocks are offered. Once a second they are moved to the end of the free queue, so the engine first uses up its own cold
-cache, then takes blocks back.
+How much to offer is decided once a second from what the engine itself needs: the most blocks it used in the last
+`PEAK_S`, the cache that its own prefix hits make use of (the reuse curve that the broker's policy sees too), and a
+reserve. The coldest free blocks are offered. Once a second they are moved to the end of the free queue, so the engine
+first uses up its own cold cache, then takes blocks back.
 
-Blocks that a borrower wrote are zeroed before the engine uses them, also when the borrower has let go of them meanwhile:
-foreign bytes, read as numbers of another type, can be NaN. `take_dirty` names them after each `schedule()`, and the workers
-zero them before that step (rank/calls.py).
+Blocks that a borrower wrote are zeroed before the engine uses them, also when the borrower has let go of them
+meanwhile: foreign bytes, read as numbers of another type, can be NaN. `take_dirty` names them after each `schedule()`,
+and the workers zero them before that step (rank/calls.py).
 
-A block that a store to a tier still reads is not offered. A block that is offered is not stored any more: its bytes are lost.
+A block that a store to a tier still reads is not offered. A block that is offered is not stored any more: its bytes are
+lost.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class Lender(Subsystem):
         useful_units: Callable[[float], int] = lambda now: 0,
         before_offer: Callable[[list[int]], object] = lambda free: None,
     ) -> None:
-        """`useful_units(now)`: units of cache beyond which more saves next to nothing. `before_offer(free)` returns when no step
-        reads these free blocks."""
+        """`useful_units(now)`: units of cache beyond which more saves next to nothing. `before_offer(free)` returns
+        when no step reads these free blocks."""
         self._pool, self._blocks, self._holders, self._geometry = pool, blocks, blocks.holders, geometry
         self._useful_units, self._before_offer = useful_units, before_offer
         self._holders.register(self._renumber)
@@ -141,8 +142,8 @@ class Lender(Subsystem):
         self._renew()
 
     def _offer(self, count: int) -> None:
-        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over, and those that a tier is
-        being filled from."""
+        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over, and those that
+        a tier is being filled from."""
         chosen: list[Any] = []
         passed = self._offered | self._holders.in_transfer()
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
@@ -186,7 +187,8 @@ class Lender(Subsystem):
             self._dirty.append(number)
 
     def _renumber(self, new: NewIds) -> None:
-        """Blocks that something has moved to, that have no page any more or are lent again: zeroing them would spoil KV."""
+        """Blocks that something has moved to, that have no page any more or are lent again: zeroing them would spoil
+        KV."""
         self._dirty = [number for number in self._dirty if new[number] == number]
 
     def take_dirty(self) -> list[int]:

@@ -1,4 +1,5 @@
-"""A lender on a running engine: its table comes from the broker, and blocks that come back dirty are zeroed by the workers."""
+"""A lender on a running engine: its table comes from the broker, and blocks that come back dirty are zeroed by the
+workers."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Lending(Lender):
         pages: Callable[[], UnitPages],
         useful_units: Callable[[float], int],
     ) -> None:
-        """`workers`: vLLM's executor. `pages()`: of all units that the engine holds. For the others see Lender and OwnTable."""
+        """`workers`: vLLM's executor. `pages()`: of all units that the engine holds. For the others see Lender and
+        OwnTable."""
         name, ranks = agreement.hello.engine, len(agreement.hello.devices)
         super().__init__(
             scheduler.kv_cache_manager.block_pool,
@@ -71,8 +73,9 @@ class Lending(Lender):
     def _await_readers(self, free: list[int]) -> None:
         """Free blocks are about to get others' bytes: returns when no step reads or writes them any more.
 
-        A step under way may still write a block of a request that has ended. And behind a sliding window a kernel may load a block
-        that no request has, together with one that it reads. It multiplies these values by zero, but zero times NaN is NaN.
+        A step under way may still write a block of a request that has ended. And behind a sliding window a kernel may
+        load a block that no request has, together with one that it reads. It multiplies these values by zero, but zero
+        times NaN is NaN.
         """
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -85,6 +88,7 @@ class Lending(Lender):
     def _zero(self, dirty: list[int]) -> None:
         """Does not wait: the workers zero the blocks between the step before and this one.
 
-        vLLM's own way would be `new_block_ids_to_zero`, but most of its runners are not ready for it, or pass some layers over.
+        vLLM's own way would be `new_block_ids_to_zero`, but most of its runners are not ready for it, or pass some
+        layers over.
         """
         self._workers.collective_rpc(calls.zero_blocks, args=(dirty,), non_block=True)

@@ -50,11 +50,13 @@ class Tick:
 
 class BrokerLink:
     def __init__(self, socket: Path, channel: Channel, wake: Callable[[], None]) -> None:
-        """Takes over `channel`, on which Hello was answered. `wake`, called by any thread, makes the core look into `inbox`."""
+        """Takes over `channel`, on which Hello was answered. `wake`, called by any thread, makes the core look into
+        `inbox`."""
         self._path = socket
         self._channel: Channel | None = channel
         self._greeted: Channel | None = channel
-        """The same, once Hello was said on it: the core may be a step behind, and speak before it knows of a new connection."""
+        """The same, once Hello was said on it: the core may be a step behind, and speak before it knows of a new
+        connection."""
         self._wake = wake
         self._closing = threading.Event()
         self.inbox: deque[FromBroker | Up | Down | Tick] = deque()

@@ -22,8 +22,8 @@ class OwnTable:
     def __init__(
         self, fetch: Callable[[], int], wake: Callable[[], None], *, retry_every_s: float = RETRY_EVERY_S
     ) -> None:
-        """`fetch` asks the broker for the table's file descriptor; raises PolderError. `wake`, called by a thread, makes the core
-        call `take` soon."""
+        """`fetch` asks the broker for the table's file descriptor; raises PolderError. `wake`, called by a thread,
+        makes the core call `take` soon."""
         self._fetch, self._wake, self._retry_every_s = fetch, wake, retry_every_s
         self._lock = threading.Lock()
         self._fd: int | None = None
@@ -31,7 +31,8 @@ class OwnTable:
         """Set when the answer to the question asked last is not wanted any more."""
 
     def ask(self) -> None:
-        """Wants a new table; what comes for an earlier question is dropped. A broker that does not answer is asked again."""
+        """Wants a new table; what comes for an earlier question is dropped. A broker that does not answer is asked
+        again."""
         self.close()
         self._over = threading.Event()
         threading.Thread(target=self._run, args=(self._over,), name="polder-own-table", daemon=True).start()

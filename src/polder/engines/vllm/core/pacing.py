@@ -1,8 +1,9 @@
 """Keeps steps as short as the operator's `tbt_goal`: fewer prompt tokens in a step while other requests decode.
 
-vLLM's scheduler takes the tokens of a step from `max_num_scheduled_tokens`, running requests first, in the order of admission. For
-the length of one `schedule()` it is what decodes plus the chunk that planner/pace.py allows; where nobody decodes, vLLM's own. A
-step's time is that between two outputs, which is what a client waits for, also where steps are scheduled ahead of their outputs.
+vLLM's scheduler takes the tokens of a step from `max_num_scheduled_tokens`, running requests first, in the order of
+admission. For the length of one `schedule()` it is what decodes plus the chunk that planner/pace.py allows; where
+nobody decodes, vLLM's own. A step's time is that between two outputs, which is what a client waits for, also where
+steps are scheduled ahead of their outputs.
 """
 
 from __future__ import annotations

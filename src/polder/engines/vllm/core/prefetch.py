@@ -1,9 +1,10 @@
 """Loads begin in the step after a request's arrival, also when the batch is full.
 
-vLLM looks a waiting request up only when its turn in the queue comes and the step has tokens left. A load itself needs neither,
-only blocks; while it waits for a turn, a whole step passes that could have carried it. So before each schedule the requests that
-arrived since the last one are looked at here, and those with a hit begin to load: the same calls in the same order as in
-Scheduler.schedule for an asynchronous load (vllm/v1/core/sched/scheduler.py:954-1341 of 0.32), for plain requests only.
+vLLM looks a waiting request up only when its turn in the queue comes and the step has tokens left. A load itself needs
+neither, only blocks; while it waits for a turn, a whole step passes that could have carried it. So before each schedule
+the requests that arrived since the last one are looked at here, and those with a hit begin to load: the same calls in
+the same order as in Scheduler.schedule for an asynchronous load (vllm/v1/core/sched/scheduler.py:954-1341 of 0.32), for
+plain requests only.
 
 Guarantees
 - A request is tried once, in the order of arrival; one that is not loaded here goes the usual way.

@@ -1,7 +1,7 @@
 """vLLM's queue of free blocks with two regions: windowed blocks behind all regular ones, so that they are used last.
 
-A block's age decides within its region only. Where a regular block is free, be it one with cached KV, no windowed one is given out:
-its copies would cost time in every step, a cached prefix only when it is asked for again.
+A block's age decides within its region only. Where a regular block is free, be it one with cached KV, no windowed one
+is given out: its copies would cost time in every step, a cached prefix only when it is asked for again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Weights that stay where they are: what the core and its demand ask of weights, answered for a model that cannot move them."""
+"""Weights that stay where they are: what the core and its demand ask of weights, answered for a model that cannot move
+them."""
 
 from __future__ import annotations
 

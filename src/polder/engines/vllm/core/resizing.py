@@ -86,7 +86,8 @@ class Resizing:
         self._recalls.append(recall)
 
     def settle(self) -> None:
-        """Gives recalled memory back, as soon as no transfer of the tiers reads or writes a block that may have to move."""
+        """Gives recalled memory back, as soon as no transfer of the tiers reads or writes a block that may have to
+        move."""
         if not self._recalls:
             return
         if self._transfers.busy:

@@ -1,4 +1,5 @@
-"""Tells the subsystems what one of vLLM's schedulers does: each of its methods is replaced once, if a subsystem asks for it."""
+"""Tells the subsystems what one of vLLM's schedulers does: each of its methods is replaced once, if a subsystem asks
+for it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How long each step took, by the outputs of one scheduler.
 
-Where vLLM schedules a step ahead of the output before it, the call that schedules a step returns with another step's output, so
-its duration says nothing about its tokens. A step begins when it is scheduled or when the output before it has come, whichever is
-later, and ends with its own output.
+Where vLLM schedules a step ahead of the output before it, the call that schedules a step returns with another step's
+output, so its duration says nothing about its tokens. A step begins when it is scheduled or when the output before it
+has come, whichever is later, and ends with its own output.
 """
 
 from __future__ import annotations

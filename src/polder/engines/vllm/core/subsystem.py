@@ -1,7 +1,8 @@
 """What the parts of an engine core are told, and when.
 
-ElasticCore has a list of subsystems. An event goes to each of them in the order of the list; what follows a call of vLLM's goes in
-the reverse order, as with wrappers that lie around each other. All methods are called in the core's thread. None has to be there.
+ElasticCore has a list of subsystems. An event goes to each of them in the order of the list; what follows a call of
+vLLM's goes in the reverse order, as with wrappers that lie around each other. All methods are called in the core's
+thread. None has to be there.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Subsystem:
         """`steps`: (tokens, seconds) of those that have ended since the last call."""
 
     def on_request(self, now: float) -> None:
-        """A request has reached the engine core, also while the scheduler is paused: a sleeping model asks for its weights."""
+        """A request has reached the engine core, also while the scheduler is paused: a sleeping model asks for its
+        weights."""
 
     def between_steps(self, now: float) -> None:
         """After a step and after a request's arrival, when recalled memory was given back if it could be."""

@@ -1,4 +1,5 @@
-"""What takes the place of calls of vLLM's engine core while it serves, and its utilities for tests. hooks.py has the table."""
+"""What takes the place of calls of vLLM's engine core while it serves, and its utilities for tests. hooks.py has the
+table."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def shutdown(stock: Callable[[Any], None], core: Any) -> None:
 def reset_prefix_cache(
     stock: Callable[..., bool], core: Any, reset_running_requests: bool = False, reset_connector: bool = False
 ) -> bool:
-    """The tiers forget what a user makes the engine forget: weights may have been replaced in a way that Polder cannot see."""
+    """The tiers forget what a user makes the engine forget: weights may have been replaced in a way that Polder cannot
+    see."""
     done = bool(stock(core, reset_running_requests, reset_connector))
     elastic = getattr(core, "polder", None)
     if done and not reset_connector and elastic is not None and elastic.tiers is not None:

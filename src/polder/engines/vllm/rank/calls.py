@@ -1,8 +1,9 @@
 """What the engine core asks of every worker about its KV memory, by vLLM's `collective_rpc`.
 
-The calls are ordered with the steps (one FIFO queue): when one of them runs, every step submitted before has been launched, and
-none submitted later has. GPU steps are asynchronous, so a call waits for the device before it moves or unmaps pages. No call
-raises for want of memory, since an exception in a worker would end the engine. A failure is an answer: a text, "" if there is none.
+The calls are ordered with the steps (one FIFO queue): when one of them runs, every step submitted before has been
+launched, and none submitted later has. GPU steps are asynchronous, so a call waits for the device before it moves or
+unmaps pages. No call raises for want of memory, since an exception in a worker would end the engine. A failure is an
+answer: a text, "" if there is none.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def device_name(worker: Any) -> str:
 
 
 def reserve_bytes(worker: Any) -> int:
-    """What vLLM has measured that this rank will still take from its device: activations of the largest step, and graphs.
+    """What vLLM has measured that this rank will still take from its device: activations of the largest step, and
+    graphs.
 
     0 where it has not measured, as on the CPU or with --kv-cache-memory-bytes.
     """
@@ -72,7 +74,8 @@ def await_steps(worker: Any) -> None:
 
 
 def rewrite_block_tables(runner: Any, sources: Ids, targets: Ids, units: Sequence[int] = ()) -> None:
-    """Blocks have moved from `sources` to `targets`, and `units` will lose their pages: corrects what the runner remembers."""
+    """Blocks have moved from `sources` to `targets`, and `units` will lose their pages: corrects what the runner
+    remembers."""
     memory = present(here.memory)
     geometry = memory.geometry
     size = geometry.unit_blocks

@@ -1,15 +1,15 @@
 """Where the bytes of a KV cache lie, and which pages make a unit.
 
-vLLM 0.32 keeps the KV of all layers in one buffer: block b of layer l of a tensor starts at
-`offset + l * layer_stride + b * block_stride` bytes. A unit is the smallest run of block ids whose bytes are whole pages in every
-layer, so that mapping or unmapping it touches nobody else's bytes:
+vLLM 0.32 keeps the KV of all layers in one buffer: block b of layer l of a tensor starts at `offset + l * layer_stride
++ b * block_stride` bytes. A unit is the smallest run of block ids whose bytes are whole pages in every layer, so that
+mapping or unmapping it touches nobody else's bytes:
 
     layer 0   |<- unit 0 ->|<- unit 1 ->|<- unit 2 ->| ... block ids rise to the right
     layer 1   |<- unit 0 ->|<- unit 1 ->|<- unit 2 ->| ...
       ...          G blocks = G * block_stride bytes = k pages, in each of L layers: k * L pages a unit
 
-With G = lcm(page, block_stride) / block_stride. A block-outermost layout is the case L = 1. Groups of a hybrid model overlay each
-other in the same bytes, so their tensors give the same pages, which count once.
+With G = lcm(page, block_stride) / block_stride. A block-outermost layout is the case L = 1. Groups of a hybrid model
+overlay each other in the same bytes, so their tensors give the same pages, which count once.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def runs_of(places: Iterable[TensorPlace]) -> list[tuple[int, int]]:
 
 
 def units_of_request(tokens: int, block_tokens: Sequence[int], blocks_of_unit: int) -> int:
-    """Units without which a request of so many tokens would wait for ever: its blocks in every group, and the null block.
+    """Units without which a request of so many tokens would wait for ever: its blocks in every group, and the null
+    block.
 
     `block_tokens`: tokens of a block, for each KV cache group.
     """
@@ -137,8 +138,9 @@ class KvGeometry:
     def granules(self) -> tuple[int, Slots, Slots]:
         """How the bytes of one block lie in the pages of its unit, for lending it: (granule bytes, pages, offsets).
 
-        A granule is the largest piece that divides the page and every block. The arrays have shape [unit_blocks, granules]:
-        index of the granule's page among the unit's pages, as in `slots`, and the granule's first byte there.
+        A granule is the largest piece that divides the page and every block. The arrays have shape [unit_blocks,
+        granules]: index of the granule's page among the unit's pages, as in `slots`, and the granule's first byte
+        there.
         """
         starts = self.runs()
         size = math.gcd(self.page_bytes, *(stride for _, stride in starts))

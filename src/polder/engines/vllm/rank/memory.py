@@ -33,7 +33,8 @@ class WorkerMemory:
         self.span = Span(self.backend, geometry.total_slots)
         self.copies = CopyEngine(self.backend)
         self.pages_of: dict[int, tuple[int, tuple[int, ...]]] = {}
-        """Unit -> generation of the broker that its pages came from, and their numbers there. Has the donors of a window too."""
+        """Unit -> generation of the broker that its pages came from, and their numbers there. Has the donors of a
+        window too."""
         self.map(plan.generation, plan.units, plan.pages[rank])
 
     def map(self, generation: int, units: Sequence[int], pages: Sequence[int]) -> None:
@@ -66,8 +67,8 @@ class WorkerMemory:
     ) -> None:
         """Brings handles of pages of this engine, or of `lender`, into `imported`.
 
-        They are kept there under `generation`, or the broker's own if that is None. Raises BrokerUnavailable when a message has
-        no answer within `timeout_s`, PolderError and OSError when the pages cannot be had.
+        They are kept there under `generation`, or the broker's own if that is None. Raises BrokerUnavailable when a
+        message has no answer within `timeout_s`, PolderError and OSError when the pages cannot be had.
         """
         # On CUDA every page is a file descriptor of its own, and a message carries a limited number of them.
         for start in range(0, len(pages), MAX_FDS):
@@ -82,7 +83,8 @@ class WorkerMemory:
                     os.close(fd)
 
     def move(self, sources: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
-        """Copies whole blocks, all layers, from `sources` to `targets` (disjoint ids); returns when the bytes are there."""
+        """Copies whole blocks, all layers, from `sources` to `targets` (disjoint ids); returns when the bytes are
+        there."""
         base = self.span.address(0)
         ticket = 0
         for offset, size in self.geometry.runs():
@@ -91,8 +93,8 @@ class WorkerMemory:
         self.copies.wait(ticket)
 
     def zero_blocks(self, blocks: Sequence[int]) -> None:
-        """Fills whole blocks, all layers, with zero bytes, on the stream that computes: after the steps launched before, and before
-        those launched later. Does not wait. All blocks must be mapped."""
+        """Fills whole blocks, all layers, with zero bytes, on the stream that computes: after the steps launched
+        before, and before those launched later. Does not wait. All blocks must be mapped."""
         import torch
 
         buffer = self.span.tensor()
@@ -151,7 +153,8 @@ def _views(buffer: Any, kv_cache_config: Any, layout: Any, kernel_block_sizes: A
 
 
 def redirect_warm_up(runner: Any) -> None:
-    """The V2 runner's warm-up makes block ids up, of which this engine may have none mapped: until `calls.describe`, all of them
-    are the null block. The switch is vLLM's own, for elastic expert parallelism; the V1 runner's warm-up writes nothing."""
+    """The V2 runner's warm-up makes block ids up, of which this engine may have none mapped: until `calls.describe`,
+    all of them are the null block. The switch is vLLM's own, for elastic expert parallelism; the V1 runner's warm-up
+    writes nothing."""
     if block_tables.is_v2(runner):
         runner.block_tables.redirect_writes_to_null_block = True

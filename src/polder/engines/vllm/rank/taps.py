@@ -17,8 +17,8 @@ __all__ = ["allocate_kv_cache", "request_memory"]
 def request_memory(
     stock: Callable[..., Any], init_snapshot: Any, cache_config: Any, external_weight_memory: int = 0
 ) -> int:
-    """Bytes of the device that this engine may use. vLLM refuses to start unless its part of the whole device is free; beside
-    engines that share the device it gets what is free, for its KV cache is the broker's."""
+    """Bytes of the device that this engine may use. vLLM refuses to start unless its part of the whole device is free;
+    beside engines that share the device it gets what is free, for its KV cache is the broker's."""
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None or settings_of(vllm_config) is None:
         return int(stock(init_snapshot, cache_config, external_weight_memory))

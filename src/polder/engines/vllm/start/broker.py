@@ -56,7 +56,8 @@ def ask_sizes(socket: Path, devices: Sequence[str], uuids: Sequence[str]) -> tup
 
 
 def check_devices(devices: Sequence[str], uuids: Sequence[str], known: Mapping[str, DeviceStatus]) -> None:
-    """Raises ConfigError unless the broker has each rank's device, by its name and by its UUID where both sides know that."""
+    """Raises ConfigError unless the broker has each rank's device, by its name and by its UUID where both sides know
+    that."""
     for device, uuid in zip(devices, uuids, strict=True):
         other = next((name for name, their in known.items() if uuid and their.uuid == uuid and name != device), None)
         if other is not None:

@@ -33,7 +33,8 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
 
 
 def check_kv_cache(vllm_config: Any, kv_cache_config: Any) -> None:
-    """Raises ConfigError for a KV cache whose unmapped blocks vLLM would touch, or that it does not allocate in one buffer."""
+    """Raises ConfigError for a KV cache whose unmapped blocks vLLM would touch, or that it does not allocate in one
+    buffer."""
     from vllm.v1.kv_cache_interface import iter_layer_specs
 
     for group in kv_cache_config.kv_cache_groups:

@@ -1,8 +1,8 @@
 """Before the KV cache exists: agree with the broker on its size, and tell the workers.
 
-Runs in the engine core, inside vLLM's own start-up, in place of `get_kv_cache_configs`: vLLM is asked for a cache of the ceiling's
-size, rounded to whole units, so that every check of its own (a request of max_model_len must fit) is made against it; the broker is
-asked for the floor; the workers get the plan that their `allocate_kv_cache` follows.
+Runs in the engine core, inside vLLM's own start-up, in place of `get_kv_cache_configs`: vLLM is asked for a cache of
+the ceiling's size, rounded to whole units, so that every check of its own (a request of max_model_len must fit) is made
+against it; the broker is asked for the floor; the workers get the plan that their `allocate_kv_cache` follows.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def sizes_of(
     ceiling_bytes: int,
     page_bytes: int,
 ) -> Sizes:
-    """The most whole units that fit `ceiling_bytes` a rank, and the windowed ones above them. Raises BudgetError, ConfigError.
+    """The most whole units that fit `ceiling_bytes` a rank, and the windowed ones above them. Raises BudgetError,
+    ConfigError.
 
     `get_configs`: vLLM's get_kv_cache_configs.
     """
@@ -85,7 +86,8 @@ def sizes_of(
 
 
 def hello_of(vllm_config: Any, settings: EngineSettings, sizes: Sizes, devices: list[str]) -> Hello:
-    """What the broker is told of this KV cache. Raises BudgetError for a floor below one request's need, or above the ceiling."""
+    """What the broker is told of this KV cache. Raises BudgetError for a floor below one request's need, or above the
+    ceiling."""
     geometry, window, model = sizes.geometry, sizes.window, vllm_config.model_config
     unit_bytes, block_tokens = geometry.unit_bytes, sizes.block_tokens
     least = units_of_request(model.max_model_len, block_tokens, geometry.unit_blocks)

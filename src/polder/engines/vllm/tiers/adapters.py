@@ -1,9 +1,9 @@
 """LoRA adapters that are loaded again: blocks that were computed with the former weights must not be found any more.
 
-vLLM's block hash names an adapter by its name and path. When the files at that path are replaced and loaded in place, the hash
-stays the same: vLLM warns that its own prefix cache keeps blocks of the former weights, and a tier would keep them for much longer.
-So with tiers the hash also holds an epoch, which rises when an adapter is loaded again from files that have changed. An adapter
-that was loaded once has epoch 0, and exactly vLLM's hashes.
+vLLM's block hash names an adapter by its name and path. When the files at that path are replaced and loaded in place,
+the hash stays the same: vLLM warns that its own prefix cache keeps blocks of the former weights, and a tier would keep
+them for much longer. So with tiers the hash also holds an epoch, which rises when an adapter is loaded again from files
+that have changed. An adapter that was loaded once has epoch 0, and exactly vLLM's hashes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class AdapterEpochs:
         self._in_place: Any = None  # of the request hashed last
 
     def loaded(self, adapter: Any) -> None:
-        """The workers have loaded this LoRARequest. A hub's name counts as changed, for nothing tells what it stands for now."""
+        """The workers have loaded this LoRARequest. A hub's name counts as changed, for nothing tells what it stands
+        for now."""
         name = adapter.lora_name, adapter.lora_path
         files = _files(Path(adapter.lora_path))
         with self._lock:

@@ -97,8 +97,9 @@ def _check_extra_config(extra: Mapping[str, Any]) -> None:
 
 
 def check_caching(caching: Sequence[bool]) -> None:
-    """`caching`: what vLLM decided in the core and in each worker. All decisions are made by now: the platform's before the model
-    is loaded, that of a layer's backend in the worker that loads it, that of a layer without causal attention in the core.
+    """`caching`: what vLLM decided in the core and in each worker. All decisions are made by now: the platform's before
+    the model is loaded, that of a layer's backend in the worker that loads it, that of a layer without causal attention
+    in the core.
 
     Raises ConfigError where prefixes are not cached: a tier would give hits that vLLM's own cache must not give.
     """
@@ -147,7 +148,8 @@ def _cached(model: Any) -> Path | None:
 
 
 def _check_lasting(vllm_config: Any, names: Namespace) -> None:
-    """What a disk keeps outlives the engine, so whatever computed it must have a name. Raises ConfigError where it has none."""
+    """What a disk keeps outlives the engine, so whatever computed it must have a name. Raises ConfigError where it has
+    none."""
     if names.weights == UNKNOWN:
         raise ConfigError(
             f"disk tier: nothing tells the weights of {names.model} from others that may come in their place: serve a folder with "

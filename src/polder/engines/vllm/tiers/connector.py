@@ -12,8 +12,8 @@
 | a request that is preempted between two steps and  | it is not told as preempted any more; stores that it still has are   |
 |  loads in the next is an assertion                 | flushed                                                              |
 
-tests/engines/test_tier_defects.py shows the stock behaviour beside ours, for the first four and the last.
-0.33 has mended the last only.
+tests/engines/test_tier_defects.py shows the stock behaviour beside ours, for the first four and the last. 0.33 has
+mended the last only.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
         return TierMetadata(meta.load_jobs, meta.store_jobs, meta.jobs_to_flush, own_jobs)
 
     def renumber_blocks(self, new: NewIds) -> None:
-        """Corrects the ids that blocks not stored yet will be stored from. 0 is vLLM's own mark for a block that is not there any
-        more: it is not stored. All other ids that this half keeps belong to jobs under way.
+        """Corrects the ids that blocks not stored yet will be stored from. 0 is vLLM's own mark for a block that is not
+        there any more: it is not stored. All other ids that this half keeps belong to jobs under way.
 
         Raises IntegrityError when a job under way reads or writes a block that moves: its worker has the old id.
         """

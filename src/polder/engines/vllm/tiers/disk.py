@@ -35,8 +35,8 @@ logger = logging.getLogger("polder.engine")
 
 LEAST_PAGE_BYTES = 64 << 10
 LEAST_STAGED_PAGES, MOST_STAGED_PAGES, STAGED_BYTES = 24, 768, 96 << 20
-"""Memory of each rank for pages on their way, beside the host tier: every batch costs the host 2 ms, however short it is
-(docs/log.md)."""
+"""Memory of each rank for pages on their way, beside the host tier: every batch costs the host 2 ms, however short it
+is (docs/log.md)."""
 
 
 def disk_plan(settings: EngineSettings, *, shard_bytes: int, namespace: int, ranks: int) -> DiskPlan | None:
@@ -59,7 +59,8 @@ def staged_pages(page_bytes: int) -> int:
 
 
 class OpenDisks:
-    """One rank's store. Raises ConfigError or BudgetError when a directory or a size cannot be meant; a disk that fails is out."""
+    """One rank's store. Raises ConfigError or BudgetError when a directory or a size cannot be meant; a disk that fails
+    is out."""
 
     def __init__(self, plan: DiskPlan, rank: int, emulation: Emulation) -> None:
         disks = tuple(
@@ -88,8 +89,8 @@ class OpenDisks:
 
 
 def _directory(path: Path, ranks: int, rank: int) -> Path:
-    """Made for a rank below `path`; `path` itself must be there, for only its owner knows which disk it lies on. Where it cannot be
-    made the store finds the disk "out", as every disk that cannot be used."""
+    """Made for a rank below `path`; `path` itself must be there, for only its owner knows which disk it lies on. Where
+    it cannot be made the store finds the disk "out", as every disk that cannot be used."""
     if ranks == 1:
         return path
     mine = path / f"rank{rank}"

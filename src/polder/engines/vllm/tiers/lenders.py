@@ -1,4 +1,5 @@
-"""Which engines lend to this one. Their tables are fetched from the broker by a thread, so that the engine never waits for it."""
+"""Which engines lend to this one. Their tables are fetched from the broker by a thread, so that the engine never waits
+for it."""
 
 from __future__ import annotations
 

@@ -168,13 +168,13 @@ class TierManager(OffloadingManager):  # type: ignore[misc]
         self.tiers.unseal()  # new weights stop the disks in the workers (weights/taps.py), so the namespace still holds
 
     def seal_disks(self) -> None:
-        """After `reset_cache`, when it is not known whether the weights are still those that the disks' namespace names: nothing
-        is written to them any more in this run."""
+        """After `reset_cache`, when it is not known whether the weights are still those that the disks' namespace
+        names: nothing is written to them any more in this run."""
         self.tiers.seal()
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as a
-        look-up."""
+        """What changed since it was last asked, a few times a second: it is called in every step, and costs as much as
+        a look-up."""
         now = time.monotonic()
         if now - self._sent_at < STATISTICS_EVERY_S:
             return None
@@ -251,5 +251,5 @@ _METRICS = {
     for metric in (*metrics.TIERS, *metrics.DISKS)
     for key, values in metric.series
 }
-"""Key in `TierSet.stats` -> vLLM's name, label values, declaration. The client library appends "_total" itself. vLLM forgets
-the metrics of a former engine in the process by the prefix."""
+"""Key in `TierSet.stats` -> vLLM's name, label values, declaration. The client library appends "_total" itself. vLLM
+forgets the metrics of a former engine in the process by the prefix."""

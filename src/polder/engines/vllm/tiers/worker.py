@@ -1,8 +1,9 @@
 """The tiers' half in every worker: vLLM's OffloadingWorker over polder.tiers.worker.
 
-vLLM calls it with the ids of its own blocks and with the job that the scheduler's half made (manager.py); here the ids become
-addresses. A job that fails is reported as done, since OffloadingConnector asserts success and would end the engine
-(KC/offloading/worker.py:286-288); which loads failed is told beside it, and the connector (connector.py) makes them misses.
+vLLM calls it with the ids of its own blocks and with the job that the scheduler's half made (manager.py); here the ids
+become addresses. A job that fails is reported as done, since OffloadingConnector asserts success and would end the
+engine (KC/offloading/worker.py:286-288); which loads failed is told beside it, and the connector (connector.py) makes
+them misses.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         disks: OpenDisks | None = None,
         host: tuple[int, int] = (0, 0),
     ) -> None:
-        """`open_tiers(slots of the disk, its memory)`: with a disk called by `start`, else at once. `groups`: for each KV cache
-        group (address of block 0, bytes from block to block, bytes of a block) of every layer. `host`: address and slot bytes of
-        its tier. `mark`: Backend.mark; a job waits for what was launched before it was submitted."""
+        """`open_tiers(slots of the disk, its memory)`: with a disk called by `start`, else at once. `groups`: for each
+        KV cache group (address of block 0, bytes from block to block, bytes of a block) of every layer. `host`: address
+        and slot bytes of its tier. `mark`: Backend.mark; a job waits for what was launched before it was submitted."""
         self._groups, self._on_close, self._open, self._host = groups, on_close, open_tiers, host
         self._mark = mark
         self.disks = disks

@@ -1,4 +1,5 @@
-"""What the engine core asks of every worker about its weights, by `collective_rpc`, ordered with the steps (see rank/calls.py)."""
+"""What the engine core asks of every worker about its weights, by `collective_rpc`, ordered with the steps (see
+rank/calls.py)."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int
 
 
 def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken:
-    """Gives up `count` segments: all to sleep, else the rest rotates over `slots` slots. Pages of a former broker are destroyed."""
+    """Gives up `count` segments: all to sleep, else the rest rotates over `slots` slots. Pages of a former broker are
+    destroyed."""
     memory, offloader, store = _parts()
     left = len(store.segments) - count
     try:
@@ -88,7 +90,8 @@ def take(worker_: Any, count: int, slots: int, current_generation: int) -> Taken
 
 
 def undo_give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequence[int]]], slots: int) -> Taken:
-    """Gives up as many segments as `give` was to map: the same ones if this rank has not mapped them. `slots`: as in `take`."""
+    """Gives up as many segments as `give` was to map: the same ones if this rank has not mapped them. `slots`: as in
+    `take`."""
     memory, offloader, store = _parts()
     numbers = [tuple(segment[memory.rank]) for segment in segments]
     held = {offloader.given[segment] for segment in store.segments}

@@ -5,17 +5,16 @@
     granted     workers map the pages and begin to copy layer after layer; the scheduler goes on at once, and the first forward
                 waits for each layer only as it comes to it
 
-A model sleeps only when it has no request, or when the broker pauses it for one that has waited long: then its requests stand
-still, with as much of their KV as nobody needs, and it asks for its weights at once. While it serves it offers the segments
-that it could win by streaming, as many as the formula allows for the shortest of its last steps (planner/rotation_cost.py);
-when steps have become too short for what it streams already, it wants its layers back.
+A model sleeps only when it has no request, or when the broker pauses it for one that has waited long: then its requests
+stand still, with as much of their KV as nobody needs, and it asks for its weights at once. While it serves it offers
+the segments that it could win by streaming, as many as the formula allows for the shortest of its last steps
+(planner/rotation_cost.py); when steps have become too short for what it streams already, it wants its layers back.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,18 +26,15 @@ from polder.engines.vllm import hooks
 from polder.engines.vllm.core.resident import ResidentWeights
 from polder.engines.vllm.plans import Taken, WeightsFound
 from polder.engines.vllm.weights import calls
+from polder.engines.vllm.weights.held import HeldSegments, Segments
+from polder.engines.vllm.weights.streaming import Streaming
 from polder.errors import EnvironmentFault
 from polder.planner.arrivals import Arrivals
-from polder.planner.rotation_cost import choose_rotation, pass_seconds
-from polder.stream.pipeline import RECENT_PASSES
 
 __all__ = ["CoreWeights"]
 
 logger = logging.getLogger("polder.engine")
 
-STEPS_KEPT = RECENT_PASSES
-SLOWDOWN = 0.02
-"""What streaming may cost: steps may be so much longer, as a part of their time."""
 TOO_SLOW_S = 1.0
 """Steps must have been too short for what is streamed for so long before layers are asked back."""
 RANK_STATS_EVERY_S = 1.0
@@ -59,8 +55,8 @@ class CoreWeights(ResidentWeights):
         """`in_transfer`: whether steps must go on, even empty ones, since blocks are on their way from or to a tier."""
         self.found = found
         self._scheduler, self._rpc, self._send = scheduler, rpc, send
-        self._held: list[list[tuple[tuple[int, ...], list[int]]]] = []
-        """Segments, per rank: the pages as the worker knows them, and as the broker has them booked now."""
+        self._held = HeldSegments(found.layer_pages)
+        self._streaming = Streaming(found)
         self._waking_since: float | None = None
         self._asked_at = 0.0
         self._pause_state = scheduler.pause_state
@@ -71,20 +67,16 @@ class CoreWeights(ResidentWeights):
         hooks.replace(scheduler, "has_requests", lambda stock: stock() and (not self.asleep or in_transfer()))
         self._arrivals = Arrivals()
         self._idle_since = time.monotonic()
-        self._steps: deque[float] = deque(maxlen=STEPS_KEPT)
         self._too_many_since: float | None = None
         self._rank_stats: dict[str, float] = {}
         self._rank_stats_at = float("-inf")
         self._worked = True
-        self._steps_unexplained = True
-        """The workers were not asked since steps began to run with the segments that there are now."""
-        self._layer_load_s = 0.0  # of the loads since the workers were asked before
         self.counters: dict[str, float] = metrics.zeros(metrics.WEIGHTS)
 
     @property
     def pages(self) -> Pages:
         """Pages of the segments held, per rank, in the broker's numbers."""
-        return _by_rank([[booked for _, booked in ranks] for ranks in self._held])
+        return self._held.pages
 
     @property
     def asleep(self) -> bool:
@@ -98,8 +90,9 @@ class CoreWeights(ResidentWeights):
     # ------------------------------------------------------------------ what happens
 
     def start(self, generation: int, pages: Pages) -> None:
-        """The pages that the broker gives at first: of all segments, or none. Raises RuntimeError when a rank cannot map them."""
-        segments = self._by_segment(pages)
+        """The pages that the broker gives at first: of all segments, or none. Raises RuntimeError when a rank cannot
+        map them."""
+        segments = self._held.cut(pages)
         errors = list(filter(None, self._rpc(calls.adopt, generation, segments)))
         if errors:
             raise RuntimeError(f"cannot place the weights: {'; '.join(errors)}")
@@ -112,7 +105,8 @@ class CoreWeights(ResidentWeights):
             self._want(now)
 
     def on_tick(self, now: float) -> None:
-        """Asks again while requests wait: an operator's `sleep` in between has made the broker forget that it was asked."""
+        """Asks again while requests wait: an operator's `sleep` in between has made the broker forget that it was
+        asked."""
         if (
             self.asleep
             and self._waking_since is not None
@@ -130,11 +124,11 @@ class CoreWeights(ResidentWeights):
         """A step that computed `tokens` tokens has ended."""
         if tokens:
             self._worked = True
-            self._steps.append(seconds)
+            self._streaming.note_step(seconds)
             self._idle_since = now
         if not self.lost or self.asleep:
             return
-        winnable = self._winnable()
+        winnable = self._streaming.winnable()
         if winnable is None or self.lost <= winnable:
             self._too_many_since = None
         elif self._too_many_since is None:
@@ -144,9 +138,7 @@ class CoreWeights(ResidentWeights):
 
     def on_welcome(self, message: Welcome, *, new_broker: bool) -> None:
         """What was promised on the former connection is void."""
-        pages = message.held.weights  # as the broker has booked what Hello said
-        for ranks, booked in zip(self._held, self._by_segment(pages), strict=True):
-            ranks[:] = [(known, pages) for (known, _), pages in zip(ranks, booked, strict=True)]
+        self._held.rebook(message.held.weights)
         waking, self._waking_since = self._waking_since, None
         if waking is not None:
             self._want(time.monotonic())
@@ -156,22 +148,21 @@ class CoreWeights(ResidentWeights):
         everything = count == len(self._held)
         paused = message.preempt and everything
         in_use = everything and self._scheduler.requests and not paused
-        if (
-            not count or in_use or (not everything and self._slots(count) == 0)
-        ):  # 0 slots: it cannot stream so many layers
+        slots = 0 if everything else self._streaming.slots(self.lost + count)
+        if not count or in_use or not (everything or slots):
             self._send(Returned(lease=message.lease, use="weights", pages=[], short=message.units))
             return
-        taken: list[Taken] = self._rpc(calls.take, count, 0 if everything else self._slots(count), generation)
+        taken: list[Taken] = self._rpc(calls.take, count, slots, generation)
         errors = [answer.error for answer in taken if answer.error]
         if errors:
             logger.warning("cannot give %d segments up: %s", count, "; ".join(errors))
             self._undo(taken, generation)
             taken = []
-        back = [self._forget(pages) for pages in zip(*(rank.segments for rank in taken), strict=True)]
+        held, pages = len(self._held), self._let_go(taken)
         self._apply_pause()
         self.counters["sleeps_total"] += self.asleep
-        short = message.units - len(back)
-        self._send(Returned(lease=message.lease, use="weights", pages=_by_rank(back), short=short))
+        short = message.units - (held - len(self._held))
+        self._send(Returned(lease=message.lease, use="weights", pages=pages, short=short))
         if self.asleep:
             self._waking_since = None  # what it asked for before was not granted: the next request must ask again
         if self.asleep and self._scheduler.requests:  # paused: it stands in line again
@@ -179,7 +170,7 @@ class CoreWeights(ResidentWeights):
             self._want(now)
 
     def on_grant(self, message: Grant, generation: int, now: float) -> None:
-        segments, started = self._by_segment(message.pages), time.monotonic()
+        segments, started = self._held.cut(message.pages), time.monotonic()
         errors = list(filter(None, self._rpc(calls.give, generation, segments)))
         now += time.monotonic() - started
         if errors:
@@ -206,17 +197,18 @@ class CoreWeights(ResidentWeights):
         busy = bool(self._scheduler.requests)
         if self.asleep and not busy:
             self._waking_since = None  # the broker forgets, when it reads this, that it was asked to wake it
-        spare = max(0, (self._winnable() or 0) - self.lost) if busy else len(self._held)
+        spare = max(0, (self._streaming.winnable() or 0) - self.lost) if busy else len(self._held)
         return {
             "asleep": self.asleep,
             "spare_segments": 0 if self.asleep else spare,
             "idle_s": 0.0 if busy else max(1e-3, now - self._idle_since),
             "next_use_s": self._arrivals.next_use_s(now),
-            "layer_load_s": self._layer_load_s,
+            "layer_load_s": self._streaming.layer_load_s,
         }
 
     def turned(self, sent: Demand) -> bool:
-        """Whether it has gone idle, busy, asleep or awake since its last Demand: whoever waits for memory must know at once."""
+        """Whether it has gone idle, busy, asleep or awake since its last Demand: whoever waits for memory must know at
+        once."""
         return (sent.idle_s > 0) == bool(self._scheduler.requests) or sent.asleep != self.asleep
 
     def stats(self, now: float) -> dict[str, float]:
@@ -229,20 +221,15 @@ class CoreWeights(ResidentWeights):
     def _ask_workers(self, now: float) -> None:
         """Asks the workers for their stats, and they check the laws."""
         ranks: list[dict[str, float]] = self._rpc(calls.figures)
-        before, self._rank_stats = self._rank_stats, {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+        self._rank_stats = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
         self._rank_stats_at, self._worked = now, False
-        self._steps_unexplained = not self._steps
-        loads, seconds = (
-            self._rank_stats[name] - before.get(name, 0.0)
-            for name in ("weights_loads_total", "weights_copy_seconds_total")
-        )
-        if loads > 0:
-            self._layer_load_s = seconds / loads
+        self._streaming.learn(self._rank_stats)
 
     # ------------------------------------------------------------------ inside
 
     def _on_pause(self, stock: Callable[[PauseState], None], state: PauseState) -> None:
-        """Takes the place of Scheduler.set_pause_state: somebody pauses or resumes. A model without weights stays paused."""
+        """Takes the place of Scheduler.set_pause_state: somebody pauses or resumes. A model without weights stays
+        paused."""
         self._pause_state = state
         self._apply_pause()
 
@@ -254,41 +241,6 @@ class CoreWeights(ResidentWeights):
             self._waking_since = self._asked_at = now
             self._send(NeedWeights())
 
-    def _winnable(self) -> int | None:
-        """Segments in all that the formula lets it win. None: no step was measured since the last change."""
-        found, compute_s = self.found, self._compute_s()
-        if not found.streams:
-            return 0
-        if compute_s is None:
-            return None
-        return choose_rotation(found.layers, compute_s, self._layer_load_s, SLOWDOWN, found.copy_share).alpha
-
-    def _compute_s(self) -> float | None:
-        """What the shortest of the last steps would take with all layers resident.
-
-        Steps that stood still for a load are longer for it: what they waited must not make room for more loads. Workers tell
-        how long that was when they are asked; until then, after a change, nothing is known.
-        """
-        if not self._steps or self._steps_unexplained:
-            return None
-        return max(0.0, min(self._steps) - self._rank_stats.get("weights_pass_stall_seconds", 0.0))
-
-    def _slots(self, count: int) -> int:
-        """Slots of the rotation that is left when `count` more are given up: whichever is expected to be faster; 0: impossible."""
-        layers, won = self.found.layers, self.lost + count
-        possible = [
-            slots for slots in (1, 2) if won + slots <= layers and won + slots >= 2 * slots and self.found.streams
-        ]
-        step_s = self._compute_s() or 0.0
-        return min(
-            possible,
-            key=lambda slots: (
-                pass_seconds(layers, won + slots, slots, step_s, self._layer_load_s, self.found.copy_share),
-                slots,
-            ),
-            default=0,
-        )
-
     def _undo(self, taken: Sequence[Taken], generation: int) -> None:
         """Some rank has given nothing up: those that have get theirs back, so that all hold as many."""
         most = max(len(rank.segments) for rank in taken)
@@ -296,46 +248,28 @@ class CoreWeights(ResidentWeights):
             back = [[list(rank.segments[at]) if rank.segments else [] for rank in taken] for at in range(most)]
             self._rpc(calls.give, generation, back)  # a rank that gets empty segments refuses them
 
-    def _refuse(self, segments: list[list[list[int]]], generation: int) -> Pages:
-        """Some rank could not map these segments: all ranks hold as many as before. Returns the pages that are free then.
+    def _refuse(self, segments: Segments, generation: int) -> Pages:
+        """Some rank could not map these segments: all ranks hold as many as before. Returns the pages that are free
+        then.
 
-        A rank that did map them may give others up. Raises EnvironmentFault when it cannot: ranks would hold different layers.
+        A rank that did map them may give others up. Raises EnvironmentFault when it cannot: ranks would hold different
+        layers.
         """
         self._hold(segments)
-        slots = 0 if len(segments) == len(self._held) else self._slots(len(segments))
+        slots = 0 if len(segments) == len(self._held) else self._streaming.slots(self.lost + len(segments))
         freed: list[Taken] = self._rpc(calls.undo_give, generation, segments, slots)
         errors = [answer.error for answer in freed if answer.error]
         if errors:
             raise EnvironmentFault(f"ranks hold different layers and cannot go on: {'; '.join(errors)}")
-        return _by_rank([self._forget(pages) for pages in zip(*(rank.segments for rank in freed), strict=True)])
+        return self._let_go(freed)
 
-    def _by_segment(self, pages: Pages) -> list[list[list[int]]]:
-        """Cuts the pages of each rank into segments: for each segment, its pages per rank."""
-        size = self.found.layer_pages
-        ranks = [[numbers[at : at + size] for at in range(0, len(numbers), size)] for numbers in pages]
-        return [list(segment) for segment in zip(*ranks, strict=True)]
+    def _hold(self, segments: Segments) -> None:
+        self._streaming.changed()
+        self._held.add(segments)
 
-    def _hold(self, segments: list[list[list[int]]]) -> None:
-        self._forget_steps()
-        self._held += [[(tuple(pages), pages) for pages in ranks] for ranks in segments]
-
-    def _forget_steps(self) -> None:
-        self._steps.clear()
-        self._steps_unexplained = True
-
-    def _forget(self, given_up: Sequence[tuple[int, ...]]) -> list[list[int]]:
-        """Takes one segment a rank, by the workers' numbers, from what is held. Returns it in the broker's.
-
-        Ranks may have chosen different ones; which rank's segment goes with which does not matter, they only count.
-        """
-        self._forget_steps()
-        last = self._held[-1]
-        for rank, pages in enumerate(given_up):
-            ranks = next(ranks for ranks in self._held if ranks[rank][0] == pages)
-            ranks[rank], last[rank] = last[rank], ranks[rank]
-        return [booked for _, booked in self._held.pop()]
-
-
-def _by_rank(segments: Sequence[Sequence[list[int]]]) -> Pages:
-    """The pages of all segments per rank; empty when there are no segments."""
-    return [[page for pages in rank for page in pages] for rank in zip(*segments, strict=True)]
+    def _let_go(self, taken: Sequence[Taken]) -> Pages:
+        """Books what the ranks have given up. Returns these pages per rank, in the broker's numbers."""
+        given_up = list(zip(*(rank.segments for rank in taken), strict=True))
+        if given_up:
+            self._streaming.changed()
+        return self._held.remove(given_up)

@@ -1,15 +1,16 @@
 """CPU only: linear weights of decoder layers as ordinary tensors, which can move.
 
-vLLM 0.32 packs a linear layer's weight for oneDNN into a buffer of the library's own, empties the parameter and keeps a handle
-(layers/utils.py:470, no switch). What lies in a buffer that nobody can name cannot be given away or streamed. So for decoder layers
-of an engine with elastic weights the packed form is a tensor again and stays the layer's parameter:
+vLLM 0.32 packs a linear layer's weight for oneDNN into a buffer of the library's own, empties the parameter and keeps a
+handle (layers/utils.py:470, no switch). What lies in a buffer that nobody can name cannot be given away or streamed. So
+for decoder layers of an engine with elastic weights the packed form is a tensor again and stays the layer's parameter:
 
     small, on CPUs with AMX             sgl-kernel's packed layout, which stock takes there too
     all other                           oneDNN's packed layout (onednn.py): stock's results bit by bit, at stock's speed
     where that cannot be packed: half   sgl-kernel's layout: decoding 7 % faster, prefill 10 to 15 % slower than oneDNN here
     ... and float32                     the weight as it is: 2 to 3 times slower here
 
-The last two add up in another order than stock, so logits differ in their last bits, as they do between two batch shapes.
+The last two add up in another order than stock, so logits differ in their last bits, as they do between two batch
+shapes.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def install(belongs: Callable[[Any], bool]) -> None:
 def copy_share() -> float:
     """What a copying thread takes from computing, as a share of its time: one of the cores.
 
-    Also where a core does not compute: engine core and front end are on it, which a step waits for as well. With one of two cores
-    left for them, streaming that the formula had called hidden made steps 25 % longer (docs/log.md).
+    Also where a core does not compute: engine core and front end are on it, which a step waits for as well. With one of
+    two cores left for them, streaming that the formula had called hidden made steps 25 % longer (docs/log.md).
     """
     return 1.0 / len(usable_cores())
 

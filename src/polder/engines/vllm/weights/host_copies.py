@@ -1,8 +1,8 @@
 """One host copy for all engines of the same weights: found through the broker, compared before it is trusted.
 
-Who comes first writes it, the others map it. The key says what it is believed to be; a copy whose bytes are not those that this
-engine has just loaded (weights replaced on disk, another vLLM that packs otherwise) is not used. Without a broker, and when
-anything goes wrong with sharing, an engine has a copy of its own.
+Who comes first writes it, the others map it. The key says what it is believed to be; a copy whose bytes are not those
+that this engine has just loaded (weights replaced on disk, another vLLM that packs otherwise) is not used. Without a
+broker, and when anything goes wrong with sharing, an engine has a copy of its own.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Which tensors of a decoder layer may move: those that no kernel remembers by address.
 
-Weights move once, after vLLM has loaded and packed them; from then on their addresses are fixed. So what counts is what the code
-that prepares weights for a kernel (`process_weights_after_loading`) keeps:
+Weights move once, after vLLM has loaded and packed them; from then on their addresses are fixed. So what counts is what
+the code that prepares weights for a kernel (`process_weights_after_loading`) keeps:
 
     the parameter itself          follows: its data are replaced in place
     another tensor or view of it  keeps the old bytes alive; found by the storage's reference count (weights/tensors.py)
     a bare address                cannot be seen from here. vLLM's oneDNN handlers keep one: the scales that they were given are
                                   read from freed memory once the parameter has moved
 
-For the third case this module has an allow-list: methods and kernels of vLLM 0.32 whose preparation was read and keeps no address.
-Tensors of any other quantised layer stay where they are. Modules without a quantisation method (norms, state space parameters)
-hand their parameters to kernels by name in each call, and move.
+For the third case this module has an allow-list: methods and kernels of vLLM 0.32 whose preparation was read and keeps
+no address. Tensors of any other quantised layer stay where they are. Modules without a quantisation method (norms,
+state space parameters) hand their parameters to kernels by name in each call, and move.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """The weights' side, in every worker process: vLLM's offloader seam over polder.weights.store.
 
-vLLM hands the decoder layers of the model to `wrap_modules` while it builds them, and calls `post_init` when their weights are
-loaded and packed. Then their parameters move to addresses that never change, over pages that come and go, except those that a
-kernel may remember by address (movable.py). Buffers stay: models write to some of them, and the host copy would bring back old
-values. Until the engine core has agreed with the broker on pages, private ones lie there, so that vLLM can profile and compile as
-it likes.
+vLLM hands the decoder layers of the model to `wrap_modules` while it builds them, and calls `post_init` when their
+weights are loaded and packed. Then their parameters move to addresses that never change, over pages that come and go,
+except those that a kernel may remember by address (movable.py). Buffers stay: models write to some of them, and the
+host copy would bring back old values. Until the engine core has agreed with the broker on pages, private ones lie
+there, so that vLLM can profile and compile as it likes.
 
 Around each layer the store is told, by direct calls in eager mode, and by vLLM's own opaque ops (`wait_prefetch`,
 `start_prefetch`) where the model is compiled: they survive torch.compile, and name the tensors whose order they keep.
 
-A CUDA graph holds neither: what Python does around a layer happens when the graph is captured, and not when it is replayed. vLLM
-calls `sync_prev_onload` before each replay, and there all layers are waited for. So with graphs an engine has all of its layers or
-none. Only where all graphs are piecewise can the two ops be kept out of them: the model is split there, too, and layers stream.
+A CUDA graph holds neither: what Python does around a layer happens when the graph is captured, and not when it is
+replayed. vLLM calls `sync_prev_onload` before each replay, and there all layers are waited for. So with graphs an
+engine has all of its layers or none. Only where all graphs are piecewise can the two ops be kept out of them: the model
+is split there, too, and layers stream.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ logger = logging.getLogger("polder.engine")
 LEAST_MOVED = 0.1
 """A smaller part of the layers' bytes is not worth an elastic engine."""
 MARKER = "polder_weights"
-"""In vLLM's additional_config, all of which is part of the keys of its compile caches: a graph that was compiled without the calls
-around the layers, or with them, must not be loaded into an engine of the other kind."""
+"""In vLLM's additional_config, all of which is part of the keys of its compile caches: a graph that was compiled
+without the calls around the layers, or with them, must not be loaded into an engine of the other kind."""
 LAYER_OPS = ("vllm::wait_prefetch", "vllm::start_prefetch")
 """As vLLM's `splitting_ops` names them."""
 GPU_COPY_SHARE = 0.016
@@ -64,8 +65,8 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         graphs: bool = False,
         links: str = "",
     ) -> None:
-        """`compiled`: the layers run under torch.compile. `graphs`: CUDA graphs may hold whole layers: none can be streamed then.
-        `page_bytes`: the broker's. `links`: POLDER_LINKS."""
+        """`compiled`: the layers run under torch.compile. `graphs`: CUDA graphs may hold whole layers: none can be
+        streamed then. `page_bytes`: the broker's. `links`: POLDER_LINKS."""
         here.offloader = self
         self._open_store, self._compiled, self.streams = open_store, compiled, not graphs
         self._modules: list[torch.nn.Module] = []
@@ -73,7 +74,8 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
             int, int
         ] = {}  # id(module) -> bytes of its own parameters as they were made, before any packing
         self.resident_bytes = 0
-        """Of decoder layers' tensors that stay where they are, and of what libraries have packed into memory of their own."""
+        """Of decoder layers' tensors that stay where they are, and of what libraries have packed into memory of their
+        own."""
         self.wake: Literal["streamed", "whole"] = "streamed"
         """Whether computing begins before all layers are back."""
         self._private: list[Segment] = []
@@ -237,7 +239,8 @@ def open_offloader(vllm_config: Any, settings: EngineSettings) -> WeightOffloade
 
 
 def split_at_layers(compilation: Any) -> bool:
-    """Whether no CUDA graph of this model holds the ops around a layer. Has vLLM split the model there if all graphs are piecewise.
+    """Whether no CUDA graph of this model holds the ops around a layer. Has vLLM split the model there if all graphs
+    are piecewise.
 
     To be called before the model is compiled.
     """

@@ -1,12 +1,14 @@
 """CPU only: linear weights in oneDNN's packed form, in memory that we name.
 
-oneDNN multiplies by weights that it has reordered into blocks. vLLM lets it do so in a buffer of its own; torch does the same, with
-the same library, and its C interface for compiled models (`aoti_torch_create_tensor_from_blob_v2`, made for weights in a mapped
-file) puts a packed tensor over any address, given the description of its blocks. So the packed bytes are an ordinary tensor, which
-can be moved, dropped and filled again, and a linear layer gives bit by bit what stock vLLM's gives, at its speed.
+oneDNN multiplies by weights that it has reordered into blocks. vLLM lets it do so in a buffer of its own; torch does
+the same, with the same library, and its C interface for compiled models (`aoti_torch_create_tensor_from_blob_v2`, made
+for weights in a mapped file) puts a packed tensor over any address, given the description of its blocks. So the packed
+bytes are an ordinary tensor, which can be moved, dropped and filled again, and a linear layer gives bit by bit what
+stock vLLM's gives, at its speed.
 
-What torch's libraries cannot pack here (float16 on CPUs without it, a torch without these functions) raises PackingUnsupported, and
-so does a packed tensor that does not give what the weight gives: each is tried once when it is made.
+What torch's libraries cannot pack here (float16 on CPUs without it, a torch without these functions) raises
+PackingUnsupported, and so does a packed tensor that does not give what the weight gives: each is tried once when it is
+made.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def update_weights(stock: Callable[..., Any], worker: Any, *args: Any, **kwargs:
 
 
 def read_weights(stock: Callable[..., Any], worker: Any, *args: Any, **kwargs: Any) -> Any:
-    """Reads all weights at once: those of a model that sleeps have no memory, and layers that are streamed share theirs."""
+    """Reads all weights at once: those of a model that sleeps have no memory, and layers that are streamed share
+    theirs."""
     settings = settings_of(worker.vllm_config)
     if settings is not None and settings.weights == "elastic":
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""What an engine's core and its workers agree on about the window, before the KV cache exists. To import it needs no vLLM."""
+"""What an engine's core and its workers agree on about the window, before the KV cache exists. To import it needs no
+vLLM."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class WindowAgreement:
         return self.shape.store_units * self.unit_pages
 
     def least_held(self, wanted_units: int, max_model_len: int) -> int:
-        """The floor in units. Raises BudgetError when a request of `max_model_len` has no room, with what would be possible."""
+        """The floor in units. Raises BudgetError when a request of `max_model_len` has no room, with what would be
+        possible."""
         try:
             return self.shape.least_held(wanted_units, self.regular_units)
         except BudgetError as error:
@@ -113,7 +115,8 @@ def agree_on_window(
 
 
 def _layers(config: Any, settings: EngineSettings) -> tuple[tuple[tuple[str, int], ...], int]:
-    """(name, offset of block 0) of each layer in the order of execution, and the bytes of a block of one. Raises ConfigError."""
+    """(name, offset of block 0) of each layer in the order of execution, and the bytes of a block of one. Raises
+    ConfigError."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     found: list[tuple[str, int]] = []

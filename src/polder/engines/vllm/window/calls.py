@@ -1,4 +1,5 @@
-"""What the engine core asks of every worker about its window, by `collective_rpc`, ordered with the steps (see rank/calls.py)."""
+"""What the engine core asks of every worker about its window, by `collective_rpc`, ordered with the steps (see
+rank/calls.py)."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def install(worker_: Any) -> str:
 def open_units(
     worker_: Any, donors: Mapping[int, Sequence[int]], sources: Sequence[int], targets: Sequence[int]
 ) -> str:
-    """Moves blocks out of the donors, and puts their pages under windowed units. `donors`: unit -> these windowed units.
+    """Moves blocks out of the donors, and puts their pages under windowed units. `donors`: unit -> these windowed
+    units.
 
     Returns what was wrong, with the pages where they were; "" if nothing.
     """
@@ -66,7 +68,8 @@ def close_units(worker_: Any, donors: Sequence[int]) -> None:
 
 
 def bring_home(worker_: Any, sources: Sequence[int], targets: Sequence[int]) -> str:
-    """Windowed blocks become regular ones. Returns what was wrong, and then the targets hold nothing of worth; "" if nothing."""
+    """Windowed blocks become regular ones. Returns what was wrong, and then the targets hold nothing of worth; "" if
+    nothing."""
     memory, window = present(here.memory), present(here.window)
     memory.backend.fence()
     src, dst = np.asarray(sources, np.int64), np.asarray(targets, np.int64)

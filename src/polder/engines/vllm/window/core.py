@@ -1,14 +1,14 @@
 """The engine core's side of the window: opened for a request that would not fit, closed when nobody needs it.
 
-All units are regular at first. A request that the regular blocks could not hold even alone makes as few of them donors as give
-it room (window/regions.py). Its windowed blocks are the ones that it gets last. Between steps:
+All units are regular at first. A request that the regular blocks could not hold even alone makes as few of them donors
+as give it room (window/regions.py). Its windowed blocks are the ones that it gets last. Between steps:
 
     open         blocks leave the donors, as in a shrink -> workers put their pages under windowed units -> these ids are offered
     bring home   a decoding request's windowed blocks become regular ones as soon as so many are free: its steps cost no copies
     close        windowed units without a busy block leave queue and hashes -> workers put the pages back -> donors are offered
 
-It stays open while memory is ample, since windowed blocks may hold a prefix that comes again. It is closed when requests wait that
-need no window, and when the broker wants memory.
+It stays open while memory is ample, since windowed blocks may hold a prefix that comes again. It is closed when
+requests wait that need no window, and when the broker wants memory.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ STEPS_UNDER_WAY = 4
 """At most."""
 MOST_WAITING = 64
 MOST_TRIES = 3
-"""A request whose blocks were lost so often, without a token in between, fails. With async scheduling twice as often: the
-core can hear of one loss twice, since the next step is launched by then and goes on from it."""
+"""A request whose blocks were lost so often, without a token in between, fails. With async scheduling twice as often:
+the core can hear of one loss twice, since the next step is launched by then and goes on from it."""
 
 
 class CoreWindow(Subsystem):
@@ -73,8 +73,8 @@ class CoreWindow(Subsystem):
         """Request -> tokens it had when its blocks were lost last, and how often that was without a token more."""
         self._updates = 0
         self._moved: list[tuple[int, dict[int, int]]] = []
-        """(number of the update before, old id -> new) of blocks that moved of late: a step that was under way then names them as
-        they were."""
+        """(number of the update before, old id -> new) of blocks that moved of late: a step that was under way then
+        names them as they were."""
         self._failed: list[Any] = []
         """Requests that have ended with an error, and whose clients were not told yet."""
         self._rank_stats: dict[str, float] = {}
@@ -86,7 +86,8 @@ class CoreWindow(Subsystem):
         blocks.holders.register(self._renumber)
 
     def between_steps(self, now: float) -> None:
-        """Opens, closes, brings home: only while no transfer of the tiers reads or writes a block that may have to move."""
+        """Opens, closes, brings home: only while no transfer of the tiers reads or writes a block that may have to
+        move."""
         if self._transfers.busy:
             if self.pressing():
                 self._transfers.hold()
@@ -102,7 +103,8 @@ class CoreWindow(Subsystem):
         return self._wanted_units() > self._blocks.usable_units
 
     def tick(self, now: float) -> None:
-        """Opens, closes, brings home, as the requests of this moment need it. To be called between steps; mostly does nothing."""
+        """Opens, closes, brings home, as the requests of this moment need it. To be called between steps; mostly does
+        nothing."""
         wanted = self._wanted_units()
         if wanted > self._blocks.usable_units:
             self._open(wanted, now)
@@ -126,7 +128,8 @@ class CoreWindow(Subsystem):
         logger.info("window: %d units are regular again", len(donors))
 
     def stats(self, now: float) -> dict[str, float]:
-        """Counters and gauges; asks the workers only if they may have news, for a message keeps them spinning for a second."""
+        """Counters and gauges; asks the workers only if they may have news, for a message keeps them spinning for a
+        second."""
         if self._worked:
             ranks: list[dict[str, float]] = self._rpc(window_calls.figures)
             self._rank_stats = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
@@ -141,7 +144,8 @@ class CoreWindow(Subsystem):
     # ------------------------------------------------------------------ inside
 
     def _wanted_units(self) -> int:
-        """Of the request that needs most by itself, with one to spare so that a donor can be emptied while there is room."""
+        """Of the request that needs most by itself, with one to spare so that a donor can be emptied while there is
+        room."""
         scheduler = self._scheduler
         # Those that wait with blocks have a part of their KV from a tier: they need the rest, and nobody is preempted for it.
         requests = [*scheduler.running, *scheduler.kv_holding_waiting, *islice(scheduler.waiting, 1)]

@@ -1,8 +1,10 @@
-"""`tbt_goal` with a window: at its start an engine measures what a windowed token costs, and promises no context that is slower.
+"""`tbt_goal` with a window: at its start an engine measures what a windowed token costs, and promises no context that
+is slower.
 
-`max_model_len` is then what is possible: with "auto" the engine lowers it, and vLLM's front end refuses longer requests with that
-number; one that was asked for and is too long ends the start with an error that says what is possible. As the copies of a step are
-bounded by what the longest request needs (core.py opens no more units), the promise holds for a batch of them, too.
+`max_model_len` is then what is possible: with "auto" the engine lowers it, and vLLM's front end refuses longer requests
+with that number; one that was asked for and is too long ends the start with an error that says what is possible. As the
+copies of a step are bounded by what the longest request needs (core.py opens no more units), the promise holds for a
+batch of them, too.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ logger = logging.getLogger("polder.engine")
 
 
 def keep_goal(core: Any, agreement: WindowAgreement, goal_s: float, rpc: Callable[..., list[Any]]) -> dict[str, float]:
-    """Measures, and lowers max_model_len if it was "auto". Returns gauges. Raises BudgetError when it was given and is too long."""
+    """Measures, and lowers max_model_len if it was "auto". Returns gauges. Raises BudgetError when it was given and is
+    too long."""
     config, scheduler = core.vllm_config.model_config, core.scheduler
     regular_tokens = max(1, agreement.regular_units * agreement.unit_blocks - 1) * agreement.block_tokens
     figures = _slowest(rpc(measure, min(regular_tokens, config.max_model_len)))

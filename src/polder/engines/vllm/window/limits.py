@@ -2,8 +2,8 @@
 
 A window's copies are launched from the methods of each attention layer. A CUDA graph that holds attention would leave
 them out when it is replayed: the kernels would read what lay in the layer's slot at that moment. Piecewise graphs hold
-what lies between the attention ops, and these run as in eager mode, provided that vLLM splits the model at both of them:
-at `unified_attention_with_output` and at `unified_kv_cache_update`, which writes keys and values.
+what lies between the attention ops, and these run as in eager mode, provided that vLLM splits the model at both of
+them: at `unified_attention_with_output` and at `unified_kv_cache_update`, which writes keys and values.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ EXACT_METHODS = ("ngram", "suffix")
 
 
 def limit_graphs(vllm_config: Any) -> None:
-    """Makes CUDA graphs piecewise, or switches them off where the model is not compiled: such graphs hold the whole model.
+    """Makes CUDA graphs piecewise, or switches them off where the model is not compiled: such graphs hold the whole
+    model.
 
-    To be called before the workers start: they compile by this mode. Raises ConfigError for a model that is compiled and not split
-    at the ops that a window needs.
+    To be called before the workers start: they compile by this mode. Raises ConfigError for a model that is compiled
+    and not split at the ops that a window needs.
     """
     import vllm.envs as envs
     from vllm.config import CompilationMode, CUDAGraphMode

@@ -1,4 +1,5 @@
-"""What a worker measures before its first request, for goal.py: a step's computing, and the window's copies without any."""
+"""What a worker measures before its first request, for goal.py: a step's computing, and the window's copies without
+any."""
 
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ COPIED_BYTES = 32 << 20
 
 
 def measure(worker_: Any, context_tokens: int) -> StepFigures:
-    """Called by the core. Steps with and without a context of `context_tokens`; copies over regular blocks, zero onto zero.
+    """Called by the core. Steps with and without a context of `context_tokens`; copies over regular blocks, zero onto
+    zero.
 
-    Steps are collective: every rank makes the same number of them, and what may raise on one of them comes after all steps.
+    Steps are collective: every rank makes the same number of them, and what may raise on one of them comes after all
+    steps.
     """
     window = present(here.window)
     plan = window.plan
@@ -70,9 +73,9 @@ def _stream_over_regular(window: WorkerWindow) -> Iterator[WindowStream]:
 
 
 def _steps_of(runner: Any, window: WorkerWindow) -> Callable[[int], float]:
-    """Seconds of a pass over one token with a context of so many, by vLLM's own warm-up. With the V1 runner it attends to the null
-    block again and again: a cache that holds it flatters them. The V2 runner names blocks 0, 1, 2 and so on, here those that are
-    mapped."""
+    """Seconds of a pass over one token with a context of so many, by vLLM's own warm-up. With the V1 runner it attends
+    to the null block again and again: a cache that holds it flatters them. The V2 runner names blocks 0, 1, 2 and so
+    on, here those that are mapped."""
     dummy_step = _v1_step if hasattr(runner, "input_batch") else _v2_step
 
     def step(tokens: int) -> float:
@@ -129,7 +132,8 @@ def _contention(window: WorkerWindow, step: Callable[[int], float]) -> float:
 
 
 def _windowed_steps(window: WorkerWindow, step: Callable[[int], float]) -> tuple[tuple[int, float], ...]:
-    """Real steps, as if regular blocks were windowed, with those without in turn: a few blocks, half of what is there, all."""
+    """Real steps, as if regular blocks were windowed, with those without in turn: a few blocks, half of what is there,
+    all."""
     most = min(_mapped_blocks(window) - 1, window.homes.blocks)
     found: list[tuple[int, float]] = []
     with _stream_over_regular(window) as stream:

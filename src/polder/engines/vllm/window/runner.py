@@ -1,4 +1,5 @@
-"""Between the window and vLLM's model runners: which blocks a step reads and writes, and how the core hears of lost ones.
+"""Between the window and vLLM's model runners: which blocks a step reads and writes, and how the core hears of lost
+ones.
 
 Both runners know on the host, before they launch a step, how many tokens of each request are computed and which blocks
 it holds. The window takes these lists and not the attention metadata: that is the backend's own, may have neither
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polder.engines.vllm import hooks
-from polder.engines.vllm.rank.block_rows import ROWS, BlockRows
+from polder.engines.vllm.rank.block_tables import keep_rows
 from polder.memory.page import Indices
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ def _hook_v1(window: WorkerWindow, runner: Any) -> None:
 
 
 def _hook_v2(window: WorkerWindow, runner: Any) -> None:
-    copy = BlockRows(runner.block_tables)
-    setattr(runner, ROWS, copy)
+    copy = keep_rows(runner)
 
     def prepare_and_begin(stock: Callable[[Any], Any], input_batch: Any) -> Any:
         count, done = input_batch.num_reqs, input_batch.num_computed_tokens_np

@@ -1,12 +1,14 @@
-"""The window in every worker process: the store, the pages under windowed units, and what is done around each attention.
+"""The window in every worker process: the store, the pages under windowed units, and what is done around each
+attention.
 
-vLLM writes keys and values by an op of its own before attention (`do_kv_cache_update`), so the layer's blocks must be there before
-that, and not before attention only, as a connector's hook would have it. Both are methods of the layer's attention implementation,
-called from within opaque ops: wrapped here, they are called by eager and by compiled code alike, and between the pieces
-of a piecewise CUDA graph. What a step reads and writes is taken from the model runner's own lists (runner.py).
+vLLM writes keys and values by an op of its own before attention (`do_kv_cache_update`), so the layer's blocks must be
+there before that, and not before attention only, as a connector's hook would have it. Both are methods of the layer's
+attention implementation, called from within opaque ops: wrapped here, they are called by eager and by compiled code
+alike, and between the pieces of a piecewise CUDA graph. What a step reads and writes is taken from the model runner's
+own lists (runner.py).
 
-A copy that fails ends no engine: the pass runs on, its tokens are worth nothing, and the core is told which blocks are doubtful. It
-drops what came of them (engines/vllm/window/core.py).
+A copy that fails ends no engine: the pass runs on, its tokens are worth nothing, and the core is told which blocks are
+doubtful. It drops what came of them (engines/vllm/window/core.py).
 """
 
 from __future__ import annotations
@@ -35,22 +37,24 @@ __all__ = ["INLINE_BYTES", "WorkerWindow", "hook_layer"]
 logger = logging.getLogger("polder.engine")
 
 INLINE_BYTES = 256 << 10
-"""Copied in some 30 us. To hand less than this to a thread and to be woken when it is there takes longer: an engine core that
-spins on the thread's core costs it up to milliseconds."""
+"""Copied in some 30 us. To hand less than this to a thread and to be woken when it is there takes longer: an engine
+core that spins on the thread's core costs it up to milliseconds."""
 UPDATES = (
     "do_kv_cache_update",
     "do_rope_and_kv_cache_update",
     "do_qk_norm_rope_kvcache_update",
     "do_qk_norm_mrope_kvcache_update",
 )
-"""Methods of attention implementations that write keys and values. vLLM's compiler may fuse the first into one of the others."""
+"""Methods of attention implementations that write keys and values. vLLM's compiler may fuse the first into one of the
+others."""
 
 
 class WorkerWindow:
     """One rank's."""
 
     def __init__(self, memory: WorkerMemory, plan: WindowPlan, *, steps_in_flight: int = 1) -> None:
-        """Maps the store. `steps_in_flight`: that vLLM has launched before it hears of the first. Raises PolderError, OSError."""
+        """Maps the store. `steps_in_flight`: that vLLM has launched before it hears of the first. Raises PolderError,
+        OSError."""
         self.memory, self.plan, self._steps_in_flight = memory, plan, steps_in_flight
         self.store = HostRegion(memory, plan.host_pages[memory.rank])
         base = memory.span.address(0)
@@ -78,8 +82,8 @@ class WorkerWindow:
     def open(self, donors: Mapping[int, Sequence[int]]) -> None:
         """The pages of `donors`, no longer mapped, go under the windowed units that each of them has there, zeroed.
 
-        Each windowed unit gets the pages of w layers. Raises PolderError or OSError with the donors' pages back in place: a
-        process has a limited number of mappings, and windowed units take one a page.
+        Each windowed unit gets the pages of w layers. Raises PolderError or OSError with the donors' pages back in
+        place: a process has a limited number of mappings, and windowed units take one a page.
         """
         self.opened = True
         try:
@@ -159,7 +163,8 @@ class WorkerWindow:
 
     @contextlib.contextmanager
     def passing(self, stream: WindowStream, blocks: Indices) -> Iterator[None]:
-        """For measurements: the pass within reads these blocks by `stream` and writes the last of them. Its copies may fail."""
+        """For measurements: the pass within reads these blocks by `stream` and writes the last of them. Its copies may
+        fail."""
         own = self.stream
         self.stream = stream
         try:
