@@ -46,7 +46,7 @@ def test_a_budget_of_its_own_needs_no_broker_and_may_come_by_additional_config(e
 
 
 def test_tensor_parallel_ranks_grow_move_and_shrink_together() -> None:
-    """Two ranks of the V2 runner with graphs, each with half of the heads: pages of both come and go in one unit."""
+    """Two ranks of the V2 runner, each with half of the heads: pages of both come and go in one unit."""
     two = {"tensor_parallel_size": 2, "max_model_len": 512, "max_num_seqs": 16}
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     reference = Engine.start("stock2", TINY, bind | {"VLLM_PLUGINS": ""}, num_gpu_blocks_override=320, **two)
@@ -56,7 +56,7 @@ def test_tensor_parallel_ranks_grow_move_and_shrink_together() -> None:
     with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
         broker = Broker(Path(folder) / "b", pages=4 * 20).start()
         settings = bind | {"POLDER_BROKER": str(broker.socket), "POLDER_ENGINE": "t"}
-        engine = Engine.start("t", TINY, settings, like="v2,async,warmup,graphs", **two)
+        engine = Engine.start("t", TINY, settings, like="v2,async,warmup", **two)
         try:
             events = {
                 12: lambda: broker.resize("t", 5),

@@ -4,10 +4,9 @@ vLLM's own manager captures, pads, dispatches and replays, whole decode steps (F
 (PIECEWISE); `torch.cuda.CUDAGraph` and `torch.cuda.graph` are the ones
 below. Calls of PyTorch's dispatcher are recorded with the very tensors, so a replay reads and writes the captured
 addresses. As on a GPU, Python, NumPy, ctypes and threads are not recorded. Operations of the namespace `vllm` are
-written in Python. Those in KERNELS run again in a replay, for on a GPU they launch kernels, which are in the graph:
-attention, with the metadata of the step (on a GPU it lies in buffers of fixed addresses, but the CPU backend makes its
-metadata anew in each step), and what ranks send each other. The others, such as `wait_prefetch` and `start_prefetch`,
-run in the capture only.
+written in Python. Those in ATTENTION run again in a replay, with the metadata of the step: on a GPU their kernels are
+in the graph and the metadata lies in buffers of fixed addresses, but the CPU backend makes its metadata anew in each
+step. The others, such as `wait_prefetch` and `start_prefetch`, run in the capture only.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["EmulatedGraph", "figures", "host_calls", "install"]
 
-KERNELS = frozenset(
-    {"unified_kv_cache_update", "unified_attention_with_output", "all_reduce", "all_gather", "reduce_scatter"}
-)
+ATTENTION = frozenset({"unified_kv_cache_update", "unified_attention_with_output"})
 figures = {"captured": 0, "replayed": 0, "ops": 0}
 host_calls: set[str] = set()
 """Operations that ran in a capture and are in no graph."""
@@ -65,7 +62,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
         namespace, _, name = function._schema.name.partition("::")
-        if namespace == "vllm" and name not in KERNELS:
+        if namespace == "vllm" and name not in ATTENTION:
             host_calls.add(name)
         else:
             self._graph.calls.append((function, args, kwargs, output))
