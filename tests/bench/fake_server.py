@@ -1,4 +1,4 @@
-"""A completions server without a model: streams `t<i>` words at a fixed pace, and remembers when it was asked what."""
+"""A completions server without a model: streams tokens at a fixed pace, and remembers when it was asked what."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FakeEngine:
         for number in range(min(count, self.cut_after)):
             if number:
                 await asyncio.sleep(self.token_s)
-            yield _event({"id": "x", "choices": [{"index": 0, "text": f" t{100 + number}"}]})
+            yield _event({"id": "x", "choices": [{"index": 0, "text": "", "token_ids": [100 + number]}]})
         usage = {
             "prompt_tokens": len(prompt),
             "completion_tokens": count,

@@ -11,11 +11,12 @@ from msgspec.structs import replace as changed
 
 from polder.bench.harness import control
 from polder.bench.harness.arms import Arm, ArmSpec
-from polder.bench.harness.driver import Endpoint
 from polder.bench.harness.engines import EnginePlan
-from polder.bench.harness.scrape import TIER_HITS, Sample
-from polder.bench.stages import equality, resize, restart, streaming
+from polder.bench.harness.scrape import PREEMPTIONS, TIER_HITS
+from polder.bench.stages import equality, resize, restart, weights
 from polder.bench.workloads import agents, tenants
+from polder.bench.workloads.traces import AgentRow, BurstRow, ChatRow
+from polder.bench.workloads.traces import load as load_trace
 from polder.broker import client
 from polder.broker.wire import Done, Resize, Sleep, Status, Stream, Wake
 from tests.bench.fake_server import FakeEngine, serving
@@ -88,52 +89,35 @@ class FakeArm(Arm):
     quiet_s = 0.0
 
     def __init__(self, name: str, spec: ArmSpec, logs: Path, journal: list[str], **behaviour: Any) -> None:
-        super().__init__(name, spec.engines, logs)
+        super().__init__(name, spec.engines, logs, Path("broker") if spec.system == "polder" else None)
         longest = max((engine.max_model_len for engine in spec.engines), default=10**9)
         self.engine = FakeEngine(**({"longest": longest, "cached_tokens": 48} | behaviour))
-        self._system, self._journal, self._server = spec.system, journal, ExitStack()
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return Endpoint(base_url=self.engine.url)
-
-    @property
-    def broker(self) -> Path | None:
-        return Path("broker") if self._system == "polder" else None
+        self._journal, self._server = journal, ExitStack()
 
     def start(self) -> None:
         self._journal.append(self.name)
-        self._server.enter_context(serving(self.engine))
-
-    def wait_ready(self) -> None: ...
-
-    def check(self) -> None: ...
+        self.url = self._server.enter_context(serving(self.engine)).url
+        self._urls = {engine.name: self.url for engine in self.engines}
 
     def stop(self) -> None:
         self._journal.append(f"stop {self.name}")
         self._server.close()
 
-    def engine_url(self, engine: str) -> str:
-        return self.engine.url
-
     def reset_prefix_caches(self) -> None: ...
 
-    def preemptions(self) -> dict[str, float]:
-        return {engine.name: 0.0 for engine in self.engines}
-
-    def samples(self) -> dict[str, dict[str, Sample]]:
-        hits = Sample(value=16.0 * len(self.engine.asked), kind="counter")
-        return {engine.name: {TIER_HITS: hits} for engine in self.engines}
+    def samples(self) -> dict[str, dict[str, float]]:
+        asked = 16.0 * len(self.engine.asked)
+        return {engine.name: {TIER_HITS: asked, PREEMPTIONS: 0.0} for engine in self.engines}
 
 
 def one_engine(name: str = "T2", **more: Any) -> EnginePlan:
-    fields = {"max_model_len": 2304, "core": 0, "share_bytes": 48 << 20, "recipe": tenants.TENANTS["T2"]}
-    return EnginePlan(name=name, model_path=Path("/models") / name, **(fields | more))
+    fields = {"max_model_len": 2304, "share_bytes": 48 << 20, "recipe": tenants.TENANTS["T2"]}
+    return EnginePlan(name=name, models=Path("/models"), **(fields | more))
 
 
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for reports or rests between rounds; no model is built."""
-    for module in (control, equality, streaming):
+    for module in (control, weights):
         monkeypatch.setattr(module, "REPORT_S", 0.0)
     monkeypatch.setattr(resize, "PAUSE_S", 0.001)
     monkeypatch.setattr(restart, "SETTLE_S", 0.0)
@@ -144,11 +128,12 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def short_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sessions of agents, twenty bursts, three chats, and tenants whose slots and pauses last no time."""
     short = {"input_tokens": 64, "output_tokens": 2}
-    rows = [changed(row, think_s=0.0, **short) for row in agents.load_agent() if row.session < 2]
-    burst = [changed(row, t=0.0, **short) for row in agents.load_burst()[:20]]
-    chat = [changed(agents.load_chat()[0], t=0.0, **short)] * 3
-    for name, found in (("load_agent", rows), ("load_burst", burst), ("load_chat", chat)):
-        monkeypatch.setattr(agents, name, lambda found=found: found)
+    rows = {
+        AgentRow: [changed(row, think_s=0.0, **short) for row in load_trace(AgentRow) if row.session < 2],
+        BurstRow: [changed(row, t=0.0, **short) for row in load_trace(BurstRow)[:20]],
+        ChatRow: [changed(load_trace(ChatRow)[0], t=0.0, **short)] * 3,
+    }
+    monkeypatch.setattr(agents, "load", rows.__getitem__)
     monkeypatch.setattr(agents, "STAGGER_S", 0.0)
     monkeypatch.setattr(tenants, "SLOT_S", 0.001)
     monkeypatch.setattr(tenants, "PAUSE_S", (0.0, 0.001))

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from polder.bench.harness.arms import ArmSpec
+from polder.bench.harness.arms import ArmPool, ArmSpec
 from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, fleet_toml
-from polder.bench.harness.pool import ArmPool
-from polder.bench.stages.rounds import taking_back
+from polder.bench.stages.equality import taking_back
 from polder.bench.suites import tenants
 from polder.bench.suites.context import ContextSuite
 from polder.bench.suites.elastic import BUDGET_BYTES, ElasticSuite
@@ -37,7 +36,7 @@ def arm_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Arm
         from dataclasses import replace
 
         made: Any = suites[suite]
-        return made(replace(made.quick, **plan), workdir=tmp_path)._arm(name)  # type: ignore[no-any-return]
+        return made(replace(made.quick, **plan), workdir=tmp_path).arm(name)  # type: ignore[no-any-return]
 
     return of
 
@@ -100,12 +99,12 @@ def test_native_offloading_has_the_bytes_of_both_tiers_behind_the_host_link(arm_
 
 def test_equality_of_turns_asks_for_more_than_the_pool_holds_and_each_tier_holds_it() -> None:
     rounds = taking_back(seed=0)
-    of_a = [prompt for _, prompt in rounds[0].asked["A"]]
+    of_a = list(rounds[0].asked["A"].values())
     per_token = MODEL_A.in_float32().kv_bytes_per_token
     blocks = {tuple(prompt[: end + 32]) for prompt in of_a for end in range(0, len(prompt) - 31, 32)}
     assert 32 * len(blocks) > 2 * EQUALITY_BYTES.pool_a // per_token
     assert 32 * len(blocks) + 96 * len(of_a) < min(EQUALITY_BYTES.host, EQUALITY_BYTES.lend_b) // per_token
-    of_b = sum(len(prompt) + 96 for _, prompt in rounds[1].asked["B"])
+    of_b = sum(len(prompt) + 96 for prompt in rounds[1].asked["B"].values())
     left_to_b = EQUALITY_BYTES.pool_b - EQUALITY_BYTES.lend_b
     assert of_b * MODEL_B.in_float32().kv_bytes_per_token > left_to_b, "B needs what it lent"
 
@@ -152,10 +151,10 @@ def test_the_fleet_file_is_one_that_polder_serve_reads(
     spec = arm_of("tenants", arm)
     for engine in spec.engines:
         r = engine.recipe
-        engine.model_path.mkdir(parents=True)
+        engine.model_path().mkdir(parents=True)
         heads = {"num_attention_heads": r.heads, "num_key_value_heads": r.kv_heads, "head_dim": r.head_dim}
         sizes = {"hidden_size": r.hidden, "intermediate_size": r.intermediate, "vocab_size": r.vocab}
-        (engine.model_path / "config.json").write_text(json.dumps({"num_hidden_layers": r.layers, **heads, **sizes}))
+        (engine.model_path() / "config.json").write_text(json.dumps({"num_hidden_layers": r.layers, **heads, **sizes}))
     path = tmp_path / "fleet.toml"
     path.write_text(fleet_toml(spec.engines, 8123))
     read = load_fleet(path)
@@ -168,7 +167,7 @@ def pool_of(arm: type[FakeArm], logs: Path, journal: list[str], prepared: list[s
     return ArmPool(
         lambda name: arm(name, ArmSpec("stock", []), logs, journal),
         lambda up: prepared.append(up.name),
-        at_most=at_most,
+        at_most,
     )
 
 
@@ -176,11 +175,11 @@ def test_at_most_two_arms_are_up_and_the_one_used_longest_ago_goes(tmp_path: Pat
     journal: list[str] = []
     prepared: list[str] = []
     pool = pool_of(FakeArm, tmp_path, journal, prepared, 2)
-    for name in ("stock", "polder", "native", "native", "polder"):
-        assert pool.get(name).name == name
-    assert journal == ["stock", "polder", "stop stock", "native"]
+    with pool.open():
+        for name in ("stock", "polder", "native", "native", "polder"):
+            assert pool.get(name).name == name
+    assert journal[:4] == ["stock", "polder", "stop stock", "native"]
     assert prepared == ["stock", "polder", "native"]
-    pool.close()
     assert journal[-2:] == ["stop native", "stop polder"]
 
 
@@ -191,15 +190,14 @@ def test_an_arm_that_never_gets_ready_is_stopped(tmp_path: Path) -> None:
 
     journal: list[str] = []
     pool = pool_of(Broken, tmp_path, journal, [], 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError), pool.open():
         pool.get("stock")
-    pool.close()
     assert journal == ["stock", "stop stock"]
 
 
-def test_an_engine_is_named_in_the_fleet_file_with_its_cores() -> None:
-    engine = EnginePlan(
-        name="A", recipe=MODEL_A, model_path=Path("/m"), max_model_len=1024, core=0, more_cores=(1,), share_bytes=MIB
-    )
+def test_an_engine_is_named_in_the_fleet_file_with_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_waiting(monkeypatch)
+    sizes = {"max_model_len": 1024, "share_bytes": MIB}
+    engine = EnginePlan(name="A", recipe=MODEL_A, models=tmp_path, cores=(0, 1), **sizes)  # type: ignore[arg-type]
     (model,) = tomllib.loads(fleet_toml([engine], 1))["model"]
     assert (model["cpus"], model["env"]["VLLM_CPU_OMP_THREADS_BIND"]) == ("0,1", "0")

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from polder.bench.sparse import arms as sparse
-from polder.bench.sparse.arms import Layout
 from polder.bench.stages.access_sets import DESCRIPTIONS, DISKS, AccessSet, SetSizes, access_sets, disks_of, turn_reads
-from polder.bench.stages.layouts import PARTS, Layouts, arm_metrics, modelled, part_metrics
+from polder.bench.stages.layouts import PARTS, arm_metrics, build, modelled, part_metrics
 from polder.bench.stages.live import live_run, live_set
 from polder.bench.stages.wall import LATENCY_S, WallStep, wall_metrics, wall_steps
 from polder.bench.suites.disks import ARMS, WALL_ARMS, DisksSuite
@@ -22,19 +20,20 @@ TINY = SetSizes(seeds=(5,), known_steps=40, measured_steps=8, synthetic_blocks=4
 
 
 @pytest.fixture(scope="module")
-def sticky() -> Layouts:
-    return Layouts(access_sets("sticky", TINY)[0], replica_share=0.1)
+def sticky() -> AccessSet:
+    return access_sets("sticky", TINY)[0]
 
 
 @pytest.mark.parametrize("name", DESCRIPTIONS)
 def test_measured_steps_come_after_the_known_ones_and_are_none_of_them(name: str) -> None:
     (of,) = access_sets(name, TINY)
     (whole,) = access_sets(name, replace(TINY, known_steps=48, measured_steps=0))
-    assert (of.known.steps, of.measured.steps) == (40, 8)
-    assert of.known.size == of.measured.size == whole.known.size
-    assert np.array_equal(np.concatenate([of.known.items, of.measured.items]), whole.known.items)
+    known, all_steps = of.known.profile, whole.known.profile
+    assert (known.steps, of.measured.steps) == (40, 8)
+    assert known.size == of.measured.size == all_steps.size
+    assert np.array_equal(np.concatenate([known.items, of.measured.items]), all_steps.items)
     assert np.diff(of.measured.starts).min() > 0
-    assert of.page_bytes == 64 << 10
+    assert of.known.page_bytes == 64 << 10
 
 
 def test_synthetic_sets_have_an_instance_for_each_seed() -> None:
@@ -52,35 +51,18 @@ def test_a_turn_reads_the_leading_blocks_that_earlier_turns_have_written() -> No
     assert [reads.tolist() for reads in turn_reads(trace)] == [[], [], [1, 2], [1], [3]]
 
 
-def same(one: Layout, other: Layout) -> bool:
-    arrays = [(a.unit_of, a.placement.disk_of, a.placement.slot_of) for a in (one, other)]
-    return one.unit_bytes == other.unit_bytes and all(np.array_equal(a, b) for a, b in zip(*arrays, strict=True))
-
-
-@pytest.mark.parametrize("disks", ["1", "4-slow"])
-def test_layouts_are_those_of_the_arms(sticky: Layouts, disks: str) -> None:
-    models = disks_of(disks)
-    config = sticky.config(models)
-    assert set(ARMS) == set(sparse.ARMS)
-    for arm in ARMS:
-        assert same(sticky.build(arm, models), sparse.ARMS[arm](config)), arm
-    theirs, ours = sparse.stages(config), sticky.stages(models)
-    assert list(ours) == list(theirs)
-    assert all(same(ours[name], theirs[name]) for name in ours)
-
-
-def test_wanted_bytes_over_io_time_are_the_bandwidth_and_no_layout_beats_the_bound(sticky: Layouts) -> None:
+def test_wanted_bytes_over_io_time_are_the_bandwidth_and_no_layout_beats_the_bound(sticky: AccessSet) -> None:
     for disks in DISKS:
         for arm in ARMS:
-            found = arm_metrics([sticky], arm, disks_of(disks), host_s_per_request=5e-6)
+            found = arm_metrics([sticky], arm, disks_of(disks))
             assert found["wanted_bytes"] / found["io_time_s"] == pytest.approx(found["bandwidth_bytes_per_s"])
             assert found["over_bound"] >= 1 - 1e-9
             assert found["io_time_with_host_s"] >= found["io_time_s"]
 
 
-def test_several_seeds_are_one_run_of_all_their_steps_and_parts_share_the_whole_gain(sticky: Layouts) -> None:
+def test_several_seeds_are_one_run_of_all_their_steps_and_parts_share_the_whole_gain(sticky: AccessSet) -> None:
     models = disks_of("4")
-    once, twice = (arm_metrics([sticky] * n, "hash", models, host_s_per_request=5e-6) for n in (1, 2))
+    once, twice = (arm_metrics([sticky] * n, "hash", models) for n in (1, 2))
     assert {name: twice[name] for name in once if "p99" not in name} == pytest.approx(
         {name: value for name, value in once.items() if "p99" not in name}
     )
@@ -88,17 +70,17 @@ def test_several_seeds_are_one_run_of_all_their_steps_and_parts_share_the_whole_
     parts = found["stage-parts"]
     assert np.prod([parts[f"{part}_factor"] for part in PARTS]) == pytest.approx(parts["gain"])
     assert sum(parts[f"{part}_share"] for part in PARTS) == pytest.approx(1.0)
-    fixed = arm_metrics([sticky], "fixed-blocks", models, host_s_per_request=0.0)
+    fixed = arm_metrics([sticky], "fixed-blocks", models)
     assert found["stage-striped"]["io_time_s"] == pytest.approx(fixed["io_time_s"])
 
 
 @pytest.mark.parametrize("disks", ["4", "4-slow"])
 @pytest.mark.parametrize("arm", WALL_ARMS)
 def test_what_is_read_is_what_was_planned_and_takes_what_was_modelled(
-    sticky: Layouts, arm: str, disks: str, tmp_path: Path
+    sticky: AccessSet, arm: str, disks: str, tmp_path: Path
 ) -> None:
     models = disks_of(disks, DisksSuite.quick.wall_model(disks))
-    layout, steps = sticky.build(arm, models), sticky.of.measured.part(0, 3)
+    layout, steps = build(sticky, arm, models), sticky.measured.part(0, 3)
     found = wall_steps(layout, steps, models, folder=tmp_path, clock=VirtualClock())
     units = [len(layout.units(blocks)) for blocks in steps]
     assert [step.planned_bytes for step in found] == [count * layout.unit_bytes for count in units]
@@ -107,14 +89,14 @@ def test_what_is_read_is_what_was_planned_and_takes_what_was_modelled(
     assert [step.wall_s for step in found] == pytest.approx([step.modelled_s + LATENCY_S for step in found])
     # Disks slower by a factor, in bytes and requests alike, take longer by that factor.
     fast = disks_of(disks)
-    run = modelled(sticky.build(arm, fast), AccessSet(**(vars(sticky.of) | {"measured": steps})), fast, arm=arm)
+    run = modelled(build(sticky, arm, fast), sticky._replace(measured=steps), fast, arm=arm)
     slowed = fast[-1].bytes_per_s / models[-1].bytes_per_s
     assert [step.modelled_s for step in found] == pytest.approx((slowed * run.seconds).tolist())
 
 
 def test_late_steps_are_counted_and_counted_in() -> None:
     on_time = WallStep(wall_s=1.01, modelled_s=1.0, late_s=0.0, planned_bytes=5, read_bytes=5, missed_units=0)
-    found = wall_metrics([on_time, replace(on_time, wall_s=2.0, late_s=1.0)])
+    found = wall_metrics([on_time, on_time._replace(wall_s=2.0, late_s=1.0)])
     assert found["wall_over_modelled"] == pytest.approx(3.01 / 2)
     assert found["wall_over_modelled_on_time"] == pytest.approx(1.01)
     assert (found["late_steps"], found["steps"], found["late_s"]) == (1.0, 2.0, 1.0)
@@ -122,6 +104,6 @@ def test_late_steps_are_counted_and_counted_in() -> None:
 
 def test_an_entry_store_at_work_packs_twice_where_reading_changes(tmp_path: Path) -> None:
     sizes = replace(TINY, known_steps=160)
-    found = live_run("live", live_set("drift", sizes), known_steps=160, replica_share=0.1, folder=tmp_path)
+    found = live_run("live", live_set("drift", sizes), 160, tmp_path)
     assert (found["packed"], found["lost"]) == (2, 0)
     assert found["io_time_last_s"] < found["io_time_first_s"]

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, Endpoint, OpenLoop, Played, Tally, Turn, Workload, play
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Played, Tally, Turn, Workload, greedy, play
 from tests.bench.fake_server import FakeEngine, serving
 
 SLACK_S = 0.15
@@ -22,12 +21,11 @@ def engine() -> Iterator[FakeEngine]:
 
 
 def turn(key: str, *, tokens: int = 2, **more: object) -> Turn:
-    body = encode_body(model="m", prompt=[5, 6, 7], output_tokens=tokens)
-    return Turn(key=key, body=body, output_tokens=tokens, **more)  # type: ignore[arg-type]
+    return greedy("m", key, [5, 6, 7], tokens, **more)
 
 
 def run(engine: FakeEngine, workload: Workload) -> Played:
-    return asyncio.run(play({"m": (Endpoint(base_url=engine.url), workload)}))
+    return asyncio.run(play({"m": (engine.url, workload)}))
 
 
 def test_a_reply_is_written_down_token_by_token(engine: FakeEngine) -> None:
@@ -84,11 +82,10 @@ def test_a_run_ends_with_its_last_measured_request(engine: FakeEngine) -> None:
 
 
 def test_engines_are_played_at_once_until_both_are_through(engine: FakeEngine) -> None:
-    endpoint = Endpoint(base_url=engine.url)
     tally = Tally()
-    workloads: dict[str, tuple[Endpoint, Workload]] = {
-        "A": (endpoint, ClosedLoop(users=[[turn("a")]])),
-        "B": (endpoint, OpenLoop(turns=[turn("b", at_s=0.3)])),
+    workloads: dict[str, tuple[str, Workload]] = {
+        "A": (engine.url, ClosedLoop(users=[[turn("a")]])),
+        "B": (engine.url, OpenLoop(turns=[turn("b", at_s=0.3)])),
     }
     played = asyncio.run(play(workloads, tally))
     assert {name: len(records) for name, records in played.records.items()} == {"A": 1, "B": 1}
@@ -109,7 +106,5 @@ def test_a_short_reply_is_a_failed_request(engine: FakeEngine) -> None:
 
 
 def test_a_server_that_is_not_there_fails_requests_not_the_run() -> None:
-    (record,) = asyncio.run(
-        play({"m": (Endpoint(base_url="http://127.0.0.1:9"), OpenLoop(turns=[turn("a")]))})
-    ).records["m"]
+    (record,) = asyncio.run(play({"m": ("http://127.0.0.1:9", OpenLoop(turns=[turn("a")]))})).records["m"]
     assert record.error.startswith("ConnectError")

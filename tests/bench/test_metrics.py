@@ -9,13 +9,11 @@ import pytest
 
 from polder.bench.harness.driver import RequestRecord
 from polder.bench.report.metrics import (
-    RunRecords,
-    bootstrap_interval,
     busy_seconds,
     engine_metrics,
-    merged,
+    paired_interval,
     percentile,
-    quantile_ratio_intervals,
+    quantile_intervals,
     ttfts_ms,
 )
 
@@ -32,14 +30,14 @@ def test_ttft_is_from_the_moment_a_request_was_due_not_sent() -> None:
 
 
 def test_cold_starts_are_left_out_of_ttft_only() -> None:
-    found = engine_metrics([RunRecords(records=[record(cold_start=True, tokens=(9.0, 9.1)), record()])])
+    found = engine_metrics([[record(cold_start=True, tokens=(9.0, 9.1)), record()]])
     assert found["ttft_p99_ms"] == pytest.approx(100)
     assert found["requests"] == 2
     assert found["tbt_p50_ms"] == pytest.approx(100)
 
 
 def test_load_that_is_not_measured_does_not_count() -> None:
-    found = engine_metrics([RunRecords(records=[record(), record(measured=False, tokens=(50.0,), error="late")])])
+    found = engine_metrics([[record(), record(measured=False, tokens=(50.0,), error="late")]])
     assert found["requests"] == 1
     assert found["failed_requests"] == 0
     assert found["makespan_s"] == pytest.approx(0.2)
@@ -47,7 +45,7 @@ def test_load_that_is_not_measured_does_not_count() -> None:
 
 def test_failed_requests_are_counted_and_nothing_else_of_them() -> None:
     failed = record(error="HTTP 500", tokens=(), end_s=4.0, prompt_tokens=1000)
-    found = engine_metrics([RunRecords(records=[record(prompt_tokens=10, cached_tokens=5), failed])])
+    found = engine_metrics([[record(prompt_tokens=10, cached_tokens=5), failed]])
     assert found["failed_requests"] == 1
     assert found["hit_ratio"] == 0.5
     assert found["makespan_s"] == 4.0, "a failure lasts until its end"
@@ -55,18 +53,16 @@ def test_failed_requests_are_counted_and_nothing_else_of_them() -> None:
 
 
 def test_hit_ratio_is_in_tokens_and_tiers_sum_to_one() -> None:
-    runs = [
-        RunRecords(records=[record(prompt_tokens=300, cached_tokens=0), record(prompt_tokens=100, cached_tokens=100)])
-    ]
-    found = engine_metrics(runs)
+    cold, warm = record(prompt_tokens=300, cached_tokens=0), record(prompt_tokens=100, cached_tokens=100)
+    found = engine_metrics([[cold, warm]])
     assert found["hit_ratio"] == 0.25
     assert found["hit_ratio_by_tier"] == {"own": 0.25, "computed": 0.75}
 
 
 def test_rates_are_over_the_summed_time_of_the_runs() -> None:
-    one = RunRecords(records=[record(tokens=(1.0, 2.0), prompt_tokens=40, cached_tokens=10)])
-    two = RunRecords(records=[record(tokens=(1.0, 3.0, 8.0), prompt_tokens=40, cached_tokens=20)], preemptions=2)
-    found = engine_metrics([one, two])
+    one = [record(tokens=(1.0, 2.0), prompt_tokens=40, cached_tokens=10)]
+    two = [record(tokens=(1.0, 3.0, 8.0), prompt_tokens=40, cached_tokens=20)]
+    found = engine_metrics([one, two], preemptions=2)
     assert found["output_tokens_per_s"] == pytest.approx(5 / 10)
     assert found["computed_prompt_tokens_per_s"] == pytest.approx(50 / 10)
     assert found["requests_per_s"] == pytest.approx(2 / 10)
@@ -77,7 +73,7 @@ def test_rates_are_over_the_summed_time_of_the_runs() -> None:
 def test_slowest_tenth_of_each_request() -> None:
     steady = tuple(0.01 * i for i in range(1, 22))
     jerky = (*steady[:-1], steady[-2] + 0.5)
-    found = engine_metrics([RunRecords(records=[record(tokens=jerky)])])
+    found = engine_metrics([[record(tokens=jerky)]])
     assert found["tbt_worst10_ms"] == pytest.approx((500 + 10) / 2)
     assert found["tbt_p50_ms"] == pytest.approx(10)
 
@@ -86,23 +82,14 @@ def test_slowest_tenth_of_each_request() -> None:
     ("first", "gap", "within"), [(0.5, 0.1, True), (0.51, 0.1, False), (0.5, 0.11, False), (0.1, 0.0, True)]
 )
 def test_goodput_needs_both_limits(first: float, gap: float, within: bool) -> None:
-    found = engine_metrics([RunRecords(records=[record(tokens=(first, first + gap - 1e-9))])])
+    found = engine_metrics([[record(tokens=(first, first + gap - 1e-9))]])
     assert found["slo_ratio"] == float(within)
 
 
 def test_a_run_without_requests_has_no_percentiles_and_no_rates() -> None:
-    found = engine_metrics([RunRecords(records=[])])
+    found = engine_metrics([[]])
     assert math.isnan(found["ttft_p99_ms"])  # type: ignore[arg-type]
     assert found["requests_per_s"] == 0
-
-
-def test_all_is_both_engines_run_by_run() -> None:
-    a = [RunRecords(records=[record("a1")], preemptions=1), RunRecords(records=[record("a2")])]
-    b = [RunRecords(records=[record("b1", tokens=(3.0,))], preemptions=2), RunRecords(records=[record("b2")])]
-    both = merged({"A": a, "B": b})
-    assert [[r.key for r in run.records] for run in both] == [["a1", "b1"], ["a2", "b2"]]
-    assert both[0].preemptions == 3
-    assert both[0].span_s == 3.0
 
 
 def test_busy_seconds_is_a_union() -> None:
@@ -110,22 +97,22 @@ def test_busy_seconds_is_a_union() -> None:
     assert busy_seconds([record(due=s, tokens=(e,)) for s, e in spans]) == pytest.approx(4.0)
 
 
-def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_pairs() -> None:
+def test_paired_interval_holds_the_mean_and_narrows_with_more_pairs() -> None:
     rng = np.random.default_rng(1)
     few = np.exp(rng.normal(0.02, 0.03, 8)).tolist()
     many = np.exp(rng.normal(0.02, 0.03, 200)).tolist()
-    low, mean, high = bootstrap_interval(few)
+    low, mean, high = paired_interval(few)
     assert low < mean < high
     assert mean == pytest.approx(math.exp(np.log(few).mean()))
-    low_many, _, high_many = bootstrap_interval(many)
+    low_many, _, high_many = paired_interval(many)
     assert high_many - low_many < (high - low) / 2
     assert low_many < math.exp(0.02) < high_many
-    assert bootstrap_interval(few) == (low, mean, high), "seeded"
+    assert paired_interval(few) == (low, mean, high), "seeded"
 
 
 def test_quantile_ratio_interval_holds_the_ratio() -> None:
     rng = np.random.default_rng(2)
-    ((low, high),) = quantile_ratio_intervals(rng.exponential(1.0, 500), rng.exponential(4.0, 500), quantiles=[90])
+    ((low, high),) = quantile_intervals(rng.exponential(1.0, 500), rng.exponential(4.0, 500), [90])
     assert low < 0.25 < high < 0.4
 
 

@@ -1,15 +1,16 @@
-"""The native arm's copier: whole blocks, both ways, and no load behind a store."""
+"""The native arm's copier: whole blocks, both ways, one job of a direction after another."""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import wait
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polder.bench.native.copy import BlockCopier, BlockIds, Blocks
+from polder.bench.native.copy import BlockIds, Blocks, Copies
 from tests.conftest import examples
 
 BLOCK_BYTES = 64
@@ -33,66 +34,40 @@ def test_what_is_stored_and_loaded_has_equal_bytes_and_nothing_else_changes(data
     loaded = data.draw(st.permutations(range(12)))[:count]
     device, host = layers(3, 12, seed=1), layers(3, 20, seed=2)
     before, host_before = [layer.copy() for layer in device], [layer.copy() for layer in host]
-    copier = BlockCopier(device, host)
+    stores, loads = Copies(device, host), Copies(host, device)
     try:
-        copier.store(1, ids(*stored), ids(*rows))
-        copier.wait({1})
-        copier.load(2, ids(*rows), ids(*loaded))
-        copier.wait({2})
+        assert stores.submit(ids(*stored), ids(*rows)).result()[0] == 3 * count * BLOCK_BYTES
+        assert loads.submit(ids(*rows), ids(*loaded)).result()[0] == 3 * count * BLOCK_BYTES
     finally:
-        copier.close()
+        stores.close()
+        loads.close()
     for layer, old, kept, kept_old in zip(device, before, host, host_before, strict=True):
         expected = old.copy()
         expected[loaded] = old[stored]
         np.testing.assert_array_equal(layer, expected)
         others = [row for row in range(20) if row not in rows]
         np.testing.assert_array_equal(kept[others], kept_old[others])
-    over = copier.take_finished()
-    assert [(job.job_id, job.size_bytes, job.error) for job in over] == [
-        (1, 3 * count * BLOCK_BYTES, None),
-        (2, 3 * count * BLOCK_BYTES, None),
-    ]
-    assert copier.take_finished() == [], "each job is told of once"
-
-
-def test_a_load_overtakes_stores_that_were_submitted_before_it() -> None:
-    copier = BlockCopier(layers(1, 8, seed=1), layers(1, 8, seed=2), link_bytes_per_s=8 * BLOCK_BYTES / 0.2)
-    try:
-        for job in range(3):  # 0.2 s each on the link
-            copier.store(job, ids(*range(8)), ids(*range(8)))
-        copier.load(10, ids(0), ids(0))
-        copier.wait({10})
-        assert [job.job_id for job in copier.take_finished()] == [10]
-        copier.wait({0, 1, 2, 10})
-        assert [job.job_id for job in copier.take_finished()] == [0, 1, 2]
-    finally:
-        copier.close()
 
 
 def test_an_emulated_link_takes_its_time_for_all_jobs_of_a_direction_together() -> None:
-    copier = BlockCopier(layers(2, 8, seed=1), layers(2, 8, seed=2), link_bytes_per_s=16 * BLOCK_BYTES / 0.05)
+    copies = Copies(layers(2, 8, seed=1), layers(2, 8, seed=2), link_bytes_per_s=16 * BLOCK_BYTES / 0.05)
     started = time.perf_counter()
     try:
-        for job in range(3):
-            copier.load(job, ids(*range(8)), ids(*range(8)))
-        copier.wait({0, 1, 2})
+        wait([copies.submit(ids(*range(8)), ids(*range(8))) for _ in range(3)])
         assert time.perf_counter() - started >= 0.15 - 0.001
     finally:
-        copier.close()
+        copies.close()
 
 
 def test_a_job_that_fails_says_so_and_later_jobs_are_carried_out() -> None:
     device, host = layers(1, 4, seed=1), layers(1, 4, seed=2)
-    copier = BlockCopier(device, host)
+    copies = Copies(device, host)
     try:
-        copier.store(1, ids(0, 1), ids(0))
-        copier.store(2, ids(0), ids(3))
-        copier.wait({1, 2})
+        failed, done = copies.submit(ids(0, 1), ids(0)), copies.submit(ids(0), ids(3))
+        assert isinstance(failed.exception(), ValueError)
+        assert not done.exception()
     finally:
-        copier.close()
-    failed, done = copier.take_finished()
-    assert isinstance(failed.error, ValueError)
-    assert done.error is None
+        copies.close()
     np.testing.assert_array_equal(host[0][3], device[0][0])
 
 
@@ -109,7 +84,7 @@ def test_vllms_worker_interface_reaches_the_copier() -> None:
         group_data_refs=[[base.CanonicalKVCacheRef(tensor_idx=i, page_size_bytes=32) for i in range(2)]],
     )
     device = device_blocks(caches, 1)
-    worker = CopyingWorker(BlockCopier(device, [np.zeros((9, 32), np.uint8) for _ in device]))
+    worker = CopyingWorker(device, [np.zeros((9, 32), np.uint8) for _ in device], 0.0)
     try:
         expected = [t[[2, 3]].clone() for t in tensors]
         on_device = base.GPULoadStoreSpec([2, 3], group_sizes=[2], block_indices=[0])
@@ -125,6 +100,10 @@ def test_vllms_worker_interface_reaches_the_copier() -> None:
             (1, True, 128),
             (2, True, 128),
         ]
+        assert not worker.get_finished(), "each job is told of once"
+        worker.submit_store(3, on_device, CPULoadStoreSpec([7]))
+        worker.wait({3})
+        assert [(r.job_id, r.success) for r in worker.get_finished()] == [(3, False)]
     finally:
         worker.shutdown()
 

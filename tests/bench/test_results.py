@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from polder.bench.report.result import Arms, BenchResult, ratios_over, read_result, without_nan, write_result
+from polder.bench.report.metrics import without_nan
+from polder.bench.report.result import Arms, BenchResult, ratios_over, read_result, write_result
 from polder.bench.suites.base import Suite
 
 RESULTS = [path for path in sorted(Path("docs/results").glob("*.json")) if not path.name.startswith("soak")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +13,17 @@ from rich.console import Console
 
 from polder.bench.harness import control
 from polder.bench.harness.arms import ArmSpec
-from polder.bench.harness.control import moved, put_to_sleep, wake, weight_counts
+from polder.bench.harness.control import counts, moved, put_to_sleep, wake
 from polder.bench.harness.driver import RequestRecord
 from polder.bench.harness.progress import Reporter
 from polder.bench.harness.runs import Run
 from polder.bench.harness.timeline import Timeline, new_givebacks
-from polder.bench.report.metrics import RunRecords
-from polder.bench.report.summary import arm_metrics, exhausted_seconds, ratio_intervals, weight_metrics
-from polder.bench.stages import comeback, restart, streaming
+from polder.bench.report.metrics import arm_metrics, exhausted_seconds, ratio_intervals, weight_metrics
+from polder.bench.stages import restart, weights
 from polder.bench.stages.context import Shape, planned_tbt_ms, planned_ttft_ms
-from polder.bench.stages.equality import OUTPUT_TOKENS, Act, Answered, Round, answer, compare
+from polder.bench.stages.equality import OUTPUT_TOKENS, Answered, Round, answer, compare
 from polder.bench.stages.resize import Resized, resize_metrics
-from polder.bench.stages.tax import TaxRun, tax_intervals, tax_metrics
+from polder.bench.stages.tax import tax_intervals, tax_metrics
 from polder.bench.suites.context import ContextSuite
 from polder.broker import client
 from polder.broker.wire import Done, Sleep, Wake
@@ -98,9 +96,8 @@ def test_resize_metrics_take_the_longest_gap_around_a_resize() -> None:
     assert found["grow_step_delay_max_ms"] == pytest.approx(0, abs=1e-6)
 
 
-def tax_run(scale: float) -> TaxRun:
-    records = [record(i, i + 0.2 * scale, token_s=[i + 0.1 * scale, i + 0.2 * scale]) for i in range(5)]
-    return TaxRun(records=RunRecords(records=records))
+def tax_run(scale: float) -> list[RequestRecord]:
+    return [record(i, i + 0.2 * scale, token_s=[i + 0.1 * scale, i + 0.2 * scale]) for i in range(5)]
 
 
 def test_tax_is_paired_and_its_ratio_is_the_metrics_ratio() -> None:
@@ -168,12 +165,12 @@ def test_the_plan_adds_nothing_where_nothing_is_windowed_and_the_links_time_wher
 
 
 def test_weights_are_counted_by_what_engines_report(broker: FakeBroker) -> None:
-    before = weight_counts(BROKER)
+    before = counts(BROKER)
     put_to_sleep(BROKER, "T2")
     wake(BROKER, "T2")
-    gained = moved(before, weight_counts(BROKER))
+    gained = moved(before, counts(BROKER))
     assert (gained["T2"]["wakes"], gained["T2"]["sleeps"], gained["T2"]["layers_loaded"]) == (1, 1, LAYERS)
-    assert weight_counts(None) == {}
+    assert counts(None) == {}
 
 
 @pytest.mark.parametrize(
@@ -191,18 +188,17 @@ def test_an_engine_that_does_not_obey_is_a_fault(
 def test_a_reclaimed_model_is_asked_in_turn_with_a_resident_one(broker: FakeBroker, tmp_path: Path) -> None:
     with Reporter(Console(quiet=True)).stage("x") as stage:
         arm = up(tmp_path)
-        resident, reclaimed = comeback.resident_and_reclaimed(arm, prompts=(32, 128), samples=2, stage=stage)
+        resident, reclaimed = weights.resident_and_reclaimed(arm, prompts=(32, 128), samples=2, stage=stage)
         prompts = [str(asked["prompt"]) for asked in arm.engine.asked]
         stock = up(tmp_path, "stock")
-        _, none = comeback.resident_and_reclaimed(stock, prompts=(128,), samples=1, stage=stage)
+        _, none = weights.resident_and_reclaimed(stock, prompts=(128,), samples=1, stage=stage)
         for one in (arm, stock):
             one.stop()
     assert len(set(prompts)) == len(prompts) == 2 * 2 * 3, "a prompt that comes back would be found in the cache"
     assert [type(message) for message in broker.asked[:4]] == [Wake, Sleep, Wake, Sleep]
     assert resident.keys() == {"ttft_32_p50_ms", "ttft_128_p50_ms", "failed_requests"}
-    assert reclaimed is not None
     assert reclaimed["layers_loaded_a_wake"] == LAYERS
-    assert none is None
+    assert not none
 
 
 def test_loading_anew_counts_from_the_start_of_the_arm(broker: FakeBroker, tmp_path: Path) -> None:
@@ -214,7 +210,7 @@ def test_loading_anew_counts_from_the_start_of_the_arm(broker: FakeBroker, tmp_p
 
     def measured(**behaviour: Any) -> dict[str, Any]:
         with Reporter(Console(quiet=True)).stage("x") as stage:
-            return comeback.measure_comeback(
+            return weights.measure_comeback(
                 "stock", lambda: start(**behaviour), prompts=(128,), anew_prompt=128, samples=1, stage=stage
             )
 
@@ -228,10 +224,10 @@ def test_loading_anew_counts_from_the_start_of_the_arm(broker: FakeBroker, tmp_p
 def test_acts_are_carried_out_in_mid_answer_and_only_where_there_is_a_broker(
     broker: FakeBroker, tmp_path: Path
 ) -> None:
-    acts = (Act(at=0.0, message=Sleep(engine="T2")), Act(at=0.5, message=Wake(engine="T2")))  # type: ignore[arg-type]
-    rounds = [Round(asked={"T2": [("T20", [5] * 64)]}, acts=of) for of in (acts, ())]
+    acts: Any = {0.0: Sleep(engine="T2"), 0.5: Wake(engine="T2")}
+    rounds = [Round({"T2": {"T20": [5] * 64}}, of) for of in (acts, {})]
     ours, theirs = (
-        asyncio.run(answer(up(tmp_path, system, token_s=0.002), rounds, {"wakes": "wakes_total"}, settle_s=0.0))
+        answer(up(tmp_path, system, token_s=0.002), rounds, {"wakes": "wakes_total"}, settle_s=0.0)
         for system in ("polder", "stock")
     )
     assert broker.asked == [Sleep(engine="T2"), Wake(engine="T2")]
@@ -248,13 +244,13 @@ def test_an_act_that_is_refused_ends_the_stage(
         raise EnvironmentFault("refused")
 
     monkeypatch.setattr(client, "request", refuse)
-    rounds = [Round(asked={"T2": [("T20", [5] * 64)]}, acts=(Act(at=0.0, message=Sleep(engine="T2")),))]
+    rounds = [Round({"T2": {"T20": [5] * 64}}, {0.0: Sleep(engine="T2")})]
     with pytest.raises(EnvironmentFault, match="refused"):
-        asyncio.run(answer(up(tmp_path, token_s=0.001), rounds, {}, settle_s=0.0))
+        answer(up(tmp_path, token_s=0.001), rounds, {}, settle_s=0.0)
 
 
 def test_the_formula_takes_the_slots_that_are_faster_and_possible() -> None:
-    formula = streaming.formula_ms
+    formula = weights.formula_ms
     assert formula(12, 1, step_ms=24.0, layer_load_s=0.001) == pytest.approx(24.0), "hidden in the gaps"
     assert formula(12, 11, step_ms=24.0, layer_load_s=0.010) == pytest.approx(24 + 12 * 10), "each waits for its copy"
     assert formula(12, 10, step_ms=24.0, layer_load_s=0.010) == pytest.approx(120), "two slots: the link alone"
@@ -268,12 +264,11 @@ def test_streaming_is_measured_for_every_number_of_segments(
         monkeypatch.setattr(broker, "count", lambda **_: None)
     arm = up(tmp_path, token_s=0.0001)
     with Reporter(Console(quiet=True)).stage("x") as stage:
-        measuring = streaming.measure_streaming(arm, "T2", stage=stage)
         if not copies:
             with pytest.raises(EnvironmentFault, match="3 of 4 segments and copies nothing"):
-                asyncio.run(measuring)
+                weights.measure_streaming(arm, "T2", stage)
             return
-        found = asyncio.run(measuring)
+        found = weights.measure_streaming(arm, "T2", stage)
     assert [message.segments for message in broker.asked[:-1]] == [4, 3, 2, 1]  # type: ignore[union-attr]
     assert {f"{name}_{n}_ms" for name in ("step", "formula", "layer") for n in (1, 2, 3)} < found.keys()
     assert found["layer_1_ms"] == pytest.approx(1.0)
@@ -289,9 +284,8 @@ def restart_arm(name: str, folder: Path, rate: float | None = 400e6) -> ArmSpec:
 def test_after_a_restart_native_tiers_have_the_bytes_of_polders(tmp_path: Path) -> None:
     (polder,), (native,) = (restart_arm(name, tmp_path).engines for name in ("polder-disk", "native-fs"))
     extra = json.loads(native.extra_args[1])["kv_connector_extra_config"]
-    assert polder.tiers is not None
-    assert extra["cpu_bytes_to_use"] == polder.tiers.host_bytes + restart.STAGED_BYTES
-    assert extra["disk_bytes_per_s"] == len(polder.tiers.disks) * restart.DISK_BYTES_PER_S
+    assert extra["cpu_bytes_to_use"] == polder.host_bytes + restart.STAGED_BYTES
+    assert extra["disk_bytes_per_s"] == len(polder.disks) * restart.DISK_BYTES_PER_S
     assert polder.extra_env["POLDER_LINKS"] == "host=400MB/s,disk=75MB/s"
     assert not restart_arm("polder-disk", tmp_path, None).engines[0].extra_env
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 from rich.console import Console
 
 from polder.bench.harness.arms import ArmSpec
-from polder.bench.report import summary
-from polder.bench.report.metrics import quantile_ratio_intervals
+from polder.bench.report import metrics
 from polder.bench.report.result import BenchResult, read_result
 from polder.bench.suites.base import Suite
 from polder.bench.suites.context import ContextSuite
@@ -35,13 +33,13 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     FakeBroker(monkeypatch)
     no_waiting(monkeypatch)
     short_traces(monkeypatch)
-    monkeypatch.setattr(summary, "quantile_ratio_intervals", partial(quantile_ratio_intervals, resamples=20))
+    monkeypatch.setattr(metrics, "RESAMPLES", 20)
     journal: list[str] = []
     monkeypatch.setattr(ArmSpec, "make", lambda spec, name, logs, _: FakeArm(name, spec, logs, journal))
 
     def of(suite: Suite[Any]) -> tuple[BenchResult, list[str], str]:
         text = io.StringIO()
-        suite._reporter._console = suite._console = Console(file=text, width=200)
+        suite.reporter.console = Console(file=text, width=200)
         json_file, html_file = tmp_path / "out" / "result.json", tmp_path / "out" / "result.html"
         result = suite.run(json_file, html_file)
         assert read_result(json_file).arms == result.arms
@@ -187,7 +185,7 @@ def test_what_was_measured_before_an_engine_failed_is_kept(
     def broken(suite: Suite[Any]) -> None:
         raise RuntimeError("no engine")
 
-    monkeypatch.setattr(TurnsSuite, "measure", broken)
+    monkeypatch.setattr(TurnsSuite, "noreuse", broken)
     with pytest.raises(RuntimeError):
         run(TurnsSuite(TurnsSuite.full, workdir=tmp_path))
     assert (tmp_path / "turns-runs.json").exists()

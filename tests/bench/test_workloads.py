@@ -8,12 +8,10 @@ from collections import Counter
 import pytest
 
 from polder.bench.harness.driver import OpenLoop, measured_turns
-from polder.bench.stages.equality import OUTPUT_TOKENS
-from polder.bench.stages.rounds import SLEEPING_ENGINES, sleeping
+from polder.bench.stages.equality import OUTPUT_TOKENS, SLEEPING_ENGINES, sleeping
 from polder.bench.suites.tenants import KV_SHARE_BYTES, TenantsSuite
 from polder.bench.workloads import agents as of
 from polder.bench.workloads.models import MODEL_A, MODEL_B, layer_bytes, weights_bytes
-from polder.bench.workloads.prompts import questions
 from polder.bench.workloads.tenants import (
     MAX_MODEL_LEN,
     TENANTS,
@@ -24,7 +22,8 @@ from polder.bench.workloads.tenants import (
     temporal,
     warm_up,
 )
-from polder.bench.workloads.traces import load_tenants
+from polder.bench.workloads.traces import TenantSlot
+from polder.bench.workloads.traces import load as load_trace
 from polder.broker.wire import Resize, Sleep
 
 
@@ -35,49 +34,50 @@ def test_kv_bytes_per_token_are_those_of_the_reference() -> None:
 
 
 def test_agents_play_their_sessions_in_order() -> None:
-    load = of.agents(model="A", users=16, sessions=32)
+    load = of.agents(sessions=32)
     assert [turn.key for turn in load.users[3]] == [f"s{s}t{t}" for s in (3, 19) for t in range(16)]
     assert [turn.key for turn in load.users[3] if turn.cold_start] == ["s3t0"]
-    assert measured_turns(of.agents(model="A", users=16, sessions=16)) == 256
+    assert measured_turns(of.agents(sessions=16)) == 256
     assert of.agents_ideal_hit_ratio(sessions=16, block_tokens=32) == pytest.approx(0.912, abs=0.001)
     beside = of.unmeasured(load)
     assert (measured_turns(beside), measured_turns(load), beside.stagger_s) == (0, 512, load.stagger_s)
-    before, after = of.parted(load, 8, of.TURNS)
+    before, after = of.parted(load, 8)
     assert [turn.key for turn in before.users[3]] == [f"s{s}t{t}" for s in (3, 19) for t in range(8)]
     assert measured_turns(before) == measured_turns(after) == 256
 
 
 def test_bursts_are_measured_once_and_go_on_as_load() -> None:
-    turns = of.bursts(model="B", rounds=3).turns
+    turns = of.bursts(rounds=3).turns
     assert (sum(turn.measured for turn in turns), len(turns)) == (238, 3 * 238)
     assert (turns[238].at_s, turns[238].body) == (turns[0].at_s + 120, turns[0].body)
     assert len({turn.key for turn in turns}) == len(turns)
-    assert of.bursts(model="B", time_scale=0.2).turns[-1].at_s == pytest.approx(turns[237].at_s / 5)
+    assert of.bursts(time_scale=0.2).turns[-1].at_s == pytest.approx(turns[237].at_s / 5)
 
 
 def test_blocks_hold_every_burst_request_once() -> None:
-    blocks = of.one_by_one(model="B", blocks=17)
+    blocks = of.one_by_one(blocks=17)
     keys = [turn.key for block in blocks for user in block.users for turn in user]
-    assert sorted(keys) == sorted(turn.key for turn in of.bursts(model="B").turns)
+    assert sorted(keys) == sorted(turn.key for turn in of.bursts().turns)
     assert {len(user) for block in blocks for user in block.users} == {14}, "one request at a time"
 
 
 def test_unique_prompts_share_no_block_and_chats_come_at_their_times() -> None:
     for at_a_time in (1, 4):
-        blocks = of.unique_prompts(model="A", requests=40, scale=2, blocks=4, at_a_time=at_a_time)
+        blocks = of.unique_prompts(requests=40, scale=2, blocks=4, at_a_time=at_a_time)
         assert [len(block.users) for block in blocks] == [at_a_time] * 4
         turns = [turn for block in blocks for user in block.users for turn in user]
         assert len({tuple(json.loads(turn.body)["prompt"][:32]) for turn in turns}) == 40
-    chats = of.chats(model="A").turns
+    chats = of.chats().turns
     assert (len(chats), chats[-1].at_s) == (227, pytest.approx(119.553))
     assert all(len(json.loads(turn.body)["prompt"]) + turn.output_tokens <= 4224 for turn in chats)
 
 
 def test_questions_repeat_and_share_prefixes() -> None:
-    asked = questions(model="A", count=4, longest=300, seed=1)
-    assert asked == questions(model="A", count=4, longest=300, seed=1)
-    assert asked[1][1][: len(asked[0][1]) // 2] == asked[0][1][: len(asked[0][1]) // 2]
-    assert all(len(prompt) <= 300 for _, prompt in asked)
+    asked = of.questions("A", count=4, longest=300, seed=1)
+    assert asked == of.questions("A", count=4, longest=300, seed=1)
+    first, second, *_ = asked.values()
+    assert second[: len(first) // 2] == first[: len(first) // 2]
+    assert all(len(prompt) <= 300 for prompt in asked.values())
 
 
 # ---------------------------------------------------------------------- tenants
@@ -99,7 +99,7 @@ def test_a_layers_bytes_are_those_of_the_model_that_is_built_and_fill_their_page
 
 
 def test_the_trace_gives_each_model_its_turns() -> None:
-    slots = load_tenants()
+    slots = load_trace(TenantSlot)
     assert "".join(slot.tenant[1] for slot in slots)[3:15] == "112233113221"
     assert Counter(slot.tenant for slot in slots).keys() == TENANTS.keys()
     loads = temporal(slots=range(3, 9), rate=1.0, seed=0)
@@ -150,12 +150,12 @@ def test_two_models_are_always_in_use_in_the_spatial_stage() -> None:
 def test_equality_of_tenants_asks_for_more_than_a_share_and_leaves_nobody_pinned() -> None:
     rounds = sleeping(0)
     for engine in SLEEPING_ENGINES:
-        prompts = [prompt for _, prompt in rounds[0].asked[engine]]
+        prompts = list(rounds[0].asked[engine].values())
         assert max(len(p) + OUTPUT_TOKENS for p in prompts) <= 1280
         assert max(max(p) for p in prompts) < VOCAB
         wanted = sum(len(p) + OUTPUT_TOKENS for p in prompts) * TENANTS[engine].in_float32().kv_bytes_per_token
         assert wanted > KV_SHARE_BYTES
-    messages = [act.message for one in rounds for act in one.acts]
+    messages = [message for one in rounds for message in one.acts.values()]
     assert {message.engine for message in messages if isinstance(message, Sleep)} == set(SLEEPING_ENGINES)
     last = {message.engine: message.units for message in messages if isinstance(message, Resize)}
     assert set(last.values()) == {0}

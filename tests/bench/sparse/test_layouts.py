@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from polder.bench.sparse.arms import ARMS, ArmConfig, Layout, stages
+from polder.bench.sparse.arms import ARMS, ArmConfig, Known, Layout, stages
 from polder.bench.sparse.generator import PESSIMISTIC, Sticky, resident, sticky_clusters
 from polder.bench.sparse.modelled import Modelled, run_steps
 from polder.diskstore.model import PM9A3, DiskModel, page_speeds
@@ -34,10 +34,8 @@ def read_from_disks(config: Sticky) -> tuple[Profile, Profile]:
 
 def config_for(seen: Profile, disks: list[DiskModel], *, page_blocks: int, block_bytes: int) -> ArmConfig:
     return ArmConfig(
-        profile=seen,
+        known=Known(profile=seen, page_blocks=page_blocks, block_bytes=block_bytes),
         speeds=page_speeds(disks, page_blocks * block_bytes),
-        page_blocks=page_blocks,
-        block_bytes=block_bytes,
     )
 
 

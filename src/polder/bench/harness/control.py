@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from polder.broker import client
-from polder.broker.wire import EngineStatus, Resize, Sleep, Status, Stream, Wake
+from polder.broker.wire import EngineStatus, Resize, Sleep, Stream, Wake
 from polder.errors import EnvironmentFault
 
 __all__ = [
-    *("REPORT_S", "WEIGHT_COUNTERS", "WeightCounts", "engine_status", "engine_status_soon", "hold", "moved"),
-    *("put_to_sleep", "resize", "wake", "weight_counts"),
+    *("REPORT_S", "WEIGHT_COUNTERS", "WeightCounts", "counts", "engine_status", "hold", "moved", "put_to_sleep"),
+    *("resize", "wake"),
 ]
 
 SETTLE_TIMEOUT_S = 30.0
@@ -35,14 +34,10 @@ WeightCounts = dict[str, dict[str, float]]
 """Engine -> metric -> count since its start."""
 
 
-def engine_status(status: Status, engine: str) -> EngineStatus:
-    return next(one for one in status.engines if one.engine == engine)
-
-
-async def engine_status_soon(broker: Path, engine: str, *, after_s: float = 0.0) -> EngineStatus:
+def engine_status(broker: Path, engine: str, *, after_s: float = 0.0) -> EngineStatus:
     """The engine's status in `after_s` seconds."""
-    await asyncio.sleep(after_s)
-    return engine_status(await asyncio.to_thread(client.status, broker), engine)
+    time.sleep(after_s)
+    return next(one for one in client.status(broker).engines if one.engine == engine)
 
 
 def resize(broker: Path, engine: str, units: int) -> None:
@@ -51,7 +46,7 @@ def resize(broker: Path, engine: str, units: int) -> None:
     The broker's books show returned memory at once. They show granted memory before it is mapped, so a growing engine
     is awaited until it reports the growth, within 50 ms of it.
     """
-    before = engine_status(client.status(broker), engine)
+    before = engine_status(broker, engine)
     client.request(broker, Resize(engine=engine, units=units))
 
     def there(now: EngineStatus) -> bool:
@@ -74,31 +69,28 @@ def hold(broker: Path, engine: str, segments: int) -> None:
 
 
 def wake(broker: Path, engine: str) -> None:
-    """Returns when the engine holds the weights of all its layers. Raises EnvironmentFault when it does not get
-    them."""
+    """Returns when the engine holds all its layers' weights. Raises EnvironmentFault when it does not get them."""
     client.request(broker, Wake(engine=engine))
     _wait(broker, engine, lambda status: status.segments == status.layers, "does not get its weights back")
 
 
-def weight_counts(broker: Path | None) -> WeightCounts:
-    """Counts after all engines have reported. Without a broker there is nothing to count."""
+def counts(broker: Path | None, counters: Mapping[str, str] = WEIGHT_COUNTERS) -> WeightCounts:
+    """Counts (metric -> engine's counter) after all engines have reported; nothing without a broker."""
     if broker is None:
         return {}
     time.sleep(REPORT_S)
-    return {
-        engine.engine: {metric: engine.stats.get(counter, 0.0) for metric, counter in WEIGHT_COUNTERS.items()}
-        for engine in client.status(broker).engines
-    }
+    engines = client.status(broker).engines
+    return {e.engine: {metric: e.stats.get(name, 0.0) for metric, name in counters.items()} for e in engines}
 
 
-def moved(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> WeightCounts:
+def moved(before: WeightCounts, after: WeightCounts) -> WeightCounts:
     """What was counted in between."""
-    return {e: {m: count - before[e][m] for m, count in counts.items()} for e, counts in after.items()}
+    return {e: {m: count - before[e][m] for m, count in of.items()} for e, of in after.items()}
 
 
 def _wait(broker: Path, engine: str, there: Callable[[EngineStatus], bool], complaint: str) -> None:
     deadline = time.monotonic() + SETTLE_TIMEOUT_S
-    while not there(status := engine_status(client.status(broker), engine)):
+    while not there(status := engine_status(broker, engine)):
         if time.monotonic() > deadline:
             reason = status.reason or status.weights_reason
             raise EnvironmentFault(f"{engine} {complaint}: it holds {status.held_units} units ({reason})")

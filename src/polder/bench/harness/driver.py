@@ -14,26 +14,20 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter, process_time
+from typing import Any
 
 import httpx
-
-from polder.bench.harness.completions import DONE, decode_chunk, token_ids
+import msgspec
 
 __all__ = [
-    "ClosedLoop",
-    "Endpoint",
-    "OpenLoop",
-    "Played",
-    "RequestRecord",
-    "Tally",
-    "Turn",
-    "Workload",
-    "measured_turns",
-    "play",
+    *("ClosedLoop", "OpenLoop", "Played", "RequestRecord", "Tally", "Turn", "Workload"),
+    *("greedy", "measured_turns", "play"),
 ]
 
 REQUEST_TIMEOUT_S = 300.0
 """A request silent for longer counts as failed: far above any latency seen, it only keeps a run from hanging."""
+DONE = b"[DONE]"
+"""The data of the last event of a stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +37,7 @@ class Turn:
     key: str
     """Names the request in every run of a bench, e.g. "s3t5"."""
     body: bytes
-    """The request's JSON, see `polder.bench.harness.completions.encode_body`."""
+    """The request's JSON."""
     output_tokens: int
     """A reply of another length is a failed request."""
     at_s: float = 0.0
@@ -56,11 +50,20 @@ class Turn:
     """False: load only. It keeps pressing while another engine is still being measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """Where an engine answers."""
-
-    base_url: str
+def greedy(model: str, key: str, prompt: Sequence[int], output_tokens: int, **fields: Any) -> Turn:
+    """A greedy, streamed completion of exactly `output_tokens` tokens, whose ids come along. `fields`: of the turn."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "skip_special_tokens": False,  # an answer without text might not be sent
+        "return_token_ids": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return Turn(key=key, body=msgspec.json.encode(body), output_tokens=output_tokens, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,12 @@ class OpenLoop:
 
 
 Workload = ClosedLoop | OpenLoop
+
+
+def measured_turns(workload: Workload) -> int:
+    """Requests of a workload that count."""
+    turns = workload.turns if isinstance(workload, OpenLoop) else [t for user in workload.users for t in user]
+    return sum(turn.measured for turn in turns)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,117 +133,120 @@ class Played:
     """CPU seconds of this whole process during the run: driver, sampler, progress display."""
 
 
-async def play(workloads: Mapping[str, tuple[Endpoint, Workload]], tally: Tally | None = None) -> Played:
-    """Plays all workloads at once, until every measured turn of every engine has ended; other load is dropped then."""
-    tally = tally or Tally()
+async def play(loads: Mapping[str, tuple[str, Workload]], tally: Tally | None = None) -> Played:
+    """Plays all loads (engine -> its URL and workload) at once, until every measured turn of every engine has ended;
+    other load is dropped then."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(REQUEST_TIMEOUT_S, pool=None)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False, verify=False) as client:
-        cpu_at, started_at = process_time(), perf_counter()
-        players = {name: _Player(client, endpoint, started_at, tally) for name, (endpoint, _) in workloads.items()}
-        loads = [asyncio.create_task(players[name].play(workload)) for name, (_, workload) in workloads.items()]
-        measured = [
-            asyncio.create_task(players[name].wait_for(measured_turns(workload)))
-            for name, (_, workload) in workloads.items()
-        ]
-        try:
-            # A load that ends early ends well; one that fails is a bug of ours and must not leave the others waiting.
-            waiting = set(measured)
-            while waiting:
-                done, _ = await asyncio.wait([*waiting, *loads], return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-                waiting -= done
-                loads = [task for task in loads if task not in done]
-        finally:
-            for task in [*loads, *measured]:
+        cpu_at = process_time()
+        measured = sum(measured_turns(workload) for _, workload in loads.values())
+        player = _Player(client, tally or Tally(), measured, list(loads))
+        async with asyncio.TaskGroup() as group:  # a load that fails ends the run
+            tasks = [group.create_task(player.play(name, *load)) for name, load in loads.items()]
+            await player.through.wait()
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*loads, *measured, return_exceptions=True)
         return Played(
-            records={name: player.records for name, player in players.items()},
-            started_at=started_at,
-            wall_s=perf_counter() - started_at,
+            records=player.records,
+            started_at=player.started_at,
+            wall_s=player.now(),
             client_cpu_s=process_time() - cpu_at,
         )
 
 
-def measured_turns(workload: Workload) -> int:
-    """Requests of a workload that count."""
-    turns = workload.turns if isinstance(workload, OpenLoop) else [t for user in workload.users for t in user]
-    return sum(turn.measured for turn in turns)
-
-
 class _Player:
-    """Plays one engine's workload and keeps its records."""
+    """Sends the requests of one run and keeps their records."""
 
-    def __init__(self, client: httpx.AsyncClient, endpoint: Endpoint, started_at: float, tally: Tally) -> None:
-        self.records: list[RequestRecord] = []
-        self._client = client
-        self._url = f"{endpoint.base_url}/v1/completions"
-        self._started_at = started_at
-        self._tally = tally
-        self._ended = 0
-        self._waiting: list[tuple[int, asyncio.Event]] = []
+    def __init__(self, client: httpx.AsyncClient, tally: Tally, measured: int, engines: Sequence[str]) -> None:
+        self.records: dict[str, list[RequestRecord]] = {engine: [] for engine in engines}
+        self.started_at = perf_counter()
+        self.through = asyncio.Event()
+        """Every measured request has ended."""
+        self._client, self._tally, self._left = client, tally, measured
+        if not measured:
+            self.through.set()
 
-    async def play(self, workload: Workload) -> None:
+    def now(self) -> float:
+        return perf_counter() - self.started_at
+
+    async def play(self, engine: str, url: str, workload: Workload) -> None:
         async with asyncio.TaskGroup() as tasks:
             if isinstance(workload, OpenLoop):
                 for turn in workload.turns:
-                    tasks.create_task(self._send_at(turn, turn.at_s))
+                    tasks.create_task(self._send(engine, url, turn, turn.at_s))
             else:
                 for number, turns in enumerate(workload.users):
-                    tasks.create_task(self._user(turns, number * workload.stagger_s))
+                    tasks.create_task(self._user(engine, url, turns, number * workload.stagger_s))
 
-    async def wait_for(self, measured: int) -> None:
-        reached = asyncio.Event()
-        if self._ended < measured:
-            self._waiting.append((measured, reached))
-            await reached.wait()
-
-    async def _user(self, turns: Sequence[Turn], ready_s: float) -> None:
+    async def _user(self, engine: str, url: str, turns: Sequence[Turn], ready_s: float) -> None:
         for turn in turns:
-            record = await self._send_at(turn, ready_s + turn.think_s)
-            ready_s = record.end_s
+            ready_s = (await self._send(engine, url, turn, ready_s + turn.think_s)).end_s
 
-    async def _send_at(self, turn: Turn, due_s: float) -> RequestRecord:
-        await asyncio.sleep(max(0.0, due_s - self._now()))
+    async def _send(self, engine: str, url: str, turn: Turn, due_s: float) -> RequestRecord:
+        await asyncio.sleep(max(0.0, due_s - self.now()))
         record = RequestRecord(
-            key=turn.key, scheduled_s=due_s, cold_start=turn.cold_start, measured=turn.measured, sent_s=self._now()
+            key=turn.key, scheduled_s=due_s, cold_start=turn.cold_start, measured=turn.measured, sent_s=self.now()
         )
         try:
-            await self._stream(turn, record)
+            await self._stream(url, turn, record)
         except httpx.HTTPError as error:
             record.error = f"{type(error).__name__}: {error}"
-        record.end_s = self._now()
+        record.end_s = self.now()
         if not record.error and len(record.token_s) != turn.output_tokens:
             record.error = f"{len(record.token_s)} tokens came, {turn.output_tokens} were asked for"
-        self.records.append(record)
+        self.records[engine].append(record)
         if turn.measured:
-            self._ended += 1
             self._tally.ended += 1
-            for measured, reached in self._waiting:
-                if self._ended >= measured:
-                    reached.set()
+            self._left -= 1
+            if not self._left:
+                self.through.set()
         return record
 
-    async def _stream(self, turn: Turn, record: RequestRecord) -> None:
+    async def _stream(self, url: str, turn: Turn, record: RequestRecord) -> None:
         headers = {"content-type": "application/json"}
-        async with self._client.stream("POST", self._url, content=turn.body, headers=headers) as response:
+        async with self._client.stream("POST", f"{url}/v1/completions", content=turn.body, headers=headers) as response:
             if response.status_code != httpx.codes.OK:
                 text = (await response.aread()).decode(errors="replace")
                 record.error = f"HTTP {response.status_code}: {text[:300]}"
                 return
             rest = b""
             async for data in response.aiter_raw():
-                now = self._now()
+                now_s = self.now()
                 *events, rest = (rest + data).split(b"\n\n")
                 before = len(record.token_s)
                 for event in events:
-                    _take(event, now, record)
+                    _take(event, now_s, record)
                 self._tally.output_tokens += len(record.token_s) - before
 
-    def _now(self) -> float:
-        return perf_counter() - self._started_at
+
+class _Details(msgspec.Struct):
+    """Sent by vLLM under --enable-prompt-tokens-details."""
+
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    """Comes with the last chunk but one."""
+
+    prompt_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """One event of a stream. Fields that are not named here are skipped unparsed."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw = msgspec.Raw()
+    """A failure in mid-stream: the status line was 200 by then."""
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 def _take(event: bytes, now_s: float, record: RequestRecord) -> None:
@@ -242,13 +254,12 @@ def _take(event: bytes, now_s: float, record: RequestRecord) -> None:
     data = event.removeprefix(b"data: ")
     if data == DONE or not data:
         return
-    chunk = decode_chunk(data)
+    chunk = _decode(data)
     if chunk.error:
         record.error = bytes(chunk.error).decode(errors="replace")[:300]
     for choice in chunk.choices:
-        ids = token_ids(choice)
-        record.output_ids += ids
-        record.token_s += [now_s] * len(ids)
+        record.output_ids += choice.token_ids or []
+        record.token_s += [now_s] * len(choice.token_ids or [])
     if chunk.usage:
         record.prompt_tokens = chunk.usage.prompt_tokens
         details = chunk.usage.prompt_tokens_details

@@ -1,19 +1,20 @@
-"""How both arms serve a model: the arguments, environment and bytes that are the same in each."""
+"""How all arms serve a model: the arguments, environment and bytes that are the same in each."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from polder.bench.harness.machine import two_cores
-from polder.bench.workloads.models import ModelRecipe, ensure_model
+from polder.bench.workloads.models import ModelRecipe, ensure_model, weights_bytes
 from polder.memory.page import PAGE_BYTES
 
 __all__ = [
-    *("BLOCK_TOKENS", "ENGINE_ARGS", "ENGINE_ENV", "EnginePlan", "TierPlan", "a_core_each"),
-    *("describe_engines", "fleet_toml", "links_env", "on_one_core"),
+    *("BLOCK_TOKENS", "EnginePlan", "a_core_each", "describe", "engine_plans", "fleet_toml", "links_env"),
+    "on_one_core",
 ]
 
 BLOCK_TOKENS = 32
@@ -33,9 +34,24 @@ ENGINE_ENV = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TierPlan:
-    """What a Polder arm gives an engine beyond its own pool."""
+class EnginePlan:
+    """One model as all arms serve it; fields from `sizing` to `page_bytes` are for Polder's arms alone."""
 
+    name: str
+    recipe: ModelRecipe
+    models: Path
+    """The folder where models are made, once."""
+    max_model_len: int
+    share_bytes: int
+    """KV memory: all of it in a stock arm, the share that is the engine's own on demand in a Polder arm."""
+    cores: tuple[int, ...] = (0,)
+    """Its processes compute on the first one; the others are for those that do not compute."""
+    batched_tokens: int = 512
+    """A chunk of prefill bounds how long a step lasts, and with it how long memory takes to come back."""
+    sizing: Literal["elastic", "fixed"] = "elastic"
+    """ "fixed" makes the share floor and ceiling too, so that memory is never moved between engines."""
+    weights: Literal["resident", "elastic"] = "resident"
+    """ "elastic" puts the weights of the layers into the budget, beside the KV memory."""
     store_to: tuple[Literal["peer", "host", "disk"], ...] = ()
     """Tiers that the engine stores to."""
     host_bytes: int = 0
@@ -44,37 +60,11 @@ class TierPlan:
     """Most of its own KV memory that it lends at a time."""
     disks: tuple[str, ...] = ()
     """The fleet's disks, "PATH:SIZE" each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnginePlan:
-    """One model as both arms serve it."""
-
-    name: str
-    recipe: ModelRecipe
-    model_path: Path
-    max_model_len: int
-    core: int
-    """The core that its processes compute on."""
-    more_cores: tuple[int, ...] = ()
-    """Further ones, for its processes that do not compute."""
-    share_bytes: int
-    """KV memory: all of it in the stock arm, the share that is the engine's own on demand in the Polder arm."""
-    batched_tokens: int = 512
-    """A chunk of prefill bounds how long a step lasts, and with it how long memory takes to come back."""
-    sizing: Literal["elastic", "fixed"] = "elastic"
-    """Polder arms: "fixed" makes the share floor and ceiling too, so that memory is never moved between engines."""
-    weights: Literal["resident", "elastic"] = "resident"
-    """Polder arms: "elastic" puts the weights of the layers into the budget, beside the KV memory."""
-    weights_bytes: int = 0
-    """Bytes of the layers, each in whole pages; they count where weights are elastic."""
-    tiers: TierPlan | None = None
-    """Polder arms: None is an engine without tiers."""
     window_bytes: int = 0
-    """Polder arms: host memory for long contexts."""
+    """Host memory for long contexts."""
     window_layers: int = 2
     page_bytes: int = PAGE_BYTES
-    """Page size of the Polder arm's broker."""
+    """Page size of the broker."""
     extra_args: tuple[str, ...] = ()
     """What one arm alone adds to the arguments."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +78,11 @@ class EnginePlan:
     @property
     def cpus(self) -> str:
         """All of its cores, as taskset lists them."""
-        return ",".join(map(str, (self.core, *self.more_cores)))
+        return ",".join(map(str, self.cores))
+
+    def model_path(self) -> Path:
+        """The model's folder; makes the model where it is missing."""
+        return ensure_model(self.recipe, self.models).resolve()
 
     def arguments(self) -> tuple[str, ...]:
         batched = ("--max-num-batched-tokens", str(self.batched_tokens))
@@ -97,49 +91,27 @@ class EnginePlan:
     def environment(self) -> dict[str, str]:
         # One thread computes. Two engines' teams of threads on the same cores wait for each other at every barrier: both stand
         # still for seconds.
-        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.core)} | dict(self.extra_env)
+        return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.cores[0])} | dict(self.extra_env)
 
 
-def a_core_each(
-    recipes: Mapping[str, ModelRecipe],
-    models_dir: Path,
-    *,
-    max_model_len: Mapping[str, int],
-    share_bytes: Mapping[str, int],
-) -> list[EnginePlan]:
-    """Two engines that share memory, which is measured, and no compute. Builds their models where they are missing."""
-    return [
-        EnginePlan(
-            name=name,
-            recipe=recipe,
-            model_path=ensure_model(recipe, models_dir),
-            max_model_len=max_model_len[name],
-            core=core,
-            share_bytes=share_bytes[name],
-        )
-        for (name, recipe), core in zip(recipes.items(), two_cores(), strict=True)
-    ]
+def engine_plans(recipes: Mapping[str, ModelRecipe], models: Path, **sizes: Any) -> list[EnginePlan]:
+    """One for each recipe. `sizes`: fields of the plan, the same for all engines or, as a mapping, by engine."""
+
+    def of(engine: str) -> dict[str, Any]:
+        return {name: size[engine] if isinstance(size, Mapping) else size for name, size in sizes.items()}
+
+    return [EnginePlan(name=engine, recipe=recipe, models=models, **of(engine)) for engine, recipe in recipes.items()]
 
 
-def on_one_core(
-    recipes: Mapping[str, ModelRecipe], models_dir: Path, *, max_model_len: int, share_bytes: int, batched_tokens: int
-) -> list[EnginePlan]:
-    """Engines that all compute on one core, as on one device, and have the other core for the rest of their
-    processes."""
-    core, *more = dict.fromkeys(two_cores())
-    return [
-        EnginePlan(
-            name=name,
-            recipe=recipe,
-            model_path=ensure_model(recipe, models_dir),
-            max_model_len=max_model_len,
-            core=core,
-            more_cores=tuple(more),
-            share_bytes=share_bytes,
-            batched_tokens=batched_tokens,
-        )
-        for name, recipe in recipes.items()
-    ]
+def a_core_each(engines: Sequence[EnginePlan]) -> list[EnginePlan]:
+    """Two engines that share memory, which is measured, and no compute."""
+    return [replace(engine, cores=(core,)) for engine, core in zip(engines, two_cores(), strict=True)]
+
+
+def on_one_core(engines: Iterable[EnginePlan]) -> list[EnginePlan]:
+    """All compute on one core, as on one device, and have the other core for the rest of their processes."""
+    cores = tuple(dict.fromkeys(two_cores()))
+    return [replace(engine, cores=cores) for engine in engines]
 
 
 def links_env(rates: Mapping[str, float]) -> dict[str, str]:
@@ -147,7 +119,7 @@ def links_env(rates: Mapping[str, float]) -> dict[str, str]:
     return {"POLDER_LINKS": ",".join(f"{name}={rate / 1e6:g}MB/s" for name, rate in rates.items())} if rates else {}
 
 
-def describe_engines(engines: Sequence[EnginePlan]) -> dict[str, Any]:
+def describe(engines: Sequence[EnginePlan]) -> dict[str, Any]:
     """What is the same in all arms, for the conditions of a result."""
     return {
         **{engine.name: engine.recipe.describe() for engine in engines},
@@ -162,55 +134,48 @@ def describe_engines(engines: Sequence[EnginePlan]) -> dict[str, Any]:
 def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
     """The fleet file whose budget is the sum of the engines' shares, and of their weights where those are elastic."""
     shares = sum(engine.share_bytes for engine in engines)
-    weights = [engine.weights_bytes for engine in engines if engine.weights == "elastic"]
-    budget = f'budget = "{shares + sum(weights)}B"' if weights else f'kv_budget = "{shares}B"'
-    host_bytes = sum((engine.tiers.host_bytes if engine.tiers else 0) + engine.window_bytes for engine in engines)
-    disks = sorted({disk for engine in engines if engine.tiers for disk in engine.tiers.disks})
+    weights = sum(weights_bytes(engine.recipe) for engine in engines if engine.weights == "elastic")
     page = max(engine.page_bytes for engine in engines)
-    lines = [
-        *("[server]", f"port = {port}", ""),
-        *("[memory]", 'device = "cpu:0"', budget),
-        *([f'page = "{page}B"'] if page != PAGE_BYTES else ()),
-        *([f'host = "{host_bytes}B"'] if host_bytes else ()),
-        *([f"disks = {_list(disks)}"] if disks else ()),
-        "",
-    ]
-    for engine in engines:
-        environment = ", ".join(f"{key} = {_quoted(value)}" for key, value in engine.environment().items())
-        lines += [
-            "[[model]]",
-            f'name = "{engine.name}"',
-            f'path = "{engine.model_path.resolve()}"',
-            f"max_model_len = {engine.max_model_len}",
-            f'share = "{engine.share_bytes}B"',
-            *(['weights = "elastic"'] if engine.weights == "elastic" else ()),
-            *_memory_lines(engine),
-            f'cpus = "{engine.cpus}"',
-            f"args = {_list(engine.arguments())}",
-            f"env = {{ {environment} }}",
-            "",
-        ]
-    return "\n".join(lines)
+    memory = {
+        "device": "cpu:0",
+        ("budget" if weights else "kv_budget"): f"{shares + weights}B",
+        "page": f"{page}B" if page != PAGE_BYTES else "",
+        "host": _size(sum(engine.host_bytes + engine.window_bytes for engine in engines)),
+        "disks": sorted({disk for engine in engines for disk in engine.disks}),
+    }
+    tables: list[tuple[str, Mapping[str, Any]]]
+    tables = [("[server]", {"port": port}), ("[memory]", memory), *(("[[model]]", _model(e)) for e in engines)]
+    lines = [[head, *(f"{key} = {_toml(value)}" for key, value in of.items() if value), ""] for head, of in tables]
+    return "\n".join(line for table in lines for line in table)
 
 
-def _memory_lines(engine: EnginePlan) -> list[str]:
-    """What an engine has beyond its share, as far as it differs from the defaults."""
-    tiers = engine.tiers or TierPlan()
-    fixed, windowed = engine.sizing == "fixed", engine.window_bytes > 0
-    return [
-        *([f'floor = "{engine.share_bytes}B"', f'ceiling = "{engine.share_bytes}B"'] if fixed else ()),
-        *([f"tiers = {_list(tiers.store_to)}"] if tiers.store_to else ()),
-        *([f'host = "{tiers.host_bytes}B"'] if tiers.host_bytes else ()),
-        *([f'lend = "{tiers.lend_bytes}B"'] if tiers.lend_bytes else ()),
-        *([f'window = "{engine.window_bytes}B"', f"window_layers = {engine.window_layers}"] if windowed else ()),
-    ]
+def _model(engine: EnginePlan) -> dict[str, Any]:
+    """Its table in the fleet file; what is empty is left out."""
+    share = _size(engine.share_bytes)
+    return {
+        "name": engine.name,
+        "path": str(engine.model_path()),
+        "max_model_len": engine.max_model_len,
+        "share": share,
+        **(dict.fromkeys(("floor", "ceiling"), share) if engine.sizing == "fixed" else {}),
+        "weights": "elastic" if engine.weights == "elastic" else "",
+        "tiers": engine.store_to,
+        "host": _size(engine.host_bytes),
+        "lend": _size(engine.lend_bytes),
+        "window": _size(engine.window_bytes),
+        "window_layers": engine.window_layers if engine.window_bytes else 0,
+        "cpus": engine.cpus,
+        "args": engine.arguments(),
+        "env": engine.environment(),
+    }
 
 
-def _list(texts: Iterable[str]) -> str:
-    return f"[{', '.join(map(_quoted, texts))}]"
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes}B" if size_bytes else ""
 
 
-def _quoted(text: str) -> str:
-    """A TOML basic string; no value of a bench holds quotes or backslashes."""
-    assert not set(text) & {'"', "\\"}, text
-    return f'"{text}"'
+def _toml(value: Any) -> str:
+    """Strings, numbers and lists are written in TOML as in JSON; a mapping becomes an inline table."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {json.dumps(of)}' for key, of in value.items())} }}"
+    return json.dumps(value)

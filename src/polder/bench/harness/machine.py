@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -32,13 +33,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {package: found for package in _PACKAGES if (found := _version(package))}
 
 
 def check_engine() -> None:
@@ -59,6 +54,13 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CpuTime:
     """CPU seconds since the machine's start."""
@@ -77,14 +79,10 @@ class CpuTime:
 
 
 def cpu_time() -> CpuTime:
-    of = psutil.cpu_times()
-    own_s = 0.0
-    me = psutil.Process()
+    of, me, own_s = psutil.cpu_times(), psutil.Process(), 0.0
     for process in (me, *me.children(recursive=True)):
-        try:
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile
             times = process.cpu_times()
-        except psutil.NoSuchProcess:  # ended meanwhile
-            continue
-        own_s += times.user + times.system
+            own_s += times.user + times.system
     busy_s = of.user + of.nice + of.system + of.irq + of.softirq
     return CpuTime(busy_s=busy_s, own_s=own_s, stolen_s=of.steal)

@@ -19,53 +19,45 @@ PLAIN_EVERY_S = 20.0
 class Stage:
     """One step of a bench while it goes on."""
 
-    def __init__(self, show: Callable[[float, float], None]) -> None:
-        self._show = show
+    def __init__(self, title: str, progress: Progress, say: Callable[[str], None]) -> None:
+        """`say`: for plain lines now and then."""
+        self._title, self._progress, self._say = title, progress, say
+        self._task = progress.add_task(title, total=None)
+        self._said_at = time.monotonic()
 
     def update(self, done: float, total: float) -> None:
         """How far it is, in any unit."""
-        self._show(done, total)
+        self._progress.update(self._task, completed=done, total=total)
+        if time.monotonic() - self._said_at >= PLAIN_EVERY_S:
+            self._said_at = time.monotonic()
+            self._say(f"{self._title}: {100 * done / total:.0f} %" if total else self._title)
 
 
 class Reporter:
     """Shows the steps on a console."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
         self._started = time.monotonic()
-
-    @contextmanager
-    def stage(self, title: str) -> Iterator[Stage]:
-        """Shows `title` with the time it takes, until the block ends."""
-        started = time.monotonic()
-        with (self._live if self._console.is_terminal else self._plain)(title) as stage:
-            yield stage
-        self.note(f"{title}: done in {time.monotonic() - started:.0f} s")
 
     def note(self, text: str) -> None:
         """One line that stays."""
         since = f"[{time.monotonic() - self._started:4.0f} s]"
-        self._console.print(f"{since} {text}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"{since} {text}", highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def _live(self, title: str) -> Iterator[Stage]:
+    def stage(self, title: str) -> Iterator[Stage]:
+        """Shows `title` with the time it takes, until the block ends."""
+        started, live = time.monotonic(), self.console.is_terminal
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
-        with Progress(*columns, console=self._console, transient=True, refresh_per_second=REFRESH_PER_S) as progress:
-            task = progress.add_task(title, total=None)
-            yield Stage(lambda done, total: progress.update(task, completed=done, total=total))
-
-    @contextmanager
-    def _plain(self, title: str) -> Iterator[Stage]:
-        said_at = time.monotonic()
-
-        def show(done: float, total: float) -> None:
-            nonlocal said_at
-            if time.monotonic() - said_at >= PLAIN_EVERY_S:
-                said_at = time.monotonic()
-                self.note(f"{title}: {100 * done / total:.0f} %" if total else title)
-
-        self.note(f"{title} ...")
-        yield Stage(show)
+        shown = Progress(
+            *columns, console=self.console, transient=True, refresh_per_second=REFRESH_PER_S, disable=not live
+        )
+        say = (lambda _: None) if live else self.note
+        say(f"{title} ...")
+        with shown as progress:
+            yield Stage(title, progress, say)
+        self.note(f"{title}: done in {time.monotonic() - started:.0f} s")
 
 
 @asynccontextmanager
@@ -82,4 +74,3 @@ async def following(stage: Stage, count: Callable[[], tuple[float, float]]) -> A
         yield
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from polder.bench.harness.arms import Arm
 from polder.bench.harness.control import WeightCounts
-from polder.bench.harness.driver import RequestRecord, Tally, Workload, measured_turns, play
+from polder.bench.harness.driver import (
+    ClosedLoop,
+    Played,
+    RequestRecord,
+    Tally,
+    Workload,
+    greedy,
+    measured_turns,
+    play,
+)
 from polder.bench.harness.machine import cpu_time, load_average
 from polder.bench.harness.progress import Stage, following
-from polder.bench.harness.scrape import gained
+from polder.bench.harness.scrape import PREEMPTIONS, gained
 from polder.bench.harness.timeline import Timeline, sampling
 
-__all__ = ["Run", "run_loads", "run_on", "warm"]
+__all__ = ["Run", "ask", "play_on", "run_loads"]
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -57,23 +66,28 @@ class Run(msgspec.Struct, kw_only=True):
         }
 
 
+async def play_on(arm: Arm, loads: Mapping[str, Workload], tally: Tally | None = None) -> Played:
+    """Loads by engine, through the arm's gateway."""
+    return await play({engine: (arm.url, load) for engine, load in loads.items()}, tally)
+
+
+def ask(arm: Arm, engine: str, prompt: Sequence[int], output_tokens: int) -> RequestRecord:
+    """One request by itself."""
+    load = ClosedLoop(users=[[greedy(engine, "alone", prompt, output_tokens)]])
+    return asyncio.run(play_on(arm, {engine: load})).records[engine][0]
+
+
 async def run_loads(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
-    """Each engine named under its load, from empty prefix caches."""
-    await asyncio.to_thread(arm.reset_prefix_caches)
-    return await run_on(arm, loads, stage)
-
-
-async def run_on(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
-    """Each engine named under its load, with what its caches hold."""
-    before, samples_before = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
+    """Each engine named under its load, with what its caches hold. Raises EnvironmentFault when an engine died."""
+    samples_before = await asyncio.to_thread(arm.samples)
     load_before, cpu_before = load_average(), cpu_time()
-    tally = Tally()
-    total = sum(map(measured_turns, loads.values()))
+    tally, total = Tally(), sum(map(measured_turns, loads.values()))
     async with sampling(arm.broker) as timeline, following(stage, lambda: (tally.ended, total)):
-        played = await play({engine: (arm.endpoint, load) for engine, load in loads.items()}, tally)
+        played = await play_on(arm, loads, tally)
     foreign_cpu_s = cpu_time().foreign_since(cpu_before)
-    after, samples_after = await asyncio.to_thread(arm.preemptions), await asyncio.to_thread(arm.samples)
+    samples_after = await asyncio.to_thread(arm.samples)
     await asyncio.to_thread(arm.check)
+    samples = {engine: gained(samples_before[engine], after) for engine, after in samples_after.items()}
     return Run(
         arm=arm.name,
         started_at=played.started_at,
@@ -83,12 +97,7 @@ async def run_on(arm: Arm, loads: Mapping[str, Workload], stage: Stage) -> Run:
         load_after=load_average(),
         foreign_cpu_s=foreign_cpu_s,
         records=played.records,
-        preemptions={engine: after[engine] - before[engine] for engine in after},
+        preemptions={engine: of.pop(PREEMPTIONS, 0.0) for engine, of in samples.items()},
         timeline=timeline,
-        samples={engine: gained(samples_before[engine], samples_after[engine]) for engine in samples_after},
+        samples=samples,
     )
-
-
-def warm(arm: Arm, loads: Mapping[str, Workload]) -> None:
-    """Plays loads that are not counted."""
-    asyncio.run(play({engine: (arm.endpoint, load) for engine, load in loads.items()}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -62,8 +63,8 @@ async def sampling(broker: Path | None) -> AsyncIterator[Timeline]:
             await task
 
 
-async def _sample(broker: Path, status: Status, timeline: Timeline) -> None:
-    first = status
+async def _sample(broker: Path, first: Status, timeline: Timeline) -> None:
+    status = first
     while True:
         timeline.samples.append(_look(status))
         await asyncio.sleep(SAMPLE_EVERY_S)
@@ -82,24 +83,20 @@ async def _sample(broker: Path, status: Status, timeline: Timeline) -> None:
 
 def new_givebacks(before: Sequence[float], now: Sequence[float]) -> list[float]:
     """What was appended since `before`. The broker keeps the last 512, so old entries may have left at the front."""
-    for gone in range(len(before) + 1):
-        kept = len(before) - gone
-        if list(before[gone:]) == list(now[:kept]):
-            return list(now[kept:])
-    raise AssertionError("unreachable: nothing kept always matches")
+    kept = next(n for n in range(len(before), -1, -1) if list(before[len(before) - n :]) == list(now[:n]))
+    return list(now[kept:])
 
 
 def _look(status: Status) -> MemorySample:
-    held: dict[str, int] = {}
+    page_bytes = {device.device: device.page_bytes for device in status.devices}
+    held: Counter[str] = Counter()
     for device in status.devices:
         for owner, pages in device.pages_by_owner.items():
-            engine = owner.rpartition("/")[0]
-            held[engine] = held.get(engine, 0) + pages * device.page_bytes
-    page_bytes = {device.device: device.page_bytes for device in status.devices}
+            held[owner.rpartition("/")[0]] += pages * device.page_bytes
     return MemorySample(
         t_s=perf_counter(),
         free_bytes=sum(device.free_pages * device.page_bytes for device in status.devices),
-        held_bytes=held,
+        held_bytes=dict(held),
         busy_bytes={
             engine.engine: sum(engine.busy_units * engine.pages_per_unit * page_bytes[d] for d in engine.devices)
             for engine in status.engines

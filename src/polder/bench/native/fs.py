@@ -1,6 +1,6 @@
 """vLLM's own tiers on the CPU platform, CPU memory over files: the native-fs arm of `polder bench turns`.
 
-As native_offload.py: the connector, the scheduler's half, promotion, the file tier with its 32 threads, and the
+As offload.py: the connector, the scheduler's half, promotion, the file tier with its 32 threads, and the
 eviction are vLLM's, unchanged; only the worker copies without CUDA. The file tier knows one folder and no disks, so it
 stands for a stripe over all of them: over emulated disks its reads and its writes go at the rate of all disks together.
 """
@@ -18,7 +18,6 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.fs import manager as fs_manager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from polder.bench.native.copy import BlockCopier
 from polder.bench.native.offload import CopyingWorker, device_blocks
 from polder.emulation.links import EmulatedLink
 
@@ -48,8 +47,7 @@ class NativeTieringSpec(TieringOffloadingSpec):  # type: ignore[misc]
         host = [region.create_next_worker_view(t.page_size_bytes).numpy().view(np.uint8) for t in kv_caches.tensors]
         for view in host:
             view[:] = 1  # no store is to pay for the page faults of its target
-        rate = float(self.extra_config.get("link_bytes_per_s") or 0) or None
-        return CopyingWorker(BlockCopier(device, host, link_bytes_per_s=rate), on_close=region.cleanup)
+        return CopyingWorker(device, host, float(self.extra_config.get("link_bytes_per_s") or 0), region.cleanup)
 
 
 def _paced(move: Callable[..., Any], link: EmulatedLink) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
-from polder.bench.native.copy import BlockCopier, Blocks
+from polder.bench.native.copy import Blocks, Copies
 
 __all__ = ["CopyingWorker", "NativeOffloadingSpec", "device_blocks"]
 
@@ -41,8 +42,7 @@ class NativeOffloadingSpec(CPUOffloadingSpec):  # type: ignore[misc]
         # reserved: no store is to pay for the page faults of its target.
         device = device_blocks(kv_caches, self.blocks_per_chunk)
         host = [np.full((self.num_chunks, blocks.shape[1]), 1, dtype=np.uint8) for blocks in device]
-        rate = float(self.extra_config.get("link_bytes_per_s") or 0) or None
-        return CopyingWorker(BlockCopier(device, host, link_bytes_per_s=rate))
+        return CopyingWorker(device, host, float(self.extra_config.get("link_bytes_per_s") or 0))
 
 
 def device_blocks(kv_caches: CanonicalKVCaches, blocks_per_chunk: int) -> list[Blocks]:
@@ -58,12 +58,22 @@ def device_blocks(kv_caches: CanonicalKVCaches, blocks_per_chunk: int) -> list[B
 class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
     """Copies by a thread for each direction."""
 
-    def __init__(self, copier: BlockCopier, on_close: Callable[[], None] = lambda: None) -> None:
-        self._copier, self._on_close = copier, on_close
+    def __init__(
+        self,
+        device: Sequence[Blocks],
+        host: Sequence[Blocks],
+        link_bytes_per_s: float,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`device[i]` and `host[i]` are the same layer."""
+        self._stores, self._loads = Copies(device, host, link_bytes_per_s), Copies(host, device, link_bytes_per_s)
+        self._jobs: dict[int, Future[tuple[int, float]]] = {}
+        """Those that vLLM was not told of yet."""
+        self._on_close = on_close
 
     def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec) -> bool:
         assert isinstance(dst_spec, BlockIDsLoadStoreSpec)
-        self._copier.store(job_id, src_spec.block_ids, dst_spec.block_ids)
+        self._jobs[job_id] = self._stores.submit(src_spec.block_ids, dst_spec.block_ids)
         return True
 
     def submit_load(
@@ -72,18 +82,21 @@ class CopyingWorker(OffloadingWorker):  # type: ignore[misc]
         """`expedited`: vLLM 0.33 sets it with sync_load_budget_bytes, which the bench does not; such loads are not
         hurried."""
         assert isinstance(src_spec, BlockIDsLoadStoreSpec)
-        self._copier.load(job_id, src_spec.block_ids, dst_spec.block_ids)
+        self._jobs[job_id] = self._loads.submit(src_spec.block_ids, dst_spec.block_ids)
         return True
 
     def get_finished(self) -> list[TransferResult]:
-        return [
-            TransferResult(done.job_id, done.error is None, done.size_bytes, done.seconds)
-            for done in self._copier.take_finished()
-        ]
+        over = {job_id: self._jobs.pop(job_id) for job_id, job in list(self._jobs.items()) if job.done()}
+        return [TransferResult(job_id, not job.exception(), *_moved(job)) for job_id, job in over.items()]
 
     def wait(self, job_ids: set[int]) -> None:
-        self._copier.wait(job_ids)
+        wait([self._jobs[job_id] for job_id in job_ids & self._jobs.keys()])
 
     def shutdown(self) -> None:
-        self._copier.close()
+        self._stores.close()
+        self._loads.close()
         self._on_close()
+
+
+def _moved(job: Future[tuple[int, float]]) -> tuple[int, float]:
+    return (0, 0.0) if job.exception() else job.result()

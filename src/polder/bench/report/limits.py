@@ -9,16 +9,28 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from polder.bench.report.metrics import Interval
 from polder.bench.report.result import BenchResult
 
 __all__ = [
-    *("Check", "Figure", "Limit", "Source", "Verdict", "at_least", "at_most", "check", "difference", "failed_requests"),
-    *("first_of", "highest", "judge", "mean", "none_different", "within_one_percent"),
+    *(
+        "Check",
+        "Figure",
+        "Limit",
+        "Relation",
+        "Source",
+        "Verdict",
+        "check",
+        "difference",
+        "failed_requests",
+        "first_of",
+    ),
+    *("highest", "judge", "mean", "none_different", "within_one_percent"),
 ]
 
+Relation = Literal["<", "<=", "==", ">=", ">"]
 _RELATIONS = {"<": operator.lt, "<=": operator.le, "==": operator.eq, ">=": operator.ge, ">": operator.gt}
 
 
@@ -33,7 +45,7 @@ Source = str | Callable[[BenchResult], Figure | None]
 
 class Limit(NamedTuple):
     figure: Source
-    relation: Literal["<", "<=", "==", ">=", ">"]
+    relation: Relation
     bound: float
     why: str = ""
     end: Literal["value", "low", "high"] = "value"
@@ -66,33 +78,31 @@ class Verdict(NamedTuple):
     detail: str
 
 
+def check(name: str, *limits: Limit | str) -> Check:
+    """`limits`: "polder/stock:A.ttft_p99_ms <= 0.31" is short for Limit("polder/stock:A.ttft_p99_ms", "<=", 0.31)."""
+
+    def parsed(text: str) -> Limit:
+        figure, relation, bound = text.split()
+        return Limit(figure, cast("Relation", relation), float(bound))
+
+    return Check(name, tuple(parsed(limit) if isinstance(limit, str) else limit for limit in limits))
+
+
 def judge(checks: Iterable[Check], result: BenchResult) -> list[Verdict]:
     """Verdicts of the checks whose first figure was measured."""
     verdicts = []
-    for check in checks:
-        found = [limit.judge(result) for limit in check.limits]
-        if found and found[0] is not None:
+    for name, limits in checks:
+        found = [limit.judge(result) for limit in limits]
+        if found[0] is not None:
             details = ", ".join(one[1] if one else "one figure is missing" for one in found)
-            verdicts.append(Verdict(check.name, all(one is not None and one[0] for one in found), details))
+            verdicts.append(Verdict(name, all(one is not None and one[0] for one in found), details))
     return verdicts
-
-
-def check(name: str, *limits: Limit) -> Check:
-    return Check(name, limits)
-
-
-def at_most(name: str, figure: Source, bound: float, why: str = "") -> Check:
-    return check(name, Limit(figure, "<=", bound, why))
-
-
-def at_least(name: str, figure: Source, bound: float, why: str = "") -> Check:
-    return check(name, Limit(figure, ">=", bound, why))
 
 
 def none_different(name: str, arm: str, *happened: str) -> Check:
     """No answer of `arm` differs from stock's, some were compared, and what had to happen meanwhile did happen."""
-    some = (Limit(f"{arm}:all.{metric}", ">", 0) for metric in ("answers_compared", *happened))
-    return check(name, Limit(f"{arm}:all.answers_different", "==", 0), *some)
+    some = (f"{arm}:all.{metric} > 0" for metric in ("answers_compared", *happened))
+    return check(name, f"{arm}:all.answers_different == 0", *some)
 
 
 def within_one_percent(name: str, arm: str, baseline: str, engine: str) -> Check:
@@ -123,7 +133,7 @@ def highest(keys: Iterable[str]) -> Source:
     return lambda result: max((found for key in known if (found := _figure(key, result))), default=None)
 
 
-def mean(keys: Iterable[str], *, label: str) -> Source:
+def mean(keys: Iterable[str], label: str) -> Source:
     """Their mean, if all were measured."""
     known = tuple(keys)
 

@@ -1,4 +1,4 @@
-"""Figures from the records of requests. Pure functions.
+"""Figures from the records of requests, of one arm over all of its runs, and intervals of two arms' ratios.
 
 Definitions:
 
@@ -8,26 +8,34 @@ Definitions:
 - Rates are over the time from the run's start to the end of the last measured request.
 - Goodput: requests per second that had TTFT <= 500 ms and a slowest tenth <= 100 ms.
 - Hit ratio: prompt tokens taken from a cache over all prompt tokens.
+- Load that is not measured counts nowhere; of a failed request only that it failed, and the time until its end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from polder.bench.harness.control import WEIGHT_COUNTERS
 from polder.bench.harness.driver import RequestRecord
+from polder.bench.harness.runs import Run
+from polder.bench.harness.scrape import TIER_HITS, summed
 
 __all__ = [
-    *("SLO_TBT_MS", "SLO_TTFT_MS", "Floats", "Interval", "Metric", "Metrics", "RunRecords", "bootstrap_interval"),
-    *("busy_seconds", "engine_metrics", "merged", "percentile", "quantile_ratio_intervals", "tbts_ms", "ttfts_ms"),
+    *("Interval", "Metric", "Metrics", "agent_metrics", "arm_metrics", "busy_seconds", "engine_metrics"),
+    *("exhausted_seconds", "good", "paired_interval", "percentile", "quantile_intervals", "ratio_intervals"),
+    *("tbts_ms", "ttfts_ms", "weight_metrics", "without_nan"),
 ]
 
-SLO_TTFT_MS = 500.0
-SLO_TBT_MS = 100.0
+SLO_TTFT_MS, SLO_TBT_MS = 500.0, 100.0
+QUANTILES = (50, 90, 99)
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+"""For intervals of percentiles."""
 MOST_DRAWN = 4_000_000
 """Values in memory while resampling."""
 
@@ -36,68 +44,22 @@ Metrics = dict[str, Metric]
 Interval = tuple[float, float]
 """(low, high), 95 %."""
 Floats = npt.NDArray[np.float64]
+Records = Sequence[RequestRecord]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunRecords:
-    """The measured requests of one engine, or of several, in one run."""
-
-    records: Sequence[RequestRecord]
-    preemptions: float = 0.0
-
-    @property
-    def counted(self) -> list[RequestRecord]:
-        return [record for record in self.records if record.measured]
-
-    @property
-    def good(self) -> list[RequestRecord]:
-        """Measured and answered in full."""
-        return [record for record in self.counted if not record.error]
-
-    @property
-    def span_s(self) -> float:
-        """From the run's start to the end of its last measured request."""
-        return max((record.end_s for record in self.counted), default=0.0)
+def good(records: Records) -> list[RequestRecord]:
+    """Measured and answered in full."""
+    return [record for record in records if record.measured and not record.error]
 
 
-def engine_metrics(runs: Sequence[RunRecords]) -> Metrics:
-    """Metrics of one engine over all runs of an arm: percentiles of the pooled requests, sums over summed time."""
-    good = [record for run in runs for record in run.good]
-    span_s = sum(run.span_s for run in runs)
-    ttft, tbt = ttfts_ms(good), tbts_ms(good)
-    worst = [_slowest_tenth_ms(record) for record in good if len(record.token_s) > 1]
-    prompt = sum(record.prompt_tokens for record in good)
-    cached = sum(record.cached_tokens for record in good)
-    hit = _ratio(cached, prompt)
-    within = [record for record in good if _within_slo(record)]
-    return {
-        "requests": float(len(good)),
-        "failed_requests": float(sum(bool(record.error) for run in runs for record in run.counted)),
-        "preemptions": sum(run.preemptions for run in runs),
-        "ttft_p50_ms": percentile(ttft, 50),
-        "ttft_p90_ms": percentile(ttft, 90),
-        "ttft_p99_ms": percentile(ttft, 99),
-        "ttft_mean_ms": float(np.mean(ttft)) if len(ttft) else math.nan,
-        "tbt_p50_ms": percentile(tbt, 50),
-        "tbt_p99_ms": percentile(tbt, 99),
-        "tbt_worst10_ms": float(np.mean(worst)) if worst else math.nan,
-        "latency_p50_ms": percentile([(r.end_s - r.scheduled_s) * 1e3 for r in good], 50),
-        "latency_p99_ms": percentile([(r.end_s - r.scheduled_s) * 1e3 for r in good], 99),
-        "output_tokens_per_s": _ratio(sum(len(record.token_s) for record in good), span_s),
-        "prompt_tokens_per_s": _ratio(prompt, span_s),
-        "computed_prompt_tokens_per_s": _ratio(prompt - cached, span_s),
-        "requests_per_s": _ratio(len(good), span_s),
-        "goodput_requests_per_s": _ratio(len(within), span_s),
-        "slo_ratio": _ratio(len(within), sum(len(run.counted) for run in runs)),
-        "makespan_s": _ratio(span_s, len(runs)),
-        "hit_ratio": hit,
-        "hit_ratio_by_tier": {"own": hit, "computed": 1.0 - hit},
-    }
-
-
-def ttfts_ms(records: Sequence[RequestRecord]) -> Floats:
+def ttfts_ms(records: Records) -> Floats:
     """TTFT of every answered request but the cold starts."""
     return np.array([(r.token_s[0] - r.scheduled_s) * 1e3 for r in records if r.token_s and not r.cold_start])
+
+
+def tbts_ms(records: Records) -> Floats:
+    """All times between two tokens of one request."""
+    return np.concatenate([np.diff(record.token_s) * 1e3 for record in records]) if records else np.empty(0)
 
 
 def percentile(values: Sequence[float] | Floats, q: float) -> float:
@@ -105,7 +67,12 @@ def percentile(values: Sequence[float] | Floats, q: float) -> float:
     return float(np.percentile(values, q)) if len(values) else math.nan
 
 
-def busy_seconds(records: Sequence[RequestRecord]) -> float:
+def without_nan(metrics: Mapping[str, Metric]) -> Metrics:
+    """Leaves out what could not be measured: JSON has no NaN."""
+    return {name: value for name, value in metrics.items() if isinstance(value, dict) or math.isfinite(value)}
+
+
+def busy_seconds(records: Records) -> float:
     """Time during which at least one request was in the engine: the union of [sent, end]."""
     total, until = 0.0, -math.inf
     for sent_s, end_s in sorted((record.sent_s, record.end_s) for record in records):
@@ -114,59 +81,36 @@ def busy_seconds(records: Sequence[RequestRecord]) -> float:
     return total
 
 
-def bootstrap_interval(
-    ratios: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(low, geometric mean, high) of paired ratios, by resampling the pairs (percentile bootstrap)."""
-    logs = np.log(np.asarray(ratios, dtype=np.float64))
-    draws = np.random.default_rng(seed).choice(logs, size=(resamples, len(logs))).mean(axis=1)
-    low, high = np.percentile(draws, [50 * (1 - confidence), 50 * (1 + confidence)])
-    return float(np.exp(low)), float(np.exp(logs.mean())), float(np.exp(high))
-
-
-def quantile_ratio_intervals(
-    arm: Sequence[float] | Floats,
-    baseline: Sequence[float] | Floats,
-    *,
-    quantiles: Sequence[int],
-    confidence: float = 0.95,
-    resamples: int = 1_000,
-    seed: int = 0,
-) -> list[Interval]:
-    """(low, high) of the ratio of two arms' percentiles, for each quantile, by resampling the values of each arm.
-
-    It shows how much a figure depends on the few requests in its tail. Requests of one run are not independent, so the
-    true interval is wider.
-    """
-    rng = np.random.default_rng(seed)
-
-    def draws(values: Sequence[float] | Floats) -> Floats:
-        """[resamples, quantiles]"""
-        sample = np.asarray(values, dtype=np.float64)
-        at_once = max(1, MOST_DRAWN // len(sample))
-        parts = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
-        found = [np.percentile(rng.choice(sample, (rows, len(sample))), quantiles, axis=1).T for rows in parts]
-        return np.concatenate(found)
-
-    ratios = draws(arm) / draws(baseline)
-    low, high = np.percentile(ratios, [50 * (1 - confidence), 50 * (1 + confidence)], axis=0)
-    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
-
-
-def merged(runs: Mapping[str, Sequence[RunRecords]]) -> list[RunRecords]:
-    """All engines of each run as one."""
-    return [
-        RunRecords(
-            records=[record for run in engines for record in run.records],
-            preemptions=sum(run.preemptions for run in engines),
-        )
-        for engines in zip(*runs.values(), strict=True)
-    ]
-
-
-def tbts_ms(records: Sequence[RequestRecord]) -> Floats:
-    """All times between two tokens of one request."""
-    return np.concatenate([np.diff(record.token_s) * 1e3 for record in records]) if records else np.empty(0)
+def engine_metrics(runs: Sequence[Records], preemptions: float = 0.0) -> Metrics:
+    """Metrics of one engine over all runs of an arm: percentiles of the pooled requests, sums over summed time."""
+    counted = [[record for record in run if record.measured] for run in runs]
+    answered = [record for run in counted for record in good(run)]
+    span_s = sum(max((record.end_s for record in run), default=0.0) for run in counted)
+    ttft, tbt = ttfts_ms(answered), tbts_ms(answered)
+    latency = [(r.end_s - r.scheduled_s) * 1e3 for r in answered]
+    worst = [_slowest_tenth_ms(record) for record in answered if len(record.token_s) > 1]
+    prompt = sum(record.prompt_tokens for record in answered)
+    cached = sum(record.cached_tokens for record in answered)
+    within, hit = sum(map(_within_slo, answered)), _ratio(cached, prompt)
+    return {
+        "requests": float(len(answered)),
+        "failed_requests": float(sum(bool(record.error) for run in counted for record in run)),
+        "preemptions": preemptions,
+        **{f"ttft_p{q}_ms": percentile(ttft, q) for q in QUANTILES},
+        "ttft_mean_ms": float(np.mean(ttft)) if len(ttft) else math.nan,
+        **{f"tbt_p{q}_ms": percentile(tbt, q) for q in (50, 99)},
+        "tbt_worst10_ms": float(np.mean(worst)) if worst else math.nan,
+        **{f"latency_p{q}_ms": percentile(latency, q) for q in (50, 99)},
+        "output_tokens_per_s": _ratio(sum(len(record.token_s) for record in answered), span_s),
+        "prompt_tokens_per_s": _ratio(prompt, span_s),
+        "computed_prompt_tokens_per_s": _ratio(prompt - cached, span_s),
+        "requests_per_s": _ratio(len(answered), span_s),
+        "goodput_requests_per_s": _ratio(within, span_s),
+        "slo_ratio": _ratio(within, sum(map(len, counted))),
+        "makespan_s": _ratio(span_s, len(runs)),
+        "hit_ratio": hit,
+        "hit_ratio_by_tier": {"own": hit, "computed": 1.0 - hit},
+    }
 
 
 def _slowest_tenth_ms(record: RequestRecord) -> float:
@@ -181,3 +125,141 @@ def _within_slo(record: RequestRecord) -> bool:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+# ---------------------------------------------------------------------- of an arm
+
+
+def arm_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
+    """Metrics of each engine that had requests and of "all", with give-backs and recalls where a broker was watched."""
+    used = [engine for engine in runs[0].records if any(run.records.get(engine) for run in runs)]
+    found: dict[str, Metrics] = {}
+    for name in (*used, "all"):
+        engines = used if name == "all" else [name]
+        records = [[record for engine in engines for record in run.records[engine]] for run in runs]
+        found[name] = engine_metrics(records, sum(run.preemptions[engine] for run in runs for engine in engines))
+        if any(run.timeline.samples for run in runs):
+            ms = [ms for run in runs for engine in engines for ms in run.timeline.giveback_ms.get(engine, [])]
+            found[name] |= {
+                "givebacks": float(len(ms)),
+                "giveback_p50_ms": percentile(ms, 50),
+                "giveback_p99_ms": percentile(ms, 99),
+                "giveback_max_ms": max(ms, default=math.nan),
+            }
+            if name == "all":
+                found[name]["recalls"] = float(sum(run.timeline.recalls for run in runs))
+                found[name]["overdue_recalls"] = float(sum(run.timeline.overdue for run in runs))
+    return {name: without_nan(metrics) for name, metrics in found.items()}
+
+
+def agent_metrics(runs: Sequence[Run], ideal: float | None) -> dict[str, Metrics]:
+    """As `arm_metrics`, with each engine's own counters, and the hit ratio of engine A split by who served it.
+
+    `ideal`: the hit ratio of A with a cache without limit; None: A is load only, so B alone is reported.
+    """
+    found = arm_metrics(runs)
+    counters = {engine: summed([run.samples.get(engine, {}) for run in runs]) for engine in ("A", "B")}
+    for engine, of in counters.items():
+        found[engine]["counters"] = of
+    if ideal is None:
+        return {"B": found["B"]}
+    hit, prompt = found["A"]["hit_ratio"], sum(r.prompt_tokens for run in runs for r in run.records["A"] if r.measured)
+    assert isinstance(hit, float)
+    tier = min(_ratio(counters["A"].get(TIER_HITS, 0.0), prompt), hit)
+    by_tier = {"own": hit - tier, "tiers": tier, "computed": 1.0 - hit}
+    found["A"] |= {"hit_ratio_of_ideal": hit / ideal, "tier_hit_ratio": tier, "hit_ratio_by_tier": by_tier}
+    return found
+
+
+def weight_metrics(runs: Sequence[Run], pool_tokens: Mapping[str, int], name: str) -> Metrics:
+    """What moved of the weights of one engine or of "all", and the part of the time in which stock's pool is too small.
+
+    `pool_tokens`: engine -> tokens that stock's pool holds. Engines without requests count in "all" too.
+    """
+    times = [
+        exhausted_seconds(run.records[engine], tokens)
+        for run in runs
+        for engine, tokens in pool_tokens.items()
+        if name in (engine, "all") and run.records.get(engine)
+    ]
+    busy_s, exhausted_s = np.sum(times, axis=0) if times else (0.0, 0.0)
+    gains = [gain for run in runs for engine, gain in run.weights.items() if name in (engine, "all")]
+    moved = {metric: sum(gain[metric] for gain in gains) for metric in WEIGHT_COUNTERS} if gains else {}
+    return {"kv_exhausted_part": float(_ratio(exhausted_s, busy_s)), **moved}
+
+
+def exhausted_seconds(records: Records, pool_tokens: int) -> tuple[float, float]:
+    """(time with requests, part of it in which their contexts together are more than `pool_tokens`), in seconds.
+
+    It counts what was asked for, not what the engine held: the same question to all arms, without any sampling.
+    """
+    changes = sorted(
+        (at_s, sign * (record.prompt_tokens + len(record.token_s)))
+        for record in records
+        if not record.error
+        for at_s, sign in ((record.sent_s, 1), (record.end_s, -1))
+    )
+    busy_s = exhausted_s = 0.0
+    wanted = 0
+    for (at_s, tokens), (until_s, _) in pairwise(changes):
+        wanted += tokens
+        busy_s += (until_s - at_s) * (wanted > 0)
+        exhausted_s += (until_s - at_s) * (wanted > pool_tokens)
+    return busy_s, exhausted_s
+
+
+# ---------------------------------------------------------------------- intervals, by bootstrap
+
+
+def ratio_intervals(
+    arm: Sequence[Run], baseline: Sequence[Run], *, name: str, engines: Iterable[str]
+) -> dict[str, Interval]:
+    """Intervals of `name` ("ARM/BASELINE") for percentiles of TTFT (requests resampled) and TBT (gaps resampled).
+
+    The engine "all" stands for all engines together.
+    """
+    intervals: dict[str, Interval] = {}
+    for engine in engines:
+        for metric, values in (("ttft", ttfts_ms), ("tbt", tbts_ms)):
+            over, under = (
+                values([r for run in runs for e, of in run.records.items() if engine in (e, "all") for r in good(of)])
+                for runs in (arm, baseline)
+            )
+            if len(over) and len(under):
+                found = quantile_intervals(over, under, QUANTILES)
+                keys = (f"{name}:{engine}.{metric}_p{q}_ms" for q in QUANTILES)
+                intervals |= dict(zip(keys, found, strict=True))
+    return intervals
+
+
+def quantile_intervals(arm: Floats, baseline: Floats, quantiles: Sequence[int]) -> list[Interval]:
+    """(low, high) of the ratio of two arms' percentiles, for each quantile, by resampling the values of each arm.
+
+    It shows how much a figure depends on the few requests in its tail. Requests of one run are not independent, so the
+    true interval is wider.
+    """
+    rng = np.random.default_rng(0)
+    over, under = (
+        _draws(of, lambda rows: np.percentile(rows, quantiles, axis=1).T, rng, RESAMPLES) for of in (arm, baseline)
+    )
+    low, high = _ends(over / under)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def paired_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """(low, geometric mean, high) of paired ratios, by resampling the pairs."""
+    logs = np.log(np.asarray(ratios, dtype=np.float64))
+    low, high = np.exp(_ends(_draws(logs, lambda rows: rows.mean(axis=1), np.random.default_rng(0), 10_000)))
+    return float(low), float(np.exp(logs.mean())), float(high)
+
+
+def _draws(values: Floats, statistic: Callable[[Floats], Floats], rng: np.random.Generator, count: int) -> Floats:
+    """The statistic of so many resamples; it gets [rows, values], as many rows at once as fit in memory."""
+    at_once = max(1, MOST_DRAWN // len(values))
+    parts = [min(at_once, count - done) for done in range(0, count, at_once)]
+    return np.concatenate([statistic(rng.choice(values, (rows, len(values)))) for rows in parts])
+
+
+def _ends(draws: Floats) -> Floats:
+    ends: Floats = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)], axis=0)
+    return ends

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,14 +15,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from polder.bench.harness.runs import Run
-from polder.bench.report.metrics import RunRecords, ttfts_ms
-from polder.bench.report.page import Plot
+from polder.bench.report.html import Plot
+from polder.bench.report.metrics import good, ttfts_ms
 from polder.bench.report.result import BenchResult
 
-__all__ = [
-    *("hit_ratio_over_time", "layouts", "memory_over_time", "panels", "svg", "sweep", "times_by_context"),
-    "ttft_distribution",
-]
+__all__ = ["curves", "hit_ratio_over_time", "layouts", "memory_over_time", "ttft_distribution"]
 
 COLOURS = {
     "stock": "#8a94a6",
@@ -51,41 +47,40 @@ WINDOW_S = 10.0
 MIB = 1 << 20
 
 
-@contextmanager
-def panels(rows: int, columns: int, *, height: float, **options: Any) -> Iterator[tuple[Figure, list[Any]]]:
+def _panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:
     """A figure of the page's width and its axes, in our style."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, height), layout="constrained")
-        yield figure, list(np.ravel(figure.subplots(rows, columns, **options)))
+        return figure, list(np.ravel(figure.subplots(rows, columns, **options)))
 
 
-def svg(figure: Figure) -> str:
+def _plot(title: str, text: str, figure: Figure) -> Plot:
     """The <svg> element alone, scaling with the page."""
     with matplotlib.rc_context(STYLE), io.StringIO() as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
-        text = file.getvalue()
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', text[text.index("<svg") :], count=1)
+        svg = file.getvalue()
+    return Plot(
+        title, text, re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'width="100%"', svg[svg.index("<svg") :], count=1)
+    )
 
 
 def ttft_distribution(runs: Sequence[Run]) -> Plot:
     """Share of requests whose first token came within x, an axis for each engine, a line for each arm."""
-    with panels(1, 2, height=3.6, sharey=True) as (figure, axes):
-        for axis, engine in zip(axes, ("A", "B"), strict=True):
-            for arm in ("stock", "polder"):
-                records = [record for run in runs if run.arm == arm for record in run.records.get(engine, [])]
-                values = np.sort(ttfts_ms(RunRecords(records=records).good))
-                if len(values):
-                    share = np.arange(1, len(values) + 1) / len(values)
-                    axis.plot(values, share, drawstyle="steps-post", color=COLOURS[arm], lw=2, label=arm)
-                    axis.plot([float(np.percentile(values, 99))], [0.99], "o", color=COLOURS[arm], ms=5)
-            axis.set(
-                xscale="log", xlabel="time to first token, ms (log scale)", title=f"Engine {engine}", ylim=(0, 1.02)
-            )
-            axis.axhline(0.99, color="#9ca3af", lw=0.8, ls=":")
-            axis.legend(loc="lower right")
-        axes[0].set_ylabel("share of requests")
-        text = "From the moment a request was due. Dots mark the 99th percentile."
-        return Plot("Time to first token", text, svg(figure))
+    figure, axes = _panels(1, 2, 3.6, sharey=True)
+    for axis, engine in zip(axes, ("A", "B"), strict=True):
+        for arm in ("stock", "polder"):
+            records = [record for run in runs if run.arm == arm for record in run.records.get(engine, [])]
+            values = np.sort(ttfts_ms(good(records)))
+            if len(values):
+                share = np.arange(1, len(values) + 1) / len(values)
+                axis.plot(values, share, drawstyle="steps-post", color=COLOURS[arm], lw=2, label=arm)
+                axis.plot([float(np.percentile(values, 99))], [0.99], "o", color=COLOURS[arm], ms=5)
+        axis.set(xscale="log", xlabel="time to first token, ms (log scale)", title=f"Engine {engine}", ylim=(0, 1.02))
+        axis.axhline(0.99, color="#9ca3af", lw=0.8, ls=":")
+        axis.legend(loc="lower right")
+    axes[0].set_ylabel("share of requests")
+    text = "From the moment a request was due. Dots mark the 99th percentile."
+    return _plot("Time to first token", text, figure)
 
 
 def memory_over_time(run: Run) -> Plot:
@@ -96,94 +91,83 @@ def memory_over_time(run: Run) -> Plot:
     busy = {e: np.array([s.busy_bytes.get(e, 0) for s in samples]) / MIB for e in ("A", "B")}
     free = np.array([sample.free_bytes for sample in samples]) / MIB
     total = held["A"] + free + held["B"]
-    with panels(2, 1, height=4.2, sharex=True, height_ratios=(5, 1)) as (figure, (axis, arrivals)):
-        colours = [COLOURS[name] for name in ("A", "free", "B")]
-        labels = ["held by A", "free", "held by B"]
-        areas = axis.stackplot(t, held["A"], free, held["B"], colors=colours, labels=labels, step="post", alpha=0.85)
-        in_use = {"color": "#111827", "lw": 1.0, "drawstyle": "steps-post"}
-        axis.plot(t, busy["A"], label="in use by running requests", **in_use)
-        axis.plot(t, total - busy["B"], **in_use)
-        axis.axhline(total.max(initial=0) / 2, color="white", lw=1, ls="--")
-        axis.set(ylabel="KV memory, MiB", ylim=(0, total.max(initial=1)), xlim=(0, t.max(initial=1)))
-        axis.legend(handles=[*areas, *axis.get_lines()[:1]], loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.12))
-        due = [record.scheduled_s for record in run.records.get("B", [])]
-        seconds = np.arange(0, max(t.max(initial=1), 1) + 1)
-        arrivals.bar(seconds[:-1], np.histogram(due, seconds)[0], width=1.0, align="edge", color=COLOURS["B"])
-        arrivals.set(xlabel="seconds", ylabel="B's req/s")
-        text = "First run of Polder. The dashed line is where stock cuts the budget in two."
-        return Plot("Memory by owner", text, svg(figure))
+    figure, (axis, arrivals) = _panels(2, 1, 4.2, sharex=True, height_ratios=(5, 1))
+    colours, labels = [COLOURS[name] for name in ("A", "free", "B")], ["held by A", "free", "held by B"]
+    areas = axis.stackplot(t, held["A"], free, held["B"], colors=colours, labels=labels, step="post", alpha=0.85)
+    in_use = {"color": "#111827", "lw": 1.0, "drawstyle": "steps-post"}
+    axis.plot(t, busy["A"], label="in use by running requests", **in_use)
+    axis.plot(t, total - busy["B"], **in_use)
+    axis.axhline(total.max(initial=0) / 2, color="white", lw=1, ls="--")
+    axis.set(ylabel="KV memory, MiB", ylim=(0, total.max(initial=1)), xlim=(0, t.max(initial=1)))
+    axis.legend(handles=[*areas, *axis.get_lines()[:1]], loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.12))
+    due = [record.scheduled_s for record in run.records.get("B", [])]
+    seconds = np.arange(0, max(t.max(initial=1), 1) + 1)
+    arrivals.bar(seconds[:-1], np.histogram(due, seconds)[0], width=1.0, align="edge", color=COLOURS["B"])
+    arrivals.set(xlabel="seconds", ylabel="B's req/s")
+    return _plot(
+        "Memory by owner", "First run of Polder. The dashed line is where stock cuts the budget in two.", figure
+    )
 
 
 def hit_ratio_over_time(runs: Sequence[Run]) -> Plot:
     """Prefix hit ratio of engine A's requests in windows, a line for each run."""
-    with panels(1, 1, height=2.9) as (figure, (axis,)):
-        for run in runs:
-            good = RunRecords(records=run.records["A"]).good
-            window = np.array([record.scheduled_s // WINDOW_S for record in good], dtype=np.int64)
-            prompt = np.bincount(window, weights=[record.prompt_tokens for record in good])
-            cached = np.bincount(window, weights=[record.cached_tokens for record in good])
-            there = prompt > 0
-            middle = (np.arange(len(prompt)) + 0.5) * WINDOW_S
-            label = run.arm if run.arm not in {line.get_label() for line in axis.get_lines()} else None
-            axis.plot(middle[there], cached[there] / prompt[there], "o-", ms=3, color=COLOURS[run.arm], label=label)
-        axis.set(xlabel=f"seconds (windows of {WINDOW_S:g} s)", ylabel="hit ratio of A", ylim=(0, 1))
-        axis.legend(loc="center right")
-        text = "Engine A. What the cache loses when B bursts comes back when B is idle."
-        return Plot("Hit ratio over time", text, svg(figure))
-
-
-def sweep(result: BenchResult, arms: Sequence[str], rates: Mapping[str, float], exhausted: Sequence[float]) -> Plot:
-    """All engines together against the rate (load -> rate), a line for each arm; shaded at the `exhausted` rates."""
-    shown = (
-        ("output_tokens_per_s", "output tokens per s", "linear"),
-        ("ttft_p99_ms", "TTFT p99, ms (log scale)", "log"),
-        ("tbt_p99_ms", "TBT p99, ms (log scale)", "log"),
+    figure, (axis,) = _panels(1, 1, 2.9)
+    for run in runs:
+        answered = good(run.records["A"])
+        window = np.array([record.scheduled_s // WINDOW_S for record in answered], dtype=np.int64)
+        prompt = np.bincount(window, weights=[record.prompt_tokens for record in answered])
+        cached = np.bincount(window, weights=[record.cached_tokens for record in answered])
+        there = prompt > 0
+        middle = (np.arange(len(prompt)) + 0.5) * WINDOW_S
+        label = run.arm if run.arm not in {line.get_label() for line in axis.get_lines()} else None
+        axis.plot(middle[there], cached[there] / prompt[there], "o-", ms=3, color=COLOURS[run.arm], label=label)
+    axis.set(xlabel=f"seconds (windows of {WINDOW_S:g} s)", ylabel="hit ratio of A", ylim=(0, 1))
+    axis.legend(loc="center right")
+    return _plot(
+        "Hit ratio over time", "Engine A. What the cache loses when B bursts comes back when B is idle.", figure
     )
-    with panels(1, len(shown), height=3.4) as (figure, axes):
-        for axis, (metric, title, scale) in zip(axes, shown, strict=True):
-            for arm in arms:
-                points = [(rate, result.figure(f"{arm}-{load}:all.{metric}")) for load, rate in rates.items()]
-                _line(axis, points, color=COLOURS[arm], label=arm)
-            for rate in exhausted:
-                axis.axvspan(rate - 0.1, rate + 0.1, color="#f3f4f6", zorder=0)
-            axis.set(xlabel="rate", title=title, yscale=scale)
-        axes[0].set_ylim(bottom=0)
-        axes[0].legend(loc="lower right")
-        text = "All models together. Shaded: rates at which the contexts asked for at once do not fit stock's pools."
-        return Plot("One model at a time", text, svg(figure))
 
 
-def times_by_context(result: BenchResult, lengths: Sequence[int]) -> Plot:
-    """TTFT and time between tokens against the context, a line for each arm."""
-    shown = {"ttft": "TTFT, ms (log scales)", "tbt": "TBT p50, ms (log scales)"}
-    with panels(1, 2, height=3.6) as (figure, axes):
-        for axis, (metric, title) in zip(axes, shown.items(), strict=True):
-            for arm in result.arms:
-                _line(axis, [(n, result.figure(f"{arm}:all.{metric}_{n}_ms")) for n in lengths], label=arm)
-            axis.set(xlabel="context, tokens", title=title, xscale="log", yscale="log")
-        axes[0].legend(loc="upper left")
-        return Plot("What a longer context costs", "", svg(figure))
+def curves(
+    result: BenchResult,
+    title: str,
+    text: str,
+    shown: Mapping[str, str],
+    arms: Iterable[str],
+    points: Mapping[float, str],
+    *,
+    xlabel: str,
+    shaded: Iterable[float] = (),
+    **axes_options: Any,
+) -> Plot:
+    """Figures against a number, a line for each arm. `shown`: an axis' title -> its figures' key, with {arm} and
+    {point}; `points`: number -> its name in keys. An axis is logarithmic where its title says so."""
+    figure, axes = _panels(1, len(shown), 3.5)
+    for axis, (heading, key) in zip(axes, shown.items(), strict=True):
+        for arm in arms:
+            found = [(x, result.figure(key.format(arm=arm, point=point))) for x, point in sorted(points.items())]
+            known = [(x, y) for x, y in found if y is not None]
+            if known:
+                axis.plot(*zip(*known, strict=True), "o-", ms=4, lw=2, color=COLOURS.get(arm), label=arm)
+        for x in shaded:
+            axis.axvspan(x - 0.1, x + 0.1, color="#f3f4f6", zorder=0)
+        axis.set(xlabel=xlabel, title=heading, yscale="log" if "(log" in heading else "linear", **axes_options)
+    axes[0].legend(loc="best")
+    return _plot(title, text, figure)
 
 
 def layouts(result: BenchResult, arms: Sequence[str], sets: Sequence[str], disks: str) -> Plot:
     """I/O time over polder's, bars for each arm, by access set."""
     sets = [name for name in sets if result.figure(f"polder:{name}-{disks}.io_time_s")]
     arms = [arm for arm in arms if arm in result.arms]
-    with panels(1, 1, height=3.6) as (figure, (axis,)):
-        width = 0.8 / len(arms)
-        for number, arm in enumerate(arms):
-            at = [place + (number - (len(arms) - 1) / 2) * width for place in range(len(sets))]
-            over = [result.figure(f"{arm}/polder:{name}-{disks}.io_time_s") or 0.0 for name in sets]
-            axis.bar(at, over, width, label=arm)
-        axis.axhline(1.0, color="#9ca3af", lw=0.8)
-        axis.set(ylabel="I/O time over polder's (log scale)", yscale="log")
-        axis.set_xticks(range(len(sets)), sets)
-        axis.legend(loc="upper left", ncols=4)
-        return Plot(f"I/O time of a step on {disks} disks", "", svg(figure))
-
-
-def _line(axis: Any, points: Sequence[tuple[float, float | None]], **style: Any) -> None:
-    """The points that were measured."""
-    known = [(x, y) for x, y in points if y is not None]
-    if known:
-        axis.plot(*zip(*sorted(known), strict=True), "o-", ms=4, lw=2, **style)
+    figure, (axis,) = _panels(1, 1, 3.6)
+    width = 0.8 / len(arms)
+    for number, arm in enumerate(arms):
+        at = np.arange(len(sets)) + (number - (len(arms) - 1) / 2) * width
+        over = [result.figure(f"{arm}/polder:{name}-{disks}.io_time_s") or 0.0 for name in sets]
+        axis.bar(at, over, width, label=arm)
+    axis.axhline(1.0, color="#9ca3af", lw=0.8)
+    axis.set(ylabel="I/O time over polder's (log scale)", yscale="log")
+    axis.set_xticks(range(len(sets)), sets)
+    axis.legend(loc="upper left", ncols=4)
+    return _plot(f"I/O time of a step on {disks} disks", "", figure)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import msgspec
 
 from polder.bench.report.metrics import Interval, Metric
 
-__all__ = ["Arms", "BenchResult", "ratios_over", "read_result", "without_nan", "write_result"]
+__all__ = ["Arms", "BenchResult", "ratios_over", "read_result", "write_result"]
 
 Arms = dict[str, dict[str, dict[str, Metric]]]
 """arm -> engine or "all" -> metric -> value. A metric that is a distribution (e.g. by tier) is a dict of numbers."""
@@ -65,21 +64,16 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return (found[0], found[1]) if found else None
 
 
-def without_nan(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Leaves out what could not be measured: JSON has no NaN."""
-    return {name: value for name, value in metrics.items() if isinstance(value, dict) or math.isfinite(value)}
-
-
 def ratios_over(arms: Arms, *, arm: str, baseline: str) -> dict[str, float]:
     """Ratios of every number that both arms have and that is not 0 in the baseline."""
-    ratios: dict[str, float] = {}
-    for engine in arms[arm].keys() & arms[baseline].keys():
-        over, under = arms[arm][engine], arms[baseline][engine]
-        for metric in over.keys() & under.keys():
-            a, b = over[metric], under[metric]
-            if not isinstance(a, dict) and not isinstance(b, dict) and b:
-                ratios[f"{arm}/{baseline}:{engine}.{metric}"] = a / b
-    return dict(sorted(ratios.items()))
+    return {
+        f"{arm}/{baseline}:{engine}.{metric}": over / under
+        for engine in sorted(arms[arm].keys() & arms[baseline].keys())
+        for metric, over in sorted(arms[arm][engine].items())
+        if not isinstance(over, dict)
+        and not isinstance(under := arms[baseline][engine].get(metric, 0.0), dict)
+        and under
+    }
 
 
 def write_result(result: BenchResult, path: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import rich.table
 from rich.console import Console
 
-from polder.bench.report.metrics import Metric
 from polder.bench.report.result import BenchResult
 
-__all__ = ["SHOWN", "Cell", "Table", "arm_tables", "cell", "figures", "metric_names", "print_tables", "same"]
+__all__ = ["SHOWN", "Table", "arm_tables", "figures", "metric_names", "print_tables", "same"]
 
 SHOWN = {
     "TTFT p50, ms": "ttft_p50_ms",
@@ -48,40 +47,24 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-class Cell(NamedTuple):
-    """Where the figure of a cell is found in the result."""
-
-    arm: str
-    engine: str
-    metric: str
-    baseline: str = ""
-    """Arm whose ratio stands behind the figure."""
-
-
-def cell(value: Metric | None, ratio: float | None = None) -> str:
-    """A figure as it stands in a table, with its ratio to a baseline's; empty when there is none."""
-    if value is None or isinstance(value, dict):
-        return ""
-    digits = 0 if value == int(value) or abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
-    return f"{value:,.{digits}f}" + (f" (x{ratio:.2f})" if ratio is not None else "")
-
-
 def figures(
     result: BenchResult,
     title: str,
     rows: Mapping[str, R],
     columns: Mapping[str, C],
-    at: Callable[[R, C], Cell],
+    at: Callable[[R, C], str],
     *,
+    baseline: str = "",
     scale: float = 1.0,
-) -> list[Table]:
-    """One table, or none when nothing of it was measured. Mappings are heading -> what `at` gets. Empty rows and
-    columns go."""
-    texts = {row: [_text(result, at(r, c), scale) for c in columns.values()] for row, r in rows.items()}
+) -> Iterator[Table]:
+    """One table, or none when nothing of it was measured. Mappings are heading -> what `at` gets, which names the cell's
+    figure, "ARM:ENGINE.METRIC". Its ratio to the arm `baseline` stands behind it. Empty rows and columns go."""
+    texts = {row: [_text(result, at(r, c), baseline, scale) for c in columns.values()] for row, r in rows.items()}
     kept = [number for number in range(len(columns)) if any(of[number] for of in texts.values())]
-    heads = list(columns)
-    body = [[row, *(of[number] for number in kept)] for row, of in texts.items() if any(of)]
-    return [Table(title, [heads[number] for number in kept], body)] if body else []
+    if kept:
+        heads = list(columns)
+        body = [[row, *(of[number] for number in kept)] for row, of in texts.items() if any(of)]
+        yield Table(title, [heads[number] for number in kept], body)
 
 
 def arm_tables(
@@ -89,21 +72,24 @@ def arm_tables(
     title: str,
     arms: Mapping[str, str],
     engine: str,
-    metrics: Mapping[str, str],
+    metrics: Mapping[str, str] | None = None,
     baseline: str = "",
-) -> list[Table]:
-    """Metrics (heading -> name) of one engine, a column for each arm (heading -> name), with its ratio to the
-    baseline's."""
-    return figures(result, title, metrics, arms, lambda metric, arm: Cell(arm, engine, metric, baseline))
+) -> Iterator[Table]:
+    """Metrics (heading -> name; None: all that there are) of one engine, a column for each arm (heading -> name)."""
+    shown = metric_names(result, arms.values()) if metrics is None else metrics
+    return figures(result, title, shown, arms, lambda metric, arm: f"{arm}:{engine}.{metric}", baseline=baseline)
 
 
-def _text(result: BenchResult, at: Cell, scale: float) -> str:
-    value = result.arms.get(at.arm, {}).get(at.engine, {}).get(at.metric)
-    if value is None or isinstance(value, dict):
+def _text(result: BenchResult, key: str, baseline: str, scale: float) -> str:
+    value = result.figure(key)
+    if value is None:
         return ""
-    key = f"{at.arm}/{at.baseline}:{at.engine}.{at.metric}"
-    text, interval = cell(value * scale, result.ratios.get(key)), result.interval(key) if at.baseline else None
-    return text.replace(")", f", {interval[0]:.2f}-{interval[1]:.2f})") if interval else text
+    value *= scale
+    digits = 0 if value == int(value) or abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
+    over = key.replace(":", f"/{baseline}:", 1)
+    ratio, interval = result.ratios.get(over) if baseline else None, result.interval(over)
+    ends = f", {interval[0]:.2f}-{interval[1]:.2f}" if interval else ""
+    return f"{value:,.{digits}f}" + (f" (x{ratio:.2f}{ends})" if ratio is not None else "")
 
 
 def same(names: Iterable[str]) -> dict[str, str]:
@@ -118,8 +104,7 @@ def metric_names(result: BenchResult, arms: Iterable[str]) -> dict[str, str]:
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:
     for title, columns, rows in tables:
-        table = rich.table.Table(title=title, title_justify="left", header_style="bold")
-        table.add_column("")
+        table = rich.table.Table("", title=title, title_justify="left", header_style="bold")
         for column in columns:
             table.add_column(column, justify="right")
         for row in rows:

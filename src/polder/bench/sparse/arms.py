@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,11 +34,11 @@ from polder.swarm.placement import anti_affine, with_replicas
 __all__ = [
     "ARMS",
     "ArmConfig",
+    "Known",
     "Layout",
     "cluster_per_disk",
     "cluster_striped",
     "hashed",
-    "packed_stages",
     "parts_of",
     "sequential",
     "stages",
@@ -48,18 +49,46 @@ RAID0_CHUNK_BYTES = 128 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmConfig:
+class Known:
+    """What layouts are made from. What does not depend on the disks takes longest, and is made once."""
+
     profile: Profile
     """Recorded sets of blocks."""
-    speeds: FloatArray
-    """[disks] pages a second, relative to each other."""
     page_blocks: int
     block_bytes: int
+    radius: float = 0.6
+    """Radius of Swarm's clusters."""
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_blocks * self.block_bytes
+
+    @cached_property
+    def clusters(self) -> Clusters:
+        return medoid_clusters(self.profile, radius=self.radius)
+
+    @cached_property
+    def packing(self) -> Packing:
+        return pack(self.profile, PackConfig(page_blocks=self.page_blocks))
+
+    @cached_property
+    def of_pages(self) -> Profile:
+        return self.profile.mapped(self.packing.page_of, size=self.packing.pages)
+
+    @cached_property
+    def page_order(self) -> IntArray:
+        """Of the pages on a disk."""
+        return reading_order(self.of_pages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    known: Known
+    speeds: FloatArray
+    """[disks] pages a second, relative to each other."""
     fixed_blocks: int | None = None
     """Blocks of a unit of the arm fixed-blocks; a page's if None. InfLLM's units have 128 tokens."""
     replica_share: float = 0.10
-    radius: float = 0.6
-    """Radius of Swarm's clusters."""
     seed: int = 0
 
     @property
@@ -67,8 +96,8 @@ class ArmConfig:
         return len(self.speeds)
 
     @property
-    def page_bytes(self) -> int:
-        return self.page_blocks * self.block_bytes
+    def blocks(self) -> int:
+        return self.known.profile.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,37 +176,35 @@ def cluster_striped(clusters: Clusters, disks: int, *, blocks: int) -> tuple[Int
 
 
 def _of_pages(config: ArmConfig, place: Callable[[int], IntArray], *, blocks: int | None = None) -> Layout:
-    page_blocks = blocks or config.page_blocks
-    unit_of = np.arange(config.profile.size) // page_blocks
+    page_blocks = blocks or config.known.page_blocks
+    unit_of = np.arange(config.blocks) // page_blocks
     return Layout(
         unit_of=unit_of,
-        unit_bytes=page_blocks * config.block_bytes,
+        unit_bytes=page_blocks * config.known.block_bytes,
         placement=Placement.of(place(int(unit_of[-1]) + 1), disks=config.disks),
     )
 
 
 def _of_blocks(config: ArmConfig, disk_of: IntArray, order: IntArray | None = None) -> Layout:
     return Layout(
-        unit_of=np.arange(config.profile.size),
-        unit_bytes=config.block_bytes,
+        unit_of=np.arange(config.blocks),
+        unit_bytes=config.known.block_bytes,
         placement=Placement.of(disk_of, disks=config.disks, order=order),
     )
 
 
 def _raid0(config: ArmConfig) -> Layout:
-    chunk = max(1, RAID0_CHUNK_BYTES // config.page_bytes)
+    chunk = max(1, RAID0_CHUNK_BYTES // config.known.page_bytes)
     return _of_pages(config, lambda pages: striped(pages, config.disks, chunk_units=chunk))
 
 
 def _cluster_per_disk(config: ArmConfig) -> Layout:
-    clusters = medoid_clusters(config.profile, radius=config.radius)
-    disk_of = cluster_per_disk(clusters, config.speeds, blocks=config.profile.size)
-    return _of_blocks(config, disk_of, cluster_striped(clusters, config.disks, blocks=config.profile.size)[1])
+    disk_of = cluster_per_disk(config.known.clusters, config.speeds, blocks=config.blocks)
+    return _of_blocks(config, disk_of, cluster_striped(config.known.clusters, config.disks, blocks=config.blocks)[1])
 
 
 def _swarm(config: ArmConfig) -> Layout:
-    clusters = medoid_clusters(config.profile, radius=config.radius)
-    return _of_blocks(config, *cluster_striped(clusters, config.disks, blocks=config.profile.size))
+    return _of_blocks(config, *cluster_striped(config.known.clusters, config.disks, blocks=config.blocks))
 
 
 def parts_of(packed: Layout, packing: Packing) -> Layout:
@@ -198,28 +225,22 @@ def parts_of(packed: Layout, packing: Packing) -> Layout:
 
 def stages(config: ArmConfig) -> dict[str, Layout]:
     """The steps from striped pages of successive blocks to `polder`, the last one."""
-    packing = pack(config.profile, PackConfig(page_blocks=config.page_blocks))
-    of_pages = config.profile.mapped(packing.page_of, size=packing.pages)
-    return packed_stages(config, packing, of_pages, reading_order(of_pages))
-
-
-def packed_stages(config: ArmConfig, packing: Packing, of_pages: Profile, order: IntArray) -> dict[str, Layout]:
-    """`stages`, given what does not depend on the disks: pages, their profile, and their order on a disk."""
-    disk_of = anti_affine(of_pages, config.speeds)
-    copies = with_replicas(disk_of, of_pages.counts(), config.speeds, share=config.replica_share)
-    tables = {"packing": striped(packing.pages, config.disks), "placement": disk_of, "replicas": copies}
+    known = config.known
+    disk_of = anti_affine(known.of_pages, config.speeds)
+    copies = with_replicas(disk_of, known.of_pages.counts(), config.speeds, share=config.replica_share)
+    tables = {"packing": striped(known.packing.pages, config.disks), "placement": disk_of, "replicas": copies}
     packed = {
         name: Layout(
-            unit_of=packing.page_of,
-            unit_bytes=config.page_bytes,
-            placement=Placement.of(table, disks=config.disks, order=order),
+            unit_of=known.packing.page_of,
+            unit_bytes=known.page_bytes,
+            placement=Placement.of(table, disks=config.disks, order=known.page_order),
         )
         for name, table in tables.items()
     }
     return {
         "striped": _of_pages(config, lambda pages: striped(pages, config.disks)),
         **packed,
-        "parts": parts_of(packed["replicas"], packing),
+        "parts": parts_of(packed["replicas"], known.packing),
     }
 
 
@@ -230,7 +251,7 @@ ARMS: dict[str, Callable[[ArmConfig], Layout]] = {
     "fixed-blocks": lambda config: _of_pages(
         config, lambda pages: striped(pages, config.disks), blocks=config.fixed_blocks
     ),
-    "no-cluster": lambda config: _of_blocks(config, striped(config.profile.size, config.disks)),
+    "no-cluster": lambda config: _of_blocks(config, striped(config.blocks, config.disks)),
     "cluster-per-disk": _cluster_per_disk,
     "swarm": _swarm,
     "polder-pages": lambda config: stages(config)["replicas"],

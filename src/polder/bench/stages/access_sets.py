@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import numpy as np
 
 from polder.arrays import BoolArray, IntArray
+from polder.bench.sparse.arms import Known
 from polder.bench.sparse.generator import PESSIMISTIC, Groups, Sticky, latent_groups, resident, sticky_clusters
 from polder.diskstore.model import PM9A3, DiskModel
 from polder.errors import ConfigError
@@ -21,15 +23,17 @@ from polder.sim.traces import Trace, load_trace
 from polder.swarm.activations import Profile
 
 __all__ = [
-    "DESCRIPTIONS",
-    "DISKS",
-    "ENTRY_BYTES",
-    "PAGE_BYTES",
-    "AccessSet",
-    "SetSizes",
-    "access_sets",
-    "disks_of",
-    "turn_reads",
+    *(
+        "DESCRIPTIONS",
+        "DISKS",
+        "ENTRY_BYTES",
+        "ENTRY_PAGE_BLOCKS",
+        "PAGE_BYTES",
+        "AccessSet",
+        "SetSizes",
+        "access_sets",
+    ),
+    *("disks_of", "from_disks", "turn_reads"),
 ]
 
 DISKS: dict[str, tuple[float, ...]] = {
@@ -74,18 +78,11 @@ class SetSizes:
     """Blocks of 4 KiB; `sticky-64k` has an eighth as many, of 64 KiB."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AccessSet:
+class AccessSet(NamedTuple):
     """Two parts of one run over the same blocks; layouts are made from the first and measured on the second."""
 
-    known: Profile
+    known: Known
     measured: Profile
-    block_bytes: int
-    page_blocks: int
-
-    @property
-    def page_bytes(self) -> int:
-        return self.block_bytes * self.page_blocks
 
 
 def disks_of(name: str, model: DiskModel = PM9A3) -> list[DiskModel]:
@@ -107,24 +104,22 @@ def _synthetic(name: str, sizes: SetSizes, seed: int) -> AccessSet:
     if name == "random":
         rng = np.random.default_rng(seed)
         sets = [rng.choice(RANDOM_BLOCKS, RANDOM_READS, replace=False) for _ in range(steps)]
-        return _parted(Profile.of(sets, size=RANDOM_BLOCKS), sizes, block_bytes=PAGE_BYTES, page_blocks=1)
+        return _parted(Profile.of(sets, size=RANDOM_BLOCKS), sizes, page_blocks=1)
     if name == "groups":
-        profile = latent_groups(Groups(blocks=blocks, steps=steps, seed=seed))
-        return _parted(profile, sizes, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
+        return _parted(latent_groups(Groups(blocks=blocks, steps=steps, seed=seed)), sizes)
     if name == "sticky-64k":
-        config = Sticky(blocks=blocks // 8, steps=steps, seed=seed, window=64)
-        return _parted(_from_disks(config), sizes, block_bytes=PAGE_BYTES, page_blocks=1)
-    config = Sticky(blocks=blocks, steps=steps, seed=seed)
-    if name == "pessimistic":
-        config = replace(PESSIMISTIC, blocks=blocks, steps=steps, seed=seed)
-    return _parted(_from_disks(config), sizes, block_bytes=ENTRY_BYTES, page_blocks=ENTRY_PAGE_BLOCKS)
+        return _parted(from_disks(Sticky(blocks=blocks // 8, steps=steps, seed=seed, window=64)), sizes, page_blocks=1)
+    config = PESSIMISTIC if name == "pessimistic" else Sticky(blocks=blocks, steps=steps)
+    return _parted(from_disks(replace(config, blocks=blocks, steps=steps, seed=seed)), sizes)
 
 
-def _from_disks(config: Sticky) -> Profile:
-    """Without what is always in memory."""
-    (profile,) = sticky_clusters(config)
-    kept = np.where(resident(config), np.int64(-1), np.arange(config.blocks))
-    return profile.mapped(kept, size=config.blocks)
+def from_disks(*configs: Sticky) -> Profile:
+    """Equal parts of each in turn, without what is always in memory."""
+    profiles, steps = [sticky_clusters(config)[0] for config in configs], configs[0].steps // len(configs)
+    parts = [profile.part(n * steps, (n + 1) * steps) for n, profile in enumerate(profiles)]
+    whole = Profile.of([step for part in parts for step in part], size=configs[0].blocks)
+    kept = np.where(resident(configs[0]), np.int64(-1), np.arange(whole.size))
+    return whole.mapped(kept, size=whole.size)
 
 
 def _conversations(trace: Trace, sizes: SetSizes) -> AccessSet:
@@ -134,7 +129,7 @@ def _conversations(trace: Trace, sizes: SetSizes) -> AccessSet:
     there = np.unique(np.concatenate(chosen))  # in order of first use, so that a prompt's blocks follow each other
     pages = trace.block_tokens // PAGE_TOKENS
     sets = [(np.searchsorted(there, blocks)[:, None] * pages + np.arange(pages)).reshape(-1) for blocks in chosen]
-    return _parted(Profile.of(sets, size=len(there) * pages), sizes, block_bytes=PAGE_BYTES, page_blocks=1)
+    return _parted(Profile.of(sets, size=len(there) * pages), sizes, page_blocks=1)
 
 
 def turn_reads(trace: Trace) -> list[IntArray]:
@@ -152,10 +147,6 @@ def turn_reads(trace: Trace) -> list[IntArray]:
     return reads
 
 
-def _parted(profile: Profile, sizes: SetSizes, *, block_bytes: int, page_blocks: int) -> AccessSet:
-    return AccessSet(
-        known=profile.part(0, sizes.known_steps),
-        measured=profile.part(sizes.known_steps, profile.steps),
-        block_bytes=block_bytes,
-        page_blocks=page_blocks,
-    )
+def _parted(profile: Profile, sizes: SetSizes, *, page_blocks: int = ENTRY_PAGE_BLOCKS) -> AccessSet:
+    known, measured = profile.part(0, sizes.known_steps), profile.part(sizes.known_steps, profile.steps)
+    return AccessSet(Known(profile=known, page_blocks=page_blocks, block_bytes=PAGE_BYTES // page_blocks), measured)

@@ -2,35 +2,33 @@
 
 Each answer, prompt and decoded tokens, is compared with that of the arm `enough`, stock with memory for all of it. What
 copies of windowed blocks should cost is planned from what `enough` takes for the same context
-(planner/context_cost.py): each layer's windowed blocks arrive before its attention, in the window's order, at the rate
+(planner/context_cost): each layer's windowed blocks arrive before its attention, in the window's order, at the rate
 and with the cost that the engine measured at its start.
 """
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from polder.bench.harness.arms import Arm
 from polder.bench.harness.control import engine_status
-from polder.bench.harness.driver import ClosedLoop, RequestRecord, play
+from polder.bench.harness.driver import RequestRecord
 from polder.bench.harness.engines import BLOCK_TOKENS
 from polder.bench.harness.progress import Stage
+from polder.bench.harness.runs import ask
 from polder.bench.report.metrics import Metrics, percentile, tbts_ms, ttfts_ms
-from polder.bench.workloads.prompts import prompt_of, single
 from polder.bench.workloads.tenants import VOCAB
-from polder.broker import client
+from polder.bench.workloads.traces import drawn_prompt
 from polder.errors import EnvironmentFault
 from polder.metrics import WINDOW_POINTS
 from polder.planner.context_cost import Stream, even_step_seconds
 
-__all__ = ["OUTPUT_TOKENS", "Answer", "Contexts", "Shape", "measured_stream", "planned_tbt_ms", "planned_ttft_ms"]
+__all__ = ["OUTPUT_TOKENS", "Contexts", "Shape", "planned_tbt_ms", "planned_ttft_ms"]
 
 OUTPUT_TOKENS = 64
 SHORT_TOKENS = 4 * BLOCK_TOKENS
@@ -43,8 +41,7 @@ class Answer(NamedTuple):
     """Median."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(NamedTuple):
     """What a windowed arm streams."""
 
     layers: int
@@ -56,16 +53,15 @@ class Shape:
     """Tokens of a context that is alone -> its blocks that the regular units have no room for."""
 
 
-@dataclass(kw_only=True)
 class Contexts:
-    """Asks the arms, one context at a time."""
+    """Asks the arms, one context at a time, `enough` before all others."""
 
-    engine: str
-    seed: int
-    found: dict[str, Metrics] = field(default_factory=dict)
-    """Arm -> metrics."""
-    expected: dict[int, Answer] = field(default_factory=dict)
-    """Tokens of a context -> the answer of `enough`."""
+    def __init__(self, engine: str, seed: int) -> None:
+        self.found: dict[str, Metrics] = {}
+        """Arm -> metrics."""
+        self._engine, self._seed = engine, seed
+        self._expected: dict[int, Answer] = {}
+        """Tokens of a context -> the answer of `enough`."""
 
     def grow(
         self,
@@ -75,39 +71,40 @@ class Contexts:
         *,
         shape: Shape | None,
         stage: Stage,
-        after: Callable[[int], None] = lambda _: None,
+        after: Callable[[int], None],
     ) -> None:
-        """The arm at its lengths, `enough` before all others. `shape`: what it streams; None: a stock arm. `after`:
-        called with each length once it was measured."""
-        found = self.found.setdefault(name, {"answers_compared": 0.0, "answers_different": 0.0})
-        self.ask(arm, SHORT_TOKENS, entropy=1)  # all code has run once
+        """The arm at its lengths. `shape`: what it streams; None: a stock arm. `after`: called with each length once it
+        was measured."""
+        found = self.found.setdefault(name, {})
+        compared = different = 0
+        self._ask(arm, SHORT_TOKENS, entropy=1)  # all code has run once
         for number, length in enumerate(lengths, start=1):
-            answer = self.ask(arm, length, entropy=0)
+            answer = self._ask(arm, length, entropy=0)
             found[f"ttft_{length}_ms"], found[f"tbt_{length}_ms"] = answer.ttft_ms, answer.tbt_ms
             if name == "enough":
-                self.expected[length] = answer
+                self._expected[length] = answer
             else:
-                _count(found, "answers_compared", 1)
-                _count(found, "answers_different", answer.tokens != self.expected[length].tokens)
+                compared += 1
+                different += answer.tokens != self._expected[length].tokens
                 found["context_tokens"] = float(length)
             if shape is not None:
                 found[f"windowed_{length}_blocks"] = float(shape.windowed_blocks(length - OUTPUT_TOKENS // 2))
             after(length)
             stage.update(number, len(lengths))
-        longest = lengths[-1]
+        found["answers_compared"], found["answers_different"] = float(compared), float(different)
         # One block more is refused, and a short request served after it.
-        found["refused_beyond"] = float(bool(self._play(arm, longest + BLOCK_TOKENS, entropy=2)[0].error))
-        self.ask(arm, SHORT_TOKENS, entropy=3)
+        found["refused_beyond"] = float(bool(self._play(arm, lengths[-1] + BLOCK_TOKENS, entropy=2).error))
+        self._ask(arm, SHORT_TOKENS, entropy=3)
 
     def plan(self, name: str, arm: Arm, length: int, shape: Shape, enough: Arm) -> None:
         """What the copies should cost, by the engine's own measurements, beside what was measured."""
         assert arm.broker is not None
-        stream = measured_stream(engine_status(client.status(arm.broker), self.engine).stats, shape)
-        found, stock = self.found[name], {n: answer.ttft_ms for n, answer in self.expected.items()}
+        stream = _measured_stream(engine_status(arm.broker, self._engine).stats, shape)
+        found, stock = self.found[name], {n: answer.ttft_ms for n, answer in self._expected.items()}
         found["windowed_step_more_ms"] = 1e3 * max((more_s for _, more_s in stream.least_s), default=0.0)
         found["link_bytes_per_s"], found["layer_overhead_us"] = stream.link_bytes_per_s, 1e6 * stream.overhead_s
         found["contention_s_per_gb"] = 1e9 * stream.contention_s_per_byte
-        step_ms = self.ask(enough, length, entropy=0).tbt_ms  # now: the machine changes with what others do
+        step_ms = self._ask(enough, length, entropy=0).tbt_ms  # now: the machine changes with what others do
         found[f"enough_tbt_{length}_ms"] = step_ms
         found[f"planned_ttft_{length}_ms"] = planned_ttft_ms(shape, stream, length, stock)
         found[f"planned_tbt_{length}_ms"] = planned_tbt_ms(shape, stream, length, step_ms)
@@ -118,25 +115,24 @@ class Contexts:
         for number in range(samples):
             for name in list(arms)[:: -1 if number % 2 else 1]:
                 time.sleep(arms[name].quiet_s)
-                times[name].append(self.ask(arms[name], length, entropy=10 + number).ttft_ms)
+                times[name].append(self._ask(arms[name], length, entropy=10 + number).ttft_ms)
             stage.update(number + 1, samples)
         for name, ttfts in times.items():
             self.found[name]["ttft_stocks_longest_ms"] = statistics.median(ttfts)
 
-    def ask(self, arm: Arm, length: int, *, entropy: int) -> Answer:
+    def _ask(self, arm: Arm, length: int, *, entropy: int) -> Answer:
         """Raises EnvironmentFault when the request fails."""
-        records = self._play(arm, length, entropy)
-        if records[0].error:
-            raise EnvironmentFault(f"{arm.name}: a context of {length} tokens failed: {records[0].error}")
-        return Answer(records[0].output_ids, percentile(ttfts_ms(records), 50), percentile(tbts_ms(records), 50))
+        record = self._play(arm, length, entropy=entropy)
+        if record.error:
+            raise EnvironmentFault(f"{arm.name}: a context of {length} tokens failed: {record.error}")
+        return Answer(record.output_ids, percentile(ttfts_ms([record]), 50), percentile(tbts_ms([record]), 50))
 
-    def _play(self, arm: Arm, length: int, entropy: int) -> list[RequestRecord]:
-        prompt = prompt_of(length - OUTPUT_TOKENS, (self.seed, length, entropy), vocab=VOCAB)
-        load = ClosedLoop(users=[[single(self.engine, f"{length}", prompt, output_tokens=OUTPUT_TOKENS)]])
-        return asyncio.run(play({self.engine: (arm.endpoint, load)})).records[self.engine]
+    def _play(self, arm: Arm, length: int, *, entropy: int) -> RequestRecord:
+        prompt = drawn_prompt(length - OUTPUT_TOKENS, (self._seed, length, entropy), VOCAB)
+        return ask(arm, self._engine, prompt, OUTPUT_TOKENS)
 
 
-def measured_stream(stats: Mapping[str, float], shape: Shape) -> Stream:
+def _measured_stream(stats: Mapping[str, float], shape: Shape) -> Stream:
     """What an engine measured at its start, from its counters."""
     steps = [
         (stats[f"window_measured_{point}_blocks"] * shape.block_bytes, stats[f"window_measured_{point}_seconds"])
@@ -186,9 +182,3 @@ def _step_ms(shape: Shape, stream: Stream, compute_ms: float, *, loaded: int, st
     load_bytes, store_bytes = loaded * shape.block_bytes, stored * shape.block_bytes
     step_s = even_step_seconds(compute_ms / 1e3, shape.layers, stream, load_bytes=load_bytes, store_bytes=store_bytes)
     return 1e3 * step_s
-
-
-def _count(found: Metrics, metric: str, more: float) -> None:
-    value = found[metric]
-    assert isinstance(value, float)
-    found[metric] = value + more

@@ -11,19 +11,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from polder.bench.harness import control
 from polder.bench.harness.arms import Arm
-from polder.bench.harness.control import REPORT_S
-from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, play
-from polder.bench.harness.scrape import TIER_HITS, gained
+from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, greedy
+from polder.bench.harness.runs import play_on
+from polder.bench.harness.scrape import PREEMPTIONS, TIER_HITS
 from polder.bench.report.metrics import Metrics
-from polder.bench.workloads.prompts import single
+from polder.bench.workloads.agents import questions
+from polder.bench.workloads.tenants import VOCAB
 from polder.broker import client
 from polder.broker.wire import Resize, Sleep
 
-__all__ = ["MOVE_COUNTERS", "OUTPUT_TOKENS", "Act", "Answered", "Round", "answer", "compare"]
+__all__ = [
+    *("MOVE_COUNTERS", "OUTPUT_TOKENS", "SLEEPING_ENGINES", "Answered", "Round", "answer", "compare", "resizing"),
+    *("sleeping", "taking_back"),
+]
 
 OUTPUT_TOKENS = 96
 MOVE_COUNTERS = {
@@ -35,63 +40,78 @@ MOVE_COUNTERS = {
 }
 """Metric -> engine's counter: what has to happen while answers are compared, or their equality says nothing."""
 
-Answers = dict[str, list[int]]
-"""Request key -> output token ids."""
-Questions = Mapping[str, Sequence[tuple[str, list[int]]]]
-"""Model -> (key, prompt's token ids)."""
+
+class Round(NamedTuple):
+    asked: Mapping[str, Mapping[str, Sequence[int]]]
+    """Engine -> key -> prompt."""
+    acts: Mapping[float, Resize | Sleep]
+    """What the broker is told once this part of the round's output tokens has come; only where there is a broker."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Act:
-    """Send `message` to the broker once the fraction `at` of the round's output tokens has come."""
-
-    at: float
-    message: Resize | Sleep
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    asked: Questions
-    acts: tuple[Act, ...] = ()
-    """Only where there is a broker."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
+class Answered(NamedTuple):
     """All rounds of one arm."""
 
-    rounds: list[Answers]
+    rounds: list[dict[str, list[int]]]
+    """Key -> output token ids."""
     cached_tokens: float
     """Prompt tokens of all engines that came from a pool or a tier."""
     counts: Metrics
     """What happened to memory meanwhile, over all engines."""
 
 
-async def answer(arm: Arm, rounds: Sequence[Round], counters: Mapping[str, str], *, settle_s: float) -> Answered:
+def answer(arm: Arm, rounds: Sequence[Round], counters: Mapping[str, str], *, settle_s: float) -> Answered:
     """Asks the arm all rounds, from empty caches. Raises what a message to the broker raised.
 
     `counters`: metric -> engine's counter. `settle_s`: between rounds, in which stores end and idle engines fall
     asleep.
     """
-    await asyncio.to_thread(arm.reset_prefix_caches)
-    before, preempted = await asyncio.to_thread(arm.samples), await asyncio.to_thread(arm.preemptions)
-    counted = await asyncio.to_thread(_counts, arm.broker, counters, after_s=0.0)
-    answers: list[Answers] = []
+    arm.reset_prefix_caches()
+    before = _counts(arm, counters)
+    answers: list[dict[str, list[int]]] = []
     cached_tokens = 0
     for one in rounds:
-        records = [r for of in (await _round(arm, one)).values() for r in of]
+        records = asyncio.run(_round(arm, one))
         answers.append({record.key: record.output_ids for record in records})
         cached_tokens += sum(record.cached_tokens for record in records)
-        await asyncio.sleep(settle_s)
-    after = await asyncio.to_thread(arm.samples)
-    await asyncio.to_thread(arm.check)
-    moved = await asyncio.to_thread(_counts, arm.broker, counters, after_s=REPORT_S)
-    counts: Metrics = {
-        "tier_hit_tokens": sum(gained(before[e], after[e]).get(TIER_HITS, 0.0) for e in after),
-        "preemptions": sum((await asyncio.to_thread(arm.preemptions)).values()) - sum(preempted.values()),
-        **{metric: count - counted[metric] for metric, count in moved.items()},
+        time.sleep(settle_s)
+    after = _counts(arm, counters)
+    arm.check()
+    return Answered(answers, float(cached_tokens), {metric: count - before[metric] for metric, count in after.items()})
+
+
+def _counts(arm: Arm, counters: Mapping[str, str]) -> dict[str, float]:
+    """Sums over all engines since their start."""
+    samples, engines = arm.samples().values(), control.counts(arm.broker, counters).values()
+    return {
+        "tier_hit_tokens": sum(of.get(TIER_HITS, 0.0) for of in samples),
+        "preemptions": sum(of.get(PREEMPTIONS, 0.0) for of in samples),
+        **{metric: sum(of[metric] for of in engines) for metric in counters if engines},
     }
-    return Answered(rounds=answers, cached_tokens=float(cached_tokens), counts=counts)
+
+
+async def _round(arm: Arm, one: Round) -> list[RequestRecord]:
+    loads = {
+        engine: ClosedLoop(users=[[greedy(engine, key, prompt, OUTPUT_TOKENS)] for key, prompt in asked.items()])
+        for engine, asked in one.asked.items()
+    }
+    tally, expected = Tally(), OUTPUT_TOKENS * sum(map(len, one.asked.values()))
+    acting = asyncio.create_task(_act(arm.broker, one.acts, tally, expected))
+    try:
+        played = await play_on(arm, loads, tally)
+    finally:
+        acting.cancel()  # ended long ago, unless requests failed
+    (outcome,) = await asyncio.gather(acting, return_exceptions=True)
+    if isinstance(outcome, Exception):  # a cancellation is none
+        raise outcome
+    return [record for records in played.records.values() for record in records]
+
+
+async def _act(broker: Path | None, acts: Mapping[float, Resize | Sleep], tally: Tally, expected: int) -> None:
+    if broker is not None:
+        for at, message in acts.items():
+            while tally.output_tokens < at * expected:
+                await asyncio.sleep(0.005)
+            await asyncio.to_thread(client.request, broker, message)
 
 
 def compare(stock: Answered, arm: Answered) -> Metrics:
@@ -110,36 +130,53 @@ def compare(stock: Answered, arm: Answered) -> Metrics:
     }
 
 
-async def _round(arm: Arm, one: Round) -> dict[str, list[RequestRecord]]:
-    workloads = {
-        model: ClosedLoop(users=[[single(model, key, ids, output_tokens=OUTPUT_TOKENS)] for key, ids in prompts])
-        for model, prompts in one.asked.items()
+# ---------------------------------------------------------------------- what is asked, and what is ordered meanwhile
+
+# Engine A in float32 has 1,024 tokens a unit; the questions of a round need about 8 units at their end.
+UNITS_AT = (
+    {0.0: 10, 0.15: 16, 0.35: 9, 0.55: 5, 0.75: 14},
+    {0.0: 12, 0.3: 16, 0.5: 4, 0.75: 14},
+)
+"""Sizes of engine A in each round, by the part of the round's tokens that has come: up, down with migration, down below
+what is in use so that requests are preempted, up again. The second round asks the first one's prompts again, which hits
+their prefixes."""
+
+SLEEPING_ENGINES = ("T1", "T2")
+SLEEPING_ROUNDS: tuple[tuple[tuple[str, ...], dict[float, Resize | Sleep]], ...] = (
+    (("T1", "T2"), {0.2: Resize(engine="T1", units=2), 0.5: Resize(engine="T1", units=0), 0.7: Sleep(engine="T2")}),
+    (("T1",), {0.0: Resize(engine="T1", units=12), 0.6: Resize(engine="T1", units=0)}),
+    (("T1", "T2"), {0.3: Resize(engine="T2", units=2), 0.5: Sleep(engine="T1"), 0.6: Resize(engine="T2", units=0)}),
+    (("T1", "T2"), {0.4: Sleep(engine="T2")}),
+    (("T2",), {}),
+)
+"""Who is asked in each round, and what is ordered once a part of the round's tokens has come. An engine that is told to sleep does
+once it is idle; then the memory of its weights becomes KV of the other. The next round's requests wake it. In float32 a unit is
+1,024 tokens: a share is 3 units, an engine's questions take about 5, and the weights of the other hold 12."""
+
+
+def resizing(seed: int) -> list[Round]:
+    """Engine A is resized in mid-decode."""
+    asked = {
+        "A": questions("A", count=12, longest=1200, seed=seed),
+        "B": questions("B", count=6, longest=700, seed=seed),
     }
-    tally = Tally()
-    expected = sum(map(len, one.asked.values())) * OUTPUT_TOKENS
-    acting = asyncio.create_task(_act(arm.broker, one.acts, tally, expected))
-    try:
-        played = await play({model: (arm.endpoint, load) for model, load in workloads.items()}, tally)
-    finally:
-        acting.cancel()  # ended long ago, unless requests failed
-    (outcome,) = await asyncio.gather(acting, return_exceptions=True)
-    if isinstance(outcome, Exception):  # a cancellation is none
-        raise outcome
-    return played.records
+    return [Round(asked, {at: Resize(engine="A", units=n) for at, n in units_at.items()}) for units_at in UNITS_AT]
 
 
-async def _act(broker: Path | None, acts: Sequence[Act], tally: Tally, expected: int) -> None:
-    for act in acts if broker is not None else ():
-        while tally.output_tokens < act.at * expected:
-            await asyncio.sleep(0.005)
-        assert broker is not None
-        await asyncio.to_thread(client.request, broker, act.message)
+def taking_back(seed: int) -> list[Round]:
+    """A's prompts are more than its pool holds, and the same in every round: what one round left behind comes from a tier.
+
+    B, which lends its idle memory in the first round, gets more prompts in the second than fit beside the loan.
+    """
+    of_a = questions("A", count=10, longest=1100, seed=seed)
+    few, many = (questions("B", count=n, longest=900, seed=s) for n, s in ((2, seed), (24, seed + 1)))
+    return [Round({"A": of_a, "B": of_b}, {}) for of_b in (few, many, few)]
 
 
-def _counts(broker: Path | None, counters: Mapping[str, str], *, after_s: float) -> dict[str, float]:
-    """Sums over all engines; nothing without a broker."""
-    if broker is None:
-        return {}
-    time.sleep(after_s)
-    engines = client.status(broker).engines
-    return {metric: sum(e.stats.get(counter, 0.0) for e in engines) for metric, counter in counters.items()}
+def sleeping(seed: int) -> list[Round]:
+    """Engines fall asleep and wake while the other answers."""
+    asked = {
+        engine: questions(engine, count=8, longest=700, seed=seed + number, vocab=VOCAB)
+        for number, engine in enumerate(SLEEPING_ENGINES)
+    }
+    return [Round({engine: asked[engine] for engine in engines}, acts) for engines, acts in SLEEPING_ROUNDS]

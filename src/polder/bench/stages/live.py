@@ -14,12 +14,12 @@ import numpy as np
 
 from polder.arrays import FloatArray, IntArray
 from polder.bench.report.metrics import Metrics
-from polder.bench.sparse.generator import Sticky, resident, sticky_clusters
+from polder.bench.sparse.generator import Sticky
 from polder.bench.sparse.lru import LruSet
-from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS, PAGE_BYTES, SetSizes, disks_of
-from polder.diskstore.disk import DiskConfig
+from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS, PAGE_BYTES, SetSizes, disks_of, from_disks
+from polder.bench.stages.layouts import REPLICA_SHARE
+from polder.bench.stages.wall import disk_configs
 from polder.diskstore.engine import ThreadEngine
-from polder.diskstore.model import DiskModel
 from polder.diskstore.store import DiskStore, StoreConfig
 from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 from polder.errors import IntegrityError
@@ -44,17 +44,11 @@ HOT_SHARE, AHEAD_SHARE, MEMORY_SHARE = 0.10, 0.05, 0.30
 
 def live_set(name: str, sizes: SetSizes) -> Profile:
     """Twice the known steps, of a quarter of the entries."""
-    blocks, steps = sizes.synthetic_blocks // 4, 2 * sizes.known_steps
-    config = Sticky(blocks=blocks, steps=steps, seed=sizes.seeds[0], window=64)
-    (profile,) = sticky_clusters(config)
-    if name == "drift":
-        (after,) = sticky_clusters(replace(config, seed=config.seed + 1))
-        profile = Profile.of([*profile.part(0, steps // 2), *after.part(steps // 2, steps)], size=blocks)
-    kept = np.where(resident(config), np.int64(-1), np.arange(blocks))
-    return profile.mapped(kept, size=blocks)
+    config = Sticky(blocks=sizes.synthetic_blocks // 4, steps=2 * sizes.known_steps, seed=sizes.seeds[0], window=64)
+    return from_disks(config, *([replace(config, seed=config.seed + 1)] if name == "drift" else []))
 
 
-def live_run(arm: str, profile: Profile, *, known_steps: int, replica_share: float, folder: Path) -> Metrics:
+def live_run(arm: str, profile: Profile, known_steps: int, folder: Path) -> Metrics:
     """Times are of a step, on average, of the disks alone: of the quarter before the first packing; of the steps before
     the middle, where reading changes in the set `drift`; of those after it; of the last quarter.
 
@@ -63,7 +57,9 @@ def live_run(arm: str, profile: Profile, *, known_steps: int, replica_share: flo
     """
     models = disks_of(LIVE_DISKS)
     clock = VirtualClock()
-    engine = EmulatedEngine(ThreadEngine(2), [_emulated(model, clock) for model in models])
+    engine = EmulatedEngine(
+        ThreadEngine(2), [EmulatedDisk(replace(model, latency_s=0.0), clock=clock) for model in models]
+    )
     store = DiskStore(_store_config(profile.size, len(models), folder), engine=engine)
     config = EntryConfig(
         disks=tuple(models),
@@ -71,7 +67,7 @@ def live_run(arm: str, profile: Profile, *, known_steps: int, replica_share: flo
         # What is not read ahead leaves its memory to what is hot.
         hot_bytes=_share(HOT_SHARE + (AHEAD_SHARE if arm == "live-no-ahead" else 0.0), profile.size),
         ahead_bytes=0 if arm == "live-no-ahead" else _share(AHEAD_SHARE, profile.size),
-        replica_share=replica_share,
+        replica_share=REPLICA_SHARE,
         learn_steps=known_steps // 2,
         ring_steps=known_steps,
     )
@@ -123,21 +119,10 @@ def _steps(
     return io_s, requests
 
 
-def _emulated(model: DiskModel, clock: VirtualClock) -> EmulatedDisk:
-    return EmulatedDisk(
-        replace(model, latency_s=0.0),
-        clock=clock,
-    )
-
-
 def _store_config(entries: int, disks: int, folder: Path) -> StoreConfig:
-    directories = [folder / f"disk{number}" for number in range(disks)]
-    for directory in directories:
-        directory.mkdir(parents=True)
-    # Twice what the entries take, for pages that move.
-    limit = 2 * entries * ENTRY_BYTES // disks + (8 << 20)
+    limit = 2 * entries * ENTRY_BYTES // disks + (8 << 20)  # twice what the entries take, for pages that move
     return StoreConfig(
-        disks=tuple(DiskConfig(directory=directory, limit_bytes=limit) for directory in directories),
+        disks=disk_configs(folder, [limit] * disks),
         page_bytes=PAGE_BYTES,
         parts=ENTRY_PAGE_BLOCKS,
         namespace="polder-bench-disks-live",

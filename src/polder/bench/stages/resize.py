@@ -11,20 +11,20 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
 from polder.bench.harness.arms import Arm
-from polder.bench.harness.control import engine_status_soon, resize
-from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, play
+from polder.bench.harness.control import engine_status, resize
+from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, greedy
 from polder.bench.harness.progress import Stage, following
-from polder.bench.report.metrics import Metrics, percentile
-from polder.bench.report.result import without_nan
+from polder.bench.harness.runs import play_on
+from polder.bench.report.metrics import Metrics, percentile, without_nan
 from polder.bench.stages.equality import MOVE_COUNTERS
-from polder.bench.workloads.prompts import questions, single
+from polder.bench.workloads.agents import questions
 from polder.broker import client
 from polder.broker.wire import Resize
 
@@ -40,8 +40,7 @@ SEEN_AFTER_S = 0.1
 """A gap counts to a resize if it touches the time from its start to so long after its end."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resized:
+class Resized(NamedTuple):
     """One resize. Times on the clock of perf_counter()."""
 
     grew: bool
@@ -55,38 +54,37 @@ async def resize_under_load(arm: Arm, *, stream_tokens: int, stage: Stage) -> Me
     """Shrinks and grows engine A in turn until its streams have ended."""
     broker = arm.broker
     assert broker is not None, "only an elastic arm can be resized"
-    before = await engine_status_soon(broker, "A")
+    before = engine_status(broker, "A")
     units = math.ceil(PAGES / before.pages_per_unit)
     large = SMALL_UNITS + units
-    await asyncio.to_thread(resize, broker, "A", large)
-    tally = Tally()
-    total = STREAMS * stream_tokens
-    async with following(stage, lambda: (tally.output_tokens, total)):
-        playing = asyncio.create_task(play({"A": (arm.endpoint, _streams(stream_tokens))}, tally))
+    resize(broker, "A", large)
+    asked = questions("A", count=STREAMS, longest=PROMPT_TOKENS, seed=7)
+    streams = ClosedLoop(users=[[greedy("A", key, prompt, stream_tokens)] for key, prompt in asked.items()])
+    tally, resized = Tally(), list[Resized]()
+    async with following(stage, lambda: (tally.output_tokens, STREAMS * stream_tokens)):
+        playing = asyncio.create_task(play_on(arm, {"A": streams}, tally))
         while tally.output_tokens < 5 * STREAMS and not playing.done():
             await asyncio.sleep(0.02)
-        resized: list[Resized] = []
         while not tally.ended and not playing.done():
             size = large if len(resized) % 2 else SMALL_UNITS
-            resized.append(await _resize(broker, size))
+            resized.append(await asyncio.to_thread(_resize, broker, size))
         played = await playing
-    await asyncio.to_thread(client.request, broker, Resize(engine="A", units=0))
-    after = await engine_status_soon(broker, "A")
-    return resize_metrics(resized, played.records["A"], started_at=played.started_at) | {
+    client.request(broker, Resize(engine="A", units=0))
+    after = engine_status(broker, "A")
+    moved = {name: MOVE_COUNTERS[name] for name in ("evicted_blocks", "migrated_blocks", "preemptions")}
+    return {
+        **resize_metrics(resized, played.records["A"], started_at=played.started_at),
         "pages": float(units * before.pages_per_unit),
-        **{
-            name: after.stats[MOVE_COUNTERS[name]] - before.stats[MOVE_COUNTERS[name]]
-            for name in ("evicted_blocks", "migrated_blocks", "preemptions")
-        },
+        **{name: after.stats[counter] - before.stats[counter] for name, counter in moved.items()},
     }
 
 
-async def _resize(broker: Path, units: int) -> Resized:
-    before = await engine_status_soon(broker, "A")
+def _resize(broker: Path, units: int) -> Resized:
+    before = engine_status(broker, "A")
     started = perf_counter()
-    await asyncio.to_thread(resize, broker, "A", units)
+    resize(broker, "A", units)
     ended = perf_counter()
-    after = await engine_status_soon(broker, "A", after_s=PAUSE_S)  # the engine reports its counters every 50 ms
+    after = engine_status(broker, "A", after_s=PAUSE_S)  # the engine reports its counters every 50 ms
     grew = units > before.held_units
     counter = "grow_seconds_total" if grew else "shrink_seconds_total"
     engine_ms = (after.stats[counter] - before.stats[counter]) * 1e3
@@ -119,8 +117,3 @@ def resize_metrics(resized: Sequence[Resized], records: Sequence[RequestRecord],
             found[f"{name}{metric}_p50_ms"] = percentile(values, 50)
             found[f"{name}{metric}_max_ms"] = max(values, default=math.nan)
     return without_nan(found)
-
-
-def _streams(tokens: int) -> ClosedLoop:
-    asked = questions(model="A", count=STREAMS, longest=PROMPT_TOKENS, seed=7)
-    return ClosedLoop(users=[[single("A", key, prompt, output_tokens=tokens)] for key, prompt in asked])

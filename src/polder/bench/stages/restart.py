@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from polder.bench.harness.arms import Arm, ArmSpec
 from polder.bench.harness.driver import RequestRecord
-from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, TierPlan, links_env
-from polder.bench.harness.pool import ArmPool
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, links_env
 from polder.bench.harness.progress import Stage
-from polder.bench.harness.runs import Run, run_loads, run_on
+from polder.bench.harness.runs import Run, run_loads
 from polder.bench.harness.scrape import summed
-from polder.bench.native.args import offloading_args
-from polder.bench.report.metrics import Metrics, RunRecords, engine_metrics
-from polder.bench.report.result import without_nan
-from polder.bench.workloads.agents import TURNS, USERS, agents, parted
+from polder.bench.native import offloading_args
+from polder.bench.report.metrics import Metrics, engine_metrics, good, without_nan
+from polder.bench.workloads.agents import TURNS, agents, parted
 from polder.bench.workloads.models import MODEL_A
 from polder.engines.vllm.tiers.disk import staged_pages
 
@@ -56,17 +55,15 @@ def restart_arm(name: str, engine: EnginePlan, folder: Path, engine_id: str, hos
     if name == "stock":
         return ArmSpec("stock", [engine])
     if name == "native-fs":
-        options: dict[str, object] = {"secondary_tiers": [{"type": "fs", "root_dir": str(folder.resolve() / "disk0")}]}
+        options: dict[str, Any] = {"secondary_tiers": [{"type": "fs", "root_dir": str(folder.resolve() / "disk0")}]}
         if host_bytes_per_s:
             options |= {"link_bytes_per_s": host_bytes_per_s, "disk_bytes_per_s": DISKS * DISK_BYTES_PER_S}
-        args = offloading_args(
-            spec="NativeTieringSpec", module="fs", cpu_bytes=NATIVE_BYTES, options=options, engine_id=engine_id
-        )
+        args = offloading_args("NativeTieringSpec", NATIVE_BYTES, engine_id=engine_id, **options)
         return ArmSpec("stock", [replace(engine, extra_args=args)])
     disks = tuple(f"{folder.resolve() / f'disk{n}'}:{DISK_BYTES}B" for n in range(DISKS))
-    tiers = TierPlan(store_to=("host", "disk"), host_bytes=HOST_BYTES, disks=disks)
     links = links_env({"host": host_bytes_per_s, "disk": DISK_BYTES_PER_S} if host_bytes_per_s else {})
-    return ArmSpec("polder", [replace(engine, sizing="fixed", tiers=tiers, extra_env=links)])
+    tiers = replace(engine, store_to=("host", "disk"), host_bytes=HOST_BYTES, disks=disks)
+    return ArmSpec("polder", [replace(tiers, sizing="fixed", extra_env=links)])
 
 
 def run_restart(
@@ -76,22 +73,23 @@ def run_restart(
     sessions: int,
     host_bytes_per_s: float | None,
     workdir: Path,
-    pool: Callable[[ArmSpec], AbstractContextManager[ArmPool]],
+    serving: Callable[[ArmSpec], AbstractContextManager[Arm]],
     stage: Callable[[str], AbstractContextManager[Stage]],
 ) -> list[Run]:
-    """Runs before and after the restart of one arm, on empty disks. Raises EnvironmentFault when an engine fails."""
+    """Runs before and after the restart of one arm, on empty disks. `serving`: has the arm up until its block ends. Raises
+    EnvironmentFault when an engine fails."""
     folder = workdir / f"restart-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     for number in range(DISKS):
         (folder / f"disk{number}").mkdir(parents=True)
-    before, after = parted(agents(model="A", users=USERS, sessions=sessions), TURNS_BEFORE, TURNS)
+    before, after = parted(agents(sessions=sessions), TURNS_BEFORE)
 
     @contextmanager
     def served() -> Iterator[Arm]:
         engine_id = f"polder-bench-{uuid.uuid4()}"  # its own: no engine opens, or loses, what is another's
         try:
-            with pool(restart_arm(name, engine, folder, engine_id, host_bytes_per_s)) as up:
-                yield up.get(name)
+            with serving(restart_arm(name, engine, folder, engine_id, host_bytes_per_s)) as up:
+                yield up
         finally:
             with suppress(OSError):  # vLLM's shutdown kills its engine core before that unlinks the file
                 offload_file(engine_id).unlink()
@@ -99,10 +97,11 @@ def run_restart(
     try:
         with served() as up:
             with stage(f"restart, {name}: the first {TURNS_BEFORE} turns of each session") as shown:
+                up.reset_prefix_caches()
                 first = asyncio.run(run_loads(up, {"A": before}, shown))
             time.sleep(SETTLE_S)
         with served() as up, stage(f"restart, {name}: the other turns, after a restart") as shown:
-            second = asyncio.run(run_on(up, {"A": after}, shown))
+            second = asyncio.run(run_loads(up, {"A": after}, shown))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     first.arm, second.arm = (name + suffix for suffix in SUFFIXES)
@@ -111,9 +110,9 @@ def run_restart(
 
 def restart_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
     """Metrics of engine A. `first_turn_hit_ratio` is that of the prompts that come first of their sessions."""
-    records = [RunRecords(records=run.records["A"], preemptions=run.preemptions["A"]) for run in runs]
-    found = without_nan(engine_metrics(records))
-    firsts = [record for run in records for record in _first_turns(run.good)]
+    records = [run.records["A"] for run in runs]
+    found = without_nan(engine_metrics(records, sum(run.preemptions["A"] for run in runs)))
+    firsts = [record for run in records for record in _first_turns(good(run))]
     prompt = sum(record.prompt_tokens for record in firsts)
     found["first_turn_hit_ratio"] = sum(record.cached_tokens for record in firsts) / prompt if prompt else 0.0
     found["counters"] = summed([run.samples.get("A", {}) for run in runs])

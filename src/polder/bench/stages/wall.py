@@ -8,8 +8,9 @@ for which that was not so is counted as late.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from polder.bench.sparse.arms import Layout
 from polder.bench.sparse.placements import plan_reads
 from polder.diskstore.disk import DiskConfig
 from polder.diskstore.engine import ThreadEngine
-from polder.diskstore.io import Arena, OpenFile, PageFile, open_page_file
+from polder.diskstore.io import Arena
 from polder.diskstore.keys import Keys
 from polder.diskstore.model import DiskModel, page_speeds
 from polder.diskstore.schedule import exact
@@ -30,7 +31,7 @@ from polder.errors import EnvironmentFault, IntegrityError
 from polder.swarm.activations import Profile
 from polder.swarm.cost import cheapest_runs, step_seconds
 
-__all__ = ["LATENCY_S", "WallStep", "wall_metrics", "wall_steps"]
+__all__ = ["LATENCY_S", "WallStep", "disk_configs", "wall_metrics", "wall_steps"]
 
 LATENCY_S = 80e-6
 """Of the emulated disks, once a step; the model has none."""
@@ -42,8 +43,7 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 Words = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WallStep:
+class WallStep(NamedTuple):
     wall_s: float
     """Of the read: look-up, the disks, checksums."""
     modelled_s: float
@@ -53,7 +53,7 @@ class WallStep:
     disks."""
     planned_bytes: int
     read_bytes: int
-    """By system calls on the disks' files."""
+    """That the store asked the disks for."""
     missed_units: int
     """That the store did not vouch for, or that hold something else."""
 
@@ -65,18 +65,11 @@ def wall_steps(
 
     Raises EnvironmentFault when the pages cannot be written.
     """
-    counted = _CountedFiles()
-    emulated = [
-        EmulatedDisk(
-            replace(disk, latency_s=LATENCY_S),
-            clock=clock,
-        )
-        for disk in disks
-    ]
+    emulated = [EmulatedDisk(replace(disk, latency_s=LATENCY_S), clock=clock) for disk in disks]
     engine = EmulatedEngine(ThreadEngine(), emulated)
     pages = layout.pages or layout  # as they are stored
     parts = pages.unit_bytes // layout.unit_bytes
-    store = DiskStore(_config_for(pages, len(disks), parts, folder), engine=engine, open_file=counted.open)
+    store = DiskStore(_config_for(pages, len(disks), parts, folder), engine=engine)
     try:
         keys = _write(store, pages)
         page_at = _pages_at(pages, len(disks))
@@ -92,7 +85,7 @@ def wall_steps(
         for plan in plans:
             on, slots = (np.concatenate(both) for both in zip((plan.disks, plan.slots), plan.gaps(), strict=True))
             page, part = page_at[on, slots // parts], slots % parts
-            before, addresses = counted.read_bytes, arena.addresses[: len(page)]
+            before, addresses = _served(emulated), arena.addresses[: len(page)]
             started = clock.now()
             distinct, row = np.unique(page, return_inverse=True)
             ok = store.read(store.lookup(keys[distinct]).rows(row), addresses, on, part if parts > 1 else None)
@@ -105,7 +98,7 @@ def wall_steps(
                     modelled_s=step_seconds(plan, disks, layout.unit_bytes),
                     late_s=engine.steps[-1].late_s,
                     planned_bytes=int(plan.run_slots.sum()) * layout.unit_bytes,
-                    read_bytes=counted.read_bytes - before,
+                    read_bytes=_served(emulated) - before,
                     missed_units=int((~right).sum()),
                 )
             )
@@ -114,58 +107,25 @@ def wall_steps(
         store.close()
 
 
+def _served(disks: Sequence[EmulatedDisk]) -> int:
+    return sum(disk.served_bytes for disk in disks)
+
+
 def wall_metrics(steps: Sequence[WallStep]) -> Metrics:
     """Times are of one step, on average. Late steps are in them."""
-    wall, modelled, late = (
-        np.array([getattr(step, name) for step in steps]) for name in ("wall_s", "modelled_s", "late_s")
-    )
-    on_time = late == 0
+    of = dict(zip(WallStep._fields, np.array(steps, dtype=np.float64).T, strict=True))
+    wall, modelled, on_time = of["wall_s"], of["modelled_s"], of["late_s"] == 0
     metrics: Metrics = {
         "steps": float(len(steps)),
         "wall_s": float(wall.mean()),
         "modelled_s": float(modelled.mean()),
         "wall_over_modelled": float(wall.sum() / modelled.sum()),
         "late_steps": float((~on_time).sum()),
-        "late_s": float(late.sum()),
-        "planned_bytes": float(sum(step.planned_bytes for step in steps)),
-        "read_bytes": float(sum(step.read_bytes for step in steps)),
-        "missed_units": float(sum(step.missed_units for step in steps)),
+        **{name: float(of[name].sum()) for name in ("late_s", "planned_bytes", "read_bytes", "missed_units")},
     }
     if on_time.any():
         metrics["wall_over_modelled_on_time"] = float(wall[on_time].sum() / modelled[on_time].sum())
     return metrics
-
-
-class _CountedFiles:
-    """Opens slabs and counts the bytes read from all of them. System calls come from several threads."""
-
-    def __init__(self) -> None:
-        self._reads: list[int] = []  # appending is atomic
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(self._reads)
-
-    @property
-    def open(self) -> OpenFile:
-        return lambda path: _CountedFile(open_page_file(path), self._reads)
-
-
-class _CountedFile:
-    def __init__(self, inner: PageFile, reads: list[int]) -> None:
-        self.alignment_bytes = inner.alignment_bytes
-        self._inner, self._reads = inner, reads
-
-    def preadv(self, buffers: Sequence[memoryview], offset: int, /) -> int:
-        count = self._inner.preadv(buffers, offset)
-        self._reads.append(count)
-        return count
-
-    def pwritev(self, buffers: Sequence[memoryview], offset: int, /) -> int:
-        return self._inner.pwritev(buffers, offset)
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def _pages_at(layout: Layout, disks: int) -> IntArray:
@@ -180,20 +140,23 @@ def _pages_at(layout: Layout, disks: int) -> IntArray:
 def _config_for(layout: Layout, disks: int, parts: int, folder: Path) -> StoreConfig:
     """`layout`: of pages, each of so many parts."""
     held = np.bincount(layout.placement.disk_of[layout.placement.disk_of >= 0], minlength=disks).tolist()
-    directories = [folder / f"disk{number}" for number in range(disks)]
-    for directory in directories:
-        directory.mkdir(parents=True)
+    # A fiftieth and some MiB are more than index and log take.
+    limits = [pages * layout.unit_bytes * 51 // 50 + (8 << 20) for pages in held]
     return StoreConfig(
-        # A fiftieth and some MiB are more than index and log take.
-        disks=tuple(
-            DiskConfig(directory=directory, limit_bytes=pages * layout.unit_bytes * 51 // 50 + (8 << 20))
-            for directory, pages in zip(directories, held, strict=True)
-        ),
+        disks=disk_configs(folder, limits),
         page_bytes=layout.unit_bytes,
         parts=parts,
         namespace="polder-bench-disks",
         timeout_s=TIMEOUT_S,
     )
+
+
+def disk_configs(folder: Path, limits_bytes: Sequence[int]) -> tuple[DiskConfig, ...]:
+    """A directory below `folder` for each disk, made here."""
+    disks = [DiskConfig(directory=folder / f"disk{n}", limit_bytes=limit) for n, limit in enumerate(limits_bytes)]
+    for disk in disks:
+        disk.directory.mkdir(parents=True)
+    return tuple(disks)
 
 
 def _write(store: DiskStore, layout: Layout) -> Keys:

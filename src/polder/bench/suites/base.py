@@ -11,8 +11,8 @@ import asyncio
 import time
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -22,36 +22,34 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 from rich.console import Console
 
-from polder.bench.harness.arms import Arm, ArmSpec
+from polder.bench.harness.arms import Arm, ArmPool, ArmSpec
 from polder.bench.harness.driver import ClosedLoop, Workload
 from polder.bench.harness.machine import check_engine, describe_machine, describe_versions
-from polder.bench.harness.pool import ArmPool
 from polder.bench.harness.progress import Reporter, Stage
 from polder.bench.harness.runs import Run, run_loads
+from polder.bench.report.html import Plot, render
 from polder.bench.report.limits import Check, Verdict, judge
-from polder.bench.report.metrics import Interval, Metrics, RunRecords, percentile, ttfts_ms
-from polder.bench.report.page import Plot, render_page
+from polder.bench.report.metrics import Interval, Metrics, good, percentile, ratio_intervals, ttfts_ms
 from polder.bench.report.result import Arms, BenchResult, ratios_over, write_result
-from polder.bench.report.summary import ratio_intervals
 from polder.bench.report.tables import Table, print_tables
 from polder.bench.stages.equality import Round, answer, compare
-from polder.bench.stages.tax import tax_intervals, tax_metrics, tax_pairs
+from polder.bench.stages.tax import measure_tax, tax_intervals, tax_metrics
 from polder.bench.suites.plan import Plan
 
 __all__ = ["Suite"]
-
 
 P = TypeVar("P", bound=Plan)
 
 
 class Suite(ABC, Generic[P]):
-    """One run of a bench. Stages add to `arms`, `runs` and `intervals`; the result is made of them at the end."""
+    """One run of a bench: a method for each stage of its plan, which adds to `arms`, `runs` and `intervals`. The
+    result is made of them at the end."""
 
     name: ClassVar[str]
     full: ClassVar[Plan]
     quick: ClassVar[Plan]
     baselines: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Arm -> arms that it is compared with."""
+    """Arm -> arms that it is compared with, also where both names have the same suffix."""
     also_compared: ClassVar[tuple[tuple[str, str], ...]] = ()
     """(arm, baseline) of further ratios, names as in the result."""
     interval_engines: ClassVar[tuple[str, ...]] = ("A", "B")
@@ -60,20 +58,18 @@ class Suite(ABC, Generic[P]):
 
     def __init__(self, plan: P, *, workdir: Path, console: Console | None = None) -> None:
         self.plan = plan
-        self.workdir, self.logs, self.runtime = workdir, workdir / f"logs-{self.name}", Path()
+        self.workdir, self.logs, self.models = workdir, workdir / f"logs-{self.name}", workdir / "models"
         self.arms: Arms = {}
         self.runs: list[Run] = []
         self.intervals: dict[str, Interval] = {}
-        self._console = console or Console()
-        self._reporter = Reporter(self._console)
+        self.reporter = Reporter(console or Console())
+        self.note = self.reporter.note
         self._stage_seconds: dict[str, float] = {}
         self._started, self._started_at = time.monotonic(), datetime.now(UTC)
+        self._pool_of: tuple[object, ...] = ()
+        self._up = ExitStack()
 
     # ------------------------------------------------------------------ what a suite says
-
-    @abstractmethod
-    def measure(self) -> None:
-        """Runs the stages of the plan. Raises PolderError when an engine fails."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -93,21 +89,20 @@ class Suite(ABC, Generic[P]):
         """`runs`: those of the result; empty when they were not kept."""
         return ()
 
-    def suffixes(self) -> Iterable[str]:
-        """Suffixes of arms' names under which `baselines` are compared."""
-        return ("",)
-
-    def pairs(self, suffix: str = "") -> list[tuple[str, str]]:
-        """(arm, baseline) of the pairs that were both measured."""
-        pairs = ((arm + suffix, base + suffix) for arm, of in self.baselines.items() for base in of)
-        return [(over, under) for over, under in pairs if {over, under} <= self.arms.keys()]
-
     def ratios(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        also = [pair for pair in self.also_compared if set(pair) <= self.arms.keys()]
-        for over, under in [*(pair for suffix in self.suffixes() for pair in self.pairs(suffix)), *also]:
-            found |= ratios_over(self.arms, arm=over, baseline=under)
-        return found
+        pairs = [*self._pairs(self.arms), *self.also_compared]
+        found = [ratios_over(self.arms, arm=a, baseline=b) for a, b in pairs if {a, b} <= self.arms.keys()]
+        return {key: ratio for of in found for key, ratio in of.items()}
+
+    def _pairs(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """(arm, baseline) among `names`, which are those of `baselines` with the same suffix, as of a stage or a load."""
+        return [
+            (name, base + name.removeprefix(arm))
+            for arm, of in self.baselines.items()
+            for name in names
+            for base in of
+            if name.startswith(arm) and base + name.removeprefix(arm) in names
+        ]
 
     # ------------------------------------------------------------------ the run
 
@@ -118,20 +113,21 @@ class Suite(ABC, Generic[P]):
         written = [path for path in (json_file, html_file) if path]
         for folder in (*(path.parent for path in written), self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        self.note(self.describe().get("links", f"plan {self.plan.name}: {', '.join(self.plan.stages)}"))
         try:
-            with TemporaryDirectory(prefix="polder-bench-") as runtime:
-                self.runtime = Path(runtime)  # short and private, for the brokers' sockets
-                self.measure()
+            with self._up:
+                for stage in self.plan.stages:
+                    getattr(self, stage)()
         finally:  # what was measured before an engine failed is not lost
             (self.workdir / f"{self.name}-runs.json").write_bytes(msgspec.json.encode(self.runs))
         result = self._result()
         write_result(result, json_file)
         if html_file is not None:
             html_file.write_text(self.page(result, self.runs))
-        print_tables(self._console, self.tables(result))
+        print_tables(self.reporter.console, self.tables(result))
         for verdict in self.verdicts(result):
             mark = "[green]ok    [/]" if verdict.passed else "[bold red]MISSED[/]"
-            self._console.print(f"{mark} {verdict.name}: {verdict.detail}", highlight=False, soft_wrap=True)
+            self.reporter.console.print(f"{mark} {verdict.name}: {verdict.detail}", highlight=False, soft_wrap=True)
         for path in written:
             self.note(f"written: {path}")
         return result
@@ -147,18 +143,19 @@ class Suite(ABC, Generic[P]):
         machine = conditions.get("machine", {})
         tiles = {text: value for key, text in cls.prose("tiles").items() if (value := result.figure(key)) is not None}
         started, links = conditions.get("started", ""), conditions.get("links", "")
-        return render_page(
-            **cls.prose("page"),
+        return render(
+            conditions,
+            **{"title": cls.name, "subtitle": cls.__doc__} | cls.prose("page"),
             line=f"{machine.get('cpu', 'unknown CPU')}, {machine.get('cores', '?')} cores. {started} {links}",
-            conditions=conditions,
             tiles=[(f"{value:.2f}", text) for text, value in tiles.items()],
             checks=cls.verdicts(result),
-            plots=cls.plots(result, runs),
-            tables=cls.tables(result),
+            plots=list(cls.plots(result, runs)),
+            tables=list(cls.tables(result)),
         )
 
     def _result(self) -> BenchResult:
         conditions = {
+            "plan": self.plan.describe(),
             **self.describe(),
             "intervals": {key: list(interval) for key, interval in sorted(self.intervals.items())},
             "intervals_how": self.intervals_how,
@@ -176,15 +173,15 @@ class Suite(ABC, Generic[P]):
 
     @staticmethod
     def _describe_run(run: Run) -> dict[str, Any]:
-        good = {engine: RunRecords(records=records).good for engine, records in run.records.items()}
-        p99_ms = {engine: round(percentile(ttfts_ms(of), 99)) for engine, of in good.items() if len(ttfts_ms(of))}
+        ttfts = {engine: ttfts_ms(good(records)) for engine, records in run.records.items()}
+        p99_ms = {engine: round(percentile(of, 99)) for engine, of in ttfts.items() if len(of)}
         return run.describe() | {"ttft_p99_ms": p99_ms}
 
     @classmethod
     def prose(cls, part: str = "", **values: object) -> dict[str, Any]:
-        """The words of the suite, or of a part of it, in data/words.toml, with `values` put in."""
-        words = tomllib.loads((files("polder.bench") / "data" / "words.toml").read_text())[cls.name]
-        of = words[part] if part else {key: text for key, text in words.items() if isinstance(text, str)}
+        """The words of the suite, or of a part of it, in data/words.toml, with `values` put in; none: empty."""
+        words = tomllib.loads((files("polder.bench") / "data" / "words.toml").read_text()).get(cls.name, {})
+        of = words.get(part, {}) if part else {key: text for key, text in words.items() if isinstance(text, str)}
         return {key: text.format(**values) for key, text in of.items()}
 
     # ------------------------------------------------------------------ what stages use
@@ -193,18 +190,10 @@ class Suite(ABC, Generic[P]):
     def stage(self, title: str) -> Iterator[Stage]:
         """A step that is shown and timed."""
         started = time.monotonic()
-        with self._reporter.stage(title) as stage:
+        with self.reporter.stage(title) as stage:
             yield stage
         self._stage_seconds[title] = round(time.monotonic() - started, 1)
 
-    def note(self, text: str) -> None:
-        self._reporter.note(text)
-
-    def make_arm(self, name: str, spec: ArmSpec) -> Arm:
-        """The arm, not started. Logs go to a folder of its name."""
-        return spec.make(name, self.logs, self.runtime)
-
-    @contextmanager
     def pool(
         self,
         spec_of: Callable[[str], ArmSpec],
@@ -212,22 +201,39 @@ class Suite(ABC, Generic[P]):
         suffix: str = "",
         at_most: int = 1,
         prepare: Callable[[Arm], None] = lambda _: None,
-    ) -> Iterator[ArmPool]:
-        """Arms by name, `at_most` up at a time, each prepared once; whatever happens, nothing of them is left."""
+    ) -> ArmPool:
+        """Arms by name, `at_most` up at a time, each prepared once. They stay up for the next stages that ask for the same
+        pool; those of another pool end."""
+        if self._pool_of[:2] != (spec_of, suffix):
+            self.close_pool()
+            runtime = self._up.enter_context(TemporaryDirectory(prefix="polder-bench-"))  # short: it holds sockets
 
-        def make(name: str) -> Arm:
-            self.note(f"starting {name}{suffix}")
-            return self.make_arm(name + suffix, spec_of(name))
+            def make(name: str) -> Arm:
+                self.note(f"starting {name}{suffix}")
+                return spec_of(name).make(name + suffix, self.logs, Path(runtime))
 
-        pool = ArmPool(make, prepare, at_most=at_most)
+            pool = self._up.enter_context(ArmPool(make, prepare, at_most).open())
+            self._pool_of = (spec_of, suffix, pool)
+        found: ArmPool = self._pool_of[2]  # type: ignore[assignment]
+        return found
+
+    def close_pool(self) -> None:
+        """Ends all arms that are up."""
+        self._up.close()
+        self._pool_of = ()
+
+    @contextmanager
+    def serving(self, name: str, spec: ArmSpec, suffix: str) -> Iterator[Arm]:
+        """One arm, up until the block ends."""
         try:
-            yield pool
+            yield self.pool(lambda _: spec, suffix=suffix).get(name)
         finally:
-            pool.close()
+            self.close_pool()
 
     def play(self, arm: Arm, title: str, loads: Mapping[str, Workload], *, kept_as: str, load: str = "") -> Run:
-        """One run of the arm, kept under a name and a load."""
+        """One run of the arm from empty prefix caches, kept under a name and a load."""
         time.sleep(arm.quiet_s)
+        arm.reset_prefix_caches()
         with self.stage(title) as stage:
             run = asyncio.run(run_loads(arm, loads, stage))
         run.arm, run.load = kept_as, load
@@ -235,40 +241,49 @@ class Suite(ABC, Generic[P]):
         self.runs.append(run)
         return run
 
-    def summarise(
+    def play_in_turn(
         self,
-        runs: Mapping[str, Sequence[Run]],
+        pool: ArmPool,
+        order: Sequence[str],
+        loads: Mapping[str, Workload],
         metrics: Callable[[Sequence[Run]], dict[str, Metrics]],
+        *,
+        title: str,
         suffix: str = "",
     ) -> None:
-        """Figures of each arm (name with suffix -> its runs), and intervals of the ratios among them."""
-        self.arms |= {name: metrics(of) for name, of in runs.items() if of}
-        for over, under in self.pairs(suffix):
-            if over in runs and under in runs:
-                pair, engines = f"{over}/{under}", self.interval_engines
-                self.intervals |= ratio_intervals(runs[over], runs[under], name=pair, engines=engines)
+        """The same loads on the arms in this order, then figures of each arm over all of its runs."""
+        for number, name in enumerate(order, start=1):
+            self.play(pool.get(name), f"{title}{number} of {len(order)}: {name}", loads, kept_as=name + suffix)
+        self.summarise({name + suffix: self.runs_of(name + suffix) for name in order}, metrics)
 
-    def tax(
-        self, pool: ArmPool, blocks: Sequence[ClosedLoop], suffix: str, *, engine: str, rounds: int, extra: int
+    def runs_of(self, arm: str) -> list[Run]:
+        return [run for run in self.runs if run.arm == arm]
+
+    def summarise(
+        self, runs: Mapping[str, Sequence[Run]], metrics: Callable[[Sequence[Run]], dict[str, Metrics]]
     ) -> None:
-        """Stock and Polder in turn where nothing can be won; `extra` rounds come first and are not counted."""
+        """Figures of each arm (name -> its runs), and intervals of the ratios among them."""
+        self.arms |= {name: metrics(of) for name, of in runs.items()}
+        for over, under in self._pairs(runs):
+            pair = f"{over}/{under}"
+            self.intervals |= ratio_intervals(runs[over], runs[under], name=pair, engines=self.interval_engines)
+
+    def compare_tax(
+        self, pool: ArmPool, blocks: Sequence[ClosedLoop], suffix: str, *, engine: str, rounds: int, uncounted: int
+    ) -> None:
+        """Stock and Polder in turn where nothing can be won; `uncounted` rounds come first."""
         over, under = f"polder{suffix}", f"stock{suffix}"
+        stock, polder = pool.get("stock"), pool.get("polder")
         with self.stage(f"{over} and {under} in turn") as stage:
-            playing = tax_pairs(
-                *(pool.get("stock"), pool.get("polder"), blocks),
-                engine=engine,
-                rounds=rounds,
-                uncounted_rounds=extra,
-                stage=stage,
-            )
-            theirs, ours = asyncio.run(playing)
+            sizes = {"rounds": rounds, "uncounted": uncounted}
+            theirs, ours = measure_tax(stock, polder, blocks, engine=engine, stage=stage, **sizes)
         self.arms |= {under: {engine: tax_metrics(theirs)}, over: {engine: tax_metrics(ours)}}
         found = tax_intervals(theirs, ours)
         self.intervals |= {f"{over}/{under}:{engine}.{metric}": interval for metric, interval in found.items()}
 
-    def equality(
+    def compare_answers(
         self,
-        pool: ArmPool,
+        spec_of: Callable[[str], ArmSpec],
         arms: Iterable[str],
         rounds: Sequence[Round],
         counters: Mapping[str, str],
@@ -276,10 +291,10 @@ class Suite(ABC, Generic[P]):
         settle_s: float,
     ) -> None:
         """Answers of all arms to the same prompts, compared with stock's."""
-        answered = {}
+        pool, answered = self.pool(spec_of, suffix="-equality"), {}
         for name in dict.fromkeys(("stock", *arms)):
             arm = pool.get(name)
             with self.stage(f"equality, the same prompts to float32 models: {name}"):
-                answered[name] = asyncio.run(answer(arm, rounds, counters, settle_s=settle_s))
+                answered[name] = answer(arm, rounds, counters, settle_s=settle_s)
         stock = answered.pop("stock")
         self.arms |= {f"{name}-equality": {"all": compare(stock, found)} for name, found in answered.items()}

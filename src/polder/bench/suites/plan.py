@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from polder.errors import ConfigError
@@ -31,7 +31,11 @@ class Plan:
 
     choices: ClassVar[Mapping[str, StageArms]]
     """Every stage of the bench, in the order in which they run."""
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Fields that are options of the command -> their values."""
     name: str
+    help: str = ""
+    """How it differs from the full plan."""
     stages: tuple[str, ...]
     orders: Mapping[str, tuple[str, ...]]
     """Stage -> the arms of its runs in time."""
@@ -56,7 +60,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """Its fields, with the orders that have a name of their own."""
         orders = {of.described_as: self.orders[stage] for stage, of in self.choices.items() if of.described_as}
-        return {f.name: asdict(self)[f.name] for f in fields(self) if f.name != "orders"} | orders
+        return {name: value for name, value in asdict(self).items() if name not in ("orders", "help")} | orders
 
     def _order(self, stage: str, arms: Sequence[str]) -> tuple[str, ...]:
         of, order = self.choices[stage], self.orders[stage]
@@ -79,7 +83,6 @@ class Plan:
 def parse_names(text: str, known: Iterable[str], *, what: str) -> list[str]:
     """`"a,b"` -> ["a", "b"]; empty text: none. Raises ConfigError for a name that is not known."""
     names = [name for name in (word.strip() for word in text.split(",")) if name]
-    for name in names:
-        if name not in (allowed := list(known)):
-            raise ConfigError(f"unknown {what} {name!r}; known are {', '.join(allowed)}")
+    if unknown := [name for name in names if name not in (allowed := list(known))]:
+        raise ConfigError(f"unknown {what} {unknown[0]!r}; known are {', '.join(allowed)}")
     return names

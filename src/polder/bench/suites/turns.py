@@ -1,4 +1,4 @@
-"""`polder bench turns`: agents whose contexts outgrow their engine, with and without tiers behind its pool.
+"""`polder bench turns`: agents that come back to their context, and the tiers behind an engine's pool.
 
 Engine A serves the agents of tiny-agent-v1 from a pool that holds about half of what they come back to. Beside it
 engine B, of another model, is idle between its bursts and has KV memory to lend. Compared are plain vLLM, vLLM's own
@@ -9,35 +9,36 @@ in all arms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from polder.bench.harness.arms import ArmSpec
+from polder.bench.harness.arms import Arm, ArmPool, ArmSpec
 from polder.bench.harness.driver import Workload
 from polder.bench.harness.engines import (
     BLOCK_TOKENS,
     EnginePlan,
-    TierPlan,
     a_core_each,
-    describe_engines,
+    describe,
+    engine_plans,
     links_env,
     on_one_core,
 )
-from polder.bench.harness.pool import ArmPool
-from polder.bench.harness.runs import warm
-from polder.bench.native.args import offloading_args
+from polder.bench.harness.runs import play_on
+from polder.bench.native import offloading_args
 from polder.bench.report import limits
-from polder.bench.report.limits import Check
+from polder.bench.report.limits import Check, Limit, check
+from polder.bench.report.metrics import agent_metrics
 from polder.bench.report.result import BenchResult
-from polder.bench.report.summary import agent_metrics
-from polder.bench.report.tables import SHOWN, Table, arm_tables, metric_names
-from polder.bench.stages import restart, rounds
+from polder.bench.report.tables import SHOWN, Table, arm_tables
+from polder.bench.stages import restart
+from polder.bench.stages.equality import taking_back
 from polder.bench.suites.base import Suite
 from polder.bench.suites.plan import Plan, StageArms
 from polder.bench.workloads import agents as loads
-from polder.bench.workloads.agents import BURST_ROUNDS, MAX_MODEL_LEN, RECIPES, USERS, bursts
+from polder.bench.workloads.agents import MAX_MODEL_LEN, RECIPES, USERS
 from polder.bench.workloads.models import MODEL_A, ModelRecipe
 
 __all__ = ["TurnsPlan", "TurnsSuite"]
@@ -52,6 +53,8 @@ EQUALITY_MAX_MODEL_LEN = {"A": 1280, "B": 1024}
 NOREUSE = {"requests": 120, "scale": 2, "blocks": 8}
 """Prompts of 480 tokens on average on engine A: a block takes two or three seconds."""
 NOREUSE_AT_A_TIME = (1, 4)
+LENDER_SESSIONS = 48
+"""More than B's trace lasts."""
 GROUPS = (
     ("A: agents", "", "A"),
     ("B: bursts, beside the agents", "", "B"),
@@ -76,11 +79,6 @@ class Sizes:
     host: int
     """Host tier of A."""
 
-    @property
-    def native(self) -> int:
-        """CPU tier of the native arm: the bytes of both tiers together."""
-        return self.host + self.lend_b
-
 
 LOAD_BYTES = Sizes(pool_a=128 * MIB, pool_b=128 * MIB, lend_b=96 * MIB, host=256 * MIB)
 """In tokens of A: a starved pool of 16,384, 12,288 on loan from B, 32,768 in the host tier."""
@@ -92,22 +90,32 @@ it."""
 @dataclass(frozen=True, kw_only=True)
 class TurnsPlan(Plan):
     choices: ClassVar[Mapping[str, StageArms]] = {
+        # First, because it needs the two arms up together that the first runs of the agents need too.
+        "noreuse": StageArms(known=("stock", "polder"), needs_all=("stock", "polder")),
         "agents": StageArms(known=ARMS, described_as="agents_order"),
         "chat": StageArms(known=ARMS, described_as="chat_order"),
-        "noreuse": StageArms(known=("stock", "polder"), needs_all=("stock", "polder")),
         "lender": StageArms(known=("stock", "polder"), needs_all=("stock", "polder"), described_as="lender_order"),
         "restart": StageArms(known=restart.ARMS, described_as="restart_order"),
         "equality": StageArms(known=ARMS, always=("stock",), described_as="equality_arms"),
     }
+    options: ClassVar = {"links": ("emulated", "none")}
     sessions: int
     """Sessions of tiny-agent-v1, 16 requests each."""
     noreuse_uncounted_rounds: int
     noreuse_rounds: int
     """Times that every block of unique prompts is played on both arms, at each number of requests at a time."""
     links: Literal["emulated", "none"] = "emulated"
+    """Whether copies to and from a tier take as long as its link would; none: memcpy's speed."""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Bytes a second of the emulated links; empty where none is emulated."""
+        return LINKS_BYTES_PER_S if self.links == "emulated" else {}
 
 
 class TurnsSuite(Suite[TurnsPlan]):
+    """Agents of many turns on a pool that is too small: plain vLLM, vLLM's CPU offloading, and Polder's tiers."""
+
     name = "turns"
     full = TurnsPlan(
         name="full",
@@ -127,8 +135,9 @@ class TurnsSuite(Suite[TurnsPlan]):
     quick = replace(
         full,
         name="quick",
+        help="256 requests of the agents instead of 512, fewer arms and stages.",
         sessions=16,
-        stages=("agents", "noreuse", "restart", "equality"),
+        stages=("noreuse", "agents", "restart", "equality"),
         orders={
             "agents": ("stock", "polder", "native", "native", "polder"),
             **dict.fromkeys(("chat", "equality"), ("stock", "native", "polder")),
@@ -145,126 +154,120 @@ class TurnsSuite(Suite[TurnsPlan]):
         "polder-disk": ("stock", "native-fs"),
     }
 
-    def measure(self) -> None:
-        self.note(self._links())
-        plan, warmed = self.plan, partial(warm, loads=loads.warm_up(time_scale=WARM_UP_TIME_SCALE))
-        if {"agents", "chat", "lender", "noreuse"} & set(plan.stages):
-            with self.pool(self._arm, at_most=2, prepare=warmed) as pool:
-                # First, because it needs the two arms up together that the first runs of the agents need too.
-                for count in NOREUSE_AT_A_TIME if "noreuse" in plan.stages else ():
-                    blocks = loads.unique_prompts(model="A", at_a_time=count, **NOREUSE)
-                    counted, extra = plan.noreuse_rounds, plan.noreuse_uncounted_rounds
-                    self.tax(pool, blocks, f"-noreuse-{count}", engine="A", rounds=counted, extra=extra)
-                if "agents" in plan.stages:
-                    ideal = loads.agents_ideal_hit_ratio(sessions=plan.sessions, block_tokens=BLOCK_TOKENS)
-                    self._load(pool, "agents", loads.agents(model="A", users=USERS, sessions=plan.sessions), "", ideal)
-                if "chat" in plan.stages:
-                    ideal = loads.chats_ideal_hit_ratio(block_tokens=BLOCK_TOKENS)
-                    self._load(pool, "chat", loads.chats(model="A"), "-chat", ideal)
-                if "lender" in plan.stages:  # B alone is measured: runs are as short as its trace, so there can be more
-                    pressing = loads.unmeasured(loads.agents(model="A", users=USERS, sessions=48))
-                    self._load(pool, "lender", pressing, "-lender", None)
-        if "restart" in plan.stages:
-            self._restart()
-        if "equality" in plan.stages:
-            with self.pool(self._exact_arm, suffix="-equality") as pool:
-                self.equality(pool, plan.orders["equality"], rounds.taking_back(plan.seed), {}, settle_s=0.5)
+    # ------------------------------------------------------------------ stages
 
-    def _load(self, pool: ArmPool, stage: str, load_a: Workload, suffix: str, ideal: float | None) -> None:
-        """Runs in order, then figures of all arms. `ideal`: the hit ratio of A without a limit; None: A is not
-        measured."""
-        order = self.plan.orders[stage]
-        for number, name in enumerate(order, start=1):
-            title = f"{stage}, run {number} of {len(order)}: {name}"
-            both = {"A": load_a, "B": bursts(model="B", rounds=BURST_ROUNDS)}
-            self.play(pool.get(name), title, both, kept_as=name + suffix)
-        runs = {name + suffix: [r for r in self.runs if r.arm == name + suffix] for name in dict.fromkeys(order)}
-        self.summarise(runs, lambda of: agent_metrics(of, ideal), suffix)
+    def noreuse(self) -> None:
+        plan = self.plan
+        for count in NOREUSE_AT_A_TIME:
+            blocks = loads.unique_prompts(at_a_time=count, **NOREUSE)
+            rounds = {"rounds": plan.noreuse_rounds, "uncounted": plan.noreuse_uncounted_rounds}
+            self.compare_tax(self._loaded(), blocks, f"-noreuse-{count}", engine="A", **rounds)
 
-    def _restart(self) -> None:
-        order, models, a = self.plan.orders["restart"], self.workdir / "models", {"A": MODEL_A}
-        shape = {
-            "max_model_len": MAX_MODEL_LEN["A"],
-            "share_bytes": LOAD_BYTES.pool_a,
-            "batched_tokens": BATCHED_TOKENS,
-        }
+    def agents(self) -> None:
+        ideal = loads.agents_ideal_hit_ratio(sessions=self.plan.sessions, block_tokens=BLOCK_TOKENS)
+        self._in_turn("agents", loads.agents(sessions=self.plan.sessions), "", ideal)
+
+    def chat(self) -> None:
+        ideal = loads.chats_ideal_hit_ratio(block_tokens=BLOCK_TOKENS)
+        self._in_turn("chat", loads.chats(), "-chat", ideal)
+
+    def lender(self) -> None:
+        """B alone is measured: runs are as short as its trace, so there can be more."""
+        pressing = loads.unmeasured(loads.agents(sessions=LENDER_SESSIONS))
+        self._in_turn("lender", pressing, "-lender", None)
+
+    def _in_turn(self, stage: str, load_a: Workload, suffix: str, ideal: float | None) -> None:
+        """`ideal`: the hit ratio of A without a limit; None: A is not measured."""
+        both, metrics = {"A": load_a, "B": loads.bursts(rounds=loads.BURST_ROUNDS)}, partial(agent_metrics, ideal=ideal)
+        order, title = self.plan.orders[stage], f"{stage}, run "
+        self.play_in_turn(self._loaded(), order, both, metrics, title=title, suffix=suffix)
+
+    def restart(self) -> None:
+        (engine,) = on_one_core(self._engines({"A": MODEL_A}, MAX_MODEL_LEN, LOAD_BYTES))
+        order = self.plan.orders["restart"]
         for name in order:
             self.runs += restart.run_restart(
                 name,
-                *on_one_core(a, models, **shape),
+                engine,
                 sessions=self.plan.sessions,
-                host_bytes_per_s=self._rates().get("host"),
+                host_bytes_per_s=self.plan.rates.get("host"),
                 workdir=self.workdir,
-                pool=lambda spec: self.pool(lambda _: spec, suffix="-restart"),
+                serving=lambda spec, name=name: self.serving(name, spec, "-restart"),  # type: ignore[misc]
                 stage=self.stage,
             )
         for suffix in restart.SUFFIXES:
-            names = [arm + suffix for arm in dict.fromkeys(order)]
-            runs = {name: [run for run in self.runs if run.arm == name] for name in names}
-            self.summarise(runs, restart.restart_metrics, suffix)
+            runs = {name + suffix: self.runs_of(name + suffix) for name in order}
+            self.summarise(runs, restart.restart_metrics)
 
-    def suffixes(self) -> Iterable[str]:
-        return dict.fromkeys(suffix for _, suffix, _ in GROUPS)
+    def equality(self) -> None:
+        order = self.plan.orders["equality"]
+        self.compare_answers(self._exact_arm, order, taking_back(self.plan.seed), {}, settle_s=0.5)
 
-    def _arm(self, name: str) -> ArmSpec:
-        return self._spec(name, self._two(RECIPES, MAX_MODEL_LEN, LOAD_BYTES), LOAD_BYTES)
+    # ------------------------------------------------------------------ arms
+
+    def _loaded(self) -> ArmPool:
+        def warm(arm: Arm) -> None:
+            asyncio.run(play_on(arm, loads.warm_up(time_scale=WARM_UP_TIME_SCALE)))
+
+        return self.pool(self.arm, at_most=2, prepare=warm)
+
+    def arm(self, name: str) -> ArmSpec:
+        return self._spec(name, a_core_each(self._engines(RECIPES, MAX_MODEL_LEN, LOAD_BYTES)), LOAD_BYTES)
 
     def _exact_arm(self, name: str) -> ArmSpec:
         exact = {engine: recipe.in_float32() for engine, recipe in RECIPES.items()}
-        return self._spec(name, self._two(exact, EQUALITY_MAX_MODEL_LEN, EQUALITY_BYTES), EQUALITY_BYTES)
+        engines = a_core_each(self._engines(exact, EQUALITY_MAX_MODEL_LEN, EQUALITY_BYTES))
+        return self._spec(name, engines, EQUALITY_BYTES)
 
     def _spec(self, name: str, engines: Sequence[EnginePlan], sizes: Sizes) -> ArmSpec:
-        a, b = engines
+        (a, b), rates = engines, self.plan.rates
         if name == "stock":
             return ArmSpec("stock", engines)
-        rates = self._rates()
         if name == "native":
-            link: dict[str, object] = {"link_bytes_per_s": rates["host"]} if rates else {}
-            args = offloading_args(spec="NativeOffloadingSpec", module="offload", cpu_bytes=sizes.native, options=link)
+            link: dict[str, Any] = {"link_bytes_per_s": rates["host"]} if rates else {}
+            args = offloading_args("NativeOffloadingSpec", sizes.host + sizes.lend_b, **link)
             return ArmSpec("stock", [replace(a, extra_args=args), b])
-        host = sizes.host if name in ("polder-host", "polder") else 0
-        lend = sizes.lend_b if name in ("polder-peer", "polder") else 0
-        stores: tuple[Literal["peer", "host"], ...] = (*(("peer",) if lend else ()), *(("host",) if host else ()))
-        a = replace(a, tiers=TierPlan(store_to=stores, host_bytes=host), extra_env=links_env(rates))
-        b = replace(b, tiers=TierPlan(lend_bytes=lend))
+        if name != "polder-host":
+            a, b = replace(a, store_to=("peer",)), replace(b, lend_bytes=sizes.lend_b)
+        if name != "polder-peer":
+            a = replace(a, store_to=(*a.store_to, "host"), host_bytes=sizes.host)
+        a = replace(a, extra_env=links_env(rates))
         return ArmSpec("polder", [replace(engine, sizing="fixed") for engine in (a, b)])
 
-    def _rates(self) -> dict[str, float]:
-        """Bytes a second of the emulated links; empty where none is emulated."""
-        return LINKS_BYTES_PER_S if self.plan.links == "emulated" else {}
+    def _engines(
+        self, recipes: Mapping[str, ModelRecipe], longest: Mapping[str, int], sizes: Sizes
+    ) -> list[EnginePlan]:
+        pools = {"A": sizes.pool_a, "B": sizes.pool_b}
+        of = {"max_model_len": longest, "share_bytes": pools, "batched_tokens": BATCHED_TOKENS}
+        return engine_plans(recipes, self.models, **of)
 
-    def _two(self, recipes: Mapping[str, ModelRecipe], longest: Mapping[str, int], sizes: Sizes) -> list[EnginePlan]:
-        pools, models = {"A": sizes.pool_a, "B": sizes.pool_b}, self.workdir / "models"
-        engines = a_core_each(recipes, models, max_model_len=longest, share_bytes=pools)
-        return [replace(engine, batched_tokens=BATCHED_TOKENS) for engine in engines]
+    # ------------------------------------------------------------------ limits and report
 
     @classmethod
     def checks(cls, result: BenchResult) -> list[Check]:
         restarted, after = "polder-disk-restart", "-restart:A.ttft_p99_ms"
-        taxes = {n: (f"polder-noreuse-{n}", f"stock-noreuse-{n}", "A") for n in NOREUSE_AT_A_TIME}
-        hits = "tier_hit_tokens"
-        lent = {  # from the lender stage where it was run, which measures B alone; else from the agents' runs
-            metric: limits.first_of(f"polder-lender/stock-lender:B.{metric}_p99_ms", f"polder/stock:B.{metric}_p99_ms")
-            for metric in ("ttft", "tbt")
-        }
+        first_turns = Limit(f"{restarted}:A.first_turn_hit_ratio", ">=", 0.8, "the rest is new")
+
+        def of_lender(metric: str) -> limits.Source:
+            """From the lender stage where it was run, which measures B alone; else from the agents' runs."""
+            return limits.first_of(f"polder-lender/stock-lender:B.{metric}", f"polder/stock:B.{metric}")
+
+        def tax(count: int) -> Check:
+            name = f"noreuse_tax_within_1_percent_{count}_at_a_time"
+            return limits.within_one_percent(name, f"polder-noreuse-{count}", f"stock-noreuse-{count}", "A")
+
         return [
-            limits.at_most("a_ttft_p99_ratio_to_stock_at_most_0_31", "polder/stock:A.ttft_p99_ms", 0.31),
-            limits.at_most("a_ttft_p99_ratio_to_native_at_most_1_00", "polder/native:A.ttft_p99_ms", 1.00),
-            *(limits.at_most(f"b_{metric}_p99_ratio_at_most_1_05", of, 1.05) for metric, of in lent.items()),
-            limits.at_most("a_ttft_p99_after_a_restart_ratio_to_stock_at_most_0_31", f"{restarted}/stock{after}", 0.31),
-            limits.at_most(
-                "a_ttft_p99_after_a_restart_ratio_to_native_at_most_1_00", f"{restarted}/native-fs{after}", 1.00
-            ),
-            limits.at_least(
-                "first_turns_after_a_restart_hit", f"{restarted}:A.first_turn_hit_ratio", 0.8, "the rest is new"
-            ),
-            *(
-                limits.within_one_percent(f"noreuse_tax_within_1_percent_{n}_at_a_time", *tax)
-                for n, tax in taxes.items()
-            ),
+            check("a_ttft_p99_ratio_to_stock_at_most_0_31", "polder/stock:A.ttft_p99_ms <= 0.31"),
+            check("a_ttft_p99_ratio_to_native_at_most_1_00", "polder/native:A.ttft_p99_ms <= 1.00"),
+            check("b_ttft_p99_ratio_at_most_1_05", Limit(of_lender("ttft_p99_ms"), "<=", 1.05)),
+            check("b_tbt_p99_ratio_at_most_1_05", Limit(of_lender("tbt_p99_ms"), "<=", 1.05)),
+            check("a_ttft_p99_after_a_restart_ratio_to_stock_at_most_0_31", f"{restarted}/stock{after} <= 0.31"),
+            check("a_ttft_p99_after_a_restart_ratio_to_native_at_most_1_00", f"{restarted}/native-fs{after} <= 1.00"),
+            check("first_turns_after_a_restart_hit", first_turns),
+            *(tax(count) for count in NOREUSE_AT_A_TIME),
             # Equal answers say nothing of a tier that served none of them.
             *(
-                limits.none_different(f"tokens_equal_{arm.replace('-', '_')}", f"{arm}-equality", hits)
+                limits.none_different(f"tokens_equal_{arm.replace('-', '_')}", f"{arm}-equality", "tier_hit_tokens")
                 for arm in ARMS[1:]
             ),
             limits.failed_requests(),
@@ -273,31 +276,24 @@ class TurnsSuite(Suite[TurnsPlan]):
     @classmethod
     def tables(cls, result: BenchResult) -> Iterator[Table]:
         for title, suffix, engine in GROUPS:
-            arms = {arm: arm + suffix for arm in dict.fromkeys((*ARMS, *restart.ARMS))}
+            arms = {arm: arm + suffix for arm in (*ARMS, *restart.ARMS)}
             yield from arm_tables(result, title, arms, engine, SHOWN, f"stock{suffix}")
         equal = {arm: f"{arm}-equality" for arm in ARMS}
-        names = metric_names(result, equal.values())
-        yield from arm_tables(result, "The same tokens as stock (float32)", equal, "all", names)
+        yield from arm_tables(result, "The same tokens as stock (float32)", equal, "all")
 
     def describe(self) -> dict[str, Any]:
-        sizes = {**asdict(LOAD_BYTES), "native": LOAD_BYTES.native}
+        sizes, rates = {**asdict(LOAD_BYTES), "native": LOAD_BYTES.host + LOAD_BYTES.lend_b}, LINKS_BYTES_PER_S
         tokens = {name: size // MODEL_A.kv_bytes_per_token for name, size in sizes.items() if name != "pool_b"}
         return {
-            "plan": self.plan.describe(),
-            "links": self._links(),
+            "links": self.prose("links", peer=rates["peer"] / 1e9, host=rates["host"] / 1e6)[self.plan.links],
             "bytes": {
                 "pools, all arms": {"A": LOAD_BYTES.pool_a, "B": LOAD_BYTES.pool_b},
                 **self.prose("bytes", **sizes),
                 "tokens of A": tokens,
                 "equality, float32": asdict(EQUALITY_BYTES),
             },
-            "engines": describe_engines(self._two(RECIPES, MAX_MODEL_LEN, LOAD_BYTES)),
+            "engines": describe(self.arm("stock").engines),
             "workload": self.prose("workload", users=USERS, last=self.plan.sessions - 1),
             "restart": self.prose("restart", of=restart) | {"turns_before": restart.TURNS_BEFORE},
             "order": list(self.plan.orders["agents"]),
         }
-
-    def _links(self) -> str:
-        """One line that has to stand beside every figure of a run."""
-        peer, host = LINKS_BYTES_PER_S["peer"] / 1e9, LINKS_BYTES_PER_S["host"] / 1e6
-        return str(self.prose("links", peer=peer, host=host)[self.plan.links])

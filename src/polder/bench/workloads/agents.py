@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import msgspec
+import numpy as np
 
-from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn, Workload
-from polder.bench.workloads.models import MODEL_A, MODEL_B
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn, Workload, greedy
+from polder.bench.workloads.models import MODEL_A, MODEL_B, RESERVED_IDS
 from polder.bench.workloads.traces import (
+    VOCAB,
     AgentRow,
+    BurstRow,
+    ChatRow,
     agent_prompt,
     burst_prompt,
     chat_prompt,
     ideal_hit_ratio,
-    load_agent,
-    load_burst,
-    load_chat,
+    load,
 )
 
 __all__ = [
@@ -33,7 +33,8 @@ __all__ = [
         "agents",
         "agents_ideal_hit_ratio",
     ),
-    *("bursts", "chats", "chats_ideal_hit_ratio", "one_by_one", "parted", "unique_prompts", "unmeasured", "warm_up"),
+    *("bursts", "chats", "chats_ideal_hit_ratio", "one_by_one", "parted", "questions", "unique_prompts", "unmeasured"),
+    "warm_up",
 ]
 
 STAGGER_S = 0.3
@@ -50,28 +51,26 @@ BURST_PERIOD_S = 120.0
 """Length of tiny-burst-v1 on its own clock."""
 
 
-def agents(*, model: str, users: int, sessions: int) -> ClosedLoop:
-    """Engine A: user u plays sessions u, u + users, ... below `sessions`, one turn at a time."""
+def agents(*, sessions: int) -> ClosedLoop:
+    """Engine A: user u plays sessions u, u + USERS, ... below `sessions`, one turn at a time."""
     by_session: dict[int, list[AgentRow]] = {}
-    for row in load_agent():
+    for row in load(AgentRow):
         by_session.setdefault(row.session, []).append(row)
 
     def turn(row: AgentRow) -> Turn:
-        cold = row.session < users and row.turn == 0
-        key, prompt = f"s{row.session}t{row.turn}", agent_prompt(row)
-        return _turn(model, key, prompt, row.output_tokens, think_s=row.think_s, cold_start=cold)
+        cold = row.session < USERS and row.turn == 0
+        key, pause = f"s{row.session}t{row.turn}", row.think_s
+        return greedy("A", key, agent_prompt(row), row.output_tokens, think_s=pause, cold_start=cold)
 
-    users_turns = [
-        [turn(row) for s in range(user, sessions, users) for row in by_session.get(s, ())] for user in range(users)
-    ]
-    return ClosedLoop(users=users_turns, stagger_s=STAGGER_S)
+    turns = [[turn(row) for s in range(u, sessions, USERS) for row in by_session.get(s, ())] for u in range(USERS)]
+    return ClosedLoop(users=turns, stagger_s=STAGGER_S)
 
 
-def parted(load: ClosedLoop, turns_before: int, turns_of_session: int) -> tuple[ClosedLoop, ClosedLoop]:
+def parted(load: ClosedLoop, turns_before: int) -> tuple[ClosedLoop, ClosedLoop]:
     """The first `turns_before` turns of each session, and the others. Users keep their sessions and their order."""
 
     def part(wanted: Callable[[int], bool]) -> ClosedLoop:
-        users = [[turn for at, turn in enumerate(turns) if wanted(at % turns_of_session)] for turns in load.users]
+        users = [[turn for at, turn in enumerate(turns) if wanted(at % TURNS)] for turns in load.users]
         return replace(load, users=users)
 
     return part(lambda at: at < turns_before), part(lambda at: at >= turns_before)
@@ -84,47 +83,47 @@ def unmeasured(load: ClosedLoop) -> ClosedLoop:
 
 def agents_ideal_hit_ratio(*, sessions: int, block_tokens: int) -> float:
     """Hit ratio of `agents` with a prefix cache without limit."""
-    return ideal_hit_ratio([agent_prompt(row) for row in load_agent() if row.session < sessions], block_tokens)
+    return ideal_hit_ratio([agent_prompt(row) for row in load(AgentRow) if row.session < sessions], block_tokens)
 
 
-def chats(*, model: str) -> OpenLoop:
+def chats() -> OpenLoop:
     """Engine A under tiny-chat-v1: 227 requests at the times of the trace."""
-    rows = enumerate(load_chat())
-    return OpenLoop(turns=[_turn(model, f"c{n}", chat_prompt(row), row.output_tokens, at_s=row.t) for n, row in rows])
+    rows = enumerate(load(ChatRow))
+    return OpenLoop(turns=[greedy("A", f"c{n}", chat_prompt(row), row.output_tokens, at_s=row.t) for n, row in rows])
 
 
 def chats_ideal_hit_ratio(*, block_tokens: int) -> float:
     """Hit ratio of `chats` with a prefix cache without limit."""
-    return ideal_hit_ratio([chat_prompt(row) for row in load_chat()], block_tokens)
+    return ideal_hit_ratio([chat_prompt(row) for row in load(ChatRow)], block_tokens)
 
 
-def unique_prompts(*, model: str, requests: int, scale: int, blocks: int, at_a_time: int) -> list[ClosedLoop]:
-    """The first `requests` of tiny-burst-v1 with prompts `scale` times as long, of which no two share a prefix.
+def unique_prompts(*, requests: int, scale: int, blocks: int, at_a_time: int) -> list[ClosedLoop]:
+    """Engine A: the first `requests` of tiny-burst-v1 with prompts `scale` times as long, of which no two share a prefix.
 
     Cut into `blocks` of about equal length; in a block `at_a_time` users send one request after the other.
     """
     turns = []
-    for number, row in enumerate(load_burst()[:requests]):
+    for number, row in enumerate(load(BurstRow)[:requests]):
         longer = msgspec.structs.replace(row, input_tokens=row.input_tokens * scale)
-        turns.append(_turn(model, f"u{number}", burst_prompt(longer), row.output_tokens))
+        turns.append(greedy("A", f"u{number}", burst_prompt(longer), row.output_tokens))
     cut = [turns[number::blocks] for number in range(blocks)]
     return [ClosedLoop(users=[block[user::at_a_time] for user in range(at_a_time)]) for block in cut]
 
 
-def one_by_one(*, model: str, blocks: int) -> list[ClosedLoop]:
+def one_by_one(*, blocks: int) -> list[ClosedLoop]:
     """Engine B's trace without its times: one request after the other, cut into `blocks` of about equal length."""
-    turns = [replace(turn, at_s=0.0) for turn in bursts(model=model).turns]
+    turns = [replace(turn, at_s=0.0) for turn in bursts().turns]
     return [ClosedLoop(users=[turns[number::blocks]]) for number in range(blocks)]
 
 
-def bursts(*, model: str, rounds: int = 1, time_scale: float = 1.0) -> OpenLoop:
+def bursts(*, rounds: int = 1, time_scale: float = 1.0) -> OpenLoop:
     """Engine B: the trace once, and as load that is not measured `rounds - 1` times more, `BURST_PERIOD_S` apart.
 
     `time_scale` 0.2 plays it five times as fast.
     """
     once = [
-        _turn(model, f"b{number}", burst_prompt(row), row.output_tokens, at_s=row.t * time_scale)
-        for number, row in enumerate(load_burst())
+        greedy("B", f"b{number}", burst_prompt(row), row.output_tokens, at_s=row.t * time_scale)
+        for number, row in enumerate(load(BurstRow))
     ]
     again = [
         replace(turn, key=f"{turn.key}r{n}", at_s=turn.at_s + n * BURST_PERIOD_S * time_scale, measured=False)
@@ -141,11 +140,20 @@ def warm_up(*, time_scale: float) -> dict[str, Workload]:
     They fill all memory and run all code once. Memory that was never touched costs page faults at its first use, which
     must not fall on the first run of one arm.
     """
-    rows = [row for row in load_agent() if row.session < USERS and row.turn == TURNS - 1]
-    longest = [_turn("A", f"w{row.session}", agent_prompt(row), 2) for row in rows]
-    return {"A": ClosedLoop(users=[longest]), "B": bursts(model="B", time_scale=time_scale)}
+    rows = [row for row in load(AgentRow) if row.session < USERS and row.turn == TURNS - 1]
+    longest = [greedy("A", f"w{row.session}", agent_prompt(row), 2) for row in rows]
+    return {"A": ClosedLoop(users=[longest]), "B": bursts(time_scale=time_scale)}
 
 
-def _turn(model: str, key: str, prompt: Sequence[int], output_tokens: int, **more: Any) -> Turn:
-    body = encode_body(model=model, prompt=prompt, output_tokens=output_tokens)
-    return Turn(key=key, body=body, output_tokens=output_tokens, **more)
+def questions(model: str, *, count: int, longest: int, seed: int, vocab: int = VOCAB) -> dict[str, list[int]]:
+    """Prompts of up to `longest` tokens by key; every second one begins like the one before it."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[int]] = {}
+    before: list[int] = []
+    for number in range(count):
+        length = int(rng.integers(longest // 3, longest))
+        prompt = rng.integers(RESERVED_IDS, vocab, size=length).tolist()
+        if number % 2:
+            prompt = before[: len(before) // 2] + prompt[: longest - len(before) // 2]
+        found[f"{model}{number}"] = before = prompt
+    return found

@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from polder.bench.harness.completions import encode_body
-from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn, greedy
 from polder.bench.workloads.models import ModelRecipe
-from polder.bench.workloads.prompts import prompt_of, single
-from polder.bench.workloads.traces import TenantSlot, TenantStart, load_tenants
+from polder.bench.workloads.traces import TenantSlot, TenantStart, drawn_prompt, load
 
 __all__ = [
     *("MAX_MODEL_LEN", "SLOT_S", "SPATIAL_ENGINES", "TENANTS", "TURNS", "VOCAB", "conversations_begun", "spatial"),
@@ -59,7 +57,7 @@ def temporal(*, slots: range, rate: float, seed: int) -> dict[str, OpenLoop]:
     """Each tenant's load while the slots pass, SLOT_S each."""
     turns: dict[str, list[Turn]] = {name: [] for name in TENANTS}
     wanted = 0.0
-    for number, slot in enumerate(load_tenants()[slots.start : slots.stop]):
+    for number, slot in enumerate(load(TenantSlot)[slots.start : slots.stop]):
         before, wanted = round(wanted), wanted + CONVERSATIONS_PER_SLOT * rate * min(slot.load, MOST_LOAD)
         for index, start in enumerate(conversations_begun(slot, round(wanted) - before)):
             key = f"{slot.slot}.{index}"
@@ -76,7 +74,7 @@ def conversations_begun(slot: TenantSlot, count: int) -> list[TenantStart]:
 
 def spatial(*, users: int, seed: int) -> dict[str, ClosedLoop]:
     """Two models that are always in use."""
-    starts = [start for slot in load_tenants() for start in slot.starts]
+    starts = [start for slot in load(TenantSlot) for start in slot.starts]
 
     def of_user(model: str, user: int) -> Iterator[Turn]:
         for number in range(SPATIAL_CONVERSATIONS):
@@ -92,8 +90,8 @@ def spatial(*, users: int, seed: int) -> dict[str, ClosedLoop]:
 
 def warm_up(model: str, *, seed: int) -> ClosedLoop:
     """Long prompts one after the other: they touch all of the model's memory and run its code once."""
-    prompts = [prompt_of(1400, (seed, 2000 + number, _tenant(model)), vocab=VOCAB) for number in range(5)]
-    return ClosedLoop(users=[[single(model, f"w{n}", prompt, output_tokens=4) for n, prompt in enumerate(prompts)]])
+    prompts = [drawn_prompt(1400, (seed, 2000 + number, _tenant(model)), VOCAB) for number in range(5)]
+    return ClosedLoop(users=[[greedy(model, f"w{n}", prompt, 4) for n, prompt in enumerate(prompts)]])
 
 
 def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entropy: tuple[int, ...]) -> Iterator[Turn]:
@@ -101,15 +99,10 @@ def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entr
     rng = np.random.default_rng((*entropy, 1))
     lengths = [start.input_tokens, *rng.integers(*GROWTH_TOKENS, size=TURNS - 1, endpoint=True).tolist()]
     pauses_s = [0.0, *rng.uniform(*PAUSE_S, size=TURNS - 1).tolist()]
-    context, output_tokens = prompt_of(sum(lengths), entropy, vocab=VOCAB), OUTPUT_SCALE * start.output_tokens
+    context, output_tokens = drawn_prompt(sum(lengths), entropy, VOCAB), OUTPUT_SCALE * start.output_tokens
     for turn in range(TURNS):
-        prompt = context[: sum(lengths[: turn + 1])]
-        yield Turn(
-            key=f"{key}.{turn}",
-            body=encode_body(model=model, prompt=prompt, output_tokens=output_tokens),
-            output_tokens=output_tokens,
-            at_s=begun_s + sum(pauses_s[: turn + 1]),
-        )
+        prompt, at_s = context[: sum(lengths[: turn + 1])], begun_s + sum(pauses_s[: turn + 1])
+        yield greedy(model, f"{key}.{turn}", prompt, output_tokens, at_s=at_s)
 
 
 def _tenant(model: str) -> int:

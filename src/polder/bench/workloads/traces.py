@@ -21,19 +21,8 @@ from polder.arrays import splitmix64
 from polder.bench.workloads.models import RESERVED_IDS
 
 __all__ = [
-    "AgentRow",
-    "BurstRow",
-    "ChatRow",
-    "TenantSlot",
-    "TenantStart",
-    "agent_prompt",
-    "burst_prompt",
-    "chat_prompt",
-    "ideal_hit_ratio",
-    "load_agent",
-    "load_burst",
-    "load_chat",
-    "load_tenants",
+    *("VOCAB", "AgentRow", "BurstRow", "ChatRow", "TenantSlot", "TenantStart", "agent_prompt", "burst_prompt"),
+    *("chat_prompt", "drawn_prompt", "ideal_hit_ratio", "load"),
 ]
 
 VOCAB = 32_000
@@ -47,42 +36,40 @@ _CHAT_SESSION = 1 << 40
 _BURST_SESSION = 1 << 41
 
 
-class AgentRow(msgspec.Struct, frozen=True, kw_only=True, rename={"input_tokens": "in", "output_tokens": "out"}):
-    """One turn of an agent's session; closed loop."""
+class Row(msgspec.Struct, frozen=True, kw_only=True, rename={"input_tokens": "in", "output_tokens": "out"}):
+    """One request."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class AgentRow(Row, frozen=True, kw_only=True):
+    """One turn of an agent's session; closed loop, 48 sessions of 16 turns."""
 
     session: int
-    src: str
     turn: int
     think_s: float
     """Seconds between the last reply's end and this turn."""
-    input_tokens: int
-    output_tokens: int
     blocks: tuple[tuple[int, int], ...]
     """Inclusive ranges of block ids; they belong to the session alone."""
 
 
-class ChatRow(msgspec.Struct, frozen=True, kw_only=True, rename={"input_tokens": "in", "output_tokens": "out"}):
-    """One request of a chat service; open loop."""
+class ChatRow(Row, frozen=True, kw_only=True):
+    """One request of a chat service; open loop, 227 requests in 120 s."""
 
     t: float
     """Seconds from the start of the trace."""
-    src: int
-    root: int
-    """Row of the source file where the conversation began."""
-    input_tokens: int
-    output_tokens: int
     blocks: tuple[int, ...]
     """Block ids, common to all conversations; the last block is usually partial."""
 
 
-class BurstRow(msgspec.Struct, frozen=True, kw_only=True, rename={"input_tokens": "in", "output_tokens": "out"}):
-    """One request of a code service that comes in bursts and reuses nothing; open loop."""
+class BurstRow(Row, frozen=True, kw_only=True):
+    """One request of a code service that reuses nothing; open loop, 238 requests in 120 s, 0 to 43 of them in 5 s."""
 
     t: float
     """Seconds from the start of the trace."""
     src: int
-    input_tokens: int
-    output_tokens: int
+    """Row of the source file."""
 
 
 class TenantStart(NamedTuple):
@@ -95,7 +82,7 @@ class TenantStart(NamedTuple):
 
 
 class TenantSlot(msgspec.Struct, frozen=True, kw_only=True):
-    """A stretch of time in which one of three models is in use; open loop."""
+    """A stretch of time in which one of three models is in use; open loop, 57 slots."""
 
     slot: int
     tenant: str
@@ -106,27 +93,25 @@ class TenantSlot(msgspec.Struct, frozen=True, kw_only=True):
     """More than are used: a rate takes evenly spaced ones."""
 
 
-Row = TypeVar("Row", AgentRow, ChatRow, BurstRow, TenantSlot)
+FILES: dict[type, str] = {
+    AgentRow: "tiny-agent-v1",
+    ChatRow: "tiny-chat-v1",
+    BurstRow: "tiny-burst-v1",
+    TenantSlot: "tenants-v1",
+}
+R = TypeVar("R")
 
 
-def load_agent() -> list[AgentRow]:
-    """tiny-agent-v1: 48 sessions of 16 turns."""
-    return _load("tiny-agent-v1", AgentRow)
+def load(kind: type[R]) -> list[R]:
+    """All rows of the trace that consists of them."""
+    import zstandard
 
-
-def load_chat() -> list[ChatRow]:
-    """tiny-chat-v1: 227 requests in 120 s."""
-    return _load("tiny-chat-v1", ChatRow)
-
-
-def load_burst() -> list[BurstRow]:
-    """tiny-burst-v1: 238 requests in 120 s, 0 to 43 of them in 5 s."""
-    return _load("tiny-burst-v1", BurstRow)
-
-
-def load_tenants() -> list[TenantSlot]:
-    """tenants-v1: 57 slots of three models in turn."""
-    return _load("tenants-v1", TenantSlot)
+    with (
+        (files("polder.bench") / "data" / f"{FILES[kind]}.jsonl.zst").open("rb") as packed,
+        zstandard.ZstdDecompressor().stream_reader(packed) as raw,
+        io.BufferedReader(raw) as lines,
+    ):
+        return [msgspec.json.decode(line, type=kind) for line in lines]
 
 
 def agent_prompt(row: AgentRow) -> list[int]:
@@ -145,6 +130,12 @@ def burst_prompt(row: BurstRow) -> list[int]:
     return _tokens(_BURST_SESSION + row.src, np.arange(row.input_tokens, dtype=np.uint64), 1)
 
 
+def drawn_prompt(tokens: int, entropy: tuple[int, ...], vocab: int = VOCAB) -> list[int]:
+    """Token ids of no trace, the same for the same entropy; it shares no prefix with others."""
+    ids: list[int] = np.random.default_rng(entropy).integers(RESERVED_IDS, vocab, size=tokens).tolist()
+    return ids
+
+
 def ideal_hit_ratio(prompts: Sequence[Sequence[int]], block: int) -> float:
     """Share of prompt tokens that a prefix cache without limit would hold, in whole blocks of `block` tokens."""
     seen: set[int] = set()
@@ -160,17 +151,6 @@ def ideal_hit_ratio(prompts: Sequence[Sequence[int]], block: int) -> float:
             hit += 0 if missed else block
             seen.add(chain_hash)
     return hit / total
-
-
-def _load(name: str, kind: type[Row]) -> list[Row]:
-    import zstandard
-
-    with (
-        (files("polder.bench") / "data" / f"{name}.jsonl.zst").open("rb") as packed,
-        zstandard.ZstdDecompressor().stream_reader(packed) as raw,
-        io.BufferedReader(raw) as lines,
-    ):
-        return [msgspec.json.decode(line, type=kind) for line in lines]
 
 
 def _tokens(session: int, blocks: npt.NDArray[np.uint64], per_block: int) -> list[int]:

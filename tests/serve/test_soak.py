@@ -10,23 +10,24 @@ import httpx
 import pytest
 from msgspec.structs import replace
 
-from polder.bench.soak.fleet import fleet_text
-from polder.bench.soak.traffic import MODELS, PROMPTS, FleetReport, Traffic, busy_parts
+from polder.bench.harness.engines import fleet_toml
+from tests.bench.fakes import no_waiting
 from tests.serve.fakes import canned_status, engine_status
+from tests.serve.soak import MODELS, PROMPTS, Report, Traffic, busy_parts, engines
 
 RIGHT = [1, 2, 3]
 
 
-def told(answer: httpx.Response) -> FleetReport:
+def told(answer: httpx.Response) -> Report:
     """What is reported of one request that is answered so."""
-    report = FleetReport(minutes=1.0, seed=1)
+    report = Report(minutes=1.0, seed=1)
     expected = {name: [RIGHT] * PROMPTS for name in MODELS}
 
     async def ask() -> None:
         traffic = Traffic(report, "http://fleet", Path("unused"), expected)
         await traffic._http.aclose()
         traffic._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: answer))
-        await traffic._ask("a", 0, None)
+        await traffic.ask("a", 0)
         await traffic._http.aclose()
 
     asyncio.run(ask())
@@ -63,7 +64,9 @@ def test_what_is_busy_at_rest_is_named() -> None:
     assert busy_parts(replace(status, engines=[busy])) == ["b busy_units 2", "b running_requests 1", "b is silent"]
 
 
-def test_the_fleet_file_is_one(tmp_path: Path) -> None:
-    fleet = tomllib.loads(fleet_text(1234, dict.fromkeys(MODELS, tmp_path)))
+def test_the_fleet_has_208_mib_and_both_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_waiting(monkeypatch)
+    fleet = tomllib.loads(fleet_toml(engines(tmp_path), 1234))
+    assert fleet["memory"]["budget"] == f"{208 << 20}B"
     assert [model["name"] for model in fleet["model"]] == ["a", "b"]
     assert all(model["weights"] == "elastic" and model["tiers"] for model in fleet["model"])
