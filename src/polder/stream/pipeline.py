@@ -1,35 +1,34 @@
-"""Layers whose bytes are fetched just before they are used: three events a layer, one queue of copies.
+"""Layers whose bytes are fetched just before they are used: three events per layer, one queue of copies.
 
 A model computes its layers 0, 1, ... n - 1, again and again. Some of them share a buffer, which has the bytes of one of
 them at a time. Around each layer its owner calls `before` and `after`:
 
     before(l)   data ready      what is launched next finds l's bytes in its buffer
     (compute)
-    after(l)    result stored   what l has changed is on its way home, if there is a home
-                buffer free     the next layer of the same buffer is on its way in
+    after(l)    result stored   what l has changed is being copied home, if it has a home
+                buffer free     the next layer of the same buffer is being copied in
 
-The next layer of a buffer is the next higher one that shares it, and after the highest the lowest: so a fetch crosses
-the border between two passes, as in Oneiros and SwiftCache. A layer with a buffer of its own is fetched once and costs
-a look-up from then on.
+The next layer of a buffer is the next higher one that shares it; after the highest comes the lowest. So a fetch crosses
+the border between two passes, as in Oneiros and SwiftCache. A layer with a buffer of its own is fetched once; from then
+on it costs a look-up.
 
-**Overwriting.** A buffer may be overwritten by what comes after the call of `after` of its layer, or of `before` of another layer
-of the same buffer, until `before` of that other layer returns. The queue is a FIFO, so a result is read out before the
-fetch that overwrites it.
+Overwriting: a buffer may be overwritten from `after` of its layer, or `before` of another layer of the same buffer,
+until `before` of that other layer returns. The queue is a FIFO, so a result is read out before the fetch that
+overwrites it.
 
-**Devices that compute behind the caller's back.** There "comes after" is the order of the device's work, not of these calls: each
-store and fetch waits for a mark on the compute stream, and the compute stream waits for the fetch
-(polder.memory.backend, order on the device). The caller waits for nothing, and copies run beside the compute of other
-layers.
+Asynchronous devices: there the order is that of the device's work, not of these calls. Each store and fetch waits for a
+mark on the compute stream, and the compute stream waits for the fetch (polder.memory.backend). The caller does not
+wait, and copies overlap with the compute of other layers.
 
-**Order of calls.** Any. A pass that is given up half way leaves a buffer with a later layer's bytes; `before` notices, fetches
-its own layer and waits for it. `before` never returns over bytes of another layer.
+Order of calls: any. A pass that is given up half way leaves a later layer's bytes in a buffer. `before` notices this,
+fetches its own layer and waits for it. `before` never returns over bytes of another layer.
 
-**Errors.** A fetch that failed is raised (EnvironmentFault) by the `before` that would have returned over its bytes, or by one that
-comes earlier; the next `before` of that layer fetches anew. A result that could not be stored is raised by a later
+Errors: a fetch that failed is raised (EnvironmentFault) by the `before` that would have returned over its bytes, or by
+an earlier one; the next `before` of that layer fetches anew. A result that could not be stored is raised by a later
 `before` that has something to wait for, or by `drain`.
 
-**Threads.** All methods but `statistics` belong to one thread, the one that launches the layers. Pages under buffers may be
-unmapped after `drain`.
+Threads: all methods but `statistics` belong to the thread that launches the layers. Pages under buffers may be unmapped
+after `drain`.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ class _Pass:
 
 
 class LayerStream:
-    """One model's layers on one rank; the essay above has its guarantees."""
+    """One model's layers on one rank. The top of this module has its guarantees."""
 
     def __init__(
         self,

@@ -96,8 +96,8 @@ class HostCopy:
         return self.layers * self.layer_bytes
 
     def address(self, layer: int) -> int:
-        """Of the layer's first byte. Layers follow one another, so `address(0)` and `size_bytes` are what to pin for a
-        GPU."""
+        """The address of the layer's first byte. Layers follow one another: a GPU pins `size_bytes` from `address(0)`
+        on."""
         return int(self._rows.ctypes.data) + range(self.layers)[layer] * self.layer_bytes
 
     def bytes(self, layer: int) -> npt.NDArray[np.uint8]:

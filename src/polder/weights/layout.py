@@ -48,13 +48,13 @@ class Block:
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     layer_pages: int
-    """Of a segment; all layers have the largest one's."""
+    """Pages of a segment; all layers have those of the largest one."""
     blocks: tuple[tuple[Block, ...], ...]
-    """Of each layer."""
+    """The blocks of each layer."""
     offsets: tuple[Mapping[str, int], ...]
-    """Of each layer: the first byte of each tensor that moves, in the segment."""
+    """For each layer, where each tensor that moves begins in the segment."""
     used_bytes: tuple[int, ...]
-    """Of each layer: the end of its last block in the segment."""
+    """For each layer, the end of its last block in the segment."""
     resident: Mapping[str, str]
     """ "3.bias" -> why the tensor `bias` of layer 3 stays where it is."""
     resident_bytes: int

@@ -1,14 +1,16 @@
 """Which layers give up their memory, and which of them share what is left (Oneiros, "uniform interval" placement).
 
-A pass computes layers 0 .. n - 1, then the next pass begins again: the layers lie on a circle. To win the memory of
-`won` layers, m of them, evenly spaced, share m - won slots, so that each fetch has as long as possible to hide behind
-the layers between. All m are fetched in each pass.
+A pass computes layers 0 .. n - 1, then the next pass begins: the layers lie on a circle. To win the memory of `won`
+layers, m evenly spaced layers share m - won slots, so that each fetch can overlap with the layers in between. All m
+layers are fetched in each pass.
 
-    one slot     m = won + 1: a fetch begins when the rotating layer before has ended: hidden while it takes at most n/m - 1 layers
-    two slots    m = won + 2, double buffering: a fetch begins one rotating layer earlier: at most n/m layers, for one more fetch
+    one slot     m = won + 1. A fetch begins when the rotating layer before has ended.
+                 It is hidden while it takes at most n/m - 1 layers.
+    two slots    m = won + 2, double buffering. A fetch begins one rotating layer earlier.
+                 It is hidden while it takes at most n/m layers, for one more fetch per pass.
 
-With two slots and an odd m the circle cannot alternate: the last rotating layer and the first share a slot, and that
-one fetch has the shorter time. Every slot has two layers or more, since one alone in it would not rotate.
+With two slots and an odd m the slots cannot alternate around the circle: the last rotating layer and the first share a
+slot, and that one fetch has the shorter time. Every slot has two layers or more: a layer alone in one would not rotate.
 """
 
 from __future__ import annotations

@@ -1,25 +1,24 @@
-"""One rank's decoder layers in memory that comes and goes.
+"""One rank's decoder layers, over pages that are taken away and come back.
 
-The layers lie in a span of `layers * layer_pages` page slots, at addresses that never change (law 3), and in a host
-copy, which always has everything. Under the addresses lie segments: tuples of `layer_pages` pages that the caller gives
-and takes back. Resident layers have one each; the layers of a rotation are mapped onto the segments of their slots,
-several on one ("virtual aliasing", Oneiros). So giving a segment up costs no copy, and getting one back costs one, host
-to device.
+The layers have a span of `layers * layer_pages` page slots, at addresses that never change (law 3). A host copy has the
+bytes of all layers at any time. The caller gives and takes segments: tuples of `layer_pages` pages. A resident layer is
+mapped onto a segment of its own. The layers of a rotation are mapped onto the segments of their slots, several on one
+("virtual aliasing", Oneiros). So giving a segment up costs no copy, and getting one back costs one from host to device.
 
     rotation        segments held    what is mapped
-    all resident    layers           each layer over its own
+    all resident    layers           each layer over its own segment
     some rotate     layers - won     several layers over each slot: a stream fetches them in turn
     None (asleep)   0                nothing
 
-**Calls.** All operations belong to one thread, the one that launches the layers, and `rotate`, `take`, `give` and `close` come
-between two passes. They wait for the stream and the device first. A segment is unmapped before it is returned.
+Calls: all operations belong to the thread that launches the layers. `rotate`, `take`, `give` and `close` come between
+two passes, and wait for the stream and the device first. A segment is unmapped before it is returned.
 
-**Coming back.** `give` returns when the pages are mapped and the copies submitted, in the order of execution. `before(layer)`
-waits for that layer only; whoever wants all layers first calls `wait_all`.
+Coming back: `give` returns when the pages are mapped and the copies are submitted, in the order of execution.
+`before(layer)` waits for that layer only, `wait_all` for all layers.
 
-**Failures.** When mapping fails, the store is as it was before the call; when even that cannot be mapped any more, it is asleep,
-and its segments are still held, for the next `rotate`, `take` or `give`. Either way the error is raised, and incoming
-segments are the caller's. A copy that fails is raised by `before`, see polder.stream.pipeline.
+Failures: when mapping fails, the store is as it was before the call. If that cannot be mapped any more either, the
+store is asleep, and holds its segments for the next `rotate`, `take` or `give`. In both cases the error is raised, and
+incoming segments stay the caller's. A copy that fails is raised by `before`, see polder.stream.pipeline.
 """
 
 from __future__ import annotations
@@ -60,14 +59,14 @@ class WeightStatistics:
     layers: int
     layer_pages: int
     segments: int
-    """Held."""
+    """Segments held."""
     rotating: int
     won: int
     """Segments that the rotation saves; all of them while asleep."""
     moved_bytes: int
-    """Of all layers, without padding."""
+    """Bytes of all layers, without padding."""
     resident_bytes: int
-    """Of tensors that could not move."""
+    """Bytes of the tensors that could not move."""
     host_bytes: int
     stream: StreamStatistics
 
@@ -78,7 +77,7 @@ class WeightStatistics:
 
 
 class WeightStore:
-    """The essay above is its manual. Begins asleep."""
+    """Begins asleep. How it behaves is said at the top of this module."""
 
     tensors: tuple[dict[str, torch.Tensor], ...]
     """For each layer those that can move, by name, at their addresses for life. Touch them in a pass only."""
@@ -157,7 +156,7 @@ class WeightStore:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """Held."""
+        """The segments held."""
         return tuple(self._held)
 
     # ------------------------------------------------------------------ between two passes

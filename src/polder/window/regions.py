@@ -20,7 +20,7 @@ __all__ = ["WindowShape"]
 
 @dataclass(frozen=True, kw_only=True)
 class WindowShape:
-    """Of one engine."""
+    """The sizes of one engine's window."""
 
     layers: int
     window_layers: int
@@ -32,7 +32,7 @@ class WindowShape:
         return self.layers // self.window_layers
 
     def room(self, held: int, donors: int) -> int:
-        """Units of blocks."""
+        """Units of blocks that there is room for."""
         return held - donors + min(donors * self.units_of_donor, self.store_units)
 
     def donors_for(self, held: int, wanted: int) -> int | None:
@@ -43,10 +43,9 @@ class WindowShape:
         return next((c for c in range(held) if self.room(held, c) >= wanted), None)
 
     def windowed_blocks(self, blocks: int, held: int, unit_blocks: int) -> int:
-        """Of a context of `blocks` blocks that is alone: those that regular units have no room for, beside the null
-        block.
+        """How many blocks of a context of `blocks` blocks, alone on the engine, are windowed.
 
-        As the engine does it: with a unit to spare where that can be.
+        Counts as the engine does: a unit is kept to spare where that is possible, and one block is the null block.
         """
         wanted = -(-(blocks + 1) // unit_blocks)
         if wanted < held:
@@ -57,7 +56,7 @@ class WindowShape:
         return max(0, blocks + 1 - (held - donors) * unit_blocks)
 
     def most(self, held: int) -> int:
-        """Units of blocks, with as many donors as do good."""
+        """Units of blocks that there is room for with the best number of donors."""
         return max(self.room(held, donors) for donors in range(max(1, held)))
 
     def least_held(self, wanted: int, ceiling: int) -> int:

@@ -1,20 +1,19 @@
-"""A pass over the layers with KV that is not all there: each layer's blocks come just before its attention, and go home
-after it.
+"""A pass over the layers with KV that is not all on the device: each layer's blocks are fetched just before its
+attention, and stored just after it.
 
-A windowed block has an address in every layer, as any block has, but the pages under its layers are those of w slots:
-layer l lies on the pages of slot l mod w. Its home, with all layers, is a store in memory that is not scarce. For a
-pass the blocks are named that the step's requests read and those that it writes, and then, around each layer,
+A windowed block has an address in every layer, as any block has, but there are pages for w layers only: layer l is
+mapped onto the pages of slot l mod w. The bytes of all layers are in a store in host memory. A pass is told which
+blocks its step reads and which it writes. Then, around each layer:
 
     before(l)    what is launched next finds the blocks to read, and may write the new tokens' keys and values
     (key and value are written, attention)
-    after(l)     the written blocks are on their way home; layer l + w is on its way into the slot
+    after(l)     the written blocks are being copied to the store; layer l + w is being copied into the slot
 
-so copies overlap with what is computed between two attentions, and with w - 1 attentions. Order and errors are those of
-stream/pipeline.py: one FIFO, so a block has gone home before its slot is filled anew, and the next pass reads what this
-one wrote. A failure is raised once, for all copies that have failed by then.
+So copies overlap with the compute between two attentions, and with w - 1 attentions. Order and errors are those of
+stream/pipeline.py. The queue is a FIFO: a block is stored before its slot is filled anew, and the next pass reads what
+this one wrote. A failure is raised once, for all copies that have failed by then.
 
-Source: SwiftCache section 3.3, with w slots in place of one, which lets a load run during the attention of the layer
-before.
+Source: SwiftCache section 3.3, with w slots in place of one: a load can run during the attention of the layer before.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class BlockHomes:
 
 
 class WindowStream:
-    """One rank's passes; the essay above is its manual. All methods belong to the thread that launches the layers."""
+    """One rank's passes. All methods belong to the thread that launches the layers."""
 
     def __init__(self, copies: CopyEngine, homes: BlockHomes, *, window_layers: int) -> None:
         """`copies`: used by nobody else."""

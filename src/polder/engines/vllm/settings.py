@@ -1,9 +1,9 @@
 """The settings of an elastic engine: environment variables, or `--additional-config '{"polder": {...}}'`.
 
 A setting `kv_floor` is POLDER_KV_FLOOR in the environment, which wins over additional-config. With neither
-POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. An engine with tiers needs the connector too (`polder
-serve` adds it):
---kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'. docs/settings.md is generated from this file.
+POLDER_BROKER nor POLDER_KV_BUDGET the engine is stock vLLM. An engine with tiers also needs the connector, which
+`polder serve` adds: --kv-transfer-config '{"kv_connector":"PolderConnector","kv_role":"kv_both"}'.
+docs/settings.md is generated from this file.
 """
 
 from __future__ import annotations

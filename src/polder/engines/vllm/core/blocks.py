@@ -1,11 +1,11 @@
 """The scheduler's side of a resize: which block ids vLLM may use.
 
-vLLM's BlockPool is made for the virtual size (the ceiling); blocks of unmapped units are parked: in no queue, in no
-hash table. The pool itself stays vLLM's own class, so prefix hits, KV events, partial blocks and metrics work as they
-do in stock.
+vLLM's BlockPool is made for the virtual size (the ceiling). Blocks of units without pages are parked: they are in no
+queue and in no hash table. The pool stays vLLM's own class, so prefix hits, KV events, partial blocks and metrics work
+as they do in stock vLLM.
 
-Everything here runs between two steps, in the engine core's thread, and is logical only: no byte moves. The order of
-the laws (physical before logical to grow, logical before physical to shrink) is kept by the caller, resizing.py.
+Everything here runs between two steps, in the engine core's thread, and moves no byte. The caller, resizing.py, keeps
+the order of the laws: physical before logical to grow, logical before physical to shrink.
 """
 
 from __future__ import annotations

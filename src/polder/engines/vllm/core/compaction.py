@@ -5,7 +5,7 @@ evict last stay as long as there is room, so a shrink costs exactly the coldest 
 lies:
 
     units        | 0: null B  . |  1: c  B  C |  2: c  .  B |  3: C  c  C |        B busy, C hot, c cold cached, . empty
-    give up one  | 0: null B  B |  1: C' B  C |  2: given up |  3: C  C' C | ...    moves fill the places of evicted blocks
+    give up one  | 0: null B  B |  1: C' B  C |  2: given up |  3: C  C' C | ...  moves fill places of evicted blocks
 
 Victims are the units with the fewest blocks to save. A unit with a block that must not be moved (the null block, or one
 whose every holder is not known) is never a victim.

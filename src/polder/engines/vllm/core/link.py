@@ -1,12 +1,12 @@
-"""The engine core's line to the broker: a thread listens, the core's own thread acts and answers.
+"""The engine core's connection to the broker: a thread listens, the core's own thread acts and answers.
 
-Guarantees:
-  * nothing here blocks the engine: sending never waits (a broker that does not read is treated as gone), receiving is the
-    thread's business, and what it receives waits in `inbox` until the core comes by between two steps;
-  * messages of one connection are handed over in order; when the connection breaks, those not yet handled are dropped and `Down`
-    is handed over, then `Up` with the new connection: what was promised on the old one is void, so the core reports what it holds;
-    what the core sends before it has done so goes nowhere;
-  * a quiet line still wakes the core once a second, so that an idle engine's demand does not stay what it was when it was busy.
+Guarantees
+- Nothing here blocks the engine. Sending never waits: a broker that does not read is treated as gone. The thread
+  receives, and messages wait in `inbox` until the core handles them between two steps.
+- Messages of one connection are handed over in order. When the connection breaks, those not yet handled are dropped;
+  `Down` is handed over, then `Up` with the new connection. What was promised on the old connection is void, so the core
+  reports what it holds. What the core sends before it has done so is dropped.
+- When nothing comes for a second the core is woken all the same, so that an idle engine reports a new demand.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECONNECT_S = 0.2
 
 @dataclass(frozen=True)
 class Up:
-    """A new connection stands; say Hello, with `BrokerLink.greet`."""
+    """There is a new connection: say Hello, with `BrokerLink.greet`."""
 
     channel: Channel
 

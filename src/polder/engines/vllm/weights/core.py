@@ -1,14 +1,14 @@
 """The engine core's side of elastic weights: what it offers, when it sleeps, how it comes back.
 
-    asleep      the scheduler is paused, nothing lies under the weights' addresses; requests queue
-    a request   -> NeedWeights. The broker finds pages, by recalls and from idle neighbours -> Grant
-    granted     workers map the pages and begin to copy layer after layer; the scheduler goes on at once, and the first forward
-                waits for each layer only as it comes to it
+    asleep      the scheduler is paused, and no pages are mapped under the weights' addresses; requests queue
+    a request   NeedWeights is sent. The broker finds pages, by recalls and from idle neighbours, and sends a Grant
+    granted     workers map the pages and begin to copy layer after layer; the scheduler goes on at once, and the first
+                forward pass waits for each layer when it gets there
 
-A model sleeps only when it has no request, or when the broker pauses it for one that has waited long: then its requests
-stand still, with as much of their KV as nobody needs, and it asks for its weights at once. While it serves it offers
-the segments that it could win by streaming, as many as the formula allows for the shortest of its last steps
-(planner/rotation_cost.py); when steps have become too short for what it streams already, it wants its layers back.
+A model sleeps only when it has no request, or when the broker pauses it for another one that has waited long. Then its
+requests keep as much of their KV as no other engine needs, and it asks for its weights at once. While it serves it
+offers the segments that it could win by streaming (streaming.py). When steps have become too short for what it streams
+already, it asks for these layers back.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ vLLM 0.32 packs a linear layer's weight for oneDNN into a buffer of the library'
 handle (layers/utils.py:470, no switch). What lies in a buffer that nobody can name cannot be given away or streamed. So
 for decoder layers of an engine with elastic weights the packed form is a tensor again and stays the layer's parameter:
 
-    small, on CPUs with AMX             sgl-kernel's packed layout, which stock takes there too
-    all other                           oneDNN's packed layout (onednn.py): stock's results bit by bit, at stock's speed
-    where that cannot be packed: half   sgl-kernel's layout: decoding 7 % faster, prefill 10 to 15 % slower than oneDNN here
-    ... and float32                     the weight as it is: 2 to 3 times slower here
+    small, on CPUs with AMX                 sgl-kernel's packed layout, which stock takes there too
+    all other                               oneDNN's packed layout (onednn.py): bit for bit and as fast as stock
+    16 bits, where that cannot be packed    sgl-kernel's layout: decoding 7 % faster, prefill 10 to 15 % slower here
+    float32, where that cannot be packed    the weight as it is: 2 to 3 times slower here
 
 The last two add up in another order than stock, so logits differ in their last bits, as they do between two batch
 shapes.

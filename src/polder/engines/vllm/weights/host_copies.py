@@ -29,7 +29,7 @@ logger = logging.getLogger("polder.engine")
 
 
 def copy_key(vllm_config: Any, rank: int) -> str:
-    """Of the weights of one rank."""
+    """The key of one rank's weights: equal keys are believed to be equal weights."""
     import vllm
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config

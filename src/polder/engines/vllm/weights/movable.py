@@ -5,8 +5,8 @@ the code that prepares weights for a kernel (`process_weights_after_loading`) ke
 
     the parameter itself          follows: its data are replaced in place
     another tensor or view of it  keeps the old bytes alive; found by the storage's reference count (weights/tensors.py)
-    a bare address                cannot be seen from here. vLLM's oneDNN handlers keep one: the scales that they were given are
-                                  read from freed memory once the parameter has moved
+    a bare address                cannot be seen from here. vLLM's oneDNN handlers keep one: once the parameter has
+                                  moved, they would read the scales that they were given from freed memory
 
 For the third case this module has an allow-list: methods and kernels of vLLM 0.32 whose preparation was read and keeps
 no address. Tensors of any other quantised layer stay where they are. Modules without a quantisation method (norms,

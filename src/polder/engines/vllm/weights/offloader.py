@@ -70,12 +70,10 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
         here.offloader = self
         self._open_store, self._compiled, self.streams = open_store, compiled, not graphs
         self._modules: list[torch.nn.Module] = []
-        self._parts: dict[
-            int, int
-        ] = {}  # id(module) -> bytes of its own parameters as they were made, before any packing
+        self._parts: dict[int, int] = {}
+        """id(module) -> bytes of its own parameters as they were made, before any packing."""
         self.resident_bytes = 0
-        """Of decoder layers' tensors that stay where they are, and of what libraries have packed into memory of their
-        own."""
+        """Bytes of the decoder layers' tensors that stay where they are, libraries' packed copies of them included."""
         self.wake: Literal["streamed", "whole"] = "streamed"
         """Whether computing begins before all layers are back."""
         self._private: list[Segment] = []
@@ -199,7 +197,7 @@ class WeightOffloader(BaseOffloader):  # type: ignore[misc]
 
 
 def _own_bytes(part: torch.nn.Module) -> int:
-    """Of parameters that the module itself owns."""
+    """Bytes of the parameters that the module itself owns."""
     return sum(parameter.nbytes for parameter in part.parameters(recurse=False))
 
 

@@ -1,13 +1,16 @@
-"""The engine core's side of the window: opened for a request that would not fit, closed when nobody needs it.
+"""The engine core's side of the window: opened for a request that would not fit, closed when no request needs it.
 
-All units are regular at first. A request that the regular blocks could not hold even alone makes as few of them donors
-as give it room (window/regions.py). Its windowed blocks are the ones that it gets last. Between steps:
+All units are regular at first. When a request needs more blocks than all regular units have, as few of these as
+possible become donors (window/regions.py). The request's last blocks are the windowed ones. Between two steps:
 
-    open         blocks leave the donors, as in a shrink -> workers put their pages under windowed units -> these ids are offered
-    bring home   a decoding request's windowed blocks become regular ones as soon as so many are free: its steps cost no copies
-    close        windowed units without a busy block leave queue and hashes -> workers put the pages back -> donors are offered
+    open         blocks leave the donors, as in a shrink; workers map the donors' pages under windowed units; the block
+                 ids of these join the free queue
+    bring home   a decoding request's windowed blocks become regular ones as soon as enough are free: then its steps
+                 need no copies
+    close        windowed units without a busy block leave the free queue and the prefix cache; workers map the pages
+                 under the donors again, whose block ids join the free queue
 
-It stays open while memory is ample, since windowed blocks may hold a prefix that comes again. It is closed when
+The window stays open while memory is ample, since windowed blocks may hold a prefix that comes again. It is closed when
 requests wait that need no window, and when the broker wants memory.
 """
 
@@ -51,7 +54,7 @@ the core can hear of one loss twice, since the next step is launched by then and
 
 
 class CoreWindow(Subsystem):
-    """One engine's. Its methods run between two steps, in the core's thread."""
+    """The window of one engine. Its methods run between two steps, in the core's thread."""
 
     def __init__(
         self,
@@ -144,8 +147,7 @@ class CoreWindow(Subsystem):
     # ------------------------------------------------------------------ inside
 
     def _wanted_units(self) -> int:
-        """Of the request that needs most by itself, with one to spare so that a donor can be emptied while there is
-        room."""
+        """Units that the longest request needs alone. One more where it would need all: a donor is emptied into it."""
         scheduler = self._scheduler
         # Those that wait with blocks have a part of their KV from a tier: they need the rest, and nobody is preempted for it.
         requests = [*scheduler.running, *scheduler.kv_holding_waiting, *islice(scheduler.waiting, 1)]

@@ -2,13 +2,13 @@
 ones.
 
 Both runners know on the host, before they launch a step, how many tokens of each request are computed and which blocks
-it holds. The window takes these lists and not the attention metadata: that is the backend's own, may have neither
+it holds. The window uses these lists and not the attention metadata: that is the backend's own, may have neither
 sequence lengths nor a block table (FlashInfer), and has them on the device, where reading them would wait for all work
 that is launched.
 
-    V1   `_model_forward` is called just before the first layer, and the input batch has the block table as a NumPy array
-    V2   `prepare_attn` is called before the model is, or before its graphs are replayed. Its block table is on the device
-         only: `append_block_ids` names all ids that go there, and BlockRows keeps a copy of them
+    V1   `_model_forward` is called just before the first layer. The input batch has the block table as a NumPy array.
+    V2   `prepare_attn` is called before the model is, or before its graphs are replayed. Its block table is on the
+         device only: `append_block_ids` names all ids that go there, and BlockRows keeps a copy of them.
 
 Neither is called for a warm-up, which reads and writes the null block.
 """

@@ -1,14 +1,13 @@
-"""The window in every worker process: the store, the pages under windowed units, and what is done around each
-attention.
+"""The window in every worker process: the store, the pages under windowed units, and what is done around attention.
 
 vLLM writes keys and values by an op of its own before attention (`do_kv_cache_update`), so the layer's blocks must be
-there before that, and not before attention only, as a connector's hook would have it. Both are methods of the layer's
-attention implementation, called from within opaque ops: wrapped here, they are called by eager and by compiled code
-alike, and between the pieces of a piecewise CUDA graph. What a step reads and writes is taken from the model runner's
+on the device before that op; a KV connector's hook comes only before attention. Both are methods of the layer's
+attention implementation that vLLM calls from opaque ops. Replaced here, they are called by eager and by compiled code,
+and between the pieces of a piecewise CUDA graph. Which blocks a step reads and writes is taken from the model runner's
 own lists (runner.py).
 
-A copy that fails ends no engine: the pass runs on, its tokens are worth nothing, and the core is told which blocks are
-doubtful. It drops what came of them (engines/vllm/window/core.py).
+A copy that fails does not end the engine: the pass runs on, its tokens are not used, and the core is told which blocks
+are doubtful. It drops what was computed from them (window/core.py).
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ others."""
 
 
 class WorkerWindow:
-    """One rank's."""
+    """The window of one rank."""
 
     def __init__(self, memory: WorkerMemory, plan: WindowPlan, *, steps_in_flight: int = 1) -> None:
         """Maps the store. `steps_in_flight`: that vLLM has launched before it hears of the first. Raises PolderError,
@@ -208,7 +207,7 @@ class WorkerWindow:
         self._spoiled_steps = self._steps_in_flight if doubtful else max(0, self._spoiled_steps - 1)
 
     def take_doubtful(self) -> list[int]:
-        """Of the pass that has ended."""
+        """The doubtful blocks of the pass that has ended."""
         found, self.doubtful = self.doubtful, []
         self.opened = bool(self._carried)
         return found
