@@ -84,7 +84,8 @@ class Rotation:
 
     @cached_property
     def homes(self) -> tuple[int, ...]:
-        """For each layer the lowest layer that shares its memory: itself when it is resident or the first of its slot."""
+        """For each layer the lowest layer that shares its memory: itself when it is resident or the first of its
+        slot."""
         homes = list(range(self.layers))
         for k, layer in enumerate(self.rotating):
             homes[layer] = self.rotating[k % self.slots]

@@ -60,7 +60,8 @@ class WindowShape:
         return max(self.room(held, donors) for donors in range(max(1, held)))
 
     def least_held(self, wanted: int, ceiling: int) -> int:
-        """The fewest held units with which `wanted` units can have room. Raises BudgetError when `ceiling` is too few."""
+        """The fewest held units with which `wanted` units can have room. Raises BudgetError when `ceiling` is too
+        few."""
         for held in range(1, ceiling + 1):
             if self.donors_for(held, wanted) is not None:
                 return held

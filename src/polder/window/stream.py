@@ -123,7 +123,8 @@ class WindowStream:
         self._stream.after(layer)
 
     def settle(self) -> None:
-        """Returns when all that was written is home and no copy is under way. Raises EnvironmentFault when one failed."""
+        """Returns when all that was written is home and no copy is under way. Raises EnvironmentFault when one
+        failed."""
         try:
             self._copies.wait(self._copies.submit(*_NOTHING))
         except EnvironmentFault:

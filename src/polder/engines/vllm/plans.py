@@ -98,7 +98,8 @@ class WeightsFound:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """Segments that a worker gave up, and the pages of each on this rank. `error` is not empty when nothing was taken."""
+    """Segments that a worker gave up, and the pages of each on this rank. `error` is not empty when nothing was
+    taken."""
 
     segments: tuple[tuple[int, ...], ...] = ()
     error: str = ""

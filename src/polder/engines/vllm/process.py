@@ -65,7 +65,8 @@ here = Process()
 
 
 def present(value: T | None) -> T:
-    """The value. Raises InternalError when it is not there yet: a call of vLLM's came in another order than expected."""
+    """The value. Raises InternalError when it is not there yet: a call of vLLM's came in another order than
+    expected."""
     if value is None:
         raise InternalError("a part of this engine was used before it was made, or in a process that does not have it")
     return value

@@ -136,7 +136,8 @@ class BlockUnits:
     # ------------------------------------------------------------------ windowed units
 
     def open(self, donors: dict[int, list[int]]) -> None:
-        """Pages of regular units that are not in use lie under windowed ones: these may be used, when all others are."""
+        """Pages of regular units that are not in use lie under windowed ones: these may be used, when all others
+        are."""
         self._pool.free_block_queue.append_n(self._blocks(unit for units in donors.values() for unit in units))
         self.donors |= donors
         self._resized()

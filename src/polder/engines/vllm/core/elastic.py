@@ -53,7 +53,8 @@ class ElasticCore:
     """Ties one EngineCore's scheduler, its workers and the broker's link together."""
 
     def __init__(self, core: Any, agreement: Agreement, wake: Callable[[], None]) -> None:
-        """After the scheduler exists and the workers have mapped the floor. `wake` makes the core call `on_wake` soon."""
+        """After the scheduler exists and the workers have mapped the floor. `wake` makes the core call `on_wake`
+        soon."""
         self._core, self._scheduler, self._hello = core, core.scheduler, agreement.hello
         welcome = agreement.welcome
         rule = BusyBlocks.MOVE if all(self._rpc(calls.start_serving)) else BusyBlocks.STAY
@@ -228,7 +229,8 @@ class ElasticCore:
         self.link.close()
 
     def give_up(self, segments: int) -> None:
-        """Gives weights up unasked, as far as possible; they come back by the broker's decision, or `polder ctl wake`."""
+        """Gives weights up unasked, as far as possible; they come back by the broker's decision, or `polder ctl
+        wake`."""
         now = time.monotonic()
         recall = Recall(lease=0, use="weights", units=segments, deadline_s=0.0)
         self._weights.on_recall(recall, self._resizing.generation, now)

@@ -51,7 +51,8 @@ class Subsystem:
         """Engines came to the broker, or left it."""
 
     def on_welcome(self, message: Welcome, *, new_broker: bool) -> None:
-        """A new connection to the broker. `new_broker`: another process than before, which knows only what Hello said."""
+        """A new connection to the broker. `new_broker`: another process than before, which knows only what Hello
+        said."""
 
     def on_step(self, steps: Sequence[tuple[int, float]], now: float) -> None:
         """`steps`: (tokens, seconds) of those that have ended since the last call."""

@@ -119,7 +119,8 @@ def unmap_units(
     sources: Sequence[int] = (),
     targets: Sequence[int] = (),
 ) -> None:
-    """Moves blocks out of the way (`sources` to `targets`), then unmaps `units`. Units not mapped here are passed over."""
+    """Moves blocks out of the way (`sources` to `targets`), then unmaps `units`. Units not mapped here are passed
+    over."""
     memory = present(here.memory)
     memory.backend.fence()
     src, dst = np.asarray(sources, dtype=np.int64), np.asarray(targets, dtype=np.int64)

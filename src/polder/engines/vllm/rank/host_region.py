@@ -20,7 +20,8 @@ logger = logging.getLogger("polder.engine")
 
 
 class HostRegion:
-    """This rank's pages of host memory, mapped one after another, and registered with the driver where there is a GPU."""
+    """This rank's pages of host memory, mapped one after another, and registered with the driver where there is a
+    GPU."""
 
     def __init__(self, memory: WorkerMemory, pages: Sequence[int]) -> None:
         """`pages`: numbers of the broker. Raises PolderError, OSError."""

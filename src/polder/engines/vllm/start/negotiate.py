@@ -37,7 +37,8 @@ def negotiate(
     vllm_config: Any,
     kv_cache_specs: list[Any],
 ) -> tuple[list[Any], Agreement]:
-    """vLLM's KV cache configs for the ceiling, and the agreement. Raises BudgetError, ConfigError, BrokerUnavailable."""
+    """vLLM's KV cache configs for the ceiling, and the agreement. Raises BudgetError, ConfigError,
+    BrokerUnavailable."""
 
     def rpc(function: Any, *arguments: Any) -> list[Any]:
         found: list[Any] = core.model_executor.collective_rpc(function, args=arguments)

@@ -252,7 +252,8 @@ def split_at_layers(compilation: Any) -> bool:
 
 
 def mark(vllm_config: Any) -> None:
-    """Makes the keys of vLLM's compile caches different from those of an engine whose weights stay. Raises ConfigError."""
+    """Makes the keys of vLLM's compile caches different from those of an engine whose weights stay. Raises
+    ConfigError."""
     given = vllm_config.additional_config
     if not isinstance(given, dict):
         raise ConfigError("elastic weights need --additional-config to be a JSON object")

@@ -53,7 +53,8 @@ class Streaming:
         return choose_rotation(found.layers, compute_s, self.layer_load_s, SLOWDOWN, found.copy_share).alpha
 
     def slots(self, won: int) -> int:
-        """Slots of a rotation that wins `won` segments: whichever number is expected to be faster; 0: it is impossible."""
+        """Slots of a rotation that wins `won` segments: whichever number is expected to be faster; 0: it is
+        impossible."""
         found, layers, step_s = self._found, self._found.layers, self._compute_s() or 0.0
         possible = [slots for slots in (1, 2) if won + slots <= layers and won + slots >= 2 * slots and found.streams]
         seconds = {

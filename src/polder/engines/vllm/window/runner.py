@@ -50,7 +50,8 @@ def blocks_of_step(
 
 
 def hook_runner(window: WorkerWindow, runner: Any) -> None:
-    """Begins the window's pass in each step of this runner, and tells what the pass has lost. Before the first request."""
+    """Begins the window's pass in each step of this runner, and tells what the pass has lost. Before the first
+    request."""
     if hasattr(runner, "input_batch"):
         _hook_v1(window, runner)
     else:
