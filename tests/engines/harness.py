@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
@@ -39,10 +39,12 @@ MODELS = Path(os.environ.get("POLDER_TEST_MODELS", Path(__file__).parents[2] / "
 ROUNDS = int(os.environ.get("POLDER_ROUNDS", "1"))
 """How often some tests do on their engine what they do, with new prompts each time. More than once is for runs by hand."""
 _numbers = itertools.count()
+LIMIT_S = 120.0
+"""For what takes a second on a machine with nothing else to do."""
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -61,6 +63,21 @@ A32, B32 = (
 )
 """Like the benches' models, with the same KV cache. Fewer weights, since reading them is most of a step on a CPU. They are larger,
 so that answers vary and equality says something (answers.py)."""
+SMALL_VOCABULARY = 2000
+SMALL_A = ModelRecipe(
+    name="varied-llama",
+    family="llama",
+    layers=4,
+    hidden=128,
+    intermediate=256,
+    heads=4,
+    vocab=SMALL_VOCABULARY,
+    spread=0.12,
+    seed=9,
+).in_float32()
+SMALL_B = replace(SMALL_A, name="varied-qwen", family="qwen3", seed=10)
+"""For the V2 runner, whose kernels are interpreted here, and wherever size is of no consequence. A block of 32 tokens has
+64 KiB in each of 4 layers: a unit, 128 tokens, is 4 pages. The weights are 16 pages."""
 
 
 @contextlib.contextmanager
@@ -96,7 +113,7 @@ class Broker:
             f"serve_broker(socket=Path({str(self.socket)!r}), devices={self._devices()!r}, page_bytes={self.page_bytes})"
         )
         self.process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | self.variables)
-        wait_for(lambda: self.answers(), "the broker to answer", 90.0)
+        wait_for(lambda: self.answers(), "the broker to answer")
         return self
 
     def _devices(self) -> dict[str, int]:
@@ -132,7 +149,7 @@ class Broker:
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(60)
         self.socket.unlink(missing_ok=True)
 
 
@@ -159,15 +176,14 @@ class Engine:
         recipe: ModelRecipe | Path = A32,
         settings: dict[str, str] | None = None,
         like: str = "",
-        processes: Literal["forked", "spawned"] = "forked",
         **options: Any,
     ) -> Engine:
         """Starts an engine and waits until it serves.
 
         `recipe` says how its model is made, or where it lies.
         `settings` are Polder's variables; without any the engine is stock vLLM. `like` names GPU defaults that it gets, such as
-        "v2,async,uni,warmup,graphs" (tests/rig). Its processes are forked from one that has imported vLLM, or spawned as vLLM does
-        it on a CPU, which takes 10 s of CPU time more for each. `options` go to `vllm.LLM`.
+        "v2,async,uni,warmup,graphs" (tests/rig). Its processes are forked from one that has imported vLLM.
+        `options` go to `vllm.LLM`.
         """
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -175,7 +191,7 @@ class Engine:
         assert type(current_platform).__module__ == "gpulike.platform", "vLLM was imported before this module"
         model = recipe if isinstance(recipe, Path) else ensure_model(recipe, MODELS)
         rig = gpulike.environment(like)
-        starting = forked_engines(rig) if processes == "forked" else contextlib.nullcontext()
+        forked = forked_engines(rig)  # starts the process to fork from, which outlives this engine
         before = {p.pid for p in psutil.Process().children(recursive=True)}
         sockets = Path(tempfile.mkdtemp(prefix="pe-", dir="/tmp"))  # vLLM's: a killed engine leaves them behind
         arguments: dict[str, Any] = {
@@ -192,7 +208,7 @@ class Engine:
             arguments["kv_transfer_config"] = CONNECTOR
         # Without settings the plugin is not even loaded: the reference is vLLM as it comes.
         own = settings or {"VLLM_PLUGINS": "gpulike" if like else ""}
-        with environment(ENVIRONMENT | rig | {"VLLM_RPC_BASE_PATH": str(sockets)} | own), starting:
+        with environment(ENVIRONMENT | rig | {"VLLM_RPC_BASE_PATH": str(sockets)} | own), forked:
             if settings:
                 plugin.register()  # vLLM loads plugins once a process, and here a stock engine may have come first
             llm = LLM(**arguments)
@@ -258,10 +274,10 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         # Python's own resource tracker lives as long as this process, and came with the engine.
         ending = [p for p in self.processes() if "resource_tracker" not in command_of(p)]
-        _, alive = psutil.wait_procs(ending, timeout=10)
+        _, alive = psutil.wait_procs(ending, timeout=60)
         for process in alive:
             process.kill()
-        psutil.wait_procs(alive, timeout=5)
+        psutil.wait_procs(alive, timeout=60)
         for path in self._segments:  # vLLM's message queues: a killed engine core leaves them behind
             path.unlink(missing_ok=True)
         if self._sockets is not None:
@@ -285,10 +301,11 @@ def tokens_of(outputs: list[Output]) -> list[list[int]]:
     return [output.tokens for output in outputs]
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
-    deadline, pause_s = time.monotonic() + timeout_s, 0.02
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Raises AssertionError after LIMIT_S, which is long: only what is broken takes it, or a machine with much else to do."""
+    deadline, pause_s = time.monotonic() + LIMIT_S, 0.02
     while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
+        assert time.monotonic() < deadline, f"waited {LIMIT_S:g} s for {what}"
         time.sleep(pause_s)
         pause_s = min(0.1, pause_s * 1.2)  # to ask costs an engine CPU time
 
@@ -301,6 +318,9 @@ __all__ = [
     "ORDINARY",
     "PAGE",
     "ROUNDS",
+    "SMALL_A",
+    "SMALL_B",
+    "SMALL_VOCABULARY",
     "VOCABULARY",
     "Broker",
     "Engine",

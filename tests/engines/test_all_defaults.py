@@ -3,7 +3,7 @@
 In each round the engines' KV memory shrinks, grows and moves while requests run, blocks go to the tiers and come back, memory is
 lent and taken back, weights leave and return, and the two models take turns. Prompts are new in each round.
 
-One round with room for 32 sequences takes a minute of CPU time. Many rounds, and engines with more sequences, are for runs by hand:
+One round with room for 16 sequences takes a minute of CPU time. Many rounds, and engines with more sequences, are for runs by hand:
 
     POLDER_ROUNDS=5 POLDER_SEQUENCES=32,64,256 pytest tests/engines/test_all_defaults.py -s
 
@@ -18,47 +18,43 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.transport import Channel
 from polder.broker.wire import Grant, Grown, Hello, Recall, Returned, Sleep, Welcome
 from polder.errors import BrokerUnavailable
-from tests.engines.answers import assert_varied
-from tests.engines.harness import PAGE, ROUNDS, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.conftest import Stock
+from tests.engines.harness import (
+    PAGE,
+    ROUNDS,
+    SMALL_A,
+    SMALL_B,
+    SMALL_VOCABULARY,
+    Broker,
+    Engine,
+    prompts,
+    tokens_of,
+    wait_for,
+)
 
-SEQUENCES = [int(number) for number in os.environ.get("POLDER_SEQUENCES", "32").split(",")]
+SEQUENCES = [int(number) for number in os.environ.get("POLDER_SEQUENCES", "16").split(",")]
 LIKE = "v2,async,uni,warmup,graphs"
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200 + 600 * ROUNDS)]
 
-A = ModelRecipe(
-    name="varied-llama",
-    family="llama",
-    layers=4,
-    hidden=128,
-    intermediate=256,
-    heads=4,
-    vocab=2000,
-    spread=0.12,
-    seed=9,
-).in_float32()
-B = replace(A, name="varied-qwen", family="qwen3", seed=10)
-"""Models whose answers vary. Both have 4 layers, so a unit of 4 blocks, 128 tokens, is 4 pages."""
+RECIPES = {"a": SMALL_A, "b": SMALL_B}
 UNIT_PAGES, WEIGHT_PAGES = 4, 16
 A_UNITS, B_UNITS = 32, 24
 """The most that each can hold."""
 PAGES = 2 * WEIGHT_PAGES + UNIT_PAGES * (A_UNITS + B_UNITS) + 32
 LOT_BYTES = 4 * 65536
 """A block of 32 tokens."""
-LIMIT_S = 120.0
-"""For what takes a second on a machine with nothing else to do."""
 
 
 def size(units: int) -> str:
@@ -123,20 +119,18 @@ class Fleet:
     broker: Broker
     ballast: Ballast
     engines: dict[str, Engine]
-    stocks: dict[str, Engine]
+    stock: Stock
     counts: Counter[str] = field(default_factory=Counter)
     differing: list[str] = field(default_factory=list)
     seeds: Iterator[int] = field(default_factory=lambda: count(500))
 
     def fresh(self, number: int, length: int) -> list[list[int]]:
         """Prompts that nobody has seen."""
-        return prompts(number, length, seed=next(self.seeds), vocabulary=A.vocab)
+        return prompts(number, length, seed=next(self.seeds), vocabulary=SMALL_VOCABULARY)
 
     def expected(self, name: str, asked: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
         """Stock's answers, which vary."""
-        answers = tokens_of(self.stocks[name].generate(asked, tokens))
-        assert_varied([answer for answer in answers if len(answer) >= 16])
-        return answers
+        return self.stock(RECIPES[name], asked, tokens)
 
     def ask(
         self, name: str, asked: list[list[int]], tokens: int | list[int], events: dict[int, Any] | None = None
@@ -157,11 +151,11 @@ class Fleet:
 
     def forget(self) -> None:
         """a's own prefix cache has nothing any more; the tiers have."""
-        wait_for(lambda: bool(self.engines["a"].utility("polder_forget_local")), "no block to be in use", LIMIT_S)
+        wait_for(lambda: bool(self.engines["a"].utility("polder_forget_local")), "no block to be in use")
 
     def resize(self, name: str, units: int) -> None:
         self.broker.pin(name, units)
-        wait_for(lambda: self.broker.engine(name).held_units == units, f"{name} to hold {units} units", LIMIT_S)
+        wait_for(lambda: self.broker.engine(name).held_units == units, f"{name} to hold {units} units")
 
     def leave(self, pages: int) -> None:
         """Nobody is pinned any more, and so much of the device is left to a and b."""
@@ -190,7 +184,7 @@ def memory_is_lent_and_taken_back(fleet: Fleet) -> None:
     """a's blocks go into memory that b does not need, are read from there, and b takes it back for requests of its own."""
     for name, units in (("a", A_UNITS), ("b", B_UNITS)):
         fleet.resize(name, units)
-    wait_for(lambda: fleet.figures("b")["lent_offered_bytes"] >= 12 * LOT_BYTES, "b to lend", LIMIT_S)
+    wait_for(lambda: fleet.figures("b")["lent_offered_bytes"] >= 12 * LOT_BYTES, "b to lend")
     asked: list[list[int]] = []
 
     def stored() -> bool:
@@ -201,7 +195,7 @@ def memory_is_lent_and_taken_back(fleet: Fleet) -> None:
         fleet.ask("a", fleet.fresh(1, 20), 1)
         return fleet.figures("a")["tier_peer_stored_bytes_total"] >= before + 12 * LOT_BYTES
 
-    wait_for(stored, "blocks to be lent", LIMIT_S)
+    wait_for(stored, "blocks to be lent")
     fleet.forget()
     fleet.ask("a", asked, 16)
     fleet.ask("b", fleet.fresh(10, 160), 24)
@@ -214,7 +208,7 @@ def memory_flows_by_demand(fleet: Fleet) -> None:
     fleet.leave(2 * WEIGHT_PAGES + 20 * UNIT_PAGES)
 
     def burst() -> None:
-        wait_for(lambda: fleet.broker.engine("a").borrowed_units > 0, "a to borrow", LIMIT_S)
+        wait_for(lambda: fleet.broker.engine("a").borrowed_units > 0, "a to borrow")
         fleet.ask("b", fleet.fresh(6, 160), 24)
 
     before = fleet.broker.engine("a").recalled_units
@@ -228,7 +222,7 @@ def models_sleep_and_wake(fleet: Fleet) -> None:
     for name in fleet.engines:
         fleet.forget()
         request(fleet.broker.socket, Sleep(engine=name))
-        wait_for(lambda name=name: fleet.broker.engine(name).asleep, f"{name} to sleep", LIMIT_S)  # type: ignore[misc]
+        wait_for(lambda name=name: fleet.broker.engine(name).asleep, f"{name} to sleep")  # type: ignore[misc]
         fleet.ask(name, fleet.fresh(2, 60), 16)
 
 
@@ -244,28 +238,19 @@ def models_take_turns(fleet: Fleet) -> None:
     fleet.leave(PAGES - 1)
 
 
-@pytest.fixture(scope="module")
-def stocks() -> Iterator[dict[str, Engine]]:
-    options = {"num_gpu_blocks_override": 160, "max_model_len": 512}
-    engines = {name: Engine.start(f"stock-{name}", recipe, **options) for name, recipe in (("a", A), ("b", B))}
-    yield engines
-    for engine in engines.values():
-        engine.stop()
-
-
 @pytest.fixture(params=SEQUENCES)
-def fleet(request: pytest.FixtureRequest, stocks: dict[str, Engine]) -> Iterator[Fleet]:
+def fleet(request: pytest.FixtureRequest, stock: Stock) -> Iterator[Fleet]:
     engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory(prefix="pt-", dir="/tmp") as folder:
         broker = Broker(Path(folder) / "b", pages=PAGES, host_pages=600).start()
         common = {"POLDER_BROKER": str(broker.socket), "POLDER_WEIGHTS": "elastic", "POLDER_LINKS": "weights=40MB/s"}
         options: dict[str, Any] = {"like": LIKE, "max_model_len": 512, "max_num_seqs": request.param}
         try:
-            for name, recipe in (("a", A), ("b", B)):
+            for name, recipe in RECIPES.items():
                 own = common | SETTINGS[name] | {"POLDER_ENGINE": name}
                 engines[name] = Engine.start(name, recipe, own, **options)
             ballast = Ballast(broker.socket)
-            yield Fleet(broker=broker, ballast=ballast, engines=engines, stocks=stocks)
+            yield Fleet(broker=broker, ballast=ballast, engines=engines, stock=stock)
             ballast.stop()
         finally:
             for engine in engines.values():

@@ -25,7 +25,7 @@ from tests.memory.machines import build_fakecuda
 
 LIKE = "async,uni,driver"
 SEEDS = int(os.environ.get("POLDER_DRIVER_SEEDS", "2"))
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900 + 60 * SEEDS)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200 + 60 * SEEDS)]
 A_PAGES, B_PAGES = 8, 4
 """Of a unit, which holds 128 tokens."""
 
@@ -58,7 +58,7 @@ class Fleet:
         own = {"POLDER_ENGINE": name} | self._driver | settings
         if "POLDER_KV_BUDGET" not in settings:
             own["POLDER_BROKER"] = str(self._socket)
-        engine = Engine.start(name, recipe, own, like=LIKE, processes="forked", **options)
+        engine = Engine.start(name, recipe, own, like=LIKE, **options)
         self._running.append(engine)
         return engine
 
@@ -156,7 +156,7 @@ def test_blocks_in_a_neighbours_memory_come_back_right_and_the_neighbours_are_it
     fleet.broker(A_FIXED * A_PAGES + 40 * B_PAGES)
     b = fleet.engine("b", B32, {"POLDER_LEND": f"{16 * B_PAGES * PAGE}B"} | fixed(40, B_PAGES))
     a = fleet.engine("a", A32, {"POLDER_TIERS": "peer"} | fixed(A_FIXED, A_PAGES))
-    wait_for(lambda: b.utility("polder_check")["lent_offered_bytes"] >= 12 * B_PAGES * PAGE, "b to lend", 60.0)
+    wait_for(lambda: b.utility("polder_check")["lent_offered_bytes"] >= 12 * B_PAGES * PAGE, "b to lend")
     for _ in rounds():
         until_hits(a, expected, _hits(a))
         answers: list[list[int]] = []
@@ -169,7 +169,7 @@ def test_blocks_in_a_neighbours_memory_come_back_right_and_the_neighbours_are_it
 
 def until_hits(engine: Engine, expected: list[list[int]], before: float) -> None:
     """It looks for lenders once a second."""
-    wait_for(lambda: ask(engine, CONVERSATIONS) == expected and _hits(engine) > before, "hits in lent memory", 120.0)
+    wait_for(lambda: ask(engine, CONVERSATIONS) == expected and _hits(engine) > before, "hits in lent memory")
 
 
 def _hits(engine: Engine) -> float:
@@ -192,7 +192,7 @@ def test_weights_leave_are_streamed_and_come_back_under_late_steps(stock: Stock,
         for question, tokens in zip(questions, expected, strict=True):
             assert tokens_of(engine.generate([question], events=dict(events))) == [tokens]
             request(broker.socket, Wake(engine="a"))
-            wait_for(lambda: broker.engine("a").segments == layers, "all layers to be back", 60.0)
+            wait_for(lambda: broker.engine("a").segments == layers, "all layers to be back")
     assert check(engine)["weights_loads_total"] > 10 * layers
 
 

@@ -39,7 +39,6 @@ def test_a_model_is_not_compiled_and_eager_at_once() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(600)
 def test_stock_with_all_defaults_gives_the_tokens_of_the_cpu(stock: Stock) -> None:
     engine = Engine.start("gpulike", TINY, like="v2,async,uni,warmup,compiled,graphs", num_gpu_blocks_override=160)
     try:

@@ -14,7 +14,7 @@ from tests.engines.conftest import Stock
 from tests.engines.harness import ORDINARY, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 UNIT = 2 * PAGE
 """4 blocks = 128 tokens."""
 UNITS, BORROWER_UNITS = 40, 11
@@ -96,7 +96,7 @@ def test_blocks_that_were_lent_are_zeroed_by_every_model_runner(served: tuple[En
     broker.resize("a", UNITS)
     borrower = Engine.start("b", TINY, settings, like=ORDINARY)
     try:
-        wait_for(lambda: figures(lender)["lent_offered_bytes"] >= 12 * UNIT, "an offer", 60)
+        wait_for(lambda: figures(lender)["lent_offered_bytes"] >= 12 * UNIT, "an offer")
         before = figures(lender)["lent_borrowed_recalls_total"]
         for _ in range(2):
             assert [tokens_of(borrower.generate([talk]))[0] for talk in TALKS] == right(TALKS, 24)

@@ -69,7 +69,6 @@ def test_segments_are_found_by_who_holds_them(how: str, strangers: list[Stranger
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(600)
 def test_a_killed_engine_leaves_nothing_and_a_segment_of_others_stays(
     monkeypatch: pytest.MonkeyPatch, strangers: list[Stranger]
 ) -> None:

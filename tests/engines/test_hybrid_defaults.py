@@ -11,7 +11,7 @@ import pytest
 from tests.engines.harness import PAGE, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
 HYBRID = dataclasses.replace(TINY, name="tiny-rig-gemma", family="gemma3", layers=3)
 ASKED, LENGTHS = prompts(8, 150, seed=2, vocabulary=VOCABULARY), [4, 40] * 4
@@ -40,7 +40,7 @@ def test_blocks_of_windows_and_of_full_attention_move_and_come_back_from_a_tier(
             sizes = {12: floor, 16: floor + 15, 22: floor + 1, 26: floor + 5}
             events = {at: lambda units=units: broker.resize("a", units) for at, units in sizes.items()}
             assert tokens_of(engine.generate(ASKED, LENGTHS, events)) == expected
-            wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use", 60.0)
+            wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use")
             assert tokens_of(engine.generate(ASKED, LENGTHS)) == expected
             found = engine.utility("polder_check")
             assert found["migrated_blocks_total"] > 0

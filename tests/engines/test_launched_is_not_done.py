@@ -12,7 +12,7 @@ from tests.engines.conftest import Stock
 from tests.engines.harness import PAGE, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 UNITS, UNIT_PAGES, HOST_PAGES = 40, 2, 400
 ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 40] * 6
@@ -64,7 +64,7 @@ def answers(engine: Engine, broker: Broker) -> list[list[list[int]]]:
         26: lambda: broker.resize("a", 33),
     }
     first = tokens_of(engine.generate(ASKED, LENGTHS, events))
-    wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use", 60.0)
+    wait_for(lambda: bool(engine.utility("polder_forget_local")), "no block to be in use")
     return [first, tokens_of(engine.generate(ASKED, LENGTHS))]
 
 

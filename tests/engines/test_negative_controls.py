@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -19,22 +20,30 @@ import pytest
 from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Sleep
-from tests.engines.answers import varied
+from tests.engines.conftest import Stock
 from tests.engines.controls import LATE_COPIES, LATE_LAYERS, Switches
-from tests.engines.harness import ORDINARY, PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import (
+    ORDINARY,
+    PAGE,
+    SMALL_A,
+    SMALL_VOCABULARY,
+    Broker,
+    Engine,
+    prompts,
+    tokens_of,
+    wait_for,
+)
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
-MODEL = ModelRecipe(
-    name="tiny-varied", family="llama", layers=8, hidden=128, intermediate=256, heads=4, vocab=2000, spread=0.12, seed=9
-).in_float32()
-UNITS, UNIT_PAGES, UNIT_TOKENS = 32, 8, 128
-"""Of 256 KiB: 32 tokens of a layer have 64 KiB."""
-OPTIONS: dict[str, Any] = {"processes": "forked", "max_model_len": 512, "max_num_seqs": 16}
-LOT_BYTES = 8 * 65536
+DEEP = replace(SMALL_A, name="tiny-varied", layers=8)
+"""For a window."""
+UNITS, UNIT_PAGES, UNIT_TOKENS = 32, 4, 128
+OPTIONS: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 16}
+LOT_BYTES = 4 * 65536
 HOST_PAGES = 640
 WINDOW = {
-    "POLDER_KV_BUDGET": f"{12 * LOT_BYTES}B",
+    "POLDER_KV_BUDGET": f"{12 * DEEP.layers * 65536}B",
     "POLDER_PAGE": "64KiB",
     "POLDER_WINDOW": "32MiB",
     "POLDER_LINKS": "window=200MB/s",
@@ -49,7 +58,7 @@ class Differs(AssertionError):
 class Fleet:
     """What a scenario runs on."""
 
-    stock: Engine
+    stock: Callable[[list[list[int]], int | list[int]], list[list[int]]]
     broker: Broker
     elastic: Engine
     """The one that is asked; in windowing the one with a window."""
@@ -58,11 +67,11 @@ class Fleet:
 
     def fresh(self, number: int, length: int) -> list[list[int]]:
         """Prompts that nobody has seen, so that what a broken run has left behind is of no consequence."""
-        return prompts(number, length, seed=next(self.seeds), vocabulary=MODEL.vocab)
+        return prompts(number, length, seed=next(self.seeds), vocabulary=SMALL_VOCABULARY)
 
     def expected(self, asked: list[list[int]], tokens: int | list[int] = 24) -> list[list[int]]:
         """Stock's answers, which vary."""
-        return varied(tokens_of(self.stock.generate(asked, tokens)))
+        return self.stock(asked, tokens)
 
     def compare(self, asked: list[list[int]], expected: list[list[int]], engine: Engine | None = None) -> None:
         """Raises Differs unless the answers are as expected."""
@@ -77,7 +86,7 @@ class Fleet:
 
     def forget(self) -> None:
         """The elastic engine's own prefix cache has nothing of what was asked before; tiers have."""
-        wait_for(lambda: bool(self.elastic.utility("polder_forget_local")), "no block to be in use", 60.0)
+        wait_for(lambda: bool(self.elastic.utility("polder_forget_local")), "no block to be in use")
 
 
 # ---------------------------------------------------------------- scenarios
@@ -144,7 +153,7 @@ def lent_and_taken_back(fleet: Fleet) -> None:
     lender = fleet.lender
     assert lender is not None
     fleet.broker.resize("e", UNITS)
-    wait_for(lambda: lender.utility("polder_check")["lent_offered_bytes"] >= 12 * LOT_BYTES, "it to lend", 60.0)
+    wait_for(lambda: lender.utility("polder_check")["lent_offered_bytes"] >= 12 * LOT_BYTES, "it to lend")
     before = lender.utility("polder_check")["lent_borrowed_recalls_total"]
 
     def stored() -> bool:
@@ -156,7 +165,7 @@ def lent_and_taken_back(fleet: Fleet) -> None:
         return fleet.figures()["tier_peer_stored_bytes_total"] >= stored_before + 12 * LOT_BYTES
 
     asked: list[list[int]] = []
-    wait_for(stored, "blocks to be lent", 60.0)
+    wait_for(stored, "blocks to be lent")
     own = fleet.fresh(10, 160)
     fleet.compare(own, fleet.expected(own), lender)
     assert lender.utility("polder_check")["lent_borrowed_recalls_total"] >= before + 12, "nothing was taken back"
@@ -250,19 +259,14 @@ def broker() -> Iterator[Broker]:
         broker.stop()
 
 
-def started(name: str, settings: dict[str, str] | None, like: str, **options: Any) -> Iterator[Engine]:
-    engine = Engine.start(name, MODEL, settings, like=like, **OPTIONS | options)
+def started(name: str, recipe: ModelRecipe, settings: dict[str, str], **options: Any) -> Iterator[Engine]:
+    engine = Engine.start(name, recipe, settings, like=ORDINARY, **OPTIONS | options)
     yield engine
     engine.stop()
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[Engine]:
-    yield from started("stock", None, "", num_gpu_blocks_override=4 * UNITS, max_model_len=800)
-
-
-@pytest.fixture(scope="module")
-def fleet(stock: Engine, broker: Broker, switches: Switches) -> Iterator[Fleet]:
+def fleet(stock: Stock, broker: Broker, switches: Switches) -> Iterator[Fleet]:
     settings = {
         "POLDER_BROKER": str(broker.socket),
         "POLDER_ENGINE": "e",
@@ -273,8 +277,8 @@ def fleet(stock: Engine, broker: Broker, switches: Switches) -> Iterator[Fleet]:
         "POLDER_KV_CEILING": f"{UNITS * UNIT_PAGES * PAGE}B",
     }
     with switches.reaching_engines() as more:
-        for engine in started("e", settings | more, ORDINARY):
-            yield Fleet(stock=stock, broker=broker, elastic=engine)
+        for engine in started("e", SMALL_A, settings | more):
+            yield Fleet(stock=partial(stock, SMALL_A), broker=broker, elastic=engine)
 
 
 @pytest.fixture(scope="module")
@@ -289,15 +293,15 @@ def lending(fleet: Fleet, broker: Broker, switches: Switches) -> Iterator[Fleet]
         "POLDER_KV_CEILING": size,
     }
     with switches.reaching_engines() as more:
-        for engine in started("l", settings | more, ORDINARY):
+        for engine in started("l", SMALL_A, settings | more):
             yield replace(fleet, lender=engine)
 
 
 @pytest.fixture(scope="module")
-def windowing(stock: Engine, broker: Broker, switches: Switches) -> Iterator[Fleet]:
+def windowing(stock: Stock, broker: Broker, switches: Switches) -> Iterator[Fleet]:
     with switches.reaching_engines() as more:
-        for engine in started("w", WINDOW | more, ORDINARY, max_model_len=800):
-            yield Fleet(stock=stock, broker=broker, elastic=engine)
+        for engine in started("w", DEEP, WINDOW | more, max_model_len=800):
+            yield Fleet(stock=partial(stock, DEEP), broker=broker, elastic=engine)
 
 
 FIXTURES = {longer_than_the_device: "windowing", lent_and_taken_back: "lending"}

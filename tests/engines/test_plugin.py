@@ -15,7 +15,7 @@ from tests.engines.conftest import Stock
 from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, Engine, prompts, tokens_of
 from tests.engines.test_gpu_defaults import TINY
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 ASKED, LENGTHS = prompts(12, 150, seed=21), [4, 32] * 6
 
 

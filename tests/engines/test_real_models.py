@@ -19,7 +19,7 @@ from tests.engines.answers import varied
 from tests.engines.harness import Broker, Engine, prompts, tokens_of
 from tests.engines.texts import passages_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.engine
 LONG = pytest.mark.skipif(
     not real_models.all_wanted(), reason="takes a minute of CPU time more: POLDER_REAL_MODELS=all"
 )
@@ -103,7 +103,6 @@ def start(model: Model, like: str, dtype: str) -> Iterator[Pair]:
     folder = available(model.get)
     started: list[Engine] = []
     options: dict[str, Any] = {
-        "processes": "forked",
         "dtype": dtype,
         "max_model_len": model.longest,
         "max_num_seqs": 16,

@@ -14,7 +14,7 @@ from polder.engines.vllm.tiers.worker import caches_prefixes
 from polder.errors import ConfigError
 from tests.engines.harness import ORDINARY, VOCABULARY, Broker, Engine
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 SMALL = {
     "num_hidden_layers": 2,
     "hidden_size": 256,

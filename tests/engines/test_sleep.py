@@ -13,7 +13,7 @@ from polder.broker.wire import Sleep
 from tests.engines.harness import ORDINARY, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 ASKED = prompts(4, 100, seed=61, vocabulary=VOCABULARY)
 TURNS = 12
@@ -40,7 +40,7 @@ def test_an_operators_sleep_comes_when_the_last_request_was_aborted() -> None:
                     request(broker.socket, Sleep(engine="a"))
                     for name in waiting:
                         engine.abort(name)
-                    wait_for(lambda: broker.engine("a").asleep, "a to sleep", 90)
+                    wait_for(lambda: broker.engine("a").asleep, "a to sleep")
                     assert broker.status().devices[0].pages_by_owner.get("a/weights", 0) == 0
                     if turn % 3 == 2:
                         assert tokens_of(engine.generate(ASKED, 16)) == right

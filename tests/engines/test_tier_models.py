@@ -8,7 +8,7 @@ from polder.bench.workloads.models import ModelRecipe
 from tests.engines.conftest import Stock
 from tests.engines.harness import ORDINARY, PAGE, VOCABULARY, Engine, prompts, tokens_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 HYBRID = ModelRecipe(name="tiny-hybrid", family="gemma3", layers=6, vocab=VOCABULARY, seed=3, spread=0.04).in_float32()
 CONVERSATIONS = prompts(14, 300, seed=41)  # of 10 blocks each
 

@@ -15,7 +15,7 @@ import pytest
 from tests.engines.conftest import Stock
 from tests.engines.harness import A32, B32, ORDINARY, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
 UNITS_A, UNITS_B, HOST_PAGES = 11, 40, 96
 """A unit of A is 8 pages, one of B 4; both hold 128 tokens. A's cache holds one conversation beside the one that runs."""
@@ -78,7 +78,7 @@ def ask(engine: Engine, rounds: int = 1) -> list[list[int]]:
 def test_conversations_come_back_from_both_tiers_with_the_same_tokens(
     broker: Broker, engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
 ) -> None:
-    wait_for(lambda: lends(engines["b"]), "b to lend", timeout_s=30.0)
+    wait_for(lambda: lends(engines["b"]), "b to lend")
     time.sleep(1.1)  # a looks for lenders once a second
     answers = ask(engines["a"], rounds=3)
     assert answers == expected[0] * 3
@@ -107,7 +107,7 @@ def test_a_lender_that_takes_back_all_the_time_costs_misses_and_no_token(
     engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
 ) -> None:
     a, b = engines["a"], engines["b"]
-    wait_for(lambda: lends(b), "b to lend", timeout_s=30.0)
+    wait_for(lambda: lends(b), "b to lend")
     before = figures(b)["lent_borrowed_recalls_total"]
     answers_b: list[list[int]] = []
     assert ask(a) == expected[0]
@@ -125,7 +125,7 @@ def test_a_killed_lender_is_a_miss_a_stopped_broker_holds_nobody_up_and_the_succ
     broker: Broker, engines: dict[str, Engine], expected: tuple[list[list[int]], list[list[int]]]
 ) -> None:
     a = engines["a"]
-    wait_for(lambda: lends(engines["b"]), "b to lend", timeout_s=30.0)
+    wait_for(lambda: lends(engines["b"]), "b to lend")
     assert ask(a) == expected[0]
     killed = tokens_of(a.generate(CONVERSATIONS, events={4: lambda: os.kill(engines["b"].core_pid(), signal.SIGKILL)}))
     assert killed == expected[0]
@@ -134,7 +134,7 @@ def test_a_killed_lender_is_a_miss_a_stopped_broker_holds_nobody_up_and_the_succ
     unhindered = time.monotonic() - started
     engines["b"].stop()
     engines["b"] = start_b(broker)
-    wait_for(lambda: lends(engines["b"]), "the new b to lend", timeout_s=30.0)
+    wait_for(lambda: lends(engines["b"]), "the new b to lend")
     time.sleep(1.1)
 
     # a's workers have not opened the new lender yet: without the broker each block to be stored there fails.
@@ -157,7 +157,7 @@ def test_a_killed_lender_is_a_miss_a_stopped_broker_holds_nobody_up_and_the_succ
         assert ask(a) == expected[0]
         return figures(a)["tier_peer_stored_bytes_total"] > stopped["tier_peer_stored_bytes_total"]
 
-    wait_for(stores_again, "a to store at its lender again", timeout_s=60.0)
+    wait_for(stores_again, "a to store at its lender again")
 
 
 def test_a_killed_borrower_leaves_nothing_behind_at_its_lender(
@@ -169,7 +169,7 @@ def test_a_killed_borrower_leaves_nothing_behind_at_its_lender(
     os.kill(engines["a"].core_pid(), signal.SIGKILL)
     assert [tokens_of(b.generate([p]))[0] for p in LOAD_B] == expected[1]
     wait_for(lambda: len(broker.status().engines) == 1, "a to be noticed")
-    wait_for(lambda: figures(b)["lent_borrowed_bytes"] == 0, "b to have its blocks back", timeout_s=20.0)
+    wait_for(lambda: figures(b)["lent_borrowed_bytes"] == 0, "b to have its blocks back")
     assert not broker.status().devices[1].pages_by_owner, "its host memory is free"
     engines["a"].stop()
     engines["a"] = start_a(broker)

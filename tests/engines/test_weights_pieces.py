@@ -12,9 +12,9 @@ from polder.broker.client import request
 from polder.broker.wire import Sleep, Stream
 from tests.engines.controls import LATE_COPIES, Switches
 from tests.engines.harness import Broker, Engine, wait_for
-from tests.engines.test_weights_graphs import LAYERS, PAGES, RECIPES, one_by_one
+from tests.engines.test_weights_graphs import LAYERS, PAGES, RECIPES, SEQUENCES, one_by_one
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
 LIKE = "v2,async,uni,warmup,compiled,graphs"
 RECIPE = RECIPES["a"]
@@ -43,7 +43,12 @@ def served(broker: Broker, switches: Switches) -> Iterator[Engine]:
     }
     with switches.reaching_engines() as more:
         engine = Engine.start(
-            "a", RECIPE, settings | more, like=LIKE, compilation_config={"cudagraph_mode": "PIECEWISE"}
+            "a",
+            RECIPE,
+            settings | more,
+            like=LIKE,
+            compilation_config={"cudagraph_mode": "PIECEWISE"},
+            max_num_seqs=SEQUENCES,
         )
         yield engine
         engine.stop()
@@ -51,7 +56,7 @@ def served(broker: Broker, switches: Switches) -> Iterator[Engine]:
 
 def stream(broker: Broker, segments: int) -> None:
     request(broker.socket, Stream(engine="a", segments=segments))
-    wait_for(lambda: broker.engine("a").segments == segments, f"{segments} segments", 60)
+    wait_for(lambda: broker.engine("a").segments == segments, f"{segments} segments")
 
 
 def test_layers_stream_between_the_pieces_with_stocks_tokens(
@@ -68,7 +73,7 @@ def test_layers_stream_between_the_pieces_with_stocks_tokens(
     assert graphs["replayed"] > 100
     assert not graphs["host_calls"], "no graph holds a wait, which it would leave out when it is replayed"
     request(broker.socket, Sleep(engine="a"))
-    wait_for(lambda: broker.engine("a").asleep, "a to sleep", 60)
+    wait_for(lambda: broker.engine("a").asleep, "a to sleep")
     assert one_by_one(served) == expected
 
     stream(broker, LAYERS - 3)

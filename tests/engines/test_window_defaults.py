@@ -16,7 +16,7 @@ from tests.engines.answers import varied
 from tests.engines.controls import LATE_LAYERS, Switches
 from tests.engines.harness import Engine, prompts, tokens_of, wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
 LIKE = "v2,async,uni,warmup,compiled,graphs"
 VOCABULARY = 2000
@@ -60,7 +60,7 @@ SHORT = asked(3, 40, 33)
 @pytest.fixture(scope="module")
 def expected() -> Iterator[Answers]:
     """Answers of stock vLLM with memory for all."""
-    engine = Engine.start("stock", SMALL, processes="forked", num_gpu_blocks_override=200, **OPTIONS)
+    engine = Engine.start("stock", SMALL, num_gpu_blocks_override=200, **OPTIONS)
     yield lambda prompts, tokens: varied(tokens_of(engine.generate(prompts, tokens)))
     engine.stop()
 
@@ -73,7 +73,7 @@ def switches(tmp_path_factory: pytest.TempPathFactory) -> Switches:
 @pytest.fixture(scope="module")
 def windowed(switches: Switches) -> Iterator[Engine]:
     with switches.reaching_engines() as more:
-        engine = Engine.start("w", SMALL, SETTINGS | more, like=LIKE, processes="forked", **OPTIONS)
+        engine = Engine.start("w", SMALL, SETTINGS | more, like=LIKE, **OPTIONS)
         yield engine
         engine.stop()
 
@@ -109,7 +109,7 @@ def test_a_request_that_came_home_is_stored_from_its_new_blocks_and_the_next_tur
     answers = tokens_of(windowed.generate(prompts, lengths))
     assert answers == expected(prompts, lengths)
     assert figures(windowed)["window_home_blocks_total"] > before
-    wait_for(lambda: bool(windowed.utility("polder_forget_local")), "no block to be in use", 60.0)
+    wait_for(lambda: bool(windowed.utility("polder_forget_local")), "no block to be in use")
     turn = [[*prompts[-1], *answers[-1], 5, 6, 7]]
     found = windowed.generate(turn, 16)
     assert found[0].cached >= 192, "blocks that filled after it had come home are in the tier"
