@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from polder.broker import client, server, wire
+from polder.broker import client, device_pages, server, wire
 from polder.broker.transport import Channel, encode
 from polder.errors import ConfigError, UsageError
 from polder.memory.cuda import CudaBackend
@@ -68,7 +68,7 @@ def others(fake_cuda: FakeCuda) -> Iterator[CudaBackend]:
 def broker(
     others: CudaBackend, short_dir: Path, no_fd_leak: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Running]:
-    monkeypatch.setattr(server, "MISSING_EVERY_S", 0.1)
+    monkeypatch.setattr(device_pages, "MISSING_EVERY_S", 0.1)
     running = Running(short_dir / "broker", devices={"cuda:0": BUDGET * PAGE_BYTES}, page_bytes=PAGE_BYTES)
     yield running
     running.stop()

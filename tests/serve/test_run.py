@@ -285,7 +285,7 @@ def test_a_broker_on_the_socket(serve: Serve, short_dir: Path) -> None:
     with fake_broker(short_dir / "s", canned_status()):
         code, words = refusal(serve, "--socket", str(short_dir / "s"))
     assert code == 3
-    assert "a broker already answers on" in words
+    assert "a broker already listens on" in words
 
 
 def test_a_socket_where_none_can_be(serve: Serve, short_dir: Path) -> None:

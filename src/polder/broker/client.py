@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import TypeVar
 
 from polder.broker.transport import Channel, check_socket_path
 from polder.broker.wire import (
@@ -13,58 +13,45 @@ from polder.broker.wire import (
     Fetch,
     FetchCopy,
     FetchTable,
-    FromBroker,
+    FromOperator,
     Handles,
     Refused,
-    Resize,
-    Sleep,
     Status,
     StatusRequest,
     Stock,
-    Stream,
     Table,
-    Wake,
 )
 from polder.errors import BrokerUnavailable, ProtocolError, UsageError
 
 __all__ = ["Question", "check_socket_path", "fetch_copy", "fetch_handles", "fetch_table", "request", "status"]
 
-Question = StatusRequest | Resize | Sleep | Wake | Stream | CopyFilled | Stock
-"""Requests that are answered by Status or Done."""
+Question = FromOperator | CopyFilled | Stock
+"""Requests that are answered by Done."""
+Answer = TypeVar("Answer", Done, Status, Handles, Table, CopyFile)
 
 
-def request(socket: Path, message: Question, *, timeout_s: float = 5.0) -> Status | Done:
-    """Sends `message`, returns the answer.
+def request(socket: Path, message: Question, *, timeout_s: float = 5.0) -> None:
+    """Sends `message` and returns when it is answered by Done.
 
     Raises UsageError when the broker refuses, BrokerUnavailable when none answers within `timeout_s`.
     """
-    answer, _ = _ask(socket, message, timeout_s)
-    if isinstance(answer, Status | Done):
-        return answer
-    raise ProtocolError(f"{type(answer).__name__} is no answer to {type(message).__name__}")
+    _ask(socket, message, Done, timeout_s)
 
 
 def status(socket: Path, *, timeout_s: float = 5.0) -> Status:
-    answer = request(socket, StatusRequest(), timeout_s=timeout_s)
-    assert isinstance(answer, Status)
-    return answer
+    return _ask(socket, StatusRequest(), Status, timeout_s)[0]
 
 
 def fetch_handles(socket: Path, message: Fetch, *, timeout_s: float = 5.0) -> tuple[Handles, list[int]]:
     """Handles of pages that the engine holds, with the file descriptors they refer to; the caller closes those."""
-    answer, fds = _ask(socket, message, timeout_s)
-    if isinstance(answer, Handles):
-        return answer, fds
-    raise _no_answer(answer, fds, "Fetch")
+    return _ask(socket, message, Handles, timeout_s)
 
 
 def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) -> int:
     """The file descriptor of a lender's table, which is the caller's to close. Raises UsageError when there is no such
     lender."""
-    answer, fds = _ask(socket, message, timeout_s)
-    if isinstance(answer, Table) and len(fds) == 1:
-        return fds[0]
-    raise _no_answer(answer, fds, "FetchTable")
+    _, [fd] = _ask(socket, message, Table, timeout_s)
+    return fd
 
 
 def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, bool]:
@@ -73,22 +60,17 @@ def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, 
 
     Raises UsageError while another process fills it.
     """
-    answer, fds = _ask(socket, FetchCopy(key=key), timeout_s)
-    if isinstance(answer, CopyFile) and len(fds) == 1:
-        return fds[0], answer.filled
-    raise _no_answer(answer, fds, "FetchCopy")
-
-
-def _no_answer(answer: FromBroker, fds: list[int], question: str) -> ProtocolError:
-    """The error to raise; closes what came with the answer."""
-    for fd in fds:
-        os.close(fd)
-    return ProtocolError(f"{type(answer).__name__} with {len(fds)} descriptors is no answer to {question}")
+    answer, [fd] = _ask(socket, FetchCopy(key=key), CopyFile, timeout_s)
+    return fd, answer.filled
 
 
 def _ask(
-    socket: Path, message: Question | Fetch | FetchTable | FetchCopy, timeout_s: float
-) -> tuple[FromBroker, list[int]]:
+    socket: Path,
+    message: Question | StatusRequest | Fetch | FetchTable | FetchCopy,
+    expected: type[Answer],
+    timeout_s: float,
+) -> tuple[Answer, list[int]]:
+    """The answer, and the descriptors that came with it."""
     channel = Channel(socket, timeout_s=timeout_s)
     try:
         channel.send(message)
@@ -98,6 +80,8 @@ def _ask(
             raise BrokerUnavailable(f"the broker on {socket} did not answer within {timeout_s:g} s") from None
         if isinstance(answer, Refused):
             raise UsageError(answer.reason)
+        if not isinstance(answer, expected):
+            raise ProtocolError(f"{type(answer).__name__} is no answer to {type(message).__name__}")
         return answer, channel.take_fds()
     finally:
         channel.close()

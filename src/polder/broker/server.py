@@ -5,9 +5,6 @@ nonsense loses its connection; nobody else is affected. Every process that says 
 taken from its connection, so a recycled process id is never mistaken for it. The end of a process wakes the selector at
 once.
 
-If a device is out of memory, or a file table is full, the Fetch that met it is refused and the engine gives its grant
-back. Pages that could not be made are missing (ledger.py); the server tries again now and then to make them.
-
 A stale socket file (it is there, and nobody listens) means that the former broker was killed. Its engines may still
 hold memory, so this broker grants nothing until `recovery_s` has passed.
 """
@@ -21,7 +18,6 @@ import os
 import selectors
 import signal
 import socket
-import stat
 import struct
 import threading
 import time
@@ -32,9 +28,10 @@ from pathlib import Path
 
 from polder.broker.config import BrokerConfig
 from polder.broker.core import BrokerCore
+from polder.broker.device_pages import DevicePages
 from polder.broker.fetching import check_fetch, check_table
 from polder.broker.host_files import HostFiles
-from polder.broker.transport import Deframer, address_of, check_socket_path, encode, to_broker
+from polder.broker.transport import Deframer, address_of, check_socket_path, encode, find_stale, to_broker
 from polder.broker.wire import (
     MAX_FDS,
     CopyFile,
@@ -51,13 +48,10 @@ from polder.broker.wire import (
     Table,
     ToBroker,
 )
-from polder.errors import AddressInUse, ConfigError, OutOfPages, PolderError, ProtocolError
-from polder.memory.backend import Backend
-from polder.memory.devices import device_uuid, open_backend
+from polder.errors import AddressInUse, PolderError, ProtocolError
+from polder.memory.devices import device_uuid
 from polder.memory.limits import raise_open_files
-from polder.memory.pool import PagePool
 from polder.tiers.peer.lending import LendingTable
-from polder.units import format_bytes
 
 __all__ = ["BrokerServer", "serve"]
 
@@ -65,8 +59,6 @@ logger = logging.getLogger("polder.broker")
 
 TICK_S = 0.05
 ORPHAN_GRACE_S = 0.5
-MISSING_EVERY_S = 5.0
-MISSING_AT_ONCE = 16  # pages made in one tick; each takes 0.2 ms on an A100
 MAX_BACKLOG = 16 << 20  # bytes queued for a peer that does not read
 SO_PEERPIDFD = 77  # <linux/socket.h>, since Linux 6.5; not in Python's socket module
 
@@ -127,7 +119,6 @@ class BrokerServer:
         self._processes: dict[int, _Process] = {}
         self._tables: dict[str, tuple[int, int]] = {}  # lender -> (process of its core, fd of its table)
         self.host_files = HostFiles()
-        self._missing_next: dict[str, float] = {}  # device -> when to try again what there was no memory for
         self._next = 1
 
     def _open(self, config: BrokerConfig, crashed_before: bool) -> None:
@@ -138,26 +129,8 @@ class BrokerServer:
             started_at=now,
             recovering_until=now + config.recovery_s if crashed_before else float("-inf"),
         )
-        self._backends = {device: open_backend(device, config.page_bytes) for device in config.devices}
         self.core.uuids = {device: device_uuid(device) for device in config.devices}
-        self._pools = {d: PagePool(self._backends[d], total) for d, total in config.total_pages().items()}
-        for device, backend in self._backends.items():
-            self._check_free(device, backend, crashed_before)
-        for device, total in config.total_pages().items():
-            logger.info("%s: %d pages, %s", device, total, format_bytes(total * config.page_bytes))
-
-    def _check_free(self, device: str, backend: Backend, crashed_before: bool) -> None:
-        """Raises ConfigError when the budget exceeds the free memory. Not after a crash: then engines still hold a part
-        of it."""
-        free, budget = backend.free_bytes(), self._config.devices[device]
-        if free is None or crashed_before:
-            return
-        if budget > free:
-            raise ConfigError(
-                f"{device}: the budget of {format_bytes(budget)} is more than the {format_bytes(free)} that are free: lower "
-                f"--device {device}=..., or kv_budget; the engines' own weights, contexts and graphs need room beside it"
-            )
-        logger.info("%s: %s beside the budget, for the engines themselves", device, format_bytes(free - budget))
+        self._pages = DevicePages(config, self.core.ledger, self.core.reserve_bytes, crashed_before=crashed_before)
 
     def run(self, stop: threading.Event) -> None:
         next_tick = time.monotonic()
@@ -188,10 +161,7 @@ class BrokerServer:
         self._listener.close()
         with contextlib.suppress(FileNotFoundError):
             self._config.socket.unlink()
-        for pool in self._pools.values():
-            pool.close()
-        for backend in self._backends.values():
-            backend.close()
+        self._pages.close()
 
     # ------------------------------------------------------------------ events
 
@@ -203,7 +173,7 @@ class BrokerServer:
                 logger.warning("worker %d outlived its engine core: killing it", pid)
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
-        self._try_missing(now)
+        self._pages.make_missing(now)
         self.core.plan(now)
 
     def _accept(self) -> None:
@@ -293,14 +263,8 @@ class BrokerServer:
             os.close(fd)
 
     def _send_handles(self, peer: _Peer, message: Fetch) -> None:
-        pool = self._pools[message.device]
         try:
-            self._check_room(message)
-            fds, fd_index, offsets = pool.export(message.pages)
-        except OutOfPages as error:
-            self._withhold(message.device, pool.unmade())
-            self._queue(peer, Refused(reason=f"{message.device} is out of memory: {error}"))
-            return
+            fds, fd_index, offsets = self._pages.export(message.device, message.pages)
         except PolderError as error:
             logger.warning("%d pages of %s cannot be handed out: %s", len(message.pages), message.device, error)
             self._queue(peer, Refused(reason=f"{message.device}: {error}"))
@@ -311,53 +275,8 @@ class BrokerServer:
             raise ProtocolError(
                 f"{len(message.pages)} pages asked for at once, at most {MAX_FDS} file descriptors travel"
             )
-        answer = Handles(
-            generation=self.core.generation,
-            fd_index=list(fd_index),
-            offsets=list(offsets),
-        )
-        self._queue(peer, answer, fds)
+        self._queue(peer, Handles(generation=self.core.generation, fd_index=fd_index, offsets=offsets), fds)
         self._write(peer)  # at once: one descriptor per page stays open here until it is sent
-
-    def _check_room(self, message: Fetch) -> None:
-        """Raises OutOfPages when making new pages would use memory that engines still need in their steps."""
-        device, pool = message.device, self._pools[message.device]
-        new = len(set(message.pages).intersection(pool.unmade()))
-        free = self._backends[device].free_bytes() if new else None
-        if free is not None and new * self._config.page_bytes > free - self.core.reserve_bytes(device):
-            reserve = format_bytes(self.core.reserve_bytes(device))
-            raise OutOfPages(f"{format_bytes(free)} are free, of which engines need {reserve} in their steps")
-
-    def _withhold(self, device: str, pages: Sequence[int]) -> None:
-        self.core.ledger.mark_missing(device, pages)
-        self._missing_next[device] = time.monotonic() + MISSING_EVERY_S
-        page_bytes = self._config.page_bytes
-        logger.warning(
-            "%s has no memory for %s of its budget of %s; others use it. Lower --device %s=..., or end what else runs there",
-            device,
-            format_bytes(len(pages) * page_bytes),
-            format_bytes(self._pools[device].total_pages * page_bytes),
-            device,
-        )
-
-    def _try_missing(self, now: float) -> None:
-        """Makes missing pages, if there is memory for them now: a few at a time, because the loop stands still
-        meanwhile."""
-        for device, due in list(self._missing_next.items()):
-            if now < due:
-                continue
-            missing = self.core.ledger.missing(device).tolist()
-            free = self._backends[device].free_bytes()
-            room = (
-                MISSING_AT_ONCE if free is None else (free - self.core.reserve_bytes(device)) // self._config.page_bytes
-            )
-            made = self._pools[device].make(missing[: max(0, min(MISSING_AT_ONCE, room))])
-            self.core.ledger.restore(device, made)
-            if len(made) == len(missing):
-                del self._missing_next[device]
-                logger.info("%s: there is memory for the whole budget again", device)
-            elif len(made) < MISSING_AT_ONCE:
-                self._missing_next[device] = now + MISSING_EVERY_S
 
     def _watch(self, peer: _Peer) -> None:
         """Watches the peer's process by a pidfd: from its connection, which excludes a recycled id, or by id on older
@@ -438,21 +357,10 @@ class BrokerServer:
 
 def _listen(path: Path) -> tuple[socket.socket, bool]:
     """Binds the socket. The second value says whether a former broker left its file behind, so that it was killed."""
-    stale = False
+    stale = find_stale(path)
     abstract = str(path).startswith("@")
-    if path.exists() and not abstract:
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise ConfigError(f"{path} exists and is no socket: choose another path")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                stale = True
-            else:
-                raise AddressInUse(f"a broker already listens on {path}: stop it, or choose another socket")
+    if not abstract:
         path.unlink(missing_ok=True)
-    if not abstract and not path.parent.is_dir():
-        raise ConfigError(f"no directory {path.parent} for the broker's socket")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         listener.bind(address_of(path))

@@ -13,10 +13,10 @@ from typing import Generic, TypeVar
 import msgspec
 
 from polder.broker.wire import MAX_FDS, MAX_MESSAGE, FromBroker, Message, ToBroker
-from polder.errors import BrokerUnavailable, ConfigError, ProtocolError
+from polder.errors import AddressInUse, BrokerUnavailable, ConfigError, ProtocolError
 from polder.memory.handoff import recv_fds
 
-__all__ = ["Channel", "Deframer", "address_of", "check_socket_path", "encode", "from_broker", "to_broker"]
+__all__ = ["Channel", "Deframer", "address_of", "check_socket_path", "encode", "find_stale", "from_broker", "to_broker"]
 
 _HEADER = struct.Struct("<I")
 _SUN_PATH = 107  # bytes of sockaddr_un.sun_path, the closing NUL not counted
@@ -74,6 +74,28 @@ def check_socket_path(path: Path) -> None:
     length = len(str(path).encode())
     if length > _SUN_PATH:
         raise ConfigError(f"socket path is {length} bytes long, the limit is {_SUN_PATH}: {path}. Choose a shorter one")
+
+
+def find_stale(path: Path) -> bool:
+    """Whether a broker that was killed left its socket file here.
+
+    Raises AddressInUse when a broker listens there, ConfigError when none can.
+    """
+    check_socket_path(path)
+    if str(path).startswith("@"):
+        return False
+    if not path.parent.is_dir():
+        raise ConfigError(f"no directory {path.parent} for the broker's socket: make it, or choose another --socket")
+    if not path.exists():
+        return False
+    if not path.is_socket():
+        raise ConfigError(f"{path} exists and is no socket: choose another --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    raise AddressInUse(f"a broker already listens on {path}: stop it, or choose another --socket")
 
 
 class Channel:

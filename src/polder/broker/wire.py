@@ -45,46 +45,6 @@ from typing import Literal
 
 import msgspec
 
-__all__ = [
-    "MAX_FDS",
-    "MAX_MESSAGE",
-    "PROTOCOL",
-    "USES",
-    "CopyFile",
-    "CopyFilled",
-    "Decision",
-    "Demand",
-    "DeviceStatus",
-    "Done",
-    "EngineStatus",
-    "Fetch",
-    "FetchCopy",
-    "FetchTable",
-    "FromBroker",
-    "Grant",
-    "Grown",
-    "Handles",
-    "Held",
-    "Hello",
-    "NeedWeights",
-    "Neighbours",
-    "Pages",
-    "Recall",
-    "Refused",
-    "Resize",
-    "Returned",
-    "Sleep",
-    "Status",
-    "StatusRequest",
-    "Stock",
-    "Stream",
-    "Table",
-    "ToBroker",
-    "Use",
-    "Wake",
-    "Welcome",
-]
-
 PROTOCOL = 2
 MAX_MESSAGE = 4 << 20
 MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
@@ -448,21 +408,8 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """Above 0: nothing needs to change; ask again after this time."""
 
 
-ToBroker = (
-    Hello
-    | Demand
-    | Grown
-    | Returned
-    | NeedWeights
-    | Fetch
-    | FetchTable
-    | FetchCopy
-    | CopyFilled
-    | Stock
-    | StatusRequest
-    | Resize
-    | Sleep
-    | Wake
-    | Stream
-)
+FromEngine = Hello | Demand | Grown | Returned | NeedWeights | Stock | FetchCopy | CopyFilled
+FromWorker = Fetch | FetchTable
+FromOperator = Resize | Sleep | Wake | Stream
+ToBroker = FromEngine | FromWorker | FromOperator | StatusRequest
 FromBroker = Welcome | Grant | Recall | Handles | Neighbours | Table | CopyFile | Status | Done | Refused

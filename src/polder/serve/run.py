@@ -18,6 +18,7 @@ import uvicorn
 
 from polder.broker import client
 from polder.broker.config import BROKER_SETTINGS, BrokerConfig
+from polder.broker.transport import find_stale
 from polder.errors import AddressInUse, BrokerUnavailable, ConfigError, EnvironmentFault
 from polder.serve.budget import option
 from polder.serve.disks import make_folders
@@ -51,7 +52,7 @@ def run(
     """
     with _listen(fleet.host, fleet.port) as listener, runtime_dir() as private:
         path = socket_path or private / SOCKET_NAME
-        _check_socket(path)
+        find_stale(path)  # raises when no broker can be started there
         logs = log_dir or private
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -173,17 +174,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {where}: {error.strerror}; stop the process that does, or choose another server.port"
         ) from error
     return listener
-
-
-def _check_socket(path: Path) -> None:
-    """Raises ConfigError or AddressInUse when no broker can be started on the path."""
-    client.check_socket_path(path)
-    if not path.parent.is_dir():
-        raise ConfigError(f"no directory {path.parent} for the broker's socket; make it, or choose another --socket")
-    if path.exists() and not path.is_socket():
-        raise ConfigError(f"{path} exists and is no socket; choose another --socket")
-    if _answers(path):
-        raise AddressInUse(f"a broker already answers on {path}; stop it, or choose another --socket")
 
 
 def _answers(socket_path: Path) -> bool:

@@ -94,7 +94,7 @@ class DrivenDevice(late.Device):
 
 def install() -> DrivenDevice:
     """Replaces what opens memory, copies blocks and touches the KV cache in this worker process."""
-    import polder.broker.server as server
+    import polder.broker.device_pages as device_pages
     import polder.engines.vllm.process as process
     import polder.engines.vllm.tiers.worker as tier_worker
     from polder.memory.cuda import CudaBackend
@@ -103,7 +103,7 @@ def install() -> DrivenDevice:
     from polder.weights.store import WeightStore
 
     device = DrivenDevice()
-    driver.open_backends([process, server], lambda _: device.stream)  # the broker may be a thread of this process
+    driver.open_backends([process, device_pages], lambda _: device.stream)  # the broker may be a thread of this process
     late.install(device)
 
     def mover() -> CudaMover:

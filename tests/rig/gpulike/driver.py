@@ -48,9 +48,10 @@ def open_backends(modules: list[ModuleType], compute_stream: Callable[[int], int
 
 def serve_broker(**config: Any) -> None:
     """polder.broker.server.serve, with pages of the fake driver where there is one (`config`: of BrokerConfig)."""
-    import polder.broker.server as server
+    import polder.broker.device_pages as device_pages
     from polder.broker.config import BrokerConfig
+    from polder.broker.server import serve
 
     if os.environ.get("FAKECUDA_LIBRARY"):
-        open_backends([server], lambda _: 0)
-    server.serve(BrokerConfig(**config))
+        open_backends([device_pages], lambda _: 0)
+    serve(BrokerConfig(**config))
