@@ -1,8 +1,9 @@
 """The messages that engines, tools and the broker exchange over one Unix socket.
 
 A message is a 4-byte little-endian length and that many bytes of MessagePack: one of the structs below, tagged by `t`.
-File descriptors travel with the first byte of a message (SCM_RIGHTS). A message over MAX_MESSAGE bytes, or one that does
-not decode to a struct of the expected direction, closes the connection it came by. No other connection is affected.
+File descriptors travel with the first byte of a message (SCM_RIGHTS). A message over MAX_MESSAGE bytes, or one that
+does not decode to a struct of the expected direction, closes the connection it came by. No other connection is
+affected.
 
 Pages change hands in units, under leases. There is one lease for both uses of pages:
 

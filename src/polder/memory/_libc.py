@@ -55,12 +55,12 @@ def unreserve(address: int, size_bytes: int) -> None:
 
 
 def map_file(address: int, size_bytes: int, fd: int, offset: int) -> None:
-    """Maps a piece of a file, shared and writable, over reserved addresses, and makes its pages present. Raises OutOfPages."""
+    """Maps a piece of a file, shared and writable, over reserved addresses and populates it. Raises OutOfPages."""
     _mmap(address, size_bytes, _PROT_RW, _MAP_SHARED | _MAP_FIXED, fd, offset)
-    # A wish: heeded where transparent_hugepage/shmem_enabled says `advise`, and then worth a factor of ten here and in unmap.
+    # Only advice: with `advise` in transparent_hugepage/shmem_enabled, mapping and unmapping are ten times faster.
     _c.madvise(address, size_bytes, _MADV_HUGEPAGE)
-    # Not MAP_POPULATE, which takes as long and keeps silent about a want of memory: the first touch would then be a SIGBUS.
-    # EINVAL: Linux before 5.14, where pages simply come at the first touch.
+    # Not MAP_POPULATE, which takes as long and does not report a lack of memory: the first access would then be a SIGBUS.
+    # EINVAL: Linux before 5.14. There pages are populated at the first access.
     if _c.madvise(address, size_bytes, _MADV_POPULATE_READ) != 0 and ctypes.get_errno() != errno.EINVAL:
         raise _error(f"populating {size_bytes} bytes")
 
@@ -101,6 +101,6 @@ def _error(what: str) -> EnvironmentFault:
     code = ctypes.get_errno()
     text = f"{what}: {errno.errorcode.get(code, code)}, {os.strerror(code)}"
     if code == errno.ENOMEM:
-        # Two causes share this code, and the second is common: each stretch of pages that are no neighbours is one mapping.
+        # ENOMEM has two causes, and the second is common: each run of adjacent pages is one mapping.
         return OutOfPages(f"{text} (too little memory, or more mappings than vm.max_map_count)")
     return EnvironmentFault(text)

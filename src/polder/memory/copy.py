@@ -1,26 +1,26 @@
-"""Copies between addresses, behind the caller's back: submit, get a ticket, wait for it.
+"""Asynchronous copies between addresses: submit, get a ticket, wait for it.
 
-**Order.** A copy engine is one queue. Submissions are carried out one after another in the order of their tickets, so when a
-ticket is done all earlier ones are, and a later submission may read what an earlier one writes. Within one submission there is
-no order: no piece may write what another piece of it reads or writes. On CUDA the queue is a stream of its own and waits for no
-other stream by itself. A submission `after` a mark (Backend.mark) starts when what was launched before the mark is over; `hold`
-lets what is launched afterwards wait for a submission. Neither stops the caller.
+**Order.** A copy engine is one queue. Submissions run one after another in the order of their tickets. When a ticket is
+done, all earlier ones are, and a later submission may read what an earlier one writes. The pieces of one submission
+have no order: no piece may write what another piece of it reads or writes. On CUDA the queue is a stream of its own,
+which waits for no other stream by itself. A submission `after` a mark (Backend.mark) starts when the work that was
+launched before the mark is over. `hold` lets work that is launched afterwards wait for a submission. Neither blocks the
+caller.
 
-**Threads.** All methods may be called from any thread. Tickets rise in the order in which submissions took effect. Any number
-of threads may wait for the same ticket or for different ones, and a ticket may be waited for again and again. Ticket 0 is that
-of nothing: it is always done.
+**Threads.** Any thread may call any method. Several threads may wait for the same ticket or for different ones, and a
+ticket may be waited for again. Ticket 0 stands for no submission and is always done.
 
-**Addresses.** From submission until the ticket is done, sources must stay mapped and unchanged, destinations must stay mapped,
-and nobody may read destinations. Nothing here checks or prolongs that: a span that is unmapped under a copy is a crash. Whoever
-wants pages unmapped waits for its tickets first.
+**Addresses.** From the submission until its ticket is done, sources must stay mapped and unchanged, destinations must
+stay mapped, and nobody may read destinations. This is not checked: unmapping a span under a copy is a crash. Wait for
+the tickets before pages are unmapped.
 
-**Errors.** A copy that fails spoils its destination and nothing else: later submissions are still carried out. Its error is
-raised as EnvironmentFault by the first `wait` for its own ticket or a later one, by every further `wait` for its own, and if
-nobody waited, by `close`. Each `wait` raises one error, the oldest due. So waiting for the last ticket of several is enough to
-learn that one of them failed.
+**Errors.** A failed copy leaves its destination undefined; later submissions still run. Its error is raised as
+EnvironmentFault by the first `wait` for its own ticket or a later one, by every further `wait` for its own, and by
+`close` if nobody waited. Each `wait` raises one error, the oldest that is due. So waiting for the last of several
+tickets is enough to learn that one of them failed.
 
-**Cost.** Pieces that are neighbours both at the source and at the destination are merged before they are carried out. On the
-CPU a thread moves bytes with the GIL released (about 10 GB/s); submitting costs microseconds.
+**Cost.** Pieces that are adjacent both at the source and at the destination are merged first. On the CPU a thread
+copies with the GIL released (about 10 GB/s). A submission costs microseconds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CopyStatistics:
     submitted: int
     """Tickets given out."""
     pending: int
-    """Of these, not known to be over."""
+    """Submissions that are not known to be over."""
     failed: int
     runs: int
     """Pieces carried out, after merging."""
@@ -67,7 +67,7 @@ class CopyEngine:
     """One FIFO of copies on one device; the essay above has its guarantees."""
 
     def __init__(self, backend: Backend, *, inline_bytes: int = 0) -> None:
-        """`inline_bytes`: see Backend.copy_queue. On the CPU a thread starts with the first submission: fork before that."""
+        """`inline_bytes`: see Backend.copy_queue. On the CPU the first submission starts a thread: fork before it."""
         self._backend = backend
         self._queue = backend.copy_queue(inline_bytes)
         self._lock = threading.Lock()
@@ -79,14 +79,16 @@ class CopyEngine:
         self._busy_seconds = 0.0
 
     def mark(self) -> Mark | None:
-        """Backend.mark: what to submit `after` when the calling thread has launched work on the bytes or their destination."""
+        """Backend.mark. To submit `after` it when the calling thread has launched work on the bytes or their
+        destination."""
         return self._backend.mark()
 
     def submit(self, dst: Addresses, src: Addresses, length: int | Indices, after: Mark | None = None) -> int:
-        """Copies `length` bytes (one number, or one a piece) from address `src[i]` to `dst[i]`, for all i. Returns a ticket.
+        """Copies `length` bytes (one number, or one for each piece) from address `src[i]` to `dst[i]`. Returns a
+        ticket.
 
-        Starts when the mark `after` is reached, and all later submissions start behind it.
-        Raises IntegrityError when the arrays differ in length or the engine is closed.
+        Starts when the mark `after` is reached; all later submissions start behind it. Raises IntegrityError when the
+        arrays differ in length or the engine is closed.
         """
         dst, src = np.asarray(dst, dtype=np.uint64).reshape(-1), np.asarray(src, dtype=np.uint64).reshape(-1)
         lengths = as_indices(length if isinstance(length, np.ndarray) else np.full(len(dst), length))
@@ -114,11 +116,11 @@ class CopyEngine:
         src_ids: Sequence[int] | Indices,
         block_bytes: int,
     ) -> int:
-        """Copies `block_bytes` from block `src_ids[i]`, at `src_base + src_ids[i] * src_stride`, to block `dst_ids[i]`."""
+        """Copies `block_bytes` bytes from block `src_ids[i]` to block `dst_ids[i]`. Block n is at base + n * stride."""
         return self.submit(_blocks(dst_base, dst_stride, dst_ids), _blocks(src_base, src_stride, src_ids), block_bytes)
 
     def wait(self, ticket: int) -> None:
-        """Returns when this submission and all before it are over. Raises the error of one of them, see Errors above."""
+        """Returns when this submission and all before it are over. Raises as described under Errors above."""
         self._check(ticket)
         while True:
             with self._lock:
@@ -134,9 +136,10 @@ class CopyEngine:
         self._raise_failure(ticket)
 
     def hold(self, ticket: int) -> Stall | None:
-        """What the calling thread launches from now on starts when this submission and all before it are over: CopyJob.hold.
+        """Work that the calling thread launches from now on starts after this submission: see CopyJob.hold.
 
-        Raises what `wait` would raise as far as it is known. None: they are over already, or the caller has waited for them.
+        Raises the errors that `wait` would raise, as far as they are known. Returns None when nothing is left to wait
+        for.
         """
         self._check(ticket)
         with self._lock:
@@ -173,7 +176,8 @@ class CopyEngine:
             )
 
     def close(self) -> None:
-        """Waits for all copies and frees the thread or stream. Raises an error that nobody has waited for. May be repeated."""
+        """Waits for all copies and frees the thread or stream. Raises an error that no `wait` has raised. May be
+        repeated."""
         with self._lock:
             self._closed = True
         self._queue.close()
@@ -188,7 +192,7 @@ class CopyEngine:
             raise IntegrityError(f"ticket {ticket} was never given out, the last one is {self._last}")
 
     def _reap_done(self) -> None:
-        """Books the jobs that are over, oldest first. Called with the lock held, and often, so that nothing piles up."""
+        """Books the jobs that are over, oldest first. Called often, with the lock held, so that no job piles up."""
         while self._pending:
             head = next(iter(self._pending))
             if not self._pending[head].done():

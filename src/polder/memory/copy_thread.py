@@ -1,4 +1,4 @@
-"""The CPU's copy queue: one thread that moves bytes with the GIL released, and the caller itself where that is quicker."""
+"""The CPU's copy queue: a thread that copies with the GIL released, or the caller itself for small copies."""
 
 from __future__ import annotations
 

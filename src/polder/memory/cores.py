@@ -9,11 +9,11 @@ __all__ = ["leave_bound_core", "usable_cores"]
 
 
 def leave_bound_core() -> None:
-    """The calling thread may use all cores that its process or the parent may.
+    """Lets the calling thread run on all cores that its process or the parent may use.
 
-    vLLM's CPU workers bind their main thread to the first of their cores, and threads inherit that. A copy there takes turns with
-    the one thread that all others of a pass wait for, while a core beside it may be idle. The parent was not bound; what it may
-    use is what the engine was started with (taskset, a cpuset).
+    vLLM's CPU workers bind their main thread to the first of their cores, and new threads inherit that. A copy there
+    would compete with the thread that all other threads of a forward pass wait for, while other cores may be idle. The
+    parent is not bound: it may use the cores that the engine was started with (taskset, a cpuset).
     """
     with contextlib.suppress(OSError):  # a core went offline meanwhile
         os.sched_setaffinity(0, usable_cores())

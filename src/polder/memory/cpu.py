@@ -34,8 +34,8 @@ _ALIGNMENT = 2 << 20  # so that a 2 MiB page can be one huge page, whatever `pag
 class CpuBackend(Segments):
     """polder.memory.backend.Backend for the memory of this machine. Its pages: segments.py.
 
-    Unlike the driver it could not tell misuse from use, since MAP_FIXED replaces whatever lies there. So it keeps count of
-    what is reserved and mapped, and refuses what the driver would refuse.
+    MAP_FIXED replaces whatever is mapped at an address, so the kernel would not notice misuse. This class keeps a
+    record of reserved and mapped slots, and refuses what the CUDA driver would refuse.
     """
 
     sparse = True

@@ -1,8 +1,8 @@
-"""Pages of a GPU's memory, by the driver's virtual memory management (CUDA Driver API, section Virtual Memory Management).
+"""Pages of a GPU's memory, by the driver's virtual memory management (CUDA Driver API, Virtual Memory Management).
 
-One driver handle a page: cuMemMap knows no offset, so a handle maps whole. Mapping is a call a page, while granting access and
-unmapping are one call a run, since it is these two that the driver makes slow (36 and 26 us a call on an A100, kvcached).
-The calls go through cuda-bindings, which releases the GIL in each of them.
+Each page is one driver handle, because cuMemMap maps a handle as a whole. Mapping is one call for each page. Granting
+access and unmapping are one call for each run of pages: these two are slow (36 and 26 us on an A100, kvcached). The
+calls go through cuda-bindings, which releases the GIL.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def torch_stream(index: int) -> int:
 
 
 class Driver:
-    """The driver's functions on one device's primary context (the one that torch uses), with errors as exceptions.
+    """The driver's functions on the primary context of one device (torch uses the same), with errors as exceptions.
 
-    The context is retained when something first needs it. Making, exporting and importing memory do not, so a process that does
-    nothing else (the broker) takes none of the device's memory for itself.
+    The context is retained at its first use. Making, exporting and importing memory do not need it. So the broker,
+    which does nothing else, takes no device memory for itself.
     """
 
     def __init__(self, index: int) -> None:

@@ -1,7 +1,7 @@
-"""CUDA's copy queue and what orders it against compute: streams and events.
+"""CUDA's copy queue and marks: streams and events.
 
-A queue is a stream of its own, with an event before and after each job. A mark is an event on the compute stream. Waits of the host
-block (CU_EVENT_BLOCKING_SYNC); the driver's default is to spin, which takes a core for each thread that waits.
+A queue is a stream of its own, with an event before and after each job. A mark is an event on the compute stream. A
+host thread that waits is blocked (CU_EVENT_BLOCKING_SYNC); by the driver's default it would spin on a core.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _BLOCKING_SYNC, _DISABLE_TIMING = 1, 2  # CU_EVENT_*
 
 
 class _Event:
-    """A CUevent, recorded once. It is destroyed with this object, which the driver allows while streams still wait for it."""
+    """A CUevent, recorded once. It is destroyed with this object; the driver allows that while streams still wait for
+    it."""
 
     def __init__(self, driver: Driver, stream: Any, flags: int) -> None:
         """With the driver's context current."""
@@ -179,7 +180,7 @@ class StreamQueue:
             after.wait()
 
     def _copy(self, dst: list[int], src: list[int], length: list[int]) -> None:
-        """One piece: a plain copy. More: one batch, whose pieces cost 0.5 us each to submit instead of 2 to 5 (CUDA 12.8)."""
+        """Copies one piece by a plain copy, more by one batch: 0.5 us a piece to submit instead of 2 to 5 (CUDA 12.8)."""
         if len(dst) == 1:
             self._driver.call("cuMemcpyAsync", dst[0], src[0], length[0], self._stream)
         elif dst:
@@ -189,7 +190,11 @@ class StreamQueue:
 
 
 def _refuse_capture(driver: Driver, stream: Any) -> None:
-    """An event of a capture is one of the graph: waiting for it is an error, and a replay would order nothing outside of it."""
+    """Raises EnvironmentFault while the stream is captured into a graph.
+
+    An event that is recorded then belongs to the graph. Waiting for it is an error, and a replay orders nothing
+    outside.
+    """
     status = driver.call("cuStreamIsCapturing", stream)
     if int(status) != 0:
         raise EnvironmentFault("the compute stream is being captured into a graph, where copies cannot be ordered")

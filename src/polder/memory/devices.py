@@ -9,7 +9,7 @@ __all__ = ["device_uuid", "open_backend"]
 
 
 def open_backend(device: str, page_bytes: int) -> Backend:
-    """The backend of "cpu:0", "host:0" or "cuda:INDEX". Raises ConfigError for a page size that the device cannot have."""
+    """The backend of "cpu:0", "host:0" or "cuda:INDEX". Raises ConfigError for an impossible page size."""
     kind, _, index = device.partition(":")
     if kind in ("cpu", "host"):
         return CpuBackend(page_bytes=page_bytes, device=device)
@@ -19,8 +19,10 @@ def open_backend(device: str, page_bytes: int) -> Backend:
 
 
 def device_uuid(device: str) -> str:
-    """What names a GPU in every process, whatever CUDA_VISIBLE_DEVICES says there: 32 hexadecimal digits. Empty for other devices,
-    and where the driver does not tell."""
+    """The UUID of a GPU as 32 hexadecimal digits, the same in all processes whatever their CUDA_VISIBLE_DEVICES.
+
+    Empty for other devices, and when the driver does not report it.
+    """
     kind, _, index = device.partition(":")
     if kind != "cuda":
         return ""

@@ -1,8 +1,8 @@
 """Receives file descriptors over Unix sockets (SCM_RIGHTS, unix(7)).
 
-Descriptors travel beside bytes, so a message of descriptors has at least one byte. The kernel takes at most 253 a message
-(SCM_MAX_FD); more are the caller's to split. Received descriptors are close-on-exec from the start: no child that another
-thread happens to start inherits them.
+Descriptors travel with bytes, so a message with descriptors has at least one byte, and at most 253 of them (the
+kernel's SCM_MAX_FD). Received descriptors are close-on-exec from the start, so no child that another thread starts
+inherits them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _INT_BYTES = array.array("i").itemsize
 
 
 def recv_fds(sock: socket.socket, max_bytes: int, max_fds: int) -> tuple[bytes, list[int]]:
-    """One receive: up to `max_bytes` and the descriptors that came beside them, which the caller closes. b"" at the end.
+    """One receive: up to `max_bytes` bytes, b"" at the end, and the descriptors that came with them. The caller closes
+    those.
 
-    Raises ProtocolError, with every received descriptor closed, when there were more than `max_fds`; and OSError (TimeoutError,
-    BlockingIOError) as socket.recvmsg does, with none received.
+    Raises ProtocolError, with every received descriptor closed, when there were more than `max_fds`. Raises OSError as
+    socket.recvmsg does (TimeoutError, BlockingIOError), with none received.
     """
     room = socket.CMSG_SPACE(max_fds * _INT_BYTES)
     data, ancillary, flags, _ = sock.recvmsg(max_bytes, room, socket.MSG_CMSG_CLOEXEC)

@@ -1,5 +1,5 @@
-"""How much memory of a GPU is free, as NVIDIA's management library tells it: unlike the driver's cuMemGetInfo it takes no context,
-which would cost half a GiB of each device."""
+"""Free memory of a GPU, from NVIDIA's management library. The driver's cuMemGetInfo would need a context, which takes
+half a GiB of each device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def free_bytes(uuid: bytes) -> int | None:
-    """Of the device with these 16 bytes for a UUID (cuDeviceGetUuid). None when the library is missing or does not know it."""
+    """Free bytes of the device with this UUID (16 bytes, cuDeviceGetUuid). None without the library, or when it does
+    not know the device."""
     library = _library()
     if library is None:
         return None

@@ -1,7 +1,7 @@
-"""A page: a fixed number of bytes of physical memory on one device, and the numpy helpers that coalesce many of them.
+"""A page: a fixed number of bytes of physical memory on one device. Numpy helpers that merge runs of pages.
 
-A page is known by its number (0, 1, 2, ... on its device) to whoever books it, and by its `Handle` to whoever maps it. The
-same page may be mapped at several addresses and in several processes at once ("virtual aliasing" in the Oneiros paper).
+The ledger knows a page by its number (0, 1, 2, ... on its device), a process that maps it by its `Handle`. A page may
+be mapped at several addresses and in several processes at once ("virtual aliasing" in the Oneiros paper).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy.typing as npt
 __all__ = ["PAGE_BYTES", "Handle", "Indices", "as_indices", "contiguous", "runs"]
 
 PAGE_BYTES = 2 << 20
-"""2 MiB: the smallest piece that the CUDA driver maps (granularity of pinned device memory), and a huge page of x86 and Arm."""
+"""2 MiB: the least that the CUDA driver maps (granularity of pinned device memory), and a huge page of x86 and Arm."""
 
 Indices = npt.NDArray[np.int64]
 
 
 class Handle(NamedTuple):
-    """The physical memory of one page, as the backend that made or adopted it knows it. Means nothing to other processes.
+    """The physical memory of one page, for the backend that made or adopted it. It has no meaning in other processes.
 
-    CPU: `key` is the backend's descriptor of the segment file, `offset` the page's first byte in it.
-    CUDA: `key` is the driver's CUmemGenericAllocationHandle, `offset` is 0, since a handle maps whole.
+    CPU: `key` is the backend's descriptor of the segment file, `offset` the page's first byte in it. CUDA: `key` is the
+    driver's CUmemGenericAllocationHandle, `offset` is 0.
     """
 
     key: int
@@ -37,9 +37,10 @@ def as_indices(values: Sequence[int] | npt.NDArray[np.integer]) -> Indices:
 
 
 def runs(indices: Indices) -> list[tuple[int, int]]:
-    """Maximal runs of successive numbers, in order: [4, 5, 6, 2, 9, 10] -> [(4, 3), (2, 1), (9, 2)], as (first, length).
+    """Maximal runs of successive numbers, in order, as (first, length): [4, 5, 6, 2, 9, 10] -> [(4, 3), (2, 1), (9,
+    2)].
 
-    The lengths add up to `len(indices)`, so a parallel array is walked by adding them up.
+    The lengths add up to `len(indices)`.
     """
     if len(indices) == 0:
         return []

@@ -4,8 +4,8 @@
     PagePool.export([7, 8])  ──fds──► ImportedPages.adopt(generation, [7, 8], ...)
                                       ImportedPages.handles(generation, [7, 8]) ──► Span.map
 
-Numbers say who owns what (broker.ledger), handles say what can be mapped; these two classes join them and decide nothing. A
-broker that is restarted makes new physical pages under the old numbers, hence the generation beside every number.
+The ledger says who owns which number (broker/ledger.py); these two classes map numbers to handles. A broker that is
+restarted makes new physical pages under the same numbers, so a worker stores a generation with each number.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class PagePool:
         return len(self._handles)
 
     def handles(self, pages: Sequence[int] | Indices) -> list[Handle]:
-        """Handles of the pages, made where there are none yet. Raises OutOfPages, with none made, when memory is short."""
+        """Handles of the pages. Makes missing pages; raises OutOfPages, with none made, when there is no memory for
+        them."""
         numbers = self._check(pages)
         missing = [page for page in dict.fromkeys(numbers) if self._handles[page] is None]
         if missing:
@@ -63,7 +64,7 @@ class PagePool:
         return made
 
     def export(self, pages: Sequence[int] | Indices) -> tuple[list[int], list[int], list[int]]:
-        """(fds, fd_index, offsets) as Backend.export_many gives them; the caller closes the fds. Makes missing pages."""
+        """(fds, fd_index, offsets) of Backend.export_many; the caller closes the fds. Makes missing pages."""
         return self._backend.export_many(self.handles(pages))
 
     def check_integrity(self) -> None:
@@ -112,7 +113,7 @@ class ImportedPages:
         fd_index: Sequence[int],
         offsets: Sequence[int],
     ) -> None:
-        """Adopts pages from what PagePool.export gave. The fds stay the caller's, who closes them whatever happens here.
+        """Adopts pages from the result of PagePool.export. The caller closes the fds, also after an error.
 
         Raises ProtocolError, with nothing adopted, when the lengths do not fit or a page is adopted already.
         """

@@ -1,7 +1,7 @@
 """The CPU's physical pages: memory files ("segments") of which this process holds pages.
 
-A segment is a memfd that was made here or came from another process; it lives here as one descriptor, however often its pages
-are adopted, until the last handle of them is dropped. Page i of a segment lies at offset i * page_bytes.
+A segment is a memfd that was made here or received from another process. Page i lies at offset i * page_bytes. This
+process keeps one descriptor of a segment, however often its pages are adopted, until the last handle is dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Segment:
 
 
 class Segments:
-    """The half of CpuBackend that makes and shares pages. Thread-safe. polder.memory.backend says what its methods raise."""
+    """The part of CpuBackend that makes and shares pages. Thread-safe. Its contract is in polder.memory.backend."""
 
     def __init__(self, page_bytes: int) -> None:
         self.page_bytes = page_bytes
@@ -142,7 +142,8 @@ class Segments:
             yield segment, table[table[:, 0] == key, 1] // self.page_bytes
 
     def _counts(self, handles: Sequence[Handle]) -> list[tuple[_Segment, npt.NDArray[np.int32]]]:
-        """How often each page of each segment is named. Raises IntegrityError when that is more often than it is held."""
+        """How often each page of each segment is named. Raises IntegrityError when it is named more often than it is
+        held."""
         counts = [
             (segment, np.bincount(pages, minlength=len(segment.held)).astype(np.int32))
             for segment, pages in self._by_segment(handles)

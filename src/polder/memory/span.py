@@ -1,8 +1,8 @@
-"""A span: reserved addresses with one slot a page. Pages come and go under the slots, the addresses never change (law 3).
+"""A span: reserved addresses, divided into slots of one page. Pages come and go; the addresses never change (law 3).
 
-Tensors, compiled graphs and CUDA graphs made over a span therefore stay valid whatever is mapped, as in vAttention and Oneiros
-("virtual aliasing"). The calls to the backend are per run of adjacent slots, since on CUDA the cost of granting access
-and of unmapping is mostly per call.
+So tensors, compiled graphs and CUDA graphs over a span stay valid whatever is mapped, as in vAttention and Oneiros
+("virtual aliasing"). The backend is called once for each run of adjacent slots, because on CUDA granting access and
+unmapping cost mostly per call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Mask = npt.NDArray[np.bool_]
 
 
 class _Addresses:
-    """The reservation. It ends when the span and every tensor over it are gone, so that nobody else's memory appears under them."""
+    """The reservation. It ends when the span and every tensor over it are gone, so no foreign memory appears under
+    them."""
 
     def __init__(self, backend: Backend, slots: int) -> None:
         self.mapped: Mask = np.zeros(slots, dtype=np.bool_)
@@ -38,9 +39,9 @@ class _Addresses:
 
 
 class Span:
-    """`slots` page slots at fixed addresses. One thread changes a span at a time; reading mapped slots is anybody's, always.
+    """`slots` page slots at fixed addresses. One thread changes a span at a time; any thread may read mapped slots.
 
-    The pages are the caller's: unmapping a slot destroys nothing, and the caller knows which page is where.
+    The pages belong to the caller: unmapping a slot destroys nothing.
     """
 
     def __init__(self, backend: Backend, slots: int) -> None:
@@ -68,10 +69,10 @@ class Span:
         return self._open().first + slot * self._backend.page_bytes
 
     def map(self, slots: Sequence[int] | Indices, handles: Sequence[Handle]) -> None:
-        """Maps page `handles[i]` at slot `slots[i]`. Their bytes are stale: `zero` before use (law 2).
+        """Maps page `handles[i]` at slot `slots[i]`. The bytes are stale: `zero` them before use (law 2).
 
-        Raises IntegrityError before anything changes when a slot is taken, named twice or outside the span. When the backend
-        fails (OutOfPages, EnvironmentFault), everything that this call had mapped is unmapped again, then the error raised.
+        Raises IntegrityError, with nothing changed, when a slot is taken, named twice or outside the span. When the
+        backend fails (OutOfPages, EnvironmentFault), all that this call has mapped is unmapped first.
         """
         mapped = self._open().mapped
         order, ordered = self._sorted(slots)
@@ -89,11 +90,11 @@ class Span:
             raise
 
     def unmap(self, slots: Sequence[int] | Indices) -> None:
-        """Takes the pages away; an access to the slots faults from now on.
+        """Takes the pages away. Later accesses to the slots fault.
 
-        The caller has made sure that nothing uses them any more, see Backend.fence. Raises IntegrityError before anything
-        changes when a slot is empty, named twice or outside the span. When the backend fails in between, the slots of the
-        runs before are empty, the others as they were, and `mapped` tells which.
+        The caller makes sure that no work still uses them (Backend.fence). Raises IntegrityError, with nothing changed,
+        when a slot is empty, named twice or outside the span. When the backend fails for one run of slots, the runs
+        before it are empty and the others unchanged; `mapped` tells which.
         """
         _, ordered = self._sorted(slots)
         _refuse(ordered[~self._open().mapped[ordered]], "empty")
@@ -107,9 +108,10 @@ class Span:
             self._backend.zero(self.address(first), count * self._backend.page_bytes)
 
     def tensor(self) -> torch.Tensor:
-        """The span as one flat int8 tensor on the backend's device, always the same one. Touch mapped slots only.
+        """The span as one flat int8 tensor on the backend's device, always the same one. Only mapped slots may be
+        touched.
 
-        It may outlive the span: the addresses stay reserved (unmapped, once the span is closed) until its last view is gone.
+        It may outlive the span: the addresses stay reserved until the last view of it is gone.
         """
         if self._tensor is None:
             addresses, size = self._open(), self._slots * self._backend.page_bytes
@@ -117,7 +119,7 @@ class Span:
         return self._tensor
 
     def close(self) -> None:
-        """Unmaps everything and gives the addresses back, at once or when the last tensor over them is gone. May be repeated."""
+        """Unmaps everything. The addresses are free as soon as no tensor over them is left. May be repeated."""
         if self._addresses is None:
             return
         self._unmap_runs(np.flatnonzero(self._addresses.mapped))
@@ -131,9 +133,11 @@ class Span:
         return self._addresses
 
     def _sorted(self, slots: Sequence[int] | Indices) -> tuple[Indices, Indices]:
-        """The order that sorts the slots, and the slots sorted. Raises IntegrityError for one outside the span or named twice.
+        """The order that sorts the slots, and the sorted slots. Raises IntegrityError for one outside the span or named
+        twice.
 
-        Sorted, because callers name slots unit by unit, and it is the same layer of successive units that lies together.
+        Callers name slots unit by unit, and adjacent slots belong to the same layer of successive units; sorting joins
+        them.
         """
         wanted = as_indices(slots)
         order = np.argsort(wanted, kind="stable")

@@ -1,10 +1,10 @@
 """Torch tensors over addresses that Polder manages.
 
-The tensor is handed to torch as a DLPack capsule, which names the device itself: torch never asks the driver about the
-addresses, so they need not be mapped. An access to an unmapped part faults, as any stray access there should.
+The tensor is passed to torch as a DLPack capsule, which names the device. Torch does not ask the driver about the
+addresses, so they need not be mapped. An access to an unmapped part faults.
 
-The capsule is built with ctypes after the C structure that DLPack publishes (dlpack.h, DLManagedTensor, version 0.x, the one
-that `torch.utils.dlpack.from_dlpack` has taken since 1.x).
+The capsule is built with ctypes after DLPack's C structure (dlpack.h, DLManagedTensor, version 0.x), which
+`torch.utils.dlpack.from_dlpack` has accepted since 1.x.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _ManagedTensor(ctypes.Structure):
 
 
 _alive: dict[int, tuple[_ManagedTensor, object, object]] = {}
-"""Address of the structure -> (structure, its shape, the owner of the memory): what lives until torch's last view dies."""
+"""Address of the structure -> (structure, its shape, the owner of the memory), kept until torch drops its last view."""
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
@@ -61,12 +61,13 @@ _deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_forget)
 
 
 def tensor_over(address: int, size_bytes: int, device: str, owner: object) -> torch.Tensor:
-    """A flat int8 tensor of `size_bytes` bytes at `address`, nothing copied. `view(dtype)` and slicing make others of it.
+    """A flat int8 tensor of `size_bytes` bytes at `address`, without a copy.
 
-    `device` ("cpu:0", "cuda:1") is where the addresses can be used; it is not checked. `owner` is kept alive until the tensor
-    and every view of it are gone, then let go in the thread where the last one died; it must keep the addresses reserved.
+    `device` ("cpu:0", "cuda:1") is not checked against the address. `owner` must keep the addresses reserved; it is
+    kept alive until the tensor and all views of it are gone, and released in the thread where the last one died.
 
-    Raises ConfigError for a device that is neither cpu nor cuda, EnvironmentFault for cuda when torch was built without.
+    Raises ConfigError for a device that is neither cpu nor cuda, EnvironmentFault for cuda when torch was built
+    without.
     """
     kind, _, index = device.partition(":")
     if kind not in _DEVICE_TYPE:

@@ -67,8 +67,8 @@ class EntryStore:
 
     def __init__(self, store: DiskStore, config: EntryConfig, *, entries: int, hot: HotSet | None = None) -> None:
         """`entries`: the most entries there can be, each a part of one of the store's pages. `hot`: which entries stay
-        in memory; by default a FrequentSet. Several EntryStores may share a DiskStore that has nothing but entries; what
-        an earlier process left there is removed.
+        in memory; by default a FrequentSet. Several EntryStores may share a DiskStore that has nothing but entries;
+        what an earlier process left there is removed.
 
         Raises ConfigError when the store has other disks than `config`, or more than can be scheduled.
         """

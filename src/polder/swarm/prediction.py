@@ -1,8 +1,8 @@
 """Predicts which entries the next layer, or the next step, will want, to read them ahead.
 
 Remembered steps vote. Each remembers a set that was read and the set that followed it, in the layer above or one step
-later. A step votes for the entries of its second set, with the Jaccard similarity of its first set to the present set as
-its weight. The entries with most votes are read first. There is no model and no training.
+later. A step votes for the entries of its second set, with the Jaccard similarity of its first set to the present set
+as its weight. The entries with most votes are read first. There is no model and no training.
 """
 
 from __future__ import annotations
