@@ -117,7 +117,7 @@ class Backend(Protocol):
         """
 
     def drop(self, handles: Sequence[Handle]) -> None:
-        """Forgets handles and leaves the memory to processes that map or hold it. On CUDA it is the same as `destroy`."""
+        """Forgets handles and leaves the memory to processes that map or hold it. On CUDA the same as `destroy`."""
 
     def map(self, address: int, handles: Sequence[Handle]) -> None:
         """Maps the pages at adjacent addresses, the first at `address`, and makes them accessible.
@@ -193,4 +193,4 @@ class Backend(Protocol):
         """Free memory of the device, all processes considered. None when it is not known, as on the CPU."""
 
     def close(self) -> None:
-        """Forgets all handles and closes their descriptors. Reservations and mappings stay: tensors may live over them."""
+        """Forgets all handles and closes their descriptors. Reservations and mappings stay, for tensors over them."""

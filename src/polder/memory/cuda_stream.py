@@ -180,7 +180,7 @@ class StreamQueue:
             after.wait()
 
     def _copy(self, dst: list[int], src: list[int], length: list[int]) -> None:
-        """Copies one piece by a plain copy, more by one batch: 0.5 us a piece to submit instead of 2 to 5 (CUDA 12.8)."""
+        """Copies one piece by a plain copy, more by a batch: 0.5 us a piece to submit, not 2 to 5 (CUDA 12.8)."""
         if len(dst) == 1:
             self._driver.call("cuMemcpyAsync", dst[0], src[0], length[0], self._stream)
         elif dst:
