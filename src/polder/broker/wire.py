@@ -29,7 +29,7 @@ Pages change hands in units, under leases. There is one lease for both uses of p
                  ◄── Done ───────────────
                  ── Stock ──────────────►               it serves as stock vLLM; sent in place of Hello
                  ◄── Done ───────────────
-    both         ── FetchTable ─────────► broker        the table of the blocks that an engine lends (tiers/peer/lending.py)
+    both         ── FetchTable ─────────► broker        the table of blocks that an engine lends (tiers/peer/lending.py)
                  ◄── Table + fd ─────────
     anybody      ── StatusRequest ──────► broker
                  ◄── Status ─────────────
