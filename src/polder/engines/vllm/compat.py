@@ -176,7 +176,7 @@ CHANGES: tuple[Change, ...] = (
         since="0.33.0",
         name="OffloadingWorker.submit_load",
         parameters=("self", "job_id", "src_spec", "dst_spec", "expedited"),
-        reason="set only with sync_load_budget_bytes, which tiers.py refuses",
+        reason="set only with sync_load_budget_bytes, which tiers/agreement.py refuses",
     ),
     Change(
         since="0.33.0",

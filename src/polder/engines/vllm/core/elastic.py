@@ -15,15 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from polder import metrics
-from polder.broker.wire import (
-    Grant,
-    Grown,
-    Held,
-    Neighbours,
-    Recall,
-    Refused,
-    Welcome,
-)
+from polder.broker.wire import Grant, Grown, Held, Neighbours, Recall, Refused, Welcome
 from polder.engines.vllm.agreement import Agreement
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.demand import DemandReports
@@ -117,7 +109,15 @@ class ElasticCore:
         yield self._step_times
         yield self._transfers
         if agreement.settings.lend_bytes:
-            yield self._open_lending(agreement, wake)
+            yield Lending(
+                self._scheduler,
+                self.blocks,
+                agreement,
+                wake,
+                workers=self._core.model_executor,
+                pages=lambda: self._resizing.pages,
+                useful_units=self._demand.useful_units,
+            )
         yield self._weights
         yield self._demand
 
@@ -140,17 +140,6 @@ class ElasticCore:
         if agreement.settings.tbt_goal_s:
             self.counters |= keep_goal(self._core, agreement.window, agreement.settings.tbt_goal_s, self._rpc)
         return window
-
-    def _open_lending(self, agreement: Agreement, wake: Callable[[], None]) -> Lending:
-        return Lending(
-            self._scheduler,
-            self.blocks,
-            agreement,
-            wake,
-            workers=self._core.model_executor,
-            pages=lambda: self._resizing.pages,
-            useful_units=self._demand.useful_units,
-        )
 
     # ------------------------------------------------------------------ events, all in the core's thread
 

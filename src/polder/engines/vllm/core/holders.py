@@ -12,7 +12,7 @@ of these cases `BlockHolders.renumber` is called once, between two steps, before
 | the lender                           | registers here                                                                |
 | the window: blocks that came home    | registers here                                                                |
 | the model runners' block tables      | block_tables.py, in the RPC that moves the bytes                              |
-| jobs of the tiers under way          | nobody: blocks move only while there are none (ElasticCore._settle)           |
+| jobs of the tiers under way          | nobody: blocks move only while there are none (Resizing.settle)               |
 | steps launched and not yet answered  | nobody: workers run them before the RPC, and their outputs name no blocks     |
 """
 

@@ -100,7 +100,7 @@ class PolderWorker(OffloadingWorker):  # type: ignore[misc]
         return self._submit(job_id, dst_spec, src_spec)
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False) -> bool:
-        # vLLM 0.33 sets `expedited` with sync_load_budget_bytes only, which tiers.py refuses.
+        # vLLM 0.33 sets `expedited` with sync_load_budget_bytes only, which tiers/agreement.py refuses.
         window = here.window
         # The pass before may have written such a block for a request that has ended: its save must not land after the load.
         if window is not None and not window.settled():
