@@ -153,8 +153,8 @@ def _views(buffer: Any, kv_cache_config: Any, layout: Any, kernel_block_sizes: A
 
 
 def redirect_warm_up(runner: Any) -> None:
-    """The V2 runner's warm-up makes block ids up, of which this engine may have none mapped: until `calls.start_serving`,
-    all of them are the null block. The switch is vLLM's own, for elastic expert parallelism; the V1 runner's warm-up
-    writes nothing."""
+    """The V2 runner's warm-up makes block ids up, of which this engine may have none mapped: until
+    `calls.start_serving`, all of them are the null block. The switch is vLLM's own, for elastic expert parallelism; the
+    V1 runner's warm-up writes nothing."""
     if block_tables.is_v2(runner):
         runner.block_tables.redirect_writes_to_null_block = True
