@@ -198,6 +198,26 @@ def test_a_failed_device_is_an_error_of_every_wait(device: Device) -> None:
     backend.free(address, device.page)
 
 
+@pytest.mark.parametrize(("call", "nth"), [("cuEventCreate", 1), ("cuEventCreate", 2), ("cuEventRecord", 2)])
+def test_a_job_without_an_event_ends_with_its_copy_or_begins_none(device: Device, call: str, nth: int) -> None:
+    """There may be no memory for an event. Whoever waited gives the block to others."""
+    home = device.host(SIZE)
+    home[:] = 6
+    with device.mapped(1) as address, copies_of(device) as copies:
+        device.launch(address, 0, SIZE, value=7)
+        device.backend.mark().wait()
+        device.fake.delays(3, 100_000)
+        device.fake.fail(call, nth, 2)
+        ticket = submit(copies, address, home.ctypes.data)
+        with pytest.raises(EnvironmentFault):
+            copies.wait(ticket)
+        device.fake.delays(0, 0)
+        device.fake.fail(call, 0)
+        device.launch(address, 0, SIZE, value=9)
+        assert set(device.read(address, SIZE)) == {9}
+    assert device.fake.violation() == ""
+
+
 def test_no_context_is_taken_to_make_and_share_memory(fake: Machine) -> None:
     """The broker's calls: half a GiB of each device would go to a context."""
     assert fake.fake is not None

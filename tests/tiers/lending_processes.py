@@ -7,14 +7,17 @@ The pages are one page a lot. Each role writes a line when it is where the test 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
 import signal
 import struct
 import sys
+import threading
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -63,6 +66,30 @@ def claim_and_hang(table: LendingTable, pages: mmap.mmap) -> None:
     assert table._try_lock(int(lots[0]))
     say(lots[0])
     hang()
+
+
+def die_slowly(table: LendingTable, pages: mmap.mmap) -> None:
+    """Dies in mid-write as a process with a GPU does: its file is closed, its lock gone, and its copy still lands. Ends when it
+    is told to.
+
+    The main thread is dead then, and another one lives on.
+    """
+    lots, epochs = table.claim(os.getpid(), 1)
+    at = int(lots[0]) * PAGE
+
+    def remains() -> None:
+        while "Z" not in Path("/proc/self/stat").read_text().rpartition(")")[2].split()[0]:
+            time.sleep(0.001)
+        table._unlock(int(lots[0]))
+        say(lots[0])
+        sys.stdin.readline()
+        pages[at : at + PAGE] = os.urandom(PAGE)
+        os._exit(0)
+
+    with table.writing(os.getpid(), lots.tolist(), epochs.tolist()) as ours:
+        assert ours
+        threading.Thread(target=remains).start()
+        ctypes.CDLL(None).syscall(60, 0)  # exit(2), of this thread alone
 
 
 def lend(table: LendingTable, pages: mmap.mmap) -> None:

@@ -96,6 +96,8 @@ class World:
         self.fd = os.memfd_create("lockstep")
         self.cells = [LENDER] * len(scenario.cells)
         self.locks: dict[int, int] = {}
+        self.landing: dict[int, list[int]] = {}
+        """Killed borrower -> halves of its copy that are still to land."""
         self.actors: dict[int, Actor] = {}
         self.idle = threading.Semaphore(0)
         self.steps = self.kills = 0
@@ -142,7 +144,19 @@ class World:
         self.locks = {lot: owner for lot, owner in self.locks.items() if owner != process}
         self.model.kill(self.state, process)
         if process != LENDER:
-            self.state[self.model.at(process, "landing")] = 0  # on a CPU a copy ends with its process
+            left = self.state[self.model.at(process, "landing")]
+            self.landing[process] = [half for half in (0, 1) if left >> half & 1]
+        self.compare()
+
+    def land(self, process: int) -> None:
+        """As on a GPU: a half of the copy that a killed borrower had launched comes to its place."""
+        half = self.landing[process].pop(0)
+        at = self.model.at(process, "landing")
+        assert self.state[at] >> half & 1, f"a copy of borrower {process} lands, whose end was waited for"
+        self.state[at] &= ~(1 << half)
+        self.model.copy(self.state, process, half)
+        version = self.state[self.model.at(process, "version")]
+        self.cells[self.model.scenario.halves(process)[half]] = 10 * process + version
         self.compare()
 
     # ------------------------------------------------------------------ turns
@@ -167,8 +181,13 @@ class World:
                 ready = [p for p, actor in self.actors.items() if not actor.ended and not actor.killed]
                 if not ready:
                     break
-                process = self.draw.choice(ready)
-                if self.draw.random() < kill:
+                late = [b for b, halves in self.landing.items() if halves]
+                if late and self.draw.random() < 0.01:
+                    self.land(self.draw.choice(late))
+                    continue
+                # The lender's turns are rare: else borrowers hardly ever come to write.
+                process = self.draw.choice([p for p in ready for _ in range(1 if p == LENDER else 9)])
+                if self.draw.random() < kill * (100 if self.pc(process).startswith("copy") else 1):
                     self.kill(process)
                     if process == LENDER:
                         self.actors[LENDER].finish()
@@ -205,7 +224,7 @@ class Actor:
         raise NotImplementedError
 
     def _run(self) -> None:
-        WHO.number = self.number
+        WHO.number, WHO.world = self.number, self.world
         try:
             self.turn()
             self.life()
@@ -288,9 +307,10 @@ def stepped_lending(seed: int) -> Any:
     own_os.getpid = lambda: WHO.number
     clock = _Clock(seed)
     own_time = SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep, time_ns=time.time_ns)
-    before = lending.os, lending.time
+    before = lending.os, lending.time, lending._wait_for_end
     lending.os, lending.time = own_os, own_time  # type: ignore[assignment]
+    lending._wait_for_end = lambda pid: WHO.world.landing.pop(pid, None)
     try:
         yield
     finally:
-        lending.os, lending.time = before  # type: ignore[misc]
+        lending.os, lending.time, lending._wait_for_end = before  # type: ignore[misc]

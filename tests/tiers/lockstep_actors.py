@@ -72,11 +72,12 @@ class Borrower(Actor):
         while not self.world.plain.closed:
             self.turn()
             actions = [self.claim, self.notice]
-            if len(self.mine) == len(self.lots):
+            version = world.state[world.model.at(me, "version")]
+            if len(self.mine) == len(self.lots) and version < world.model.scenario.writes:
                 actions += [self.write] * 3
             if self.written:
                 actions += [self.read] * 3
-            if self.mine:
+            if self.mine and world.draw.random() < 0.1:
                 actions.append(self.release)
             world.draw.choice(actions)()
 

@@ -116,7 +116,7 @@ def steps(model: Model) -> Steps:
     def look_for_dead(s: list[Any]) -> bool:  # self._bury(int(self.writer[lot]), lot)
         dead = s[writer[s[LOT]]]
         if dead and mutant != "dead_writer_ignored":
-            s[model.at(dead, "landing")] = 0  # self._on_dead_writer(pid) waits until its copies have ended
+            s[model.at(dead, "landing")] = 0  # _wait_for_end(pid): its copies have ended
         return go(s, "take.bury" if dead else "take.read")
 
     def look_for_bytes(s: list[Any]) -> bool:  # foreign = bool(self.foreign[lot])

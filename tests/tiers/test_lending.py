@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,39 @@ def test_a_borrower_that_is_stopped_with_the_lock_is_killed(
     assert time.monotonic() - before >= 0.05
     assert lent.table.holder[lot] == 0
     assert lent.table.writer[lot] == 0
+
+
+def test_a_block_of_a_dead_writer_is_waited_for_until_its_process_has_ended(lent: Lent) -> None:
+    all_is_lent(lent)
+    process = lent.start("die_slowly")
+    lot = told(process)
+    assert isinstance(lot, int)
+    assert process.stdin is not None
+    taken: list[bool] = []
+    lender = threading.Thread(target=lambda: taken.append(lent.table.take_back(lot)))
+    lender.start()
+    lender.join(0.3)
+    assert not taken, "its copy may still land"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    lender.join(30.0)
+    assert taken == [True]
+    own = page_of(7, 1)
+    lent.pages[lot * PAGE : (lot + 1) * PAGE] = own
+    assert process.wait(timeout=10) == 0
+    assert lent.page(lot) == own
+    assert lent.table.writer[lot] == 0
+
+
+def test_a_mark_whose_number_belongs_to_another_process_by_now_holds_nobody_up(lent: Lent) -> None:
+    all_is_lent(lent)
+    bystander = lent.start("lend")
+    told(bystander)
+    lots, _ = lent.table.claim(41, 1)
+    lent.table.writer[lots] = bystander.pid
+    before = time.monotonic()
+    lent.table.take_back(int(lots[0]))
+    assert time.monotonic() - before < 1.0
 
 
 def test_only_who_has_the_lock_is_killed(lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:

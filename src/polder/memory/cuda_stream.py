@@ -23,18 +23,17 @@ _BLOCKING_SYNC, _DISABLE_TIMING = 1, 2  # CU_EVENT_*
 
 
 class _Event:
-    """A CUevent, recorded once. It is destroyed with this object; the driver allows that while streams still wait for
-    it."""
+    """A CUevent. It is destroyed with this object; the driver allows that while streams still wait for it."""
 
-    def __init__(self, driver: Driver, stream: Any, flags: int) -> None:
+    def __init__(self, driver: Driver, flags: int) -> None:
         """With the driver's context current."""
         self._driver = driver
         self.handle = driver.call("cuEventCreate", flags)
-        try:
-            driver.call("cuEventRecord", self.handle, stream)
-        except BaseException:
-            self.__del__()
-            raise
+
+    def record(self, stream: Any) -> _Event:
+        """With the driver's context current."""
+        self._driver.call("cuEventRecord", self.handle, stream)
+        return self
 
     def done(self) -> bool:
         """Also True when the device has failed: a wait tells."""
@@ -62,7 +61,7 @@ class StreamMark:
         """Raises EnvironmentFault while the stream is being captured into a graph, and when the device has failed."""
         with driver.current():
             _refuse_capture(driver, stream)
-            self._event = _Event(driver, stream, _BLOCKING_SYNC | _DISABLE_TIMING)
+            self._event = _Event(driver, _BLOCKING_SYNC | _DISABLE_TIMING).record(stream)
 
     def done(self) -> bool:
         return self._event.done()
@@ -114,9 +113,9 @@ class StreamJob:
         stream = self._compute_stream(self._driver.index)
         with self._driver.current():
             _refuse_capture(self._driver, stream)
-            before = _Event(self._driver, stream, 0)
+            before = _Event(self._driver, 0).record(stream)
             self._driver.call("cuStreamWaitEvent", stream, end.handle, 0)
-            behind = _Event(self._driver, stream, 0)
+            behind = _Event(self._driver, 0).record(stream)
         return lambda: behind.seconds_since(before) if behind.done() else None
 
     def _finish(self) -> None:
@@ -152,16 +151,26 @@ class StreamQueue:
         try:
             with self._driver.current():
                 self._wait_for(after)
-                begin = _Event(self._driver, self._stream, 0)
+                # Both before the copy: there may be no memory for an event, and then nothing must be under way.
+                begin, last = _Event(self._driver, 0), _Event(self._driver, _BLOCKING_SYNC)
+                begin.record(self._stream)
                 try:
                     self._copy(list(dst), list(src), list(length))
                 except Exception as refused:
                     error = refused
                 # Also after an error: part of the copies may be under way, and the job is over when they are.
-                end = _Event(self._driver, self._stream, _BLOCKING_SYNC)
+                end = self._recorded(last)
         except Exception as refused:
             error = error or refused
         return self.job(self._driver, self._compute_stream, begin, end, error)
+
+    def _recorded(self, event: _Event) -> _Event:
+        """Raises when the event cannot be recorded, but after the copies before it are over: nobody could wait for them."""
+        try:
+            return event.record(self._stream)
+        except Exception:
+            self._driver.call("cuStreamSynchronize", self._stream)
+            raise
 
     def close(self) -> None:
         if self._stream is None:

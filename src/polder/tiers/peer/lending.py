@@ -31,25 +31,26 @@ explores all interleavings):
 There is no deadlock: a borrower that needs several lent blocks locks them in rising order, and a lender never holds
 more than one lock.
 
-On a GPU a copy that a dead process launched may still run when its lock is gone. A `writer` mark found under the lock
-means that its process died while writing, and `on_dead_writer` (given where the device is CUDA) waits until its GPU
-context is gone.
+On a GPU a copy that a dead process launched may still run when its lock is gone: the kernel closes the table's file
+before the process has ended, and the GPU's context may go later. A `writer` mark found under the lock means that its
+process died while writing. Whoever takes the block back, lender or broker, waits until that process has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import math
 import mmap
 import os
+import select
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,7 @@ _HEADER_BYTES = 4096
 _CHANGES_AT = 480  # offset of a word in the header that only the lender writes
 _LOCKS_AT = 1 << 40  # beyond the end of the file, so that no lock covers data
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux
+_PF_EXITING = 4  # <linux/sched.h>; set before a process's files are closed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +144,13 @@ class LendingTable:
     granule_offset: npt.NDArray[np.int32]
     """[unit_blocks, granules] the offset of each granule in that page."""
 
-    def __init__(self, fd: int, *, on_dead_writer: Callable[[int], None] | None = None) -> None:
+    def __init__(self, fd: int) -> None:
         """Opens the table that `fd` is of; the fd stays the caller's. Raises ProtocolError when it is none.
 
         Locks belong to an open file, and a descriptor that was passed shares its open file with the sender: so this
         opens anew.
         """
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        self._on_dead_writer = on_dead_writer
         size = os.fstat(self._fd).st_size
         try:
             if size < _HEADER_BYTES:
@@ -213,7 +214,8 @@ class LendingTable:
         """The lender uses this block from now on. Returns whether a borrower's bytes may be in it: then it zeroes the block and
         clears `foreign`.
 
-        Waits for a copy in flight, at most; a borrower that does not let go within RECALL_DEADLINE_S is killed.
+        Waits for a copy in flight, at most; a borrower that does not let go within RECALL_DEADLINE_S is killed, and its
+        end is waited for, however long the kernel takes: until then it may write.
         """
         self.recalled[block] = (
             1  # a borrower that writes block after block would get the lock before us again and again
@@ -396,9 +398,37 @@ class LendingTable:
     def _bury(self, pid: int, block: int) -> None:
         """The lock is ours and a writer's mark is still there: that process died in mid-write."""
         if pid:
-            if self._on_dead_writer is not None:
-                self._on_dead_writer(pid)
+            _wait_for_end(pid)
             self.writer[block] = 0
+
+
+def _wait_for_end(pid: int) -> None:
+    """Returns when a process that is dying has ended, and its GPU contexts with it. One with this number that is not dying
+    is another process."""
+    while _is_dying(pid):
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):  # the last two: a thread has this number now
+                return
+            raise
+        try:
+            poll = select.poll()  # select() does not accept descriptors above 1023
+            poll.register(pidfd, select.POLLIN)
+            if poll.poll(1000):
+                return
+        finally:
+            os.close(pidfd)
+        logger.error("process %d died while it wrote into a lent block, and has not ended yet: waiting for it", pid)
+
+
+def _is_dying(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            flags = int(stat.read().rpartition(")")[2].split()[6])
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return bool(flags & _PF_EXITING)
 
 
 def _has_locked(pid: int, inode: int, at: int) -> bool:
@@ -420,9 +450,9 @@ def _has_locked(pid: int, inode: int, at: int) -> bool:
     return False
 
 
-def open_table(fd: int, **options: Any) -> LendingTable:
+def open_table(fd: int) -> LendingTable:
     """LendingTable of a descriptor that came from elsewhere, which is closed."""
     try:
-        return LendingTable(fd, **options)
+        return LendingTable(fd)
     finally:
         os.close(fd)

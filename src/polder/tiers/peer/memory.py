@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import select
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from polder.tiers.jobs import Mover, Part, Pieces
 from polder.tiers.peer.borrowing import ChunkGeometry
 from polder.tiers.peer.lending import LendingTable
 
-__all__ = ["Lent", "PeerMemory", "wait_for_end"]
+__all__ = ["Lent", "PeerMemory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,20 +137,3 @@ class PeerMemory:
                 self._refused_until[lender] = time.monotonic() + _REFUSED_FOR_S
                 raise
         return mirror
-
-
-def wait_for_end(pid: int, timeout_s: float = 2.0) -> None:
-    """Returns when a process, with its GPU contexts, is gone. For `on_dead_writer` of LendingTable on CUDA."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        try:
-            poll = select.poll()  # select() does not accept descriptors above 1023
-            poll.register(pidfd, select.POLLIN)
-            if poll.poll(50):
-                return
-        finally:
-            os.close(pidfd)

@@ -33,7 +33,7 @@ from polder.tiers.movers import CpuMover, CudaMover
 from polder.tiers.peer.borrowing import ChunkGeometry
 from polder.tiers.peer.circuit_breaker import ASK_TIMEOUT_S, CircuitBreaker
 from polder.tiers.peer.lending import open_table
-from polder.tiers.peer.memory import Lent, PeerMemory, wait_for_end
+from polder.tiers.peer.memory import Lent, PeerMemory
 from polder.tiers.worker import TierWorker
 
 __all__ = ["PolderWorker", "TierJob", "caches_prefixes", "open_worker"]
@@ -230,14 +230,13 @@ def caches_prefixes(worker: Any) -> bool:
 
 
 def _peer_memory(memory: WorkerMemory, plan: TierPlan, reach: CircuitBreaker) -> PeerMemory:
-    cuda = memory.device.startswith("cuda")
     broker = memory.plan.broker
 
     def open_lender(name: str) -> Lent:
         request = FetchTable(engine=memory.plan.engine, lender=name)
         table_devices = _devices(reach.ask(lambda: status(broker, timeout_s=ASK_TIMEOUT_S)), name)
         fd = reach.ask(lambda: fetch_table(broker, request, timeout_s=ASK_TIMEOUT_S))
-        table = open_table(fd, on_dead_writer=wait_for_end if cuda else None)
+        table = open_table(fd)
 
         def fetch(imported: ImportedPages, rank: int, pages: Sequence[int]) -> None:
             device = table_devices[rank]
