@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ pytest.importorskip("vllm")
 from polder.broker.wire import Neighbours
 from polder.engines.vllm.core.blocks import BlockUnits, BusyBlocks
 from polder.engines.vllm.core.lender import Lender, lent_geometry
+from polder.engines.vllm.core.lending import Lending as RunningLender
 from polder.engines.vllm.rank.geometry import KvGeometry, TensorPlace
 from polder.tiers.peer.lending import LendingTable, open_table, table_bytes
 from tests.engines.test_blocks import UNIT_BLOCKS, UNITS, Scheduler
@@ -141,6 +144,36 @@ def test_blocks_that_were_lent_when_the_broker_was_replaced_are_zeroed(lending: 
     assert sorted(lending.lender.take_dirty()) == lent
     assert not lending.lender._offered
     lending.lender.check_integrity()
+
+
+def test_after_a_broker_only_units_of_its_successor_are_lent(lending: Lending, short_dir: Path) -> None:
+    """It would make new pages, beyond its budget, for the numbers that it was told of the old ones."""
+    pages = {unit: [[2 * unit, 2 * unit + 1]] for unit in range(UNITS)}
+    agreement: Any = SimpleNamespace(
+        hello=SimpleNamespace(engine="b", devices=["cpu:0"]),
+        geometry=GEOMETRY,
+        settings=SimpleNamespace(lend_bytes=UNITS * UNIT_BLOCKS * BLOCK * 2),
+        socket=short_dir / "nobody",
+    )
+    lender = RunningLender(
+        lending.scheduler,
+        lending.units,
+        agreement,
+        wake=lambda: None,
+        workers=None,
+        pages=lambda: pages,
+        useful_units=lambda now: 0,
+    )
+    lender._before_offer = lambda free: None
+    lender.on_welcome(None, new_broker=True)  # type: ignore[arg-type]
+    lender.before_unmap([1, 2])
+    fd = os.memfd_create("table")
+    os.ftruncate(fd, table_bytes(lent_geometry(GEOMETRY, 1)))
+    lender._own_table._fd = fd
+    lender.on_wake()
+    lender._offer(lending.pool.get_num_free_blocks())
+    assert {block // UNIT_BLOCKS for block in lender._offered} == {1, 2}
+    lender.close()
 
 
 def test_a_block_that_is_lent_again_before_it_was_zeroed_is_zeroed_in_the_end(lending: Lending) -> None:

@@ -63,7 +63,7 @@ def broker(short_dir: Path) -> Iterator[tuple[Path, int]]:
 def job(number: int, rows: int = ROWS, lender: str = "b") -> Job:
     numbers = np.arange(rows)
     chunks = np.zeros((rows, 1, 1), dtype=np.int64)
-    lent = LentChunks(lender=lender, chunks=chunks, epochs=chunks)
+    lent = LentChunks(lender=lender, table=1, chunks=chunks, epochs=chunks)
     part = Part(tier=0, rows=numbers, blocks=numbers, slots=numbers, ids=ids_of(range(rows)), lent=lent)
     return Job(number=number, direction="store", parts=(part,))
 
@@ -101,7 +101,7 @@ def test_a_stopped_broker_costs_one_question_and_every_row_is_a_miss(broker: tup
     os.kill(pid, signal.SIGCONT)
     wait_for(lambda: reach.answers, "the broker to be found again")
     with pytest.raises(PolderError):  # it knows no engine "a"
-        lanes[1]._mirror("b")
+        lanes[1]._mirror("b", 1)
     assert len(asked) == 2, "it is asked again"
     worker.close()
     reach.close()
@@ -119,7 +119,7 @@ def test_a_lender_that_is_refused_is_not_asked_for_again_at_once() -> None:
     memory = PeerMemory(number=1, rank=0, backend=backend, open_lender=open_lender)
     for name in "bbbcbc":
         with pytest.raises(PolderError):
-            memory._mirror(name)
+            memory._mirror(name, 1)
     assert asked == ["b", "c"]
     backend.close()
 

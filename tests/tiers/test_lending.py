@@ -277,15 +277,12 @@ def test_the_lender_knows_what_was_written_whoever_has_let_go_of_it(lent: Lent, 
     assert [lent.table.take_back(lot) for lot in lots.tolist()] == [True, False]
 
 
-def test_one_table_after_the_other_has_no_epoch_in_common(lent: Lent) -> None:
-    """A recipe for the table that a lender had before it was started again fits no lot of the new one."""
-    all_is_lent(lent)
-    time.sleep(0.01)
+def test_all_views_of_one_table_and_of_no_other_have_its_identity(lent: Lent) -> None:
     fd = os.memfd_create("next")
-    following = LendingTable.create(fd, GEOMETRY)
-    following.offer(np.arange(LOTS))
-    assert (following.epoch > lent.table.epoch).all()
+    following, view = LendingTable.create(fd, GEOMETRY), LendingTable(lent.table_fd)
+    assert view.identity == lent.table.identity != following.identity
     following.close()
+    view.close()
     os.close(fd)
 
 

@@ -36,6 +36,8 @@ class LentChunks:
 
     lender: str
     """Empty where the memory was taken back already."""
+    table: int
+    """The identity of the lender's table."""
     chunks: IntArray
     """[n, ranks, k] the lender's chunks that make up each slot."""
     epochs: IntArray

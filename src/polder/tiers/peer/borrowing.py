@@ -226,10 +226,12 @@ class PeerSlots(Slots):
             shape = (len(local), self._ranks, lender.cut.per_rank)
             chunks = lender.chunks[local].reshape(shape)
             epochs = lender.block_epoch[chunks // lender.cut.per_block]
-            found.append((positions, LentChunks(lender=lender.name, chunks=chunks, epochs=epochs)))
+            found.append(
+                (positions, LentChunks(lender=lender.name, table=lender.table.identity, chunks=chunks, epochs=epochs))
+            )
         if rest.any():  # lost already: no lender has this name
             nowhere = np.zeros((int(rest.sum()), self._ranks, 1), dtype=np.int64)
-            found.append((np.flatnonzero(rest), LentChunks(lender="", chunks=nowhere, epochs=nowhere)))
+            found.append((np.flatnonzero(rest), LentChunks(lender="", table=0, chunks=nowhere, epochs=nowhere)))
         return found
 
     def stats(self) -> SlotStats:

@@ -184,9 +184,13 @@ class LendingTable:
         os.pwrite(fd, header.tobytes(), 0)
         table = cls(fd)
         table.pages[:] = -1
-        # Borrowers know a table by its lender's name only, so epochs of a lender's earlier table must not fit this one.
-        table.epoch[:] = time.time_ns() // 1_000_000 * 2
         return table
+
+    @property
+    def identity(self) -> int:
+        """The same for all views of one table; that of no other table which somebody still has open. A lender that comes
+        back has a new table under its old name."""
+        return os.fstat(self._fd).st_ino
 
     @property
     def changes(self) -> int:

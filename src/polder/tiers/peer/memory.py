@@ -87,7 +87,7 @@ class PeerMemory:
 
     def store(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
         assert part.lent is not None
-        mirror = self._mirror(part.lent.lender)
+        mirror = self._mirror(part.lent.lender, part.lent.table)
         chunks, epochs = part.lent.chunks[row, self._rank], part.lent.epochs[row, self._rank]
         lent, first = np.unique(chunks // mirror.lent.cut.per_block, return_index=True)
         table = mirror.lent.table
@@ -102,7 +102,7 @@ class PeerMemory:
 
     def load(self, part: Part, row: int, block: Pieces, mover: Mover) -> bool:
         assert part.lent is not None
-        mirror = self._mirror(part.lent.lender)
+        mirror = self._mirror(part.lent.lender, part.lent.table)
         chunks, epochs = part.lent.chunks[row, self._rank], part.lent.epochs[row, self._rank]
         lent = chunks // mirror.lent.cut.per_block
         if not mirror.lent.table.valid(lent, epochs):
@@ -123,17 +123,25 @@ class PeerMemory:
             mirror.close()
         self._mirrors.clear()
 
-    def _mirror(self, lender: str) -> _Mirror:
+    def _mirror(self, lender: str, table: int) -> _Mirror:
+        """The lender's pages, as its table with this identity has them."""
         mirror = self._mirrors.get(lender)
-        if mirror is not None and mirror.lent.table.closed:
+        if mirror is not None and mirror.lent.table.identity != table:
             self._mirrors.pop(lender).close()
             mirror = None
         if mirror is None:
             if time.monotonic() < self._refused_until.get(lender, 0.0):
                 raise EnvironmentFault(f"{lender} could not be opened just now")
             try:
-                mirror = self._mirrors[lender] = _Mirror(self._open(lender), self._backend)
+                mirror = self._mirrors[lender] = self._opened(lender, table)
             except Exception:
                 self._refused_until[lender] = time.monotonic() + _REFUSED_FOR_S
                 raise
         return mirror
+
+    def _opened(self, lender: str, table: int) -> _Mirror:
+        lent = self._open(lender)
+        if lent.table.identity != table:
+            lent.table.close()
+            raise EnvironmentFault(f"{lender} lends by another table now")
+        return _Mirror(lent, self._backend)

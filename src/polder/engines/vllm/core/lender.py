@@ -142,13 +142,15 @@ class Lender(Subsystem):
         self._renew()
 
     def _offer(self, count: int) -> None:
-        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over, and those that
-        a tier is being filled from."""
+        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over, those that a tier
+        is being filled from, and those whose pages nobody could fetch."""
+        assert self._table is not None
         chosen: list[Any] = []
         passed = self._offered | self._holders.in_transfer()
+        known = self._table.pages[0, :, 0] >= 0
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
         while block is not None and block.next_free_block is not None and len(chosen) < count:
-            if block.block_id not in passed:
+            if block.block_id not in passed and known[block.block_id // self._lent.unit_blocks]:
                 chosen.append(block)
             block = block.next_free_block
         for block in chosen:
@@ -158,7 +160,6 @@ class Lender(Subsystem):
         chosen_ids = np.array([block.block_id for block in chosen], dtype=np.int64)
         self._holders.renumber({}, lost=chosen_ids.tolist())
         self._offered.update(chosen_ids.tolist())
-        assert self._table is not None
         if len(chosen_ids):
             self._before_offer(chosen_ids.tolist())
         self._table.offer(chosen_ids)

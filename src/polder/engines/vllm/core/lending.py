@@ -4,7 +4,7 @@ workers."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from polder.broker.client import fetch_table
@@ -45,6 +45,7 @@ class Lending(Lender):
             before_offer=self._await_readers,
         )
         self._scheduler, self._workers, self._pages = scheduler, workers, pages
+        self._former: set[int] = set()  # units with pages of a former broker
         question = FetchTable(engine=name, lender=name)
         self._own_table = OwnTable(
             functools.partial(fetch_table, agreement.socket, question, timeout_s=ASK_TIMEOUT_S), wake
@@ -59,12 +60,18 @@ class Lending(Lender):
     def on_wake(self) -> None:
         fd = self._own_table.take()
         if fd is not None:
-            self.open(fd, self._pages())
+            # By the numbers of former pages the broker would make new ones, beyond its budget.
+            self.open(fd, {unit: pages for unit, pages in self._pages().items() if unit not in self._former})
 
     def on_welcome(self, message: Welcome, *, new_broker: bool) -> None:
         if new_broker:
             super().close()  # the new broker knows nothing of what was lent
+            self._former = set(self._pages())
             self._own_table.ask()
+
+    def before_unmap(self, units: Sequence[int]) -> None:
+        super().before_unmap(units)
+        self._former.difference_update(units)
 
     def close(self) -> None:
         self._own_table.close()
