@@ -165,7 +165,8 @@ class StreamQueue:
         return self.job(self._driver, self._compute_stream, begin, end, error)
 
     def _recorded(self, event: _Event) -> _Event:
-        """Raises when the event cannot be recorded, but after the copies before it are over: nobody could wait for them."""
+        """Raises when the event cannot be recorded, but after the copies before it are over: nobody could wait for
+        them."""
         try:
             return event.record(self._stream)
         except Exception:

@@ -142,8 +142,8 @@ class Lender(Subsystem):
         self._renew()
 
     def _offer(self, count: int) -> None:
-        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over, those that a tier
-        is being filled from, and those whose pages nobody could fetch."""
+        """The coldest free blocks: their cached KV is forgotten. Those already on offer are passed over, those that a
+        tier is being filled from, and those whose pages nobody could fetch."""
         assert self._table is not None
         chosen: list[Any] = []
         passed = self._offered | self._holders.in_transfer()
