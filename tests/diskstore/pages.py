@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from polder.arrays import BoolArray
-from polder.diskstore.disk import DiskConfig
+from polder.diskstore.config import DiskConfig, StoreConfig
 from polder.diskstore.io import Arena, IoEngine, OpenFile, open_page_file
 from polder.diskstore.keys import Keys, key_array
 from polder.diskstore.layout import usage_bytes
 from polder.diskstore.model import DiskModel
-from polder.diskstore.store import DiskStore, StoreConfig
+from polder.diskstore.store import DiskStore
 from polder.emulation.disks import EmulatedDisk
 from tests.emulation.files import emulated_files
 

@@ -31,14 +31,14 @@ import numpy.typing as npt
 
 from polder.arrays import IntArray
 from polder.diskstore.aio import AioEngine
-from polder.diskstore.disk import DiskConfig
+from polder.diskstore.config import DiskConfig, StoreConfig
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.fsck import check_directory, locked
 from polder.diskstore.io import Arena, IoEngine, OpenFile, open_page_file
 from polder.diskstore.keys import Keys, key_array
 from polder.diskstore.layout import plan_layout, usage_bytes
 from polder.diskstore.model import DiskModel
-from polder.diskstore.store import DiskStore, StoreConfig
+from polder.diskstore.store import DiskStore
 from polder.emulation.disks import DiskFaults, EmulatedDisk
 from polder.errors import EnvironmentFault, PolderError
 from polder.units import parse_bytes

@@ -11,7 +11,7 @@ import pytest
 
 from polder.diskstore.fsck import check_directory, locked, repair_directory
 from polder.diskstore.index import create_index, empty_records
-from polder.diskstore.layout import index_pages, plan_layout, read_meta, usage_bytes
+from polder.diskstore.layout import index_pages, plan_layout, read_meta
 from polder.errors import ConfigError
 from tests.diskstore.pages import PAGE, PARTS, Shelf, names, shelf_of_parts, write_until_killed
 
@@ -33,22 +33,6 @@ def test_kills_in_the_middle_of_writing_leave_parts_that_can_be_read_and_none_th
         shelf.check()
         shelf.store.close()
     assert found > 200
-
-
-def test_a_store_of_parts_uses_its_limit_and_never_a_byte_more(tmp_path: Path) -> None:
-    limit = 12 << 20
-    shelf = shelf_of_parts(tmp_path / "a", limit_bytes=limit)
-    for batch in range(8):
-        numbers = range(batch * 150, batch * 150 + 150)
-        assert shelf.write(numbers).all()
-        assert usage_bytes(tmp_path / "a") <= limit
-        shelf.store.forget(names(numbers[::7]))
-        assert usage_bytes(tmp_path / "a") <= limit
-    stats = shelf.store.stats()[0]
-    assert stats.used > 0.8 * stats.slots
-    assert stats.disk_bytes > 0.8 * limit
-    shelf.store.close()
-    shelf.check()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 16, 64, 100, 247, 250, 496])

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from polder.diskstore.disk import DiskConfig
+from polder.diskstore.config import DiskConfig, StoreConfig
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.model import PM9A3, DiskModel
-from polder.diskstore.store import DiskStore, StoreConfig
+from polder.diskstore.store import DiskStore
 from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 from polder.swarm.activations import Profile
 from polder.swarm.clusters import Packing

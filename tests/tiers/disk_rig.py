@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from polder.diskstore.disk import DiskConfig
+from polder.diskstore.config import DiskConfig, StoreConfig
 from polder.diskstore.io import Arena, IoEngine, OpenFile, open_page_file
 from polder.diskstore.keys import Keys
 from polder.diskstore.layout import usage_bytes
-from polder.diskstore.store import DiskStore, StoreConfig
+from polder.diskstore.store import DiskStore
 from polder.tiers.disk.memory import DiskMemory
 from polder.tiers.disk.mirror import disk_capacity, inventory
 from polder.tiers.disk.slots import DiskSlots

@@ -211,22 +211,6 @@ def test_a_disk_that_hangs_keeps_a_load_no_longer_than_its_timeout(two: list[Pat
     disks[two[0]].recover()
 
 
-def test_neither_loads_nor_spills_look_into_a_disks_directory(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a disk hangs that would never end, and no engine thread stands in."""
-    looked: list[Path] = []
-    monkeypatch.setattr("polder.diskstore.disk.usage_bytes", lambda directory: looked.append(directory) or 0)
-    disks = {directory: EmulatedDisk(FAST) for directory in two}
-    rig = Rig(two, host_slots=4, open_file=emulated_files(disks), timeout_s=0.2)
-    keys = names(0, 16)
-    rig.keep(keys, at_once=4)
-    disks[two[0]].hang()
-    assert rig.load(keys).failed
-    rig.keep(names(100, 16), at_once=4)
-    disks[two[0]].recover()
-    rig.close()
-    assert looked == []
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_disks_that_refuse_writes_still_serve_and_nothing_makes_room_for_nothing(two: list[Path], number: int) -> None:
     disks = {directory: EmulatedDisk(FAST) for directory in two}

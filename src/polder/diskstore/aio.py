@@ -57,7 +57,7 @@ _c.syscall.argtypes = (ctypes.c_long, *[ctypes.c_void_p] * 5)
 
 
 class AioEngine:
-    """See the module's docstring. An IoEngine."""
+    """Moves batches of pieces by kernel AIO. An IoEngine."""
 
     def __init__(self, threads: ThreadEngine | None = None) -> None:
         """`threads` does what AIO cannot, and is closed with this engine. Raises EnvironmentFault where AIO is not

@@ -13,25 +13,24 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from polder.arrays import BoolArray, IntArray, UintArray
+from polder.diskstore.config import DiskConfig, StoreConfig
 from polder.diskstore.directory import OpenDirectory, open_directory
 from polder.diskstore.engine import TimedCall
 from polder.diskstore.health import DiskHealth, DiskStats
 from polder.diskstore.index import empty_records, row_bytes
 from polder.diskstore.io import OpenFile, Outcome
 from polder.diskstore.keys import Keys, distinct
-from polder.diskstore.layout import plan_layout, usage_bytes
+from polder.diskstore.layout import plan_layout
 from polder.diskstore.pieces import DiskTransfer, PageFormat, one_a_page, verify, worst
 from polder.diskstore.slots import SlotBook
 from polder.errors import EnvironmentFault
 
-__all__ = ["Disk", "DiskConfig"]
+__all__ = ["Disk"]
 
 logger = logging.getLogger("polder.diskstore")
 
@@ -42,43 +41,24 @@ _LEAST_PATIENCE_S = 5.0
 _ROWS_AT_ONCE = 1024  # rows of the index; a disk that answers takes far less than the patience for them
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiskConfig:
-    directory: Path
-    """An existing directory on the disk that is to be used."""
-    limit_bytes: int
-    """What `du` of the directory may reach."""
-
-
 class Disk:
     """Thread-safe. Only the constructor raises. A disk that cannot be used is "out"; `health` says why."""
 
-    def __init__(
-        self,
-        number: int,
-        config: DiskConfig,
-        *,
-        page_bytes: int,
-        parts: int,
-        namespace: str,
-        errors_allowed: int,
-        timeout_s: float,
-        open_file: OpenFile,
-    ) -> None:
+    def __init__(self, number: int, config: DiskConfig, store: StoreConfig, open_file: OpenFile) -> None:
         """Raises ConfigError or BudgetError when the directory, the limit or the sizes are invalid."""
         self.number, self.config = number, config
-        self.health = DiskHealth(config.directory, errors_allowed)
+        self.health = DiskHealth(config.directory, store.errors_allowed)
         self.device = ""
-        hashed = xxhash.xxh3_64_intdigest(namespace.encode())
-        self._pages = PageFormat(page_bytes=page_bytes, parts=parts, namespace=hashed)
+        hashed = xxhash.xxh3_64_intdigest(store.namespace.encode())
+        self._pages = PageFormat(page_bytes=store.page_bytes, parts=store.parts, namespace=hashed)
         self._lock = threading.Lock()  # of the slot book; never held during I/O
         self._index_lock = threading.Lock()  # taken first
-        self._timed, self._patience_s = TimedCall(number), max(timeout_s, _LEAST_PATIENCE_S)
+        self._timed, self._patience_s = TimedCall(number), max(store.timeout_s, _LEAST_PATIENCE_S)
         self._open: OpenDirectory | None = None
-        layout = plan_layout(config.limit_bytes, page_bytes, parts)
-        records = empty_records(0, parts)
+        layout = plan_layout(config.limit_bytes, store.page_bytes, store.parts)
+        records = empty_records(0, store.parts)
         try:
-            self._open = open_directory(config.directory, layout, namespace, open_file)
+            self._open = open_directory(config.directory, layout, store.namespace, open_file)
             self.device, records = self._open.meta.device, self._open.records
         except (EnvironmentFault, OSError) as error:
             self.health.stop("out", str(error))
@@ -220,22 +200,14 @@ class Disk:
         return keys
 
     def stats(self) -> DiskStats:
-        try:
-            disk_bytes = usage_bytes(self.config.directory)
-        except OSError:
-            disk_bytes = 0
         with self._lock:
             return DiskStats(
-                directory=str(self.config.directory),
                 device=self.device,
                 state=self.health.state,
                 reason=self.health.reason,
                 slots=self.slots,
                 used=len(self._book),
-                limit_bytes=self.config.limit_bytes,
-                disk_bytes=disk_bytes,
                 read_pages=self.health.read_pages,
-                written_pages=self.health.written_pages,
                 evicted_pages=self._book.evicted,
                 corrupt_pages=self.health.corrupt_pages,
                 failed_reads=self.health.failed_reads,

@@ -139,8 +139,10 @@ class _Task:
 
 
 class ThreadEngine:
-    """See the module's docstring. Threads start with the first transfer of a disk, so that a process may fork
-    before."""
+    """Moves batches of pieces with threads, some for each disk.
+
+    They start with the first transfer of a disk, so that a process may fork before.
+    """
 
     def __init__(self, workers_per_disk: int = 8) -> None:
         self._workers = workers_per_disk

@@ -27,7 +27,8 @@ _SPEED_MEMORY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class DiskStats:
-    directory: str
+    """One disk, and what happened since it was opened."""
+
     device: str
     state: State
     """ "read-only": pages are read but not written. "out": all pages are misses."""
@@ -35,13 +36,9 @@ class DiskStats:
     """Why the state is not "ok"."""
     slots: int
     used: int
-    limit_bytes: int
-    disk_bytes: int
-    """What `du` of the directory reports now."""
+    evicted_pages: int
     read_pages: int
     """A page counts once in each batch, however many of its parts were read. So it does in the counters below."""
-    written_pages: int
-    evicted_pages: int
     corrupt_pages: int
     """Pages that did not verify and were dropped."""
     failed_reads: int
@@ -56,7 +53,7 @@ class DiskHealth:
     def __init__(self, directory: Path, errors_allowed: int) -> None:
         self.state: State = "ok"
         self.reason = ""
-        self.read_pages = self.written_pages = self.corrupt_pages = 0
+        self.read_pages = self.corrupt_pages = 0
         self.failed_reads = self.failed_writes = self.timeouts = 0
         self._directory, self._allowed = directory, errors_allowed
         self._reads, self._writes = _Streak(), _Streak()
@@ -86,9 +83,7 @@ class DiskHealth:
         """Counts a batch that was written: the errno of each page, and why the index refused it ("" if it did not)."""
         if index_failure:
             errors = np.where(errors == 0, errno.EIO, errors).astype(np.int32)
-        failed = self._writes.count(errors)
-        self.failed_writes += failed
-        self.written_pages += len(errors) - failed
+        self.failed_writes += self._writes.count(errors)
         self.timeouts += int((errors == errno.ETIMEDOUT).sum())
         if self._writes.bad >= self._allowed:
             self.stop("read-only", index_failure or f"writing: {_name(errors)}")

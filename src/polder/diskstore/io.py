@@ -19,17 +19,8 @@ from polder.arrays import IntArray, UintArray
 from polder.errors import ConfigError
 
 __all__ = [
-    *(
-        "ALIGNMENT_BYTES",
-        "Arena",
-        "DirectFile",
-        "IoEngine",
-        "OpenFile",
-        "Outcome",
-        "PageFile",
-        "Transfer",
-    ),
-    "open_page_file",
+    *("ALIGNMENT_BYTES", "Arena", "DirectFile", "IoEngine", "OpenFile"),
+    *("Outcome", "PageFile", "Transfer", "open_page_file"),
 ]
 
 ALIGNMENT_BYTES = 4096

@@ -25,17 +25,17 @@ from polder.errors import BudgetError, ConfigError, EnvironmentFault
 from polder.units import format_bytes
 
 __all__ = [
+    *("FORMAT", "INDEX", "LEAST_PAGE_BYTES", "Layout", "META", "Meta", "SLAB", "SQLITE_PAGE_BYTES"),
     *(
-        "FORMAT",
-        "INDEX",
-        "LEAST_PAGE_BYTES",
-        "META",
-        "SLAB",
-        "SQLITE_PAGE_BYTES",
         "WAL_BYTES",
-        "Layout",
+        "index_pages",
+        "plan_layout",
+        "preallocate",
+        "read_meta",
+        "records_per_row",
+        "usage_bytes",
+        "write_meta",
     ),
-    *("Meta", "index_pages", "plan_layout", "preallocate", "read_meta", "records_per_row", "usage_bytes", "write_meta"),
 ]
 
 FORMAT = 1

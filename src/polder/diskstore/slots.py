@@ -27,8 +27,11 @@ _LEAST_AGED = 64
 
 
 class SlotBook:
-    """See the module's docstring. `records` is what index.db should contain. Rows of the index that changed since they
-    were stored are marked in `dirty`; rows in which only the order of use changed are marked in `touched`."""
+    """Gives out the slots of one disk and finds the pages in them.
+
+    `records` is what index.db should contain. Rows of the index that changed since they were stored are marked in
+    `dirty`; rows in which only the order of use changed are marked in `touched`.
+    """
 
     def __init__(self, records: Records) -> None:
         """Owns the array from now on. Of pages with the same key only the last written one is kept: after a power loss

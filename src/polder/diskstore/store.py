@@ -18,33 +18,15 @@ import numpy.typing as npt
 import xxhash
 
 from polder.arrays import BoolArray, IntArray, UintArray
-from polder.diskstore.disk import Disk, DiskConfig
+from polder.diskstore.config import StoreConfig
+from polder.diskstore.disk import Disk
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.health import DiskStats, State
 from polder.diskstore.io import IoEngine, OpenFile, open_page_file
 from polder.diskstore.keys import Keys, mix
 from polder.errors import ConfigError
 
-__all__ = ["DiskStore", "PageLocations", "StoreConfig"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreConfig:
-    disks: tuple[DiskConfig, ...]
-    page_bytes: int
-    """A multiple of 4096, 64 KiB at least."""
-    parts: int = 1
-    """The number of equal parts that can be read one by one, up to 496. A part is a multiple of 4096 bytes."""
-    namespace: str
-    """Pages of two namespaces are never mixed up: a directory that was made for another namespace is refused."""
-    timeout_s: float = 5.0
-    """A batch ends after this time; pages that are missing then are misses."""
-    errors_allowed: int = 8
-    """After so many failed pages, without a thousand good ones in between, a disk is not used any more in this run."""
-
-    @property
-    def part_bytes(self) -> int:
-        return self.page_bytes // self.parts
+__all__ = ["DiskStore", "PageLocations"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +51,7 @@ class PageLocations:
 
 
 class DiskStore:
-    """See the module's docstring. Thread-safe."""
+    """Writes, reads and forgets pages on several disks. Thread-safe."""
 
     def __init__(
         self, config: StoreConfig, *, engine: IoEngine | None = None, open_file: OpenFile = open_page_file
@@ -85,16 +67,7 @@ class DiskStore:
         self._disks: list[Disk] = []
         try:
             for number, disk in enumerate(config.disks):
-                opened = Disk(
-                    number,
-                    disk,
-                    page_bytes=config.page_bytes,
-                    parts=config.parts,
-                    namespace=config.namespace,
-                    errors_allowed=config.errors_allowed,
-                    timeout_s=config.timeout_s,
-                    open_file=open_file,
-                )
+                opened = Disk(number, disk, config, open_file)
                 self._disks.append(opened)
                 twin = next((d for d in self._disks[:-1] if d.device and d.device == opened.device), None)
                 if twin is not None:
@@ -227,8 +200,7 @@ class DiskStore:
 
     @property
     def corrupt_pages(self) -> int:
-        """The number of pages on all disks that did not verify. Unlike `stats` it does not access the disks, which may
-        hang."""
+        """The number of pages on all disks that did not verify."""
         return sum(disk.health.corrupt_pages for disk in self._disks)
 
     @property
@@ -253,7 +225,7 @@ class DiskStore:
         return self._disks[disk].by_recency()
 
     def stats(self) -> tuple[DiskStats, ...]:
-        """The stats of each disk. Looks into their directories, and so waits for a disk that hangs."""
+        """The stats of each disk."""
         return tuple(disk.stats() for disk in self._disks)
 
     def check_integrity(self) -> None:

@@ -19,8 +19,9 @@ from polder.bench.sparse.lru import LruSet
 from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS, PAGE_BYTES, SetSizes, disks_of, from_disks
 from polder.bench.stages.layouts import REPLICA_SHARE
 from polder.bench.stages.wall import disk_configs
+from polder.diskstore.config import StoreConfig
 from polder.diskstore.engine import ThreadEngine
-from polder.diskstore.store import DiskStore, StoreConfig
+from polder.diskstore.store import DiskStore
 from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
 from polder.errors import IntegrityError
 from polder.swarm.activations import Profile

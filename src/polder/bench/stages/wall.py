@@ -19,13 +19,13 @@ from polder.arrays import IntArray
 from polder.bench.report.metrics import Metrics
 from polder.bench.sparse.arms import Layout
 from polder.bench.sparse.placements import plan_reads
-from polder.diskstore.disk import DiskConfig
+from polder.diskstore.config import DiskConfig, StoreConfig
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.io import Arena
 from polder.diskstore.keys import Keys
 from polder.diskstore.model import DiskModel, page_speeds
 from polder.diskstore.schedule import exact
-from polder.diskstore.store import DiskStore, StoreConfig
+from polder.diskstore.store import DiskStore
 from polder.emulation.disks import Clock, EmulatedDisk, EmulatedEngine
 from polder.errors import EnvironmentFault, IntegrityError
 from polder.swarm.activations import Profile

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from polder.diskstore.disk import DiskConfig
+from polder.diskstore.config import DiskConfig, StoreConfig
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.io import ALIGNMENT_BYTES, Arena, IoEngine
 from polder.diskstore.keys import Keys
 from polder.diskstore.layout import META
-from polder.diskstore.store import DiskStore, StoreConfig
+from polder.diskstore.store import DiskStore
 from polder.emulation.factory import Emulation
 from polder.engines.vllm.plans import DiskPlan
 from polder.engines.vllm.process import here, present
