@@ -6,27 +6,29 @@ borrower claims such **lent blocks** and puts data of its own there. When the le
 request, it takes it back in the same call, without asking anybody. All they have to agree on is in one memory file, the
 table. For each block it has
 
-    epoch     odd while the block is offered or borrowed, even while it is the lender's own; it never decreases
+    epoch     odd while the block is offered or borrowed, even while it is the lender's own; it never decreases, and two
+              odd values are two loans
     holder    the number of the borrower that claimed it
     writer    the process that is writing into it now
-    foreign   set before a borrower's first byte, until the lender has zeroed the block, whoever has let go of it meanwhile
+    foreign   set before a borrower's first byte, until the lender has zeroed the block, whoever let go of it meanwhile
     recalled  set while the lender waits for the block
 
-The protocol guarantees the following, whatever processes do, crashes included (tests/tiers/test_lending_model.py
-explores all interleavings):
+The protocol guarantees the following, whatever processes do, crashes included (docs/lending.md has every case;
+tests/tiers/test_lending_model.py explores all interleavings):
 
   1. No borrower writes into a block after `take_back` has returned. A borrower writes with the block's lock held,
      after it has compared the epoch under that lock; taking back takes the lock too. It is a lock of the kernel (an
      open-file-description lock on one byte of the table), so it ends with the process that held it: a borrower killed
      while writing leaves nothing locked.
   2. A borrower never takes foreign bytes for its own. Reads take no lock: the epoch is compared after the copy, and a
-     block that was taken back meanwhile is a miss. (The checksum is compared as well, see worker.py.)
+     block that was taken back meanwhile is a miss. This is as in a seqlock, but a changed epoch is never waited out.
+     x86 orders the reads; elsewhere the checksum decides, which is compared as well (worker.py).
   3. Two borrowers never hold the same block: claims are made under its lock.
   4. Taking back waits for at most one copy of a block. A process that locks a recalled block releases it untouched. A
      borrower that holds a lock for longer (stopped or swapped out) is killed, because there is no other way to be
-     sure that it will not write; the owner comes first (law 6 in docs/structures.md). Only lenders kill. Borrowers do
-     not wait for each other: a claim skips a locked block, and a write gives up after half the deadline; both are
-     misses.
+     sure that it will not write; the owner comes first (law 6 in docs/structures.md). Lenders kill, and the broker where
+     it takes a dead lender's blocks back; its loop stands still meanwhile. Borrowers do not wait for each other: a claim
+     skips a locked block, and a write gives up after half the deadline; both are misses.
 
 There is no deadlock: a borrower that needs several lent blocks locks them in rising order, and a lender never holds
 more than one lock.
@@ -147,8 +149,8 @@ class LendingTable:
     def __init__(self, fd: int) -> None:
         """Opens the table that `fd` is of; the fd stays the caller's. Raises ProtocolError when it is none.
 
-        Locks belong to an open file, and a descriptor that was passed shares its open file with the sender: so this
-        opens anew.
+        OFD locks belong to an open file, and two views of one open file would not exclude each other. A descriptor that
+        was passed shares its open file with the sender: so this opens anew.
         """
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         size = os.fstat(self._fd).st_size
@@ -188,8 +190,8 @@ class LendingTable:
 
     @property
     def identity(self) -> int:
-        """The same for all views of one table; that of no other table which somebody still has open. A lender that comes
-        back has a new table under its old name."""
+        """The same for all views of one table, and different from that of every other table that somebody has open. A
+        lender that comes back has a new table under its old name."""
         return os.fstat(self._fd).st_ino
 
     @property
@@ -215,8 +217,8 @@ class LendingTable:
                     self.epoch[block] += np.uint64(1)
 
     def take_back(self, block: int) -> bool:
-        """The lender uses this block from now on. Returns whether a borrower's bytes may be in it: then it zeroes the block and
-        clears `foreign`.
+        """The lender uses this block from now on. Returns whether a borrower's bytes may be in it: then it zeroes the
+        block and clears `foreign`.
 
         Waits for a copy in flight, at most; a borrower that does not let go within RECALL_DEADLINE_S is killed, and its
         end is waited for, however long the kernel takes: until then it may write.
@@ -407,8 +409,8 @@ class LendingTable:
 
 
 def _wait_for_end(pid: int) -> None:
-    """Returns when a process that is dying has ended, and its GPU contexts with it. One with this number that is not dying
-    is another process."""
+    """Returns when a process that is dying has ended, and its GPU contexts with it. One with this number that is not
+    dying is another process."""
     while _is_dying(pid):
         try:
             pidfd = os.pidfd_open(pid)

@@ -69,7 +69,7 @@ class TierScheduler(OffloadingConnectorScheduler):  # type: ignore[misc]
     """The stock scheduler half with look-ups in one batch."""
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        # Polder preempts between two steps (core/elastic.py, window/core.py), so the next one may load what was preempted.
+        # Polder preempts between two steps (core/blocks.py, window/core.py), so the next one may load what was preempted.
         preempted = scheduler_output.preempted_req_ids or set()
         again = {name for name in preempted if self._loads_of(name)}
         for name in again:
