@@ -48,11 +48,13 @@ def test_a_tax_counts_the_whole_interval(ttft: list[float], speed: list[float], 
 
 
 @pytest.mark.parametrize(
-    ("change", "equal"), [({}, True), ({"answers_different": 1.0}, False), ({"sleeps": 0.0}, False)]
+    ("change", "equal"),
+    [({}, True), ({"answers_different": 1.0}, False), ({"failed_requests": 2.0}, False), ({"sleeps": 0.0}, False)],
 )
 def test_equal_answers_while_nothing_happened_show_nothing(change: dict[str, float], equal: bool) -> None:
     none = limits.none_different("tokens_equal", "polder-equality", "sleeps")
-    assert passed(none, **({"answers_compared": 9.0, "answers_different": 0.0, "sleeps": 2.0} | change)) is equal
+    figures = {"answers_compared": 9.0, "answers_different": 0.0, "failed_requests": 0.0, "sleeps": 2.0}
+    assert passed(none, **(figures | change)) is equal
 
 
 def test_figures_of_several() -> None:

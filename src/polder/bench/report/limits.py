@@ -100,9 +100,9 @@ def judge(checks: Iterable[Check], result: BenchResult) -> list[Verdict]:
 
 
 def none_different(name: str, arm: str, *happened: str) -> Check:
-    """No answer of `arm` differs from stock's, some were compared, and what had to happen meanwhile did happen."""
+    """No answer of `arm` differs from stock's, none failed, some were compared, and what had to happen meanwhile did happen."""
     some = (f"{arm}:all.{metric} > 0" for metric in ("answers_compared", *happened))
-    return check(name, f"{arm}:all.answers_different == 0", *some)
+    return check(name, f"{arm}:all.answers_different == 0", f"{arm}:all.failed_requests == 0", *some)
 
 
 def within_one_percent(name: str, arm: str, baseline: str, engine: str) -> Check:

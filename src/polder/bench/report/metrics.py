@@ -153,7 +153,7 @@ def arm_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
 
 
 def agent_metrics(runs: Sequence[Run], ideal: float | None) -> dict[str, Metrics]:
-    """As `arm_metrics`, with each engine's own counters, and the hit ratio of engine A split by who served it.
+    """As `arm_metrics`, for engines named A and B: with their own counters, and the hit ratio of A split by who served it.
 
     `ideal`: the hit ratio of A with a cache without limit; None: A is load only, so B alone is reported.
     """

@@ -35,6 +35,7 @@ from polder.bench.report.tables import Table, print_tables
 from polder.bench.stages.equality import Round, answer, compare
 from polder.bench.stages.tax import measure_tax, tax_intervals, tax_metrics
 from polder.bench.suites.plan import Plan
+from polder.errors import InternalError
 
 __all__ = ["Suite"]
 
@@ -53,6 +54,7 @@ class Suite(ABC, Generic[P]):
     also_compared: ClassVar[tuple[tuple[str, str], ...]] = ()
     """(arm, baseline) of further ratios, names as in the result."""
     interval_engines: ClassVar[tuple[str, ...]] = ("A", "B")
+    """Engines whose times get intervals. A suite with engines of other names says so here."""
     intervals_how: ClassVar[str] = "95 %, bootstrap: requests (TTFT) or gaps (TBT) resampled within each arm"
     starts_engines: ClassVar[bool] = True
 
@@ -70,6 +72,15 @@ class Suite(ABC, Generic[P]):
         self._up = ExitStack()
 
     # ------------------------------------------------------------------ what a suite says
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for plan in (vars(cls).get("full"), vars(cls).get("quick")):
+            for stage in plan.choices if plan is not None else ():
+                if hasattr(Suite, stage) or not hasattr(cls, stage):
+                    raise InternalError(
+                        f"stage {stage!r} of {cls.__name__} needs a method of its own that Suite has not"
+                    )
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -181,6 +192,8 @@ class Suite(ABC, Generic[P]):
     def prose(cls, part: str = "", **values: object) -> dict[str, Any]:
         """The words of the suite, or of a part of it, in data/words.toml, with `values` put in; none: empty."""
         words = tomllib.loads((files("polder.bench") / "data" / "words.toml").read_text()).get(cls.name, {})
+        if part and part not in words:
+            raise InternalError(f"data/words.toml has no [{cls.name}.{part}]")
         of = words.get(part, {}) if part else {key: text for key, text in words.items() if isinstance(text, str)}
         return {key: text.format(**values) for key, text in of.items()}
 

@@ -13,16 +13,16 @@ __all__ = ["Plan", "StageArms", "parse_names"]
 
 @dataclass(frozen=True, kw_only=True)
 class StageArms:
-    """Which arms a stage can run."""
+    """Which arms a stage can run: `StageArms(known=("stock", "polder"), always=("stock",))` for one that compares."""
 
     known: tuple[str, ...] = ()
-    """None: the stage has arms of its own, whichever are named."""
+    """Empty: the stage starts arms of its own, and runs whichever arms the user has named."""
     always: tuple[str, ...] = ()
     """Run whichever are named, because the others are compared with them."""
     needs_all: tuple[str, ...] = ()
     """The stage compares these with each other, so it cannot run with some of them."""
     described_as: str = ""
-    """Name of its order in the plan of a result's conditions; empty: it is not described."""
+    """The key, such as "chats_order", under which a result's conditions show in which order its arms ran; empty: not shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ class Plan:
         """The same with these stages and arms alone; none named: all of the plan's.
 
         An arm that is named and that a stage's order lacks runs once, after the others. A stage of the plan that none
-        of the named arms belongs to is left out. Raises ConfigError when such a stage is named itself.
+        of the named arms belongs to is left out. Raises ConfigError when such a stage is named itself, or none is left.
         """
         kept = [stage for stage in self.choices if stage in (stages or self.stages)]
         if not arms:
             return replace(self, stages=tuple(kept))
         lacking = {stage: text for stage in kept if (text := self._lacking(stage, arms))}
-        if stages and lacking:
+        if lacking and (stages or len(lacking) == len(kept)):
             raise ConfigError("; ".join(lacking.values()))
         orders = {stage: self._order(stage, arms) for stage in self.orders}
         return replace(self, stages=tuple(stage for stage in kept if stage not in lacking), orders=orders)
