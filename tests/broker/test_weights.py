@@ -325,6 +325,19 @@ def test_a_request_that_comes_as_soon_as_the_sleep_is_carried_out_ends_it() -> N
     assert not [m for m in answers if isinstance(m, Recall)], "it sleeps again"
 
 
+def test_a_sleep_that_is_repeated_while_the_first_is_carried_out_is_no_less_certain() -> None:
+    broker = Broker(total=128)
+    broker.welcome("a")
+    broker.idle("a", 10.0)
+    broker.say("operator", Sleep(engine="a"), 11.0)
+    recall = only(broker.told("a"), Recall)
+    broker.say("operator", Sleep(engine="a"), 11.05)
+    broker.give_back("a", recall, now=11.06)
+    broker.demand("a", 11.07, asleep=True, idle_s=3.0)  # as what was given back, sent before the word was repeated
+    grant = only(broker.say("a", NeedWeights(), 11.08), Grant)  # and so was this request, which is aborted
+    assert only(broker.say("a", Grown(lease=grant.lease), 11.2), Recall), "it sleeps after all"
+
+
 def test_one_that_streams_and_waits_for_the_rest_of_its_layers_is_paused_for_one_that_has_waited_longer() -> None:
     broker = two_in_turns()
     broker.demand("a", 11.0, busy_units=1, spare_segments=5)

@@ -226,7 +226,7 @@ class Lives(RuleBasedStateMachine):
             each.end(TOTAL)
         for _ in range(ROUNDS):
             self.round()
-            if engine.weights.asleep and engine.sent is not None and engine.sent.asleep:
+            if engine.weights.asleep and engine.name not in self.waking():
                 break
         assert engine.weights.asleep, f"{name} was put to sleep and is awake: {self.core.status(self.now)}"
         assert engine.name not in self.waking(), "it has no requests"

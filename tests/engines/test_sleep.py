@@ -37,6 +37,9 @@ def test_an_operators_sleep_comes_when_the_last_request_was_aborted() -> None:
                             request(broker.socket, Sleep(engine="a"))
                         if draw.random() < 0.7:
                             engine.abort(waiting.pop(draw.randrange(len(waiting))))
+                    engine.utility(
+                        "polder_check"
+                    )  # it has what was submitted: a request that it meets asleep would wake it
                     request(broker.socket, Sleep(engine="a"))
                     for name in waiting:
                         engine.abort(name)

@@ -66,7 +66,7 @@ def test_when_every_load_fails_every_request_is_computed_and_none_loops(
 def test_a_tier_slower_than_computing_is_refused_and_said_so(engine: Engine, expected: list[list[int]]) -> None:
     assert ask(engine, rounds=2) == expected * 2
     found: dict[str, Any] = engine.utility("polder_check")
-    assert found["tier_refused_loads_total"] >= len(CONVERSATIONS)
+    assert found["tier_refused_loads_total"] >= len(CONVERSATIONS) - 1, "the first load tells how slow the tier is"
     assert found["tier_host_hit_tokens_total"] < found["tier_refused_tokens_total"]
 
 

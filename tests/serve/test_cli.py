@@ -37,7 +37,7 @@ SURFACE = {
     "ctl stream": {"engine", "layers", "--socket", "--json"},
     "plan": {
         *("model", "--device", "--host", "--neighbours", "--link", "--context", "--window", "--chunk", "--tbt-goal"),
-        *("--paper", "--json", "--html"),
+        *("--json", "--html"),
     },
     "sim cache": {"--trace", "--policy", "--json"},
     "doctor": {"--json"},

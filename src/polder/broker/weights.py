@@ -110,9 +110,10 @@ class Weights:
     def returned(self, engine: Engine, segments: int, *, unasked: bool, now: float) -> None:
         """The engine has given segments back, and the ledger knows it."""
         if segments:
+            asked_since = engine.weights.changed_at >= engine.weights.sleep_said_at
             engine.weights.changed_at = now
-            if self.roster.asleep(engine):
-                # What it reports from now on was not under way when the operator spoke.
+            if asked_since and self.roster.asleep(engine):
+                # It answers a recall from after the operator's word, so what it reports next was not under way then.
                 engine.weights.sleep_said_at = -math.inf
             if unasked:
                 self._note(engine, "recall", segments, "it gave them up by itself", now)
