@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,8 +51,7 @@ def fetch_handles(socket: Path, message: Fetch, *, timeout_s: float = 5.0) -> tu
 def fetch_table(socket: Path, message: FetchTable, *, timeout_s: float = 5.0) -> int:
     """The file descriptor of a lender's table, which is the caller's to close. Raises UsageError when there is no such
     lender."""
-    _, [fd] = _ask(socket, message, Table, timeout_s)
-    return fd
+    return _ask_for_file(socket, message, Table, timeout_s)[1]
 
 
 def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, bool]:
@@ -60,8 +60,20 @@ def fetch_copy(socket: Path, key: str, *, timeout_s: float = 5.0) -> tuple[int, 
 
     Raises UsageError while another process fills it.
     """
-    answer, [fd] = _ask(socket, FetchCopy(key=key), CopyFile, timeout_s)
+    answer, fd = _ask_for_file(socket, FetchCopy(key=key), CopyFile, timeout_s)
     return fd, answer.filled
+
+
+def _ask_for_file(
+    socket: Path, message: FetchTable | FetchCopy, expected: type[Answer], timeout_s: float
+) -> tuple[Answer, int]:
+    """The answer, and the one descriptor that came with it. Raises ProtocolError when none came, or several."""
+    answer, fds = _ask(socket, message, expected, timeout_s)
+    if len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError(f"{type(answer).__name__} came with {len(fds)} descriptors")
+    return answer, fds[0]
 
 
 def _ask(
