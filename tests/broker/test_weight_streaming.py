@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from polder.broker.wire import Done, Grant, Grown, NeedWeights, Recall, Refused, Stream, Wake
-from tests.broker.test_weights import Broker, only, two_in_turns
+from tests.broker.turns import Broker, only, two_in_turns
 
 
 def test_one_that_computes_in_graphs_cannot_stream() -> None:
