@@ -30,6 +30,7 @@ class WeightState:
     """An operator's Sleep is not carried out yet, because the engine has requests or was to wake for some. Until it is,
     no request cancels it."""
     sleep_said_at: float = float("-inf")
+    """When that order came, as long as a report may arrive that was sent before it; see Weights.demanded."""
     woken: bool = False
     """It waits for its layers because an operator said so. Aborted requests do not end that."""
     returning: int = 0

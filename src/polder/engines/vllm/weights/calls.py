@@ -94,11 +94,10 @@ def undo_give(worker_: Any, generation: int, segments: Sequence[Sequence[Sequenc
     `take`."""
     memory, offloader, store = _parts()
     numbers = [tuple(segment[memory.rank]) for segment in segments]
-    held = {offloader.given[segment] for segment in store.segments}
-    if all((generation, pages) in held for pages in numbers):
+    coming = {(generation, pages) for pages in numbers}
+    if coming <= {offloader.given[segment] for segment in store.segments}:
         return take(worker_, len(segments), slots, generation)
-    for pages in numbers:
-        offloader.given = {segment: known for segment, known in offloader.given.items() if known != (generation, pages)}
+    offloader.given = {segment: known for segment, known in offloader.given.items() if known not in coming}
     return Taken(segments=tuple(numbers))
 
 
