@@ -160,7 +160,7 @@ LENDING = (
     _gauge("lent_borrowed_bytes", "bytes", "Idle KV memory on offer that other engines hold"),
     _counter("lent_recalls_total", "blocks", "Blocks on offer that the owner took back for itself"),
     _counter(
-        "lent_borrowed_recalls_total", "blocks", "Blocks that the owner took back from an engine that had borrowed them"
+        "lent_borrowed_recalls_total", "blocks", "Blocks that the owner took back with a borrower's bytes in them"
     ),
     _gauge("lent_recall_p99_seconds", "seconds", "Wait for a borrower when a block is taken back, the last 4096 times"),
     _gauge("lent_recall_max_seconds", "seconds", "The longest wait for a borrower when a block is taken back"),
