@@ -3,25 +3,16 @@ graphs, whole and in pieces (tests/rig)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gpulike
 import pytest
 
-from polder.bench.workloads.models import ModelRecipe
 from tests.engines.conftest import Stock
-from tests.engines.harness import Engine, prompts, tokens_of
+from tests.engines.harness import SMALL_A, Engine, prompts, tokens_of
 
-VOCABULARY = 2000
-TINY = ModelRecipe(
-    name="tiny-rig",
-    family="llama",
-    layers=2,
-    hidden=128,
-    intermediate=256,
-    heads=4,
-    vocab=VOCABULARY,
-    seed=3,
-    spread=0.12,
-).in_float32()
+VOCABULARY = SMALL_A.vocab
+TINY = replace(SMALL_A, name="tiny-rig-f32", layers=2, seed=3)
 """Small, for interpreted kernels take about 55 ms a step, whatever the model."""
 ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 24] * 6
 
