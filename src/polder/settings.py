@@ -173,6 +173,13 @@ def _variables(value: Any, name: str) -> dict[str, str]:
     return dict(value)
 
 
+def _goal(value: Any, name: str) -> float:
+    """A bare number is seconds. Nobody means 200 s for a token, but milliseconds: large ones need their unit."""
+    if isinstance(value, int | float) and value >= 5:
+        raise ConfigError(f'{name} = {value}: write the unit too, e.g. "{value:g}ms"')
+    return parse_goal(value, what=name)
+
+
 def choice(*options: str) -> Kind[str]:
     """One of some words."""
 
@@ -208,7 +215,7 @@ FLAGS: Kind[tuple[str, ...]] = Kind(_flags, " ".join)
 VARIABLES: Kind[dict[str, str]] = Kind(_variables)
 SIZE: Kind[int] = Kind(lambda value, name: parse_bytes(value, what=name))
 SECONDS: Kind[float] = Kind(lambda value, name: parse_seconds(value, what=name), seconds_text)
-GOAL: Kind[float] = Kind(lambda value, name: parse_goal(value, what=name), seconds_text)
+GOAL: Kind[float] = Kind(_goal, seconds_text)
 
 
 def default_of(declaration: Setting) -> str:

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from fractions import Fraction
 
 from polder.errors import ConfigError
 
-_BYTES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_BYTES = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str | int, *, what: str = "size") -> int:
-    """`"1.5GiB"` -> 1610612736. Integers are bytes. Raises ConfigError naming `what`."""
+    """`"1.5GiB"` -> 1610612736, `"22.9GB"` -> 22900000000: GiB and G are powers of 1024, GB of 1000. A fraction of a byte
+    is dropped. Integers are bytes. Raises ConfigError naming `what`."""
     if isinstance(text, int) and not isinstance(text, bool):
         if text < 0:
             raise ConfigError(f"{what}: {text} is negative")
         return text
-    match = _NUMBER.fullmatch(str(text))
-    unit = match.group(2) if match else None
-    if match is None or unit not in _BYTES:
-        raise ConfigError(f"{what}: cannot read {text!r}; write a number and one of B, KiB, MiB, GiB, TiB, e.g. 64GiB")
-    size = float(match.group(1)) * _BYTES[unit]
-    if size != int(size):
-        raise ConfigError(f"{what}: {text!r} is not a whole number of bytes")
-    return int(size)
+    match = _NUMBER.fullmatch(text) if isinstance(text, str) else None
+    number, unit = match.groups() if match else ("", None)
+    if unit not in _BYTES or (not unit and "." in number):
+        raise ConfigError(
+            f'{what}: cannot read {text!r}; write a number and a unit such as MiB, GiB or GB, e.g. "64GiB"'
+        )
+    return int(Fraction(number) * _BYTES[unit])
 
 
 def parse_seconds(text: str | float, *, what: str = "time") -> float:

@@ -105,7 +105,8 @@ def test_a_name_with_a_slash_reaches_the_engine_whole(tmp_path: Path, model: Pat
         (["{0}:1GiB"], 'tiers = ["disk"]', ConfigError, "model a: tiers"),
         (["nvme0:1GiB"], USES, ConfigError, "memory.disks: cannot read 'nvme0:1GiB'"),
         (["{0}"], USES, ConfigError, "memory.disks: cannot read '/.*nvme0'"),
-        (["{0}:1GB"], USES, ConfigError, "memory.disks: .*nvme0: cannot read '1GB'"),
+        (["{0}:1Gbit"], USES, ConfigError, "memory.disks: .*nvme0: cannot read '1Gbit'"),
+        (["{0}:1GiB", "{0}/sub:1GiB"], USES, ConfigError, "nvme0/sub and .*nvme0: one lies inside the other"),
         (["{0}:1GiB", "{0}/:2GiB"], USES, ConfigError, "nvme0/ is given twice as .*nvme0"),
         (["{0}:1GiB", "{0}:2GiB"], USES, ConfigError, "nvme0 is given twice"),
         (["{0}x:1GiB"], USES, ConfigError, "no directory .*nvme0x"),
@@ -119,5 +120,16 @@ def test_a_name_with_a_slash_reaches_the_engine_whole(tmp_path: Path, model: Pat
 def test_each_mistake_is_named(
     tmp_path: Path, model: Path, mounts: list[Path], disks: list[str], a: str, error: type[Exception], named: str
 ) -> None:
+    (mounts[0] / "sub").mkdir()
     with pytest.raises(error, match=named):
         fleet(tmp_path, model, [disk.format(*mounts) for disk in disks], a)
+
+
+def test_no_model_writes_into_the_directory_of_another_by_a_link(
+    tmp_path: Path, model: Path, mounts: list[Path]
+) -> None:
+    disks = [f"{path}:1GiB" for path in mounts]
+    (mounts[0] / "a").mkdir()
+    (mounts[1] / "b").symlink_to(mounts[0] / "a")
+    with pytest.raises(ConfigError, match="nvme0/a is the same directory as .*nvme1/b"):
+        fleet(tmp_path, model, disks, USES, USES)

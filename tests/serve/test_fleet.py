@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from polder.broker.policy import PolicyConfig
 from polder.engines.vllm.settings import EngineSettings, read_settings
 from polder.errors import BudgetError, ConfigError, UsageError
-from polder.serve.budget import least_kv_bytes, option
+from polder.serve.arguments import option
+from polder.serve.budget import least_kv_bytes
 from polder.serve.fleet import EXAMPLE, Model, load_fleet
 from polder.serve.run import broker_spec, model_spec
 from polder.units import parse_goal, parse_seconds, seconds_text
@@ -171,7 +172,19 @@ def test_what_is_no_path_is_left_to_vllm(tmp_path: Path) -> None:
         (("[memory]", "[memory"), "TOML"),
         (('kv_budget = "320MiB"', ""), "kv_budget"),
         (("[memory]", "[mem]"), "mem"),
-        (('kv_budget = "320MiB"', 'kv_budget = "320MB"'), "memory.kv_budget"),
+        (('kv_budget = "320MiB"', 'kv_budget = "320MBit"'), "memory.kv_budget"),
+        (('kv_budget = "320MiB"', "kv_budget = 320MiB"), 'write kv_budget = "320MiB"'),
+        (('kv_budget = "320MiB"', "kv_budget = 0.9"), 'memory.kv_budget: cannot read 0.9; .* e.g. "64GiB"'),
+        (("[memory]", "x = " + "[" * 5000 + "\n[memory]"), "nested too deeply"),
+        (("[[model]]", "[model]"), r"write \[\[model\]\] in place of \[model\]"),
+        (("max_model_len = 4096", "tensor_parallel_size = 2"), r'args = \["--tensor-parallel-size", "2"\]'),
+        (("max_model_len = 4096", "enforce_eager = true"), r'args = \["--enforce-eager"\]'),
+        (("max_model_len = 4096", 'weights = "Elastic"'), "write 'resident' or 'elastic'"),
+        (("max_model_len = 4096", "tbt_goal = 200"), 'model a: tbt_goal = 200: write the unit too, e.g. "200ms"'),
+        (("max_model_len = 4096", "floor = 0"), "model a: floor 0: write a size above 0"),
+        (("max_model_len = 4096", "ceiling = 0"), "model a: ceiling 0: write a size above 0"),
+        (("max_model_len = 4096", 'max_model_len = 4096\nceiling = "16MiB"'), "ceiling 16 MiB is less .* write 48MiB"),
+        (("max_model_len = 4096", 'lend = "10TiB"'), "lend 10 TiB is more than the whole budget of 320 MiB"),
         (('kv_budget = "320MiB"', 'kv_budget = "1MiB"'), "2 MiB"),
         (('device = "cpu:0"', 'devise = "cpu:0"'), "did you mean 'device'"),
         (('device = "cpu:0"', 'device = "gpu"'), "memory.device"),
@@ -191,6 +204,13 @@ def test_what_is_no_path_is_left_to_vllm(tmp_path: Path) -> None:
         (("max_model_len = 4096", 'share = "9MiB"\nceiling = "8MiB"'), "share 9 MiB .* ceiling 8 MiB"),
         (("--block-size", "--port"), "model a: args: --port"),
         (("--block-size", "--max-model-len"), "key max_model_len"),
+        (("--block-size", "--enable-sleep-mode"), 'args: --enable-sleep-mode: write weights = "elastic"'),
+        (("--block-size", "--pipeline-parallel-size"), "args: --pipeline-parallel-size above 1"),
+        (("--block-size", "-dp"), r"args: -dp above 1: write one \[\[model\]\] for each replica"),
+        (("--block-size", "--kv_offloading_size"), r'--kv-offloading-size: write tiers = \["host"\]'),
+        (('"--block-size", "32"', '"--headless"'), "args: --headless: leave it out"),
+        (("--block-size", "--ssl-keyfile"), "args: --ssl-keyfile: leave it out"),
+        (('"--block-size", "32"', '"--max-num-seqs 4"'), r'is one word: write "--max-num-seqs", "4"'),
         (("[memory]", "[server]\nport = 99999\n[memory]"), "server.port 99999"),
         (("[memory]", "[memory]\nreserve_low = 0.9"), "reserve"),
         (("[memory]", '[memory]\nhold = "soon"'), "memory.hold: cannot read 'soon'.*150ms"),
@@ -252,6 +272,26 @@ def test_names_must_differ(tmp_path: Path, model: Path) -> None:
 def test_no_model_is_no_fleet(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"add a \[\[model\]\]"):
         load_fleet(write(tmp_path, 'model = []\n[memory]\nkv_budget = "1GiB"\n'))
+
+
+@pytest.mark.parametrize("path", ["models/none", "a/b/c", "~nosuchuser/m"])
+def test_a_path_that_is_not_there_is_no_name_on_a_hub(tmp_path: Path, path: str) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ConfigError, match=f"model a: path '?{path}'?: there is no"):
+        load_fleet(write(tmp_path, GOOD.format(model=path)))
+
+
+def test_the_ranks_of_a_model_share_one_device(tmp_path: Path, model: Path) -> None:
+    text = GOOD.format(model=model).replace("--block-size", "-tp").replace('"32"', '"2"')
+    assert load_fleet(write(tmp_path, text))
+    with pytest.raises(ConfigError, match="args: -tp above 1: a fleet file has one device"):
+        load_fleet(write(tmp_path, text.replace("cpu:0", "cuda:0")))
+
+
+def test_a_byte_order_mark_and_other_letters_are_read_whatever_the_locale(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + f"# für alle\n{GOOD.format(model=model)}".encode())
+    assert load_fleet(path)
 
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:

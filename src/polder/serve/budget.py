@@ -14,8 +14,9 @@ from typing import Any, Literal
 from polder.engines.vllm.rank.geometry import TensorPlace, least_bytes
 from polder.errors import ConfigError
 from polder.planner.model_shape import element_bytes, read_config, read_kv_shape
+from polder.serve.arguments import option
 
-__all__ = ["least_kv_bytes", "option"]
+__all__ = ["least_kv_bytes"]
 
 _BLOCK_TOKENS = {"cpu": 128, "cuda": 16}  # vLLM's defaults
 _SEVERAL_RANKS = (
@@ -46,26 +47,6 @@ def least_kv_bytes(
     block_bytes = shape.bytes_of_layer(size) * int(block_tokens)
     place = TensorPlace(offset=0, layers=shape.layers, layer_stride=block_bytes, block_stride=block_bytes)
     return least_bytes(length, [int(block_tokens)], [place], page_bytes)
-
-
-def option(args: Sequence[str], name: str) -> str | None:
-    """The value of a `vllm serve` argument written as two words or with "="; None when it is not given.
-
-    As in vLLM, "_" may stand for "-". For an object given field by field ("--name.field") it is the first field's
-    value.
-    """
-    for at, text in enumerate(args):
-        given, equals, value = text.partition("=")
-        # Names of fields, and names after a single dash, are taken literally.
-        if given.startswith("--"):
-            given = given.partition(".")[0].replace("_", "-")
-        if given == name:
-            if equals:
-                return value
-            if at + 1 == len(args):
-                raise ConfigError(f"args: {name} needs a value")
-            return args[at + 1]
-    return None
 
 
 def _length(config: Mapping[str, Any], max_model_len: int | Literal["auto"] | None, args: Sequence[str]) -> int | None:

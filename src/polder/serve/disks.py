@@ -37,10 +37,12 @@ def disk_parts(memory: MemoryTable, models: Sequence[EngineSettings]) -> dict[st
             raise BudgetError(
                 f"memory.disks: {path}: {format_bytes(size)} in {len(users)} equal parts: {error}; write a larger size"
             ) from None
-    return {
+    parts = {
         name: tuple((str(Path(path) / folder_of(name)), size // len(users)) for path, size in memory.disks)
         for name in users
     }
+    _check_apart([path for disks in parts.values() for path, _ in disks])
+    return parts
 
 
 def _check_paths(paths: Sequence[str]) -> None:
@@ -55,7 +57,23 @@ def _check_paths(paths: Sequence[str]) -> None:
         if real in seen:
             other = "" if seen[real] == path else f" as {seen[real]}"
             raise ConfigError(f"memory.disks: {path} is given twice{other}: name each disk once")
+        for before, theirs in seen.items():
+            outer, inner = sorted((Path(real), Path(before)))
+            if outer in inner.parents and os.stat(outer).st_dev == os.stat(inner).st_dev:
+                raise ConfigError(f"memory.disks: {path} and {theirs}: one lies inside the other: name each disk once")
         seen[real] = path
+
+
+def _check_apart(folders: Sequence[str]) -> None:
+    """Raises ConfigError when one of the models' directories is another one, by a link, or lies inside it."""
+    real = {folder: Path(os.path.realpath(folder)) for folder in folders}
+    for folder, place in real.items():
+        for other, theirs in real.items():
+            if folder != other and (place == theirs or theirs in place.parents):
+                how = "is the same directory as" if place == theirs else "lies inside"
+                raise ConfigError(
+                    f"memory.disks: {folder} {how} {other}: give each disk a directory of its own, without links"
+                )
 
 
 def folder_of(name: str) -> str:

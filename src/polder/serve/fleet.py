@@ -16,7 +16,8 @@ from polder.broker.config import BrokerConfig
 from polder.broker.policy import PolicyConfig
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BudgetError, ConfigError, UsageError
-from polder.serve.budget import least_kv_bytes, option
+from polder.serve.arguments import check_arguments
+from polder.serve.budget import least_kv_bytes
 from polder.serve.disks import disk_parts
 from polder.serve.schema import EXAMPLE, FleetFile, ModelTable, read_tables, read_toml
 from polder.settings import declared
@@ -24,7 +25,6 @@ from polder.units import format_bytes
 
 __all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
 
-_OURS = ("--served-model-name", "--host", "--port", "--uds", "--max-model-len", "--model", "--kv-transfer-config")
 _KEYS = {given.key: given.model or given.key for given in declared(EngineSettings)}
 
 
@@ -104,6 +104,18 @@ class Fleet:
                 f"memory.kv_budget {format_bytes(self.budget_bytes)} is too small: one request of max_model_len needs {each}. "
                 f'Write kv_budget = "{_mib(least)}" or more, or lower max_model_len'
             )
+        for model in self.models:
+            ceiling, least = model.settings.kv_ceiling_bytes, model.least_bytes
+            if ceiling is not None and least is not None and ceiling < least:
+                raise BudgetError(
+                    f"model {model.name}: ceiling {format_bytes(ceiling)} is less than one request of max_model_len "
+                    f"needs: write {_mib(least)} or more, or lower max_model_len"
+                )
+            if model.settings.lend_bytes > self.budget_bytes:
+                raise BudgetError(
+                    f"model {model.name}: lend {format_bytes(model.settings.lend_bytes)} is more than the whole budget of "
+                    f"{format_bytes(self.budget_bytes)}: write a part of it"
+                )
         shares = sum(model.settings.kv_share_bytes or 0 for model in self.models)
         if shares > self.budget_bytes:
             raise BudgetError(
@@ -189,15 +201,15 @@ def _host_quotas(settings: Mapping[str, EngineSettings], fleet: Fleet) -> dict[s
 def _model(model: ModelTable, settings: EngineSettings, fleet: Fleet, folder: Path) -> Model:
     what = f"model {model.name}"
     settings.check(lambda key: f"{what}: {_KEYS[key]}")
-    for name in _OURS:
-        if option(model.args, name) is not None:
-            instead = "the key max_model_len" if name == "--max-model-len" else "nothing: `polder serve` sets it"
-            raise ConfigError(f"{what}: args: {name} does not belong there; write {instead}")
+    check_arguments(what, model.args, fleet.device)
     sizes = {
         "floor": settings.kv_floor_bytes,
         "share": settings.kv_share_bytes,
         "ceiling": settings.kv_ceiling_bytes,
     }
+    for key, size in sizes.items():
+        if size == 0:
+            raise ConfigError(f"{what}: {key} 0: write a size above 0, or leave it out")
     for low, high in (("floor", "ceiling"), ("share", "ceiling"), ("floor", "share")):
         least, most = sizes[low], sizes[high]
         if least is not None and most is not None and least > most:
@@ -224,12 +236,19 @@ def _model(model: ModelTable, settings: EngineSettings, fleet: Fleet, folder: Pa
 
 
 def _resolved(model: ModelTable, folder: Path) -> str:
-    """A folder relative to the fleet file, or the text itself when it can only be a name."""
-    local = folder / Path(model.path).expanduser()
+    """A folder relative to the fleet file, or the text itself when it can only be a name on a hub."""
+    what = f"model {model.name}: path"
+    try:
+        local = folder / Path(model.path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{what} {model.path!r}: there is no such home directory; write the whole path") from error
     if any((local / name).is_file() for name in ("config.json", "params.json")):
         return str(local.resolve())
     if model.path.startswith((".", "/", "~")) or local.exists():
-        raise ConfigError(f"model {model.name}: path {local} has no config.json; write the folder of a model")
+        raise ConfigError(f"{what} {local} has no config.json; write the folder of a model")
+    # Names on a hub are NAME or OWNER/NAME; "://" is an address that vLLM's loaders know.
+    if "://" not in model.path and (model.path.count("/") > 1 or (local.parent != folder and local.parent.is_dir())):
+        raise ConfigError(f"{what} {model.path!r}: there is no folder {local}; write the folder of a model")
     return model.path
 
 

@@ -20,7 +20,7 @@ from polder.broker import client
 from polder.broker.config import BROKER_SETTINGS, BrokerConfig
 from polder.broker.transport import find_stale
 from polder.errors import AddressInUse, BrokerUnavailable, ConfigError, EnvironmentFault
-from polder.serve.budget import option
+from polder.serve.arguments import option
 from polder.serve.disks import make_folders
 from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app

@@ -5,6 +5,7 @@ A [[model]] has the engine's settings too (engines/vllm/settings.py), and [memor
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -36,6 +37,7 @@ __all__ = ["EXAMPLE", "TABLES", "FleetFile", "MemoryTable", "ModelTable", "Serve
 RESERVED = ("broker", "gateway")
 """Names that events, logs and metrics use already."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]*")
+_BARE = re.compile(r"\s*([\w-]+)\s*=\s*([^\s\"'\[{#]+)\s*(?:#.*)?")
 _DEVICE = re.compile(r"(cpu|cuda):[0-9]+")
 
 
@@ -190,11 +192,23 @@ EXAMPLE = "\n\n".join("\n".join(_example(heading, settings)) for heading, settin
 def read_toml(path: Path) -> dict[str, Any]:
     """Raises ConfigError when there is no such file, or when it is not TOML."""
     try:
-        return tomllib.loads(path.read_text())
+        text = path.read_bytes().decode("utf-8-sig")
+        return tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply to be a fleet file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: save it as such") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}{_without_quotes(text, str(error))}") from error
+
+
+def _without_quotes(text: str, error: str) -> str:
+    """What to write where a value such as 320MiB has no quotes; "" for other mistakes."""
+    line = re.search(r"at line ([0-9]+)", error)
+    found = _BARE.fullmatch(text.splitlines()[int(line[1]) - 1]) if line else None
+    return f'; write {found[1]} = "{found[2]}"' if found else ""
 
 
 def read_tables(file: Mapping[str, Any]) -> FleetFile:
@@ -203,6 +217,8 @@ def read_tables(file: Mapping[str, Any]) -> FleetFile:
     server, memory, models = file.get("server", {}), file.get("memory"), file.get("model")
     if not isinstance(memory, dict) or not isinstance(server, dict):
         raise ConfigError("'memory' is missing; add a line [memory] and a kv_budget below it")
+    if isinstance(models, dict):
+        raise ConfigError("write [[model]] in place of [model]: a fleet file may have several")
     if not isinstance(models, list) or not models or not all(isinstance(model, dict) for model in models):
         raise ConfigError("no model; add a [[model]] with a name and a path")
     found = MemoryTable(**read(_MEMORY, _known("memory", "[memory]", memory), "memory.{}".format))
@@ -216,9 +232,23 @@ def read_tables(file: Mapping[str, Any]) -> FleetFile:
 
 def _model(number: int, model: Mapping[str, Any]) -> tuple[ModelTable, dict[str, Any]]:
     what = f"model {model['name']}" if isinstance(model.get("name"), str) else f"model[{number}]"
-    _known(what, "[[model]]", model)
+    try:
+        _known(what, "[[model]]", model)
+    except ConfigError as error:
+        unknown = next(key for key in model if key not in TABLES["[[model]]"])
+        raise ConfigError(f"{error}; an option of vLLM's is {_as_args(unknown, model[unknown])}") from None
     name = f"{what}: {{}}".format
     return ModelTable(**read(_MODEL, model, name)), read(_ENGINE, model, name)
+
+
+def _as_args(key: str, value: Any) -> str:
+    option = key.replace("_", "-")
+    words = (
+        {True: [f"--{option}"], False: [f"--no-{option}"]}[value]
+        if isinstance(value, bool)
+        else [f"--{option}", str(value)]
+    )
+    return f"args = {json.dumps(words)}"
 
 
 def _known(what: str, heading: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
