@@ -131,5 +131,5 @@ def test_no_model_writes_into_the_directory_of_another_by_a_link(
     disks = [f"{path}:1GiB" for path in mounts]
     (mounts[0] / "a").mkdir()
     (mounts[1] / "b").symlink_to(mounts[0] / "a")
-    with pytest.raises(ConfigError, match="nvme0/a is the same directory as .*nvme1/b"):
+    with pytest.raises(ConfigError, match=r"nvme0/a is the same directory as .*nvme1/b"):
         fleet(tmp_path, model, disks, USES, USES)
