@@ -88,11 +88,17 @@ class Fleet:
         """Raises BudgetError when the models cannot all have their least memory at once, and says how much is
         needed."""
         for model in self.models:
-            floor = model.settings.kv_floor_bytes
-            if model.least_bytes is not None and floor is not None and floor < model.least_bytes:
+            given = {"floor": model.settings.kv_floor_bytes, "ceiling": model.settings.kv_ceiling_bytes}
+            for key, size in given.items():
+                if model.least_bytes is not None and size is not None and size < model.least_bytes:
+                    raise BudgetError(
+                        f"model {model.name}: {key} {format_bytes(size)} is less than one request of "
+                        f"max_model_len needs: write {_mib(model.least_bytes)} or more, or lower max_model_len"
+                    )
+            if model.settings.lend_bytes > self.budget_bytes:
                 raise BudgetError(
-                    f"model {model.name}: floor {format_bytes(floor)} is less than one request of "
-                    f"max_model_len needs: write {_mib(model.least_bytes)} or more, or lower max_model_len"
+                    f"model {model.name}: lend {format_bytes(model.settings.lend_bytes)} is more than the whole budget of "
+                    f"{format_bytes(self.budget_bytes)}: write a part of it"
                 )
         # A sleeping model needs next to nothing: for elastic weights the broker checks exactly.
         needs = {m.name: m.needed_bytes for m in self.models if m.settings.weights == "resident"}
@@ -104,18 +110,6 @@ class Fleet:
                 f"memory.kv_budget {format_bytes(self.budget_bytes)} is too small: one request of max_model_len needs {each}. "
                 f'Write kv_budget = "{_mib(least)}" or more, or lower max_model_len'
             )
-        for model in self.models:
-            ceiling, least = model.settings.kv_ceiling_bytes, model.least_bytes
-            if ceiling is not None and least is not None and ceiling < least:
-                raise BudgetError(
-                    f"model {model.name}: ceiling {format_bytes(ceiling)} is less than one request of max_model_len "
-                    f"needs: write {_mib(least)} or more, or lower max_model_len"
-                )
-            if model.settings.lend_bytes > self.budget_bytes:
-                raise BudgetError(
-                    f"model {model.name}: lend {format_bytes(model.settings.lend_bytes)} is more than the whole budget of "
-                    f"{format_bytes(self.budget_bytes)}: write a part of it"
-                )
         shares = sum(model.settings.kv_share_bytes or 0 for model in self.models)
         if shares > self.budget_bytes:
             raise BudgetError(
