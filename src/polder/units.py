@@ -18,8 +18,8 @@ _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str | int, *, what: str = "size") -> int:
-    """`"1.5GiB"` -> 1610612736, `"22.9GB"` -> 22900000000: GiB and G are powers of 1024, GB of 1000. A fraction of a byte
-    is dropped. Integers are bytes. Raises ConfigError naming `what`."""
+    """`"1.5GiB"` -> 1610612736, `"22.9GB"` -> 22900000000: GiB and G are powers of 1024, GB of 1000. Integers are
+    bytes, and a fraction of a byte is dropped. Raises ConfigError naming `what`."""
     if isinstance(text, int) and not isinstance(text, bool):
         if text < 0:
             raise ConfigError(f"{what}: {text} is negative")

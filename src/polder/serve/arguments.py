@@ -1,4 +1,4 @@
-"""The `args` of a model: arguments of `vllm serve`, as vLLM lets them be written, and those that a fleet cannot have."""
+"""The `args` of a model: arguments of `vllm serve` as vLLM lets them be written, and which of them no fleet can have."""
 
 from __future__ import annotations
 
