@@ -1,4 +1,4 @@
-"""The `args` of a model: arguments of `vllm serve` as vLLM lets them be written, and which of them no fleet can have."""
+"""The `args` of a model: arguments of `vllm serve`, however vLLM lets them be written, and those that are refused."""
 
 from __future__ import annotations
 
