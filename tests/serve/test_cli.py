@@ -238,8 +238,8 @@ def test_doctor_says_what_is_missing_or_right() -> None:
     done = polder("doctor", "--json")
     findings = {f["check"]: f for f in json.loads(done.stdout)}
     assert set(findings) == {
-        *("python", "vllm", "torch", "plugin", "memfd", "pidfd", "unix socket", "shared memory", "open files"),
-        *("memory maps", "gpu"),
+        *("python", "vllm", "torch", "distribution", "plugin", "memfd", "pidfd", "unix socket", "shared memory"),
+        *("open files", "memory maps", "gpu"),
     }
     assert all(f["detail"] for f in findings.values())
     assert done.returncode == (0 if all(f["ok"] for f in findings.values()) else 3)

@@ -91,6 +91,18 @@ def _vllm() -> str:
     return found
 
 
+def _distribution() -> str:
+    """The other `polder` has files of the same names as this one's, and either can lie over the other's."""
+    try:
+        other = importlib.metadata.version("polder")
+    except importlib.metadata.PackageNotFoundError:
+        return f"polder-kv {polder.__version__}, and no other package called polder"
+    raise EnvironmentFault(
+        f"the package polder {other} is installed, which is another one: run `pip uninstall polder`, and then "
+        "`pip install --force-reinstall --no-deps polder-kv`"
+    )
+
+
 def _torch() -> str:
     if importlib.util.find_spec("torch") is None:
         raise EnvironmentFault("not installed: it comes with vLLM; run scripts/setup")
@@ -100,7 +112,7 @@ def _torch() -> str:
 def _plugin() -> str:
     found = [e.value for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "polder"]
     if not found:
-        raise EnvironmentFault("the entry point is missing: install polder into vLLM's environment (pip install -e .)")
+        raise EnvironmentFault("the entry point is missing: install polder-kv into vLLM's environment")
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "polder" not in allowed.split(","):
         raise EnvironmentFault(f"VLLM_PLUGINS={allowed!r} leaves polder out: add it or unset the variable")
@@ -164,6 +176,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "python": _python,
     "vllm": _vllm,
     "torch": _torch,
+    "distribution": _distribution,
     "plugin": _plugin,
     "memfd": _memfd,
     "pidfd": _pidfd,

@@ -15,6 +15,9 @@ from polder.errors import EnvironmentFault, PolderError, UsageError
 
 __all__ = ["app", "main"]
 
+_EXTRAS = {"serve": "serve,gpu", "bench": "bench,gpu", "sim": "bench", "plan": "gpu"}
+"""What a verb needs beside the dependencies: extras of the distribution. Without a GPU it is cpu in place of gpu."""
+
 # Commands import what they need when they run: `polder version` must not wait for rich, nor the broker for httpx.
 app = typer.Typer(
     name="polder",
@@ -46,6 +49,12 @@ def main() -> None:
         _fail(error, 3)
     except PolderError as error:
         _fail(error, 70)
+    except ModuleNotFoundError as error:
+        verb = next(iter(sys.argv[1:]), "")
+        if verb not in _EXTRAS or str(error.name).startswith("polder"):
+            raise
+        install = f"pip install 'polder-kv[{_EXTRAS[verb]}]'"
+        _fail(EnvironmentFault(f"`polder {verb}` needs {error.name}: {install}"), 3)
 
 
 def _fail(error: PolderError, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import typer
 
 from polder.broker.config import BROKER_SETTINGS, BrokerConfig
 from polder.cli.options import AsJson, with_options
-from polder.errors import ConfigError
+from polder.errors import ConfigError, EnvironmentFault
 from polder.serve.schema import EXAMPLE
 from polder.units import format_bytes, parse_bytes
 
@@ -41,6 +42,8 @@ def serve_fleet(
         return
     from polder.serve.run import run
 
+    if importlib.util.find_spec("vllm") is None:
+        raise EnvironmentFault("vLLM is not installed: pip install 'polder-kv[serve,gpu]' (without a GPU: [serve,cpu])")
     run(loaded, _json_event if as_json else _text_event, socket_path=socket, log_dir=log_dir)
 
 

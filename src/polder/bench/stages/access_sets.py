@@ -94,7 +94,7 @@ def access_sets(name: str, sizes: SetSizes) -> list[AccessSet]:
     """One for each seed; conversations are one. Raises ConfigError when traces cannot be unpacked."""
     if name in TRACES:
         if find_spec("zstandard") is None:
-            raise ConfigError("polder bench disks needs zstandard for its traces: install polder[bench]")
+            raise ConfigError("polder bench disks needs zstandard for its traces: install polder-kv[bench]")
         return [_conversations(load_trace(TRACES[name]), sizes)]
     return [_synthetic(name, sizes, seed) for seed in sizes.seeds]
 
