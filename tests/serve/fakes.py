@@ -132,6 +132,7 @@ class FakeEngine:
     app: Callable[..., Any] | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     aborted: threading.Event = field(default_factory=threading.Event)
+    adapters: list[str] = field(default_factory=list)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

@@ -62,7 +62,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_a_good_file_says_what_it_says(tmp_path: Path, model: Path) -> None:
     fleet = load_fleet(write(tmp_path, GOOD.format(model=model)))
-    assert (fleet.host, fleet.port, fleet.device) == ("127.0.0.1", 8000, "cpu:0")
+    assert (fleet.server.host, fleet.server.port, fleet.device) == ("127.0.0.1", 8000, "cpu:0")
     assert fleet.budget_bytes == 320 * MIB
     assert fleet.models[0].arguments() == ("--max-model-len", "4096", "--block-size", "32")
     # 4,096 tokens are 128 blocks and the null block: 3 units of 64 blocks, each 2 MiB in 8 layers.

@@ -38,7 +38,8 @@ async def vllm(engine: FakeEngine, scope: Any, receive: Any, send: Any) -> None:
     elif scope["path"] == "/metrics":
         await answer(send, VLLM_METRICS.encode())
     else:
-        wish = json.loads(engine.requests[-1]["body"]).get("wish", "")
+        body = engine.requests[-1]["body"]
+        wish = json.loads(body).get("wish", "") if body else "error"
         if wish == "hang":
             while (await receive())["type"] != "http.disconnect":
                 pass
@@ -171,7 +172,9 @@ def test_an_unknown_model_is_404_and_lists_the_known(fleet: Fleet) -> None:
     assert "this server has a, b, c" in got.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"model": 3}', b"", b'{"prompt": "x"}', b'{"model": "\xff"}'])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"model": 3}', b'{"model": null}', b'{"prompt": "x"}', b'{"model": "\xff"}']
+)
 def test_a_bad_body_is_400(fleet: Fleet, content: bytes) -> None:
     got = fleet.client.post("/v1/completions", content=content)
     assert got.status_code == 400
@@ -184,16 +187,15 @@ def test_a_body_over_the_limit_is_413(fleet: Fleet, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_model_that_is_down_is_503_with_a_time_to_retry(fleet: Fleet) -> None:
-    down = [ChildStatus(name="c", state="down", pid=None, restarts=2, retry_in_s=8.0, last_exit="ended")]
-    fleet.children = down
+    down = ChildStatus(name="c", state="down", pid=None, restarts=2, retry_in_s=8.0, last_exit="ended", ready_in_s=82.3)
+    fleet.children = [down]
     got = fleet.client.post("/v1/completions", json={"model": "c"})
     assert got.status_code == 503
-    assert got.headers["retry-after"] == "13"
+    assert got.headers["retry-after"] == "83", "what its last start took is counted"
     assert "model 'c' is not up" in got.json()["error"]["message"]
 
 
 def test_unknown_paths_are_refused_in_the_same_shape(fleet: Fleet) -> None:
-    assert fleet.client.get("/v1/completions").status_code == 405
     got = fleet.client.post("/sleep")  # vLLM's own administration is not exposed
     assert got.status_code == 404
     assert "error" in got.json()

@@ -16,6 +16,8 @@ _REFUSED = {  # arguments that a fleet cannot have, whatever their value
         "leave it out: the fleet's endpoint speaks HTTP to its engines; put TLS before it, e.g. by a reverse proxy",
     ),
     "--grpc": "leave it out: the fleet's endpoint speaks HTTP to its engines",
+    "--api-key": "write server.api_key in place of it, one for all models",
+    "--allowed-origins": "write server.allowed_origins in place of it",
     "--enable-sleep-mode": 'write weights = "elastic" in place of it',
     **dict.fromkeys(
         ("--kv-offloading-size", "--kv-offloading-backend"), 'write tiers = ["host"] and memory.host in place of it'

@@ -19,7 +19,7 @@ from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.arguments import check_arguments
 from polder.serve.budget import least_kv_bytes
 from polder.serve.disks import disk_parts
-from polder.serve.schema import EXAMPLE, FleetFile, ModelTable, read_tables, read_toml
+from polder.serve.schema import EXAMPLE, FleetFile, ModelTable, ServerTable, read_tables, read_toml
 from polder.settings import declared
 from polder.units import format_bytes
 
@@ -69,8 +69,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    host: str
-    port: int
+    server: ServerTable
     device: str
     budget_bytes: int
     """KV memory of all models, and the weights of models with elastic weights."""
@@ -137,8 +136,7 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
     policy = dict(file.broker)
     page_bytes = policy.pop("page_bytes", BrokerConfig.page_bytes)
     fleet = Fleet(
-        host=file.server.host,
-        port=file.server.port,
+        server=file.server,
         device=file.memory.device or ("cuda:0" if Path("/dev/nvidiactl").exists() else "cpu:0"),
         budget_bytes=_budget(file),
         page_bytes=page_bytes,

@@ -1,42 +1,42 @@
-"""The path of a request through the gateway: read the body once, find `model`, pass bytes both ways.
+"""The path of a request through the gateway: read the body once, find its model (routing.py), pass bytes both ways.
+
+Any path and method: what names a model goes to that model's engine; what has no body is put to the engines in turn until
+one knows it. In a fleet of one model all goes to that one, as if the client asked vLLM itself.
 
 Guarantees for clients:
   * Body and answer are passed on byte for byte. The pieces of a stream go out as they come in.
   * When the client goes away, at any moment, the request to the engine is closed, so that vLLM aborts it.
   * An answer that the engine breaks off is broken off here too. It never ends as if it were whole.
+  * A request is sent a second time only when it was sent on a connection that had been idle, and nothing came back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import httpx
-import msgspec
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["MAX_BODY", "Proxy", "error_response"]
+from polder.serve.errors import error_response
+from polder.serve.routing import Catalog, Unreadable, named_model
+
+__all__ = ["MAX_BODY", "Proxy"]
 
 logger = logging.getLogger("polder.gateway")
 
 MAX_BODY = 256 << 20
 """The largest body of a request in bytes, images included."""
 
-# Headers of one connection only (RFC 9110, 7.6.1); host, length and date are made anew.
-_REQUEST_ONLY = {b"host", b"content-length", b"expect", b"proxy-authorization"}
+API = ("/v1/", "/v2/", "/inference/", "/cohere/", "/version")
+"""Requests without a body are passed on below these paths only: elsewhere vLLM has its administration."""
+
+# Headers of one connection only (RFC 9110, 7.6.1); length and date are made anew.
 _ANSWER_ONLY = {b"date", b"server"}
 _PER_HOP = {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-
-
-class _Routed(msgspec.Struct):
-    """What the gateway reads of a request. Other fields are only checked to be JSON."""
-
-    model: str = ""
-
-
-_decoder = msgspec.json.Decoder(_Routed)
 
 
 class _TooLarge(Exception):
@@ -44,14 +44,31 @@ class _TooLarge(Exception):
 
 
 class Proxy:
-    """An ASGI app for POST requests with a JSON body."""
+    """An ASGI app for all requests that the gateway does not answer itself."""
 
     def __init__(
-        self, upstreams: Mapping[str, str], http: httpx.AsyncClient, retry_after_s: Callable[[str], int]
+        self,
+        upstreams: Mapping[str, str | None],
+        catalog: Catalog,
+        http: httpx.AsyncClient,
+        fresh: httpx.AsyncClient,
+        retry_after_s: Callable[[str], int],
+        engine_key: str = "",
     ) -> None:
-        """`upstreams`: model name -> base URL. `retry_after_s(model)`: the Retry-After of a model that is down."""
-        self._upstreams, self._http, self._retry_after_s = upstreams, http, retry_after_s
-        self._extensions = {"timeout": http.timeout.as_dict()}
+        """`upstreams`: model name -> base URL, None while it is down; it may change at any time.
+
+        `fresh`: a client that keeps no connections. `retry_after_s(model)`: the Retry-After of a model that is down.
+        `engine_key`: what the engines want in place of the client's key; empty: what the client sends.
+        """
+        self._upstreams, self._catalog, self._http, self._fresh = upstreams, catalog, http, fresh
+        self._retry_after_s = retry_after_s
+        self._timeouts = http.timeout.as_dict()
+        # The gateway itself answers what is asked across origins.
+        self._dropped = {b"content-length", b"expect", b"proxy-authorization", b"origin"}
+        self._added: list[tuple[bytes, bytes]] = []
+        if engine_key:
+            self._dropped.add(b"authorization")
+            self._added.append((b"authorization", b"Bearer " + engine_key.encode()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -62,11 +79,11 @@ class Proxy:
             return
         if body is None:
             return
-        routed = self._route(body)
-        if isinstance(routed, JSONResponse):
-            await routed(scope, receive, send)
+        names = await self._route(scope, body)
+        if isinstance(names, JSONResponse):
+            await names(scope, receive, send)
             return
-        forward = asyncio.ensure_future(self._forward(routed, body, scope, receive, send))
+        forward = asyncio.ensure_future(self._forward(names, body, scope, receive, send))
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait({forward, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -78,50 +95,94 @@ class Proxy:
         if not forward.cancelled():
             forward.result()
 
-    def _route(self, body: bytes) -> str | JSONResponse:
-        """The model that the body names, or an error answer."""
+    async def _route(self, scope: Scope, body: bytes) -> Sequence[str] | JSONResponse:
+        """The models that may answer, to be asked in this order, or an error answer."""
+        models = list(self._upstreams)
+        known = ", ".join(sorted(models))
+        if not body:
+            if not scope["path"].startswith(API):
+                raise HTTPException(404)
+            return models  # a stored response, for example, is known to one of them
+        if len(models) == 1:
+            return models  # as vLLM: it checks the name itself
         try:
-            model = _decoder.decode(body).model
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            message = f"the body must be a JSON object with a string `model`: {error}"
-            return error_response(400, message, "invalid_request_error")
-        known = ", ".join(sorted(self._upstreams))
-        if not model and len(self._upstreams) == 1:
-            return next(iter(self._upstreams))  # as vLLM does
-        if not model:
+            name = await named_model(scope, body)
+        except Unreadable as error:
+            return error_response(400, f"{error}; this server has {known}", "invalid_request_error")
+        if not name:
             return error_response(400, f"`model` is missing; this server has {known}", "invalid_request_error")
-        if model not in self._upstreams:
-            return error_response(404, f"no model {model!r} here; this server has {known}", "model_not_found")
-        return model
+        model = await self._catalog.owner(name)
+        if model is None:
+            return error_response(404, f"no model {name!r} here; this server has {known}", "model_not_found")
+        return [model]
 
-    async def _forward(self, model: str, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        query = scope["query_string"].decode("ascii")
-        url = self._upstreams[model] + (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
-        url += f"?{query}" if query else ""
-        # Not the client's build_request, which would add headers such as accept-encoding and cookies.
-        request = httpx.Request(
-            "POST", url, headers=_kept(scope["headers"], _REQUEST_ONLY), content=body, extensions=self._extensions
-        )
+    async def _forward(self, names: Sequence[str], body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the first answer on that is no 404, else a 404."""
+        answer, error = None, error_response(503, "no model is here", "service_unavailable")
+        model = ""
         try:
-            answer = await self._http.send(request, stream=True)
-        except httpx.TransportError as error:
-            up = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError)
-            what = "went down while it worked on this request" if up else "is not up: it is being started or restarted"
-            again = {"Retry-After": str(self._retry_after_s(model))}
-            response = error_response(503, f"model {model!r} {what}", "service_unavailable", again)
-            await response(scope, receive, send)
-            return
-        try:
+            for model in names:
+                try:
+                    other = await self._ask(model, body, scope)
+                except httpx.TransportError as fault:
+                    error = self._unavailable(model, fault)
+                    continue
+                if answer is not None:
+                    await answer.aclose()
+                answer = other
+                if answer.status_code != 404:
+                    break
+            if answer is None:
+                await error(scope, receive, send)
+                return
             headers = _kept(answer.headers.raw, _ANSWER_ONLY)
             await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
             async for piece in answer.aiter_raw():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except httpx.TransportError as error:
+        except httpx.TransportError as fault:
             # Returning without the last piece makes the server cut the connection.
-            logger.warning("model %s broke an answer off: %s", model, error or type(error).__name__)
+            logger.warning("model %s broke an answer off: %s", model, fault or type(fault).__name__)
         finally:
-            await answer.aclose()
+            if answer is not None:
+                await answer.aclose()
+            if scope["path"].rstrip("/").endswith("load_lora_adapter"):
+                self._catalog.adapters_changed()
+
+    async def _ask(self, model: str, body: bytes, scope: Scope) -> httpx.Response:
+        """The engine's answer, its body not read yet. Raises TransportError."""
+        upstream = self._upstreams.get(model)
+        if upstream is None:
+            raise httpx.ConnectError("not up")
+        query = scope["query_string"].decode("latin-1")
+        url = upstream + (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+        url += f"?{query}" if query else ""
+        # The host, too, stays the client's: redirects name it.
+        headers = _kept(scope["headers"], self._dropped) + self._added
+        connected = False
+
+        async def trace(event: str, _: object) -> None:
+            nonlocal connected
+            connected |= event == "connection.connect_tcp.started"
+
+        def request() -> httpx.Request:
+            # Not the client's build_request, which would add headers such as accept-encoding and cookies.
+            extensions = {"timeout": self._timeouts, "trace": trace}
+            return httpx.Request(scope["method"], url, headers=headers, content=body, extensions=extensions)
+
+        try:
+            return await self._http.send(request(), stream=True)
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            if connected:
+                raise
+        # The engine has closed an idle connection just as this request was sent on it.
+        return await self._fresh.send(request(), stream=True)
+
+    def _unavailable(self, model: str, error: httpx.TransportError) -> JSONResponse:
+        up = isinstance(error, httpx.ReadError | httpx.RemoteProtocolError)
+        what = "went down while it worked on this request" if up else "is not up: it is being started or restarted"
+        again = {"Retry-After": str(self._retry_after_s(model))}
+        return error_response(503, f"model {model!r} {what}", "service_unavailable", again)
 
 
 async def _read_body(receive: Receive) -> bytes | None:
@@ -149,9 +210,3 @@ def _kept(headers: list[tuple[bytes, bytes]], dropped: set[bytes]) -> list[tuple
     named = [(name.lower(), value) for name, value in headers]
     listed = {word.strip() for name, value in named if name == b"connection" for word in value.lower().split(b",")}
     return [(name, value) for name, value in named if name not in _PER_HOP | dropped | listed]
-
-
-def error_response(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
-    return JSONResponse(body, status_code=status, headers=headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -24,9 +25,11 @@ from polder.serve.arguments import option
 from polder.serve.disks import make_folders
 from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
+from polder.serve.keys import fleet_key
 from polder.serve.presence import Presence
 from polder.serve.process import ProcessSpec, free_port, vllm_serve
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
+from polder.serve.schema import ServerTable
 from polder.serve.supervisor import BROKER, Backoff, Event, Supervisor
 
 __all__ = ["broker_spec", "model_spec", "run"]
@@ -34,9 +37,6 @@ __all__ = ["broker_spec", "model_spec", "run"]
 BROKER_SILENT_S = 60.0
 """A broker that hangs is replaced after so long. Engines survive that, and without a broker sleeping models cannot
 wake."""
-IDLE_S = 75
-"""A client's connection is closed after so long without a request: later than usual clients close it themselves (httpx
-5 s, aiohttp 15 s, most proxies 60 s). Who closes first cannot meet a request of the other."""
 DRAIN_S = 5  # open requests get this long once the fleet is told to stop
 VLLM_SOCKETS = "VLLM_RPC_BASE_PATH"
 """vLLM's name for the folder of its own sockets, /tmp if not set. An engine that is killed leaves them there."""
@@ -50,7 +50,7 @@ def run(
     `report` gets every start and death, from several threads, one at a time. Raises AddressInUse, ConfigError and
     EnvironmentFault before anything is started, and EnvironmentFault when a child never becomes ready.
     """
-    with _listen(fleet.host, fleet.port) as listener, runtime_dir() as private:
+    with _listen(fleet.server.host, fleet.server.port) as listener, runtime_dir() as private:
         path = socket_path or private / SOCKET_NAME
         find_stale(path)  # raises when no broker can be started there
         logs = log_dir or private
@@ -62,13 +62,22 @@ def run(
         ports = {model.name: free_port() for model in fleet.models}
         upstreams = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
         teams: list[Supervisor] = []
-        app = make_app(upstreams, socket=path, children=lambda: [child for team in teams for child in team.status()])
+        key = fleet_key(fleet.server.api_key)
+        engine_key = secrets.token_urlsafe(32) if key else ""
+        app = make_app(
+            upstreams,
+            socket=path,
+            children=lambda: [child for team in teams for child in team.status()],
+            key=key,
+            engine_key=engine_key,
+            allowed_origins=fleet.server.allowed_origins,
+        )
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
                 log_level="warning",
                 access_log=False,
-                timeout_keep_alive=IDLE_S,
+                timeout_keep_alive=fleet.server.keep_alive_s,
                 timeout_graceful_shutdown=DRAIN_S,
             )
         )
@@ -84,7 +93,10 @@ def run(
 
         broker = Supervisor([broker_spec(fleet.broker(path), logs / "broker.log")], hear, backoff=Backoff(most_s=2.0))
         models = Supervisor(
-            [model_spec(model, fleet, ports[model.name], path, logs, private) for model in fleet.models],
+            [
+                _with_key(model_spec(model, fleet, ports[model.name], path, logs, private), engine_key)
+                for model in fleet.models
+            ],
             hear,
             # Two engines that load together on one GPU each count the other's allocations as their own.
             starts_at_once=1 if fleet.device.startswith("cuda") else None,
@@ -92,7 +104,7 @@ def run(
         teams += [broker, models]
         with _ended_by_signals(server):
             try:
-                place = f"http://{fleet.host}:{fleet.port}/v1 for {', '.join(ports)}; broker on {path}; logs in {logs}"
+                place = f"{_address(fleet.server)}/v1 for {', '.join(ports)}; broker on {path}; logs in {logs}"
                 hear(Event(child="gateway", kind="started", pid=os.getpid(), detail=place))
                 broker.start()
                 if _is_up(broker, server):
@@ -104,6 +116,12 @@ def run(
                 path.unlink(missing_ok=True)
         if given_up:
             raise EnvironmentFault("; ".join(given_up))
+
+
+def _with_key(spec: ProcessSpec, key: str) -> ProcessSpec:
+    """vLLM reads the key from the environment, where other users cannot see it as they see arguments. Without one it
+    must not take the environment's, which is the fleet's."""
+    return replace(spec, env={**spec.env, "VLLM_API_KEY": key})
 
 
 def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
@@ -153,6 +171,10 @@ def _sockets_in(private: Path) -> dict[str, str]:
     except ConfigError:
         return {}
     return {} if VLLM_SOCKETS in os.environ else {VLLM_SOCKETS: str(private)}
+
+
+def _address(server: ServerTable) -> str:
+    return f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{server.port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -19,6 +19,7 @@ from polder.engines.vllm.settings import DISKS, engine_settings
 from polder.errors import ConfigError
 from polder.settings import (
     FLAGS,
+    SECONDS,
     SIZE,
     TEXT,
     VARIABLES,
@@ -45,6 +46,14 @@ def _port(value: Any, name: str) -> int:
     if not isinstance(value, int) or not 0 < value < 65536:
         raise ConfigError(f"{name} {value!r}: write a number from 1 to 65535")
     return value
+
+
+def _origins(value: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(
+        isinstance(word, str) and (word == "*" or "://" in word) for word in value
+    ):
+        raise ConfigError(f'{name} {value!r}: write a list such as ["https://chat.example.org"], or ["*"] for all')
+    return tuple(value)
 
 
 def _device(value: Any, name: str) -> str:
@@ -85,6 +94,19 @@ def _cpus(value: Any, name: str) -> str:
 class ServerTable:
     host: str = setting(TEXT, default="127.0.0.1", example='"127.0.0.1"', help="Address of the OpenAI endpoint")
     port: int = setting(Kind(_port), default=8000, example="8000", help="Its port")
+    api_key: str = setting(
+        TEXT,
+        default="",
+        default_text="POLDER_API_KEY or VLLM_API_KEY of the environment, else none",
+        example='"..."',
+        help="What clients must send as `Authorization: Bearer KEY`",
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        Kind(_origins), default=(), default_text="none", example='["*"]', help="Web pages that may ask it (CORS)"
+    )
+    keep_alive_s: float = setting(
+        SECONDS, default=75.0, example='"75s"', help="How long a client's connection may be idle"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

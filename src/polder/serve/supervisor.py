@@ -31,6 +31,10 @@ BROKER = "broker"
 """The name of the broker's process; all other children are models."""
 
 
+FIRST_START_S = 30.0
+"""What a start is taken to last until one was measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backoff:
     """Times in seconds."""
@@ -59,6 +63,8 @@ class ChildStatus:
     """Until the next start; 0 unless it is down."""
     last_exit: str
     """Why it ended the last time; empty if it never ended."""
+    ready_in_s: float = 0.0
+    """Until it is probably ready, by the time that its last start took; 0 when it is."""
 
 
 class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,15 +141,19 @@ class _Child:
         self._starts = 0
         self._retry_at = 0.0
         self._last_exit = ""
+        self._started_at = 0.0
+        self._takes_s = FIRST_START_S
 
     def status(self) -> ChildStatus:
-        state = self._state
+        state, now = self._state, time.monotonic()
+        begins_at = self._started_at if state == "starting" and self._started_at else max(now, self._retry_at)
         return ChildStatus(
             name=self.process.spec.name,
             state=state,
             pid=self.process.pid if self.process.alive() else None,
             restarts=max(0, self._starts - 1),
-            retry_in_s=max(0.0, self._retry_at - time.monotonic()) if state == "down" else 0.0,
+            retry_in_s=max(0.0, self._retry_at - now) if state == "down" else 0.0,
+            ready_in_s=0.0 if state == "ready" else max(0.0, begins_at + self._takes_s - now),
             last_exit=self._last_exit,
         )
 
@@ -157,12 +167,12 @@ class _Child:
     def _run(self) -> None:
         wait_s, was_ready = 0.0, False
         while not self._stopping.is_set():
-            started_at = time.monotonic()
             fault = self._start()
             ready_at = time.monotonic()
             if fault is None:
+                self._takes_s = ready_at - self._started_at
                 was_ready, self._state = True, "ready"
-                self._say("ready", f"ready after {ready_at - started_at:.1f} s")
+                self._say("ready", f"ready after {self._takes_s:.1f} s")
                 self._wait()
                 fault = f"ended with code {self.process.returncode}{self.process.log_tail()}"
             if self._stopping.is_set():
@@ -201,7 +211,7 @@ class _Child:
         with self._gate:
             if self._stopping.is_set():
                 return "stopped"
-            self._state = "starting"
+            self._state, self._started_at = "starting", time.monotonic()
             self._starts += 1
             try:
                 self.process.start()
