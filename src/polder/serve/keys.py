@@ -13,15 +13,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polder.serve.errors import error_response
 
-__all__ = ["VARIABLES", "KeyGuard", "fleet_key"]
+__all__ = ["VARIABLE", "KeyGuard", "fleet_key"]
 
 OPEN = ("/health", "/ping", "/metrics", "/version", "/polder/status")
-VARIABLES = ("POLDER_API_KEY", "VLLM_API_KEY")
+VARIABLE = "VLLM_API_KEY"
+"""vLLM's own variable."""
 
 
 def fleet_key(given: str) -> str:
     """The key of the fleet file, else that of the environment. Empty: everybody may ask."""
-    return given or next((os.environ[name] for name in VARIABLES if os.environ.get(name)), "")
+    return given or os.environ.get(VARIABLE, "")
 
 
 class KeyGuard:

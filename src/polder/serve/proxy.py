@@ -1,7 +1,7 @@
-"""The path of a request through the gateway: read the body once, find its model (routing.py), pass bytes both ways.
+"""The path of a request through the gateway: read the body once, find its model (routing.py), pass bytes on.
 
-Any path and method: what names a model goes to that model's engine; what has no body is put to the engines in turn until
-one knows it. In a fleet of one model all goes to that one, as if the client asked vLLM itself.
+Any path and method: what names a model goes to that model's engine; what has no body is put to the engines in turn
+until one knows it. In a fleet of one model all goes to that one, as if the client asked vLLM itself.
 
 Guarantees for clients:
   * Body and answer are passed on byte for byte. The pieces of a stream go out as they come in.

@@ -25,7 +25,7 @@ from polder.serve.arguments import option
 from polder.serve.disks import make_folders
 from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
-from polder.serve.keys import fleet_key
+from polder.serve.keys import VARIABLE, fleet_key
 from polder.serve.presence import Presence
 from polder.serve.process import ProcessSpec, free_port, vllm_serve
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
@@ -121,7 +121,7 @@ def run(
 def _with_key(spec: ProcessSpec, key: str) -> ProcessSpec:
     """vLLM reads the key from the environment, where other users cannot see it as they see arguments. Without one it
     must not take the environment's, which is the fleet's."""
-    return replace(spec, env={**spec.env, "VLLM_API_KEY": key})
+    return replace(spec, env={**spec.env, VARIABLE: key})
 
 
 def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:

@@ -97,7 +97,7 @@ class ServerTable:
     api_key: str = setting(
         TEXT,
         default="",
-        default_text="POLDER_API_KEY or VLLM_API_KEY of the environment, else none",
+        default_text="VLLM_API_KEY of the environment, else none",
         example='"..."',
         help="What clients must send as `Authorization: Bearer KEY`",
     )
