@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "polder"
 
 FLOORS: tuple[dict[str, str], ...] = (
+    {"demo": "two language models under one budget, in five minutes"},
     {"cli": "the command `polder`"},
     {"bench": "benchmarks, with other policies to compare with (`bench/sparse`)"},
     {"serve": "several engines behind one endpoint"},
@@ -92,7 +93,7 @@ def test_no_module_imports_itself_through_others() -> None:
 
 def test_the_product_uses_neither_tests_nor_benchmarks_and_emulation_through_its_factory() -> None:
     for name, path in modules():
-        if package(name) not in ("cli", "bench"):
+        if package(name) not in ("cli", "bench", "demo"):
             assert not {other for other in imports(path) if package(other) in ("bench", "testing")}, name
         if package(name) not in ("bench", "emulation"):
             used = {other for other in imports(path) if package(other) == "emulation"}

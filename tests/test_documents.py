@@ -11,7 +11,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "polder"
 READ = (
-    *("broker", "cli", "emulation", "memory", "planner", "serve", "sim", "stream", "swarm", "weights", "window", "."),
+    *(
+        "broker",
+        "cli",
+        "demo",
+        "emulation",
+        "memory",
+        "planner",
+        "serve",
+        "sim",
+        "stream",
+        "swarm",
+        "weights",
+        "window",
+        ".",
+    ),
     *(f"engines/vllm/{room}" for room in ("", "core", "rank", "start", "weights", "window")),
 )
 """Packages whose prose was read for these rules; the others follow."""

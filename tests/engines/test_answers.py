@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from polder.demo import checkpoints
 from tests.engines import real_models
 from tests.engines.answers import assert_varied
 
@@ -33,7 +34,7 @@ def test_weights_of_somebody_else_are_refused(tmp_path: Path, monkeypatch: pytes
         folder.mkdir()
         (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
 
-    monkeypatch.setattr(real_models, "_fetch", other)
+    monkeypatch.setattr(checkpoints, "_fetch", other)
     with pytest.raises(real_models.NotAvailable, match="other weights"):
         real_models.smollm2()
     assert list((tmp_path / "models").iterdir()) == []

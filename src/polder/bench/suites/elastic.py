@@ -69,13 +69,6 @@ class ElasticSuite(Suite[ElasticPlan]):
     name = "elastic"
     full = ElasticPlan(name="full", sessions=32, tax_rounds=8, resize_stream_tokens=2000)
     quick = ElasticPlan(name="quick", help="256 requests of the agents instead of 512.", tax_rounds=3)
-    demo = ElasticPlan(
-        name="demo",
-        help="As --quick, one run of each arm, no tax stage.",
-        order="AB",
-        stages=("main", "resize", "equality"),
-        tax_rounds=0,
-    )
     baselines: ClassVar = {"polder": ("stock",)}
     intervals_how = "95 %, bootstrap: requests resampled within each arm (main runs), pairs of runs resampled (tax)"
 

@@ -1,7 +1,7 @@
-"""Reads a GGUF file and makes an ordinary checkpoint of it, for the two architectures that the tests use.
+"""Reads a GGUF file and makes an ordinary checkpoint of it, for the two architectures that the demo and the tests use.
 
-transformers can load GGUF files, too, but it needs another package for that and reads the header of a vocabulary of 262,144 tokens
-three times, in half a minute of CPU time. Here it is read once.
+transformers can load GGUF files, too, but it needs another package for that and reads the header of a vocabulary of
+262,144 tokens three times, in half a minute of CPU time. Here it is read once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError when it is no GGUF file of version 2 or 3."""
-        self._bytes = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r").data
         self._at = 0
         magic, version, tensors, fields = self._take("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
@@ -96,7 +96,8 @@ class Gguf:
 
 
 def save_checkpoint(path: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Writes config, weights in `dtype` and tokenizer. Raises ValueError for another architecture or other tensors than it has."""
+    """Writes config, weights in `dtype` and tokenizer. Raises ValueError for another architecture or other tensors than
+    it has."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
