@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.build_docs import LINK, listed
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src" / "polder"
 READ = (
@@ -48,6 +50,18 @@ def test_each_row_of_what_can_fail_has_its_details_and_its_tests() -> None:
         assert f"def {name}(" in sources, name
     for name in set(re.findall(r"`(tests/[\w/.]+)`", text)):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", listed())
+def test_each_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    path = ROOT / page
+    for target, section in LINK.findall(path.read_text()):
+        if "://" not in target:
+            found = (path.parent / target).resolve() if target else path
+            assert found.is_relative_to(ROOT), target
+            assert found.exists(), target
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE) if section else ()
+            assert not section or section in map(anchor, headings), f"{target}#{section}"
 
 
 @pytest.mark.parametrize("package", READ)
