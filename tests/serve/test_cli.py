@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -18,9 +19,12 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from polder.broker.wire import Decision, Resize
+from polder.cli import doctor
 from polder.cli.main import app, main
 from polder.cli.view import render
-from polder.serve.supervisor import ChildStatus, FleetStatus
+from polder.errors import EnvironmentFault
+from polder.serve.child import ChildStatus
+from polder.serve.supervisor import FleetStatus
 from tests.serve.fakes import canned_status, engine_status, fake_broker
 from tests.serve.test_fleet import GOOD, model, write
 
@@ -31,6 +35,9 @@ SURFACE = {
     "broker": {"--socket", "--device", "--page", "--reserve-low", "--reserve-high", "--hold", "--deadline"},
     "top": {"--socket", "--url", "--once", "--json", "--interval"},
     "ctl resize": {"engine", "units", "--socket", "--json"},
+    "ctl add": {"model", "--socket", "--json"},
+    "ctl remove": {"model", "--socket", "--json"},
+    "ctl restart": {"model", "--socket", "--json"},
     "ctl explain": {"--socket", "--json"},
     "ctl sleep": {"engine", "--socket", "--json"},
     "ctl wake": {"engine", "--socket", "--json"},
@@ -249,6 +256,15 @@ def test_doctor_says_what_to_do() -> None:
     done = polder("doctor", VLLM_PLUGINS="other")
     assert done.returncode == 3
     assert "NO  plugin: VLLM_PLUGINS='other' leaves polder out: add it or unset the variable" in done.stdout
+
+
+def test_doctor_says_that_shared_memory_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(EnvironmentFault, match="/dev/shm: Read-only file system; vLLM writes there"):
+        doctor.CHECKS["shared memory"]()
 
 
 def test_version() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from polder.serve.child import ChildStatus
 from polder.serve.gateway import make_app
-from polder.serve.supervisor import ChildStatus
 from tests.serve.fakes import FakeEngine, running
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there

@@ -17,7 +17,7 @@ from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.arguments import option
 from polder.serve.budget import least_kv_bytes
 from polder.serve.fleet import EXAMPLE, Model, load_fleet
-from polder.serve.run import broker_spec, model_spec
+from polder.serve.specs import Place, broker_spec, model_spec
 from polder.units import parse_goal, parse_seconds, seconds_text
 
 MIB = 1 << 20
@@ -101,7 +101,7 @@ def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:
 def test_engines_run_on_the_fleets_device(tmp_path: Path, device: str, more: str, given: str | None) -> None:
     text = f'[memory]\nkv_budget = "320MiB"\ndevice = "{device}"\n[[model]]\nname = "a"\npath = "some/hub"\n{more}\n'
     fleet = load_fleet(write(tmp_path, text))
-    spec = model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path("/run/f"))
+    spec = model_spec(fleet.models[0], fleet, Place(socket=Path("/s"), logs=tmp_path, private=Path("/run/f")))
     assert option(spec.argv, "--device-ids") == given
 
 
@@ -111,9 +111,9 @@ def test_vllms_own_sockets_lie_in_the_fleets_directory(tmp_path: Path, monkeypat
             f'[memory]\nkv_budget = "320MiB"\ndevice = "cpu:0"\n[[model]]\nname = "a"\npath = "some/hub"\nenv = {env}\n'
         )
         fleet = load_fleet(write(tmp_path, text))
-        return model_spec(fleet.models[0], fleet, 1234, Path("/s"), tmp_path, Path(private)).env.get(
-            "VLLM_RPC_BASE_PATH"
-        )
+        return model_spec(
+            fleet.models[0], fleet, Place(socket=Path("/s"), logs=tmp_path, private=Path(private))
+        ).env.get("VLLM_RPC_BASE_PATH")
 
     monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
     assert folder("/run/f") == "/run/f"
@@ -390,7 +390,9 @@ def test_a_time_as_text_is_the_same_time(seconds: float) -> None:
 @pytest.mark.parametrize("time", ["0.0001us", "1s", "90min"])
 def test_the_broker_gets_the_files_times_to_the_last_digit(tmp_path: Path, model: Path, time: str) -> None:
     text = GOOD.format(model=model).replace("[[", f'hold = "{time}"\ndeadline = "{time}"\n[[', 1)
-    argv = broker_spec(load_fleet(write(tmp_path, text)).broker(Path("/s")), tmp_path / "log").argv
+    argv = broker_spec(
+        load_fleet(write(tmp_path, text)).broker(Path("/s")), Place(socket=Path("/s"), logs=tmp_path, private=tmp_path)
+    ).argv
     for name in ("--hold", "--deadline"):
         assert parse_seconds(argv[argv.index(name) + 1]) == parse_seconds(time)
 

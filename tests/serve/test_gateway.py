@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from polder.serve.child import ChildStatus
 from polder.serve.gateway import make_app
-from polder.serve.supervisor import ChildStatus
 from tests.serve.fakes import FakeEngine, canned_status, fake_broker, running
 
 EVENTS = [f"data: {i}\n\n".encode() for i in range(5)]

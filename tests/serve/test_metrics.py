@@ -7,8 +7,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from polder import metrics
 from polder.broker.wire import Status
+from polder.serve.child import ChildStatus
 from polder.serve.metrics import merge, render
-from polder.serve.supervisor import ChildStatus
 from tests.serve.fakes import MIB, canned_status
 
 CHILD = ChildStatus(name="a", state="ready", pid=1, restarts=2, retry_in_s=0.0, last_exit="")

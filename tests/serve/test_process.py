@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
 
 from polder.errors import EnvironmentFault
-from polder.serve.process import ManagedProcess, ProcessSpec, free_port, vllm_serve
+from polder.serve.process import ManagedProcess, ProcessSpec, free_port
+from polder.serve.specs import vllm_serve
 from tests.serve.fakes import is_running, tree_argv, tree_pids, wait_for
 
 
@@ -112,7 +114,43 @@ def test_a_program_that_is_not_there_is_said(tmp_path: Path) -> None:
     process.start()
     process.wait()
     assert process.returncode == 127
-    assert "cannot start /no/such/program" in process.log_tail()
+    assert "cannot start /no/such/program" in process.why()
+
+
+def test_shared_memory_that_a_tree_leaves_behind_is_removed(tmp_path: Path) -> None:
+    """As an engine does that is stopped while it loads."""
+    code = (
+        "import time; from multiprocessing import resource_tracker, shared_memory\n"
+        "mine = shared_memory.SharedMemory(create=True, size=4096); resource_tracker.unregister(mine._name, 'shared_memory')\n"
+        f"open({str(tmp_path / 'new')!r}, 'w').write(mine.name)\n"
+        f"import os; os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'name')!r}); time.sleep(100)"
+    )
+    other = shared_memory.SharedMemory(create=True, size=4096)
+    try:
+        process = ManagedProcess(python(code))
+        process.start()
+        wait_for((tmp_path / "name").exists, "the child")
+        segment = Path("/dev/shm", (tmp_path / "name").read_text())
+        assert segment.exists()
+        process.stop()
+        assert not segment.exists()
+        assert Path("/dev/shm", other.name).exists(), "it is another's"
+    finally:
+        other.close()
+        other.unlink()
+
+
+def test_modules_never_come_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue.py, token.py or random.py beside a fleet file is nothing unusual."""
+    for name in ("queue", "token", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    process = ManagedProcess(
+        ProcessSpec(name="x", argv=(sys.executable, "-m", "polder.cli.main", "version"), log_path=tmp_path / "log")
+    )
+    process.start()
+    assert process.wait(60)
+    assert process.returncode == 0, process.why()
 
 
 def test_vllm_serve_is_bound_to_loopback_and_keeps_the_extra_arguments_last() -> None:

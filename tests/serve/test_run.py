@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -41,7 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
-        self.answer(f"{name} {os.getpid()} {os.environ['POLDER_BROKER']}".encode())
+        key = os.environ["VLLM_API_KEY"] == self.headers["authorization"].partition(" ")[2]
+        self.answer(f"{name} {os.getpid()} {os.environ['POLDER_BROKER']} {key}".encode())
 
     def answer(self, body):
         self.send_response(200)
@@ -55,22 +57,26 @@ SERVE = """
 import functools
 import os
 import sys
-import polder.serve.run as run
+import polder.serve.specs as specs
 from polder.cli.main import main
-from polder.serve.process import ProcessSpec
+from polder.serve.process import PORT, ProcessSpec
 
 script = sys.argv[1]
 
-def engine(path, *, name, port, args, env, cpus, log_path):
+def engine(path, *, name, args, env, cpus, log_path):
     env = env | ({"VLLM_PLUGINS": "other"} if os.environ.get("TEST_WITHOUT_POLDER") else {})
-    argv = (sys.executable, script, name, str(port))
-    return ProcessSpec(name=name, argv=argv, env=env, log_path=log_path, health_url=f"http://127.0.0.1:{port}/health")
+    argv = (sys.executable, script, name, PORT)
+    return ProcessSpec(name=name, argv=argv, env=env, log_path=log_path, health_url=f"http://127.0.0.1:{PORT}/health")
 
-run.vllm_serve = engine
-run.Presence = functools.partial(run.Presence, patience_s=0.2)
+specs.BROKER_SILENT_S = float(os.environ.get("TEST_SILENT_S", "60"))
+specs.vllm_serve = engine
+specs.Presence = functools.partial(specs.Presence, patience_s=0.2)
 sys.argv = ["polder", "serve", *sys.argv[2:]]
 main()
 """
+
+
+KEY = {"Authorization": "Bearer fleet's"}
 
 
 class Serve:
@@ -79,6 +85,7 @@ class Serve:
     def __init__(self, tmp_path: Path, short_dir: Path, engine: str = ENGINE) -> None:
         self.port = free_port()
         self.runtime = short_dir
+        self.state = tmp_path / "state"
         (tmp_path / "engine.py").write_text(engine)
         (tmp_path / "fleet.toml").write_text(
             f'[server]\nport = {self.port}\n[memory]\ndevice = "cpu:0"\nkv_budget = "16MiB"\n'
@@ -87,18 +94,24 @@ class Serve:
         self._argv = [sys.executable, "-c", SERVE, str(tmp_path / "engine.py"), str(tmp_path / "fleet.toml"), "--json"]
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, *arguments: str) -> Serve:
+    def start(self, *arguments: str, shell: str = 'exec "$@"') -> Serve:
         self.process = subprocess.Popen(
-            [*self._argv, *arguments],
+            ["sh", "-c", shell, "sh", *self._argv, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "XDG_RUNTIME_DIR": str(self.runtime), "VLLM_PLUGINS": "some_other"},
+            env={
+                **os.environ,
+                "XDG_RUNTIME_DIR": str(self.runtime),
+                "XDG_STATE_HOME": str(self.state),
+                "VLLM_PLUGINS": "some_other",
+                "VLLM_API_KEY": "fleet's",
+            },
         )
         return self
 
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False, timeout=60)
+    def get(self, path: str, headers: dict[str, str] = KEY) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", headers=headers, trust_env=False, timeout=60)
 
     def ready(self) -> bool:
         try:
@@ -108,7 +121,7 @@ class Serve:
 
     def ask(self, model: str) -> httpx.Response:
         url = f"http://127.0.0.1:{self.port}/v1/completions"
-        return httpx.post(url, json={"model": model}, trust_env=False, timeout=60)
+        return httpx.post(url, json={"model": model}, headers=KEY, trust_env=False, timeout=60)
 
     def children(self) -> dict[str, dict[str, Any]]:
         return {child["name"]: child for child in self.get("/health").json()["children"]}
@@ -144,8 +157,9 @@ def test_up_killed_restarted_and_gone_without_a_trace(serve: Serve) -> None:
     serve.start()
     wait_for(serve.ready, "the fleet")
     assert serve.ask("a").text.startswith("a ")
-    name, pid, broker = serve.ask("b").text.split()
-    assert name == "b"
+    name, pid, broker, keyed = serve.ask("b").text.split()
+    assert (name, keyed) == ("b", "True"), "with a key of its own"
+    assert serve.get("/v1/models", {}).status_code == 401
     assert client.status(Path(broker)).devices[0].total_pages == 8
     assert [m["id"] for m in serve.get("/v1/models").json()["data"]] == ["a", "b"]
 
@@ -173,10 +187,114 @@ def test_a_connection_on_which_nothing_is_asked_for_longer_than_clients_keep_the
     wait_for(serve.ready, "the fleet")
     connection = http.client.HTTPConnection("127.0.0.1", serve.port, timeout=60)
     with contextlib.closing(connection):
-        connection.request("GET", "/v1/models")
+        connection.request("GET", "/v1/models", headers=KEY)
         assert connection.getresponse().read()
         assert connection.sock is not None
         assert not select.select([connection.sock], [], [], 6.5)[0], "closed"
+
+
+def test_who_reads_the_events_may_go_away(serve: Serve) -> None:
+    """`polder serve ... | head -1`, or a terminal that is lost."""
+    serve.start()
+    assert serve.process is not None
+    assert serve.process.stdout is not None
+    assert serve.process.stderr is not None
+    serve.process.stdout.readline()
+    serve.process.stdout.close()
+    serve.process.stderr.close()
+    wait_for(serve.ready, "the fleet")
+    os.kill(int(serve.ask("b").text.split()[1]), signal.SIGKILL)
+    wait_for(lambda: serve.children()["b"]["restarts"] == 1 and serve.ready(), "the restart")
+    serve.process.terminate()
+    assert serve.process.wait(120) == 0
+    assert list(serve.runtime.iterdir()) == []
+
+
+def test_closed_standard_streams_are_no_fault(serve: Serve) -> None:
+    """As under cron, or a service manager. What is opened first must not be taken for standard output."""
+    serve.start(shell='exec "$@" <&- >&- 2>&-')
+    wait_for(serve.ready, "the fleet")
+    assert serve.ask("a").text.startswith("a ")
+    assert serve.end(signal.SIGTERM) == ([], "")
+    assert serve.process is not None
+    assert serve.process.returncode == 0
+
+
+def test_the_command_that_is_shown_works_as_printed_and_the_end_of_the_terminal_ends_the_fleet(serve: Serve) -> None:
+    serve.start()
+    wait_for(serve.ready, "the fleet")
+    command = (
+        f'curl http://127.0.0.1:{serve.port}/v1/completions -H "Authorization: Bearer $VLLM_API_KEY" '
+        """-H 'Content-Type: application/json' -d '{"model": "a", "prompt": "Hello", "max_tokens": 16}'"""
+    )
+    if shutil.which("curl") is not None:
+        variables = {**os.environ, "VLLM_API_KEY": "fleet's", "no_proxy": "*"}
+        assert subprocess.run(command, shell=True, env=variables, capture_output=True, text=True).stdout.startswith(
+            "a "
+        )
+    events, _ = serve.end(signal.SIGHUP)
+    (shown,) = (event["detail"] for event in events if (event["child"], event["event"]) == ("gateway", "ready"))
+    assert shown.splitlines()[1:] == [command]
+    assert serve.process is not None
+    assert serve.process.returncode == 0
+    assert list(serve.runtime.iterdir()) == []
+
+
+def test_a_directory_that_a_cleaner_has_removed_is_made_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_SILENT_S", "2")
+    serve.start()
+    wait_for(serve.ready, "the fleet")
+    _, pid, socket_path, _ = serve.ask("a").text.split()
+    shutil.rmtree(Path(socket_path).parent)
+    wait_for(lambda: serve.get("/health").json()["status"] == "degraded", "it to be noticed")
+    assert serve.ask("a").text.split()[1] == pid, "the models serve on"
+    os.kill(int(serve.ask("b").text.split()[1]), signal.SIGKILL)
+    wait_for(lambda: serve.get("/health").json()["status"] == "ok", "a broker that can be reached")
+    assert client.status(Path(socket_path)).devices[0].total_pages == 8
+    serve.end(signal.SIGTERM)
+    assert list(serve.runtime.iterdir()) == []
+
+
+def test_a_model_comes_goes_and_starts_anew_while_the_other_serves(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    serve.start("--socket", str(serve.runtime / "here"))
+    wait_for(serve.ready, "the fleet")
+    pid = serve.ask("a").text.split()[1]
+
+    def ctl(verb: str, model: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "polder.cli.main", "ctl", verb, model, "--socket", str(serve.runtime / "here")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout + done.stderr
+
+    code, words = ctl("add", "c")
+    assert (code, "add a [[model]] with this name" in words) == (2, True)
+    path.write_text(path.read_text() + '[[model]]\nname = "c"\npath = "some/model"\n')
+    assert ctl("add", "c") == (0, "c: ready\n")
+    assert serve.ask("c").text.startswith("c ")
+    code, words = ctl("add", "c")
+    assert (code, "c runs already" in words) == (2, True)
+
+    former = serve.ask("b").text.split()[1]
+    assert ctl("restart", "b") == (0, "b: ready\n")
+    assert serve.ask("b").text.split()[1] != former
+    assert ctl("remove", "b") == (0, "b: removed\n")
+    assert serve.ask("b").status_code == 404
+    assert [entry["id"] for entry in serve.get("/v1/models").json()["data"]] == ["a", "c"]
+
+    text = path.read_text()
+    path.write_text(text.replace("16MiB", "32MiB"))
+    assert "needs a restart of the fleet" in ctl("add", "b")[1]
+    path.write_text(text)
+    (tmp_path / "engine.py").write_text("import sys; print('vllm serve: error: no such flag'); sys.exit(2)")
+    code, words = ctl("add", "b")
+    assert (code, "no such flag" in words) == (3, True)
+    assert serve.ready(), "what cannot be added harms nobody"
+    assert serve.ask("a").text.split()[1] == pid
+    mode = (serve.runtime / "here.ctl").stat().st_mode
+    assert mode & 0o777 == 0o600
+    serve.end(signal.SIGTERM)
+    assert list(serve.runtime.iterdir()) == []
+    assert "no `polder serve` takes orders" in ctl("remove", "a")[1]
 
 
 def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_path: Path) -> None:
@@ -231,9 +349,12 @@ def test_an_engine_that_cannot_start_ends_the_fleet_with_its_words(tmp_path: Pat
     assert serve.process is not None
     out, errors = serve.process.communicate(timeout=120)
     assert serve.process.returncode == 3
-    assert "given up after 3 starts" in errors
-    assert "unknown option --frobnicate" in errors
-    assert [json.loads(line)["event"] for line in out.splitlines()].count("ended") >= 2
+    events = [json.loads(line) for line in out.splitlines()]
+    failed = next(event for event in events if event["event"] == "failed")
+    assert "given up after 2 starts" in failed["detail"]
+    assert "unknown option --frobnicate" in failed["detail"]
+    assert f"did not start; logs in {tmp_path / 'logs'}" in errors
+    assert len(errors.splitlines()) == 1
     assert "--frobnicate" in (tmp_path / "logs" / "a.log").read_text()
     assert list(short_dir.iterdir()) == []
 
@@ -247,8 +368,10 @@ def test_an_engine_that_the_broker_does_not_hear_of_is_never_ready(
     assert serve.process is not None
     out, errors = serve.process.communicate(timeout=180)
     assert serve.process.returncode == 3
-    assert "the broker does not know it: it serves without Polder" in errors
+    assert "the broker does not know it: it serves without Polder" in out
     assert [line for line in map(json.loads, out.splitlines()) if line["event"] == "ready"][1:] == [], "only the broker"
+    kept = Path(errors.strip().rpartition("logs in ")[2])
+    assert {path.name for path in kept.iterdir()} == {"a.log", "b.log", "broker.log"}
 
 
 # ---------------------------------------------------------------- refused before anything is started

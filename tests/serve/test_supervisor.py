@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
-from polder.serve.process import ProcessSpec, free_port
-from polder.serve.supervisor import Backoff, Event, Supervisor
+import pytest
+
+from polder.errors import UsageError
+from polder.serve.child import Backoff, Event
+from polder.serve.process import PORT, ProcessSpec, free_port
+from polder.serve.supervisor import Supervisor
 from tests.serve.fakes import is_running, tree_argv, tree_pids, wait_for
 
 QUICK = Backoff(first_s=0.1, most_s=0.4, healthy_s=60.0, attempts=3)
@@ -70,9 +75,111 @@ def test_a_child_that_never_becomes_ready_is_given_up(tmp_path: Path) -> None:
     supervisor.start()
     wait_for(lambda: supervisor.status()[0].state == "failed", "the supervisor to give up")
     supervisor.stop()
-    assert kinds(events) == ["started", "ended", "started", "ended", "started", "failed"]
-    assert "given up after 3 starts" in events[-1].detail
+    assert kinds(events) == ["started", "ended", "started", "failed"]
+    assert "given up after 2 starts with the same end" in events[-1].detail
     assert "no such model" in events[-1].detail
+
+
+def test_a_child_that_ends_otherwise_each_time_is_given_up_after_some_attempts() -> None:
+    events: list[Event] = []
+    url = f"http://127.0.0.1:{free_port()}/health"
+    code = "import os; raise SystemExit(10 + os.getpid() % 100)"
+    supervisor = Supervisor([child(code, health_url=url)], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[0].state == "failed", "the supervisor to give up")
+    supervisor.stop()
+    assert kinds(events).count("started") == 3
+    assert "given up after 3 starts" in events[-1].detail
+
+
+def test_a_wrong_command_line_is_said_once_and_not_tried_again(tmp_path: Path) -> None:
+    events: list[Event] = []
+    code = "import sys; print('vllm serve: error: unrecognized arguments: --enforce-eagr'); sys.exit(2)"
+    url = f"http://127.0.0.1:{free_port()}/health"
+    supervisor = Supervisor([child(code, log_path=tmp_path / "log", health_url=url)], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[0].state == "failed", "the supervisor to give up")
+    supervisor.stop()
+    assert kinds(events) == ["started", "failed"]
+    assert "".join(event.detail for event in events).count("--enforce-eagr") == 1
+    assert len(events[-1].detail.splitlines()) == 1
+
+
+def test_each_start_has_a_port_of_its_own_and_only_a_ready_child_has_an_address(tmp_path: Path) -> None:
+    """Another process may have taken the port while the child was down."""
+    code = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+open(sys.argv[2], "a").write(sys.argv[1] + " ")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+    argv = (sys.executable, "-S", "-c", code, PORT, str(tmp_path / "ports"))
+    spec = ProcessSpec(name="a", argv=argv, health_url=f"http://127.0.0.1:{PORT}/health", log_path=tmp_path / "log")
+    supervisor = Supervisor([spec], lambda _: None, backoff=QUICK)
+    assert dict(supervisor) == {"a": None}
+    supervisor.start()
+    wait_for(lambda: supervisor["a"] is not None, "the child")
+    first = supervisor["a"]
+    assert first is not None
+    pid = supervisor.status()[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        wait_for(lambda: supervisor["a"] is None, "its end")
+        wait_for(lambda: not _listens(first), "the port to be free")
+        taken.bind(("127.0.0.1", int(first.rpartition(":")[2])))
+        taken.listen()
+        wait_for(lambda: supervisor["a"] is not None, "the restart")
+        assert supervisor["a"] != first
+    supervisor.stop()
+    assert len(set((tmp_path / "ports").read_text().split())) == 2
+
+
+def _listens(url: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
+
+
+def test_a_child_that_loads_is_spoken_of_now_and_then(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("polder.serve.process.BEAT_S", 0.2)
+    events: list[Event] = []
+    code = "import time; print('Loading weights: 40 %', flush=True); time.sleep(100)"
+    url = f"http://127.0.0.1:{free_port()}/health"
+    supervisor = Supervisor([child(code, log_path=tmp_path / "log", health_url=url)], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: any("Loading weights: 40 %" in event.detail for event in events), "a sign of life")
+    supervisor.stop()
+    assert kinds(events)[:2] == ["started", "loading"]
+
+
+def test_children_come_go_and_are_replaced_while_the_others_run() -> None:
+    events: list[Event] = []
+    sleeps = "import time; time.sleep(100)"
+    supervisor = Supervisor([child(sleeps, "a")], events.append, backoff=QUICK)
+    supervisor.start()
+    supervisor.add(child(sleeps, "b"))
+    with pytest.raises(UsageError, match="runs already"):
+        supervisor.add(child(sleeps, "b"))
+    wait_for(lambda: all(status.state == "ready" for status in supervisor.status()), "both")
+    a, b = (status.pid for status in supervisor.status())
+    supervisor.replace(child(sleeps, "b"))
+    wait_for(lambda: supervisor.status()[1].state == "ready", "another b")
+    assert supervisor.status()[0].pid == a
+    assert supervisor.status()[1].pid != b
+    supervisor.remove("b")
+    assert list(supervisor) == ["a"]
+    for order in (lambda: supervisor.remove("b"), lambda: supervisor.replace(child(sleeps, "b"))):
+        with pytest.raises(UsageError, match="no model 'b'"):
+            order()
+    supervisor.stop()
+    assert kinds(events, "a") == ["started", "ready", "stopped"]
+    assert kinds(events, "b") == ["started", "ready", "stopped"] * 2
+    with pytest.raises(UsageError, match="being ended"):
+        supervisor.add(child(sleeps, "c"))
 
 
 def test_a_child_in_which_polder_refuses_a_setting_is_given_up_at_once_with_its_words(tmp_path: Path) -> None:

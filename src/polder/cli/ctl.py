@@ -1,9 +1,10 @@
-"""`polder ctl`: asks the broker for its reasons, or overrides its decisions."""
+"""`polder ctl`: asks the broker for its reasons, overrides its decisions, and changes a running fleet."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,8 +14,11 @@ from polder.cli.options import AsJson, Socket, find_socket
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Ask the broker for its reasons, or override its decisions.", no_args_is_help=True, add_completion=False
+    help="Ask the broker for its reasons, override its decisions, change a running fleet.",
+    no_args_is_help=True,
+    add_completion=False,
 )
+Model = Annotated[str, typer.Argument(help="The model's name in the fleet file.")]
 _EXPLAINED = (
     *("engine", "state", "held_units", "target_units", "reason", "busy_units", "waiting_units", "cached_units"),
     *("floor_units", "share_units", "ceiling_units", "borrowed_units", "lent_units", "pinned_units", "unit_tokens"),
@@ -73,6 +77,31 @@ def stream(
 
     client.request(find_socket(socket), Stream(engine=engine, segments=layers))
     print(json.dumps({"engine": engine, "layers": layers}) if as_json else f"{engine}: may hold {layers} layers")
+
+
+@app.command()
+def add(model: Model, socket: Socket = None, as_json: AsJson = False) -> None:
+    """Start a model that was added to the fleet file. The others serve on."""
+    _order("add", model, socket, as_json)
+
+
+@app.command()
+def remove(model: Model, socket: Socket = None, as_json: AsJson = False) -> None:
+    """End a model. The others serve on."""
+    _order("remove", model, socket, as_json)
+
+
+@app.command()
+def restart(model: Model, socket: Socket = None, as_json: AsJson = False) -> None:
+    """End a model and start it with what the fleet file says now. The others serve on."""
+    _order("restart", model, socket, as_json)
+
+
+def _order(verb: Literal["add", "remove", "restart"], model: str, socket: Path | None, as_json: bool) -> None:
+    from polder.serve.control import Order, give
+
+    done = give(find_socket(socket), Order(verb=verb, model=model))
+    print(json.dumps({"model": model, "done": verb}) if as_json else done)
 
 
 @app.command()

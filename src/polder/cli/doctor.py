@@ -146,6 +146,10 @@ def _shm() -> str:
         raise EnvironmentFault(
             f"/dev/shm has {format_bytes(free)} free, vLLM wants {format_bytes(SHM_BYTES)}: enlarge it (docker --shm-size)"
         )
+    try:
+        tempfile.TemporaryFile(dir="/dev/shm").close()
+    except OSError as error:
+        raise EnvironmentFault(f"/dev/shm: {error.strerror}; vLLM writes there: mount it writable for you") from error
     return f"/dev/shm has {format_bytes(free)} free"
 
 

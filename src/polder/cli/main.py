@@ -6,6 +6,7 @@ Polder.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -41,6 +42,7 @@ app.command("version")(doctor.version)
 
 def main() -> None:
     """Entry point. Polder's errors become a message on stderr and an exit code."""
+    _hold_streams()
     try:
         app()
     except UsageError as error:
@@ -55,6 +57,14 @@ def main() -> None:
             raise
         install = f"pip install 'polder-kv[{_EXTRAS[verb]}]'"
         _fail(EnvironmentFault(f"`polder {verb}` needs {error.name}: {install}"), 3)
+
+
+def _hold_streams() -> None:
+    """Standard streams that were closed become /dev/null. Else a socket would get such a number, and a child would write
+    its log there."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def _fail(error: PolderError, code: int) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -18,8 +20,8 @@ from polder.serve.schema import EXAMPLE
 from polder.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from polder.serve.child import Event
     from polder.serve.fleet import Fleet
-    from polder.serve.supervisor import Event
 
 __all__ = ["run_broker", "serve_fleet"]
 
@@ -29,7 +31,7 @@ def serve_fleet(
     check: Annotated[bool, typer.Option("--check", help="Check the file and the budget, start nothing.")] = False,
     socket: Annotated[Path | None, typer.Option(help="The broker's socket (default: a private one).")] = None,
     log_dir: Annotated[
-        Path | None, typer.Option(help="Keep the children's logs here (default: gone at the end).")
+        Path | None, typer.Option(help="Keep the children's logs here (default: they are kept only if one died).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,7 +46,8 @@ def serve_fleet(
 
     if importlib.util.find_spec("vllm") is None:
         raise EnvironmentFault("vLLM is not installed: pip install 'polder-kv[serve,gpu]' (without a GPU: [serve,cpu])")
-    run(loaded, _json_event if as_json else _text_event, socket_path=socket, log_dir=log_dir)
+    report = _json_event if as_json else _text_event
+    run(loaded, lambda: load_fleet(fleet), report, socket_path=socket, log_dir=log_dir)
 
 
 # "\b" keeps the line breaks of a paragraph.
@@ -87,9 +90,22 @@ def _print_check(fleet: Fleet, as_json: Callable[[object], str] | None) -> None:
 
 
 def _text_event(event: Event) -> None:
-    print(f"polder: {event.child}: {event.detail}", file=sys.stderr, flush=True)
+    _print(sys.stderr, f"polder: {event.child}: {event.detail}")
 
 
 def _json_event(event: Event) -> None:
-    line = {"event": event.kind, "child": event.child, "pid": event.pid, "detail": event.detail}
-    print(json.dumps(line), flush=True)
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {"time": now, "event": event.kind, "child": event.child, "pid": event.pid, "detail": event.detail}
+    _print(sys.stdout, json.dumps(line))
+
+
+def _print(stream: TextIO | None, line: str) -> None:
+    """Who reads may go away, for example `| head`, or a terminal. The fleet serves on."""
+    if stream is None:
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except (OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # what is buffered would fail again at the end
+        os.close(nowhere)

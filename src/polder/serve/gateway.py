@@ -36,12 +36,13 @@ from starlette.routing import Route
 from polder.broker import client
 from polder.broker.wire import Status
 from polder.errors import PolderError
+from polder.serve.child import ChildStatus
 from polder.serve.errors import error_response
 from polder.serve.keys import KeyGuard
 from polder.serve.metrics import merge, render
 from polder.serve.proxy import Proxy
 from polder.serve.routing import Catalog
-from polder.serve.supervisor import BROKER, ChildStatus, FleetStatus
+from polder.serve.supervisor import BROKER, FleetStatus
 
 __all__ = ["make_app"]
 

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from polder import metrics
 from polder.broker.wire import DeviceStatus, EngineStatus, Status
 from polder.metrics import Metric
-from polder.serve.supervisor import ChildStatus
+from polder.serve.child import ChildStatus
 
 __all__ = ["merge", "render", "unit_bytes"]
 

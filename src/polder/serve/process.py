@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import signal
 import subprocess
@@ -17,20 +16,22 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from polder.errors import EnvironmentFault
 from polder.serve import guard
+from polder.serve.logs import Log
 
-__all__ = ["ManagedProcess", "ProcessSpec", "free_port", "vllm_serve"]
+__all__ = ["PORT", "ManagedProcess", "ProcessSpec", "free_port"]
 
 ORPHANED_GRACE_S = 10.0  # after our own death: between SIGTERM and SIGKILL to the child
 SWEEP_S = 10.0  # the guard's time to kill a tree
-TAIL_BYTES = 64 << 10
-_LOG_BYTES = 4 << 20
-_REFUSAL = re.compile(r"polder\.errors\.(?:ConfigError|UnsupportedVersion): (.*)")
+BEAT_S = 15.0
+"""A child that is waited for is spoken of so often."""
+PORT = "{port}"
+"""Stands in a spec for a port that is chosen anew for each start: another process may have taken the former one."""
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is never reached through a proxy
 
 
@@ -43,12 +44,15 @@ class ProcessSpec:
     log_path: Path | None = None
     """Both outputs are appended to it; None: the parent's own."""
     health_url: str | None = None
-    """Answers 200 when the process is ready. None: ready as soon as it runs, or when `is_ready` says so."""
+    """Answers 200 when the process is ready. None: ready as soon as it runs, or when `is_ready` says so. May have PORT
+    in it, as `argv` may."""
     is_ready: Callable[[], bool] | None = None
     """Asked in addition, once the health URL answers. Raises EnvironmentFault when it will never be ready."""
     silent_s: float | None = None
     """A child that was ready and has not answered for so long is ended and restarted. None: it is restarted only when
     it ends."""
+    prepare: Callable[[], None] | None = None
+    """Called before each start. Raises EnvironmentFault."""
 
 
 class ManagedProcess:
@@ -58,7 +62,8 @@ class ManagedProcess:
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec = spec
         self._process: subprocess.Popen[bytes] | None = None
-        self._log_from = 0  # bytes of the log before this start
+        self._log = Log(spec.log_path) if spec.log_path else None
+        self._port = ""
         self._lock = threading.Lock()
 
     @property
@@ -66,6 +71,12 @@ class ManagedProcess:
         """Process, session and group id of the child's guard."""
         assert self._process is not None, "not started"
         return self._process.pid
+
+    @property
+    def url(self) -> str | None:
+        """Where it serves, since its last start; None without a health URL."""
+        url = self.spec.health_url
+        return url.replace(PORT, self._port).removesuffix("/health") if url is not None else None
 
     @property
     def returncode(self) -> int | None:
@@ -100,14 +111,19 @@ class ManagedProcess:
     def start(self) -> None:
         """Starts it, also again after it has ended. Raises EnvironmentFault when it cannot be started."""
         assert not self.alive(), "already running"
-        command = (sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(ORPHANED_GRACE_S), *self.spec.argv)
+        if self.spec.prepare is not None:
+            self.spec.prepare()
+        if PORT in self.spec.argv:
+            self._port = str(free_port())
+        argv = (self._port if word == PORT else word for word in self.spec.argv)
+        command = (sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(ORPHANED_GRACE_S), *argv)
         try:
             with contextlib.ExitStack() as stack:
-                log = stack.enter_context(self.spec.log_path.open("ab")) if self.spec.log_path else None
-                self._log_from = log.tell() if log is not None else 0
+                log = stack.enter_context(self._log.begin()) if self._log else None
                 self._process = subprocess.Popen(
                     command,
-                    env={**os.environ, **self.spec.env},
+                    # Modules are never taken from the working directory, which may have a queue.py or a token.py.
+                    env={**os.environ, "PYTHONSAFEPATH": "1", **self.spec.env},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT if log else None,
@@ -127,25 +143,29 @@ class ManagedProcess:
         return self.spec.is_ready is None or self.spec.is_ready()
 
     def _healthy(self) -> bool:
-        if self.spec.health_url is None:
+        if self.url is None:
             return True
         try:
-            with _direct.open(self.spec.health_url, timeout=2) as answer:
+            with _direct.open(f"{self.url}/health", timeout=2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError, ValueError):
             return False
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Returns when it is ready. Raises EnvironmentFault with the end of its log when it dies first or takes too
-        long, and whatever `is_ready` raises."""
-        deadline = time.monotonic() + timeout_s
+    def wait_ready(self, timeout_s: float, beat: Callable[[float], None] = lambda _: None) -> None:
+        """Returns when it is ready. Raises EnvironmentFault with the cause when it dies first or takes too long, and
+        whatever `is_ready` raises. Calls `beat` with the seconds so far now and then."""
+        began = beat_at = time.monotonic()
         while not self.ready():
+            now = time.monotonic()
             if not self.alive():
                 raise EnvironmentFault(
-                    f"{self.spec.name} ended with code {self.returncode} before it was ready{self.log_tail()}"
+                    f"{self.spec.name} ended with code {self.returncode} before it was ready{self.why()}"
                 )
-            if time.monotonic() > deadline:
-                raise EnvironmentFault(f"{self.spec.name} was not ready after {timeout_s:g} s{self.log_tail()}")
+            if now > began + timeout_s:
+                raise EnvironmentFault(f"{self.spec.name} was not ready after {timeout_s:g} s{self.why()}")
+            if now > beat_at + BEAT_S:
+                beat_at = now
+                beat(now - began)
             time.sleep(0.1)
 
     def terminate(self) -> None:
@@ -162,25 +182,21 @@ class ManagedProcess:
                 self._signal(signal.SIGKILL)
                 self._ended_within(SWEEP_S)
 
-    def log_tail(self, lines: int = 15) -> str:
-        """The last lines of the log, as the end of an error message. Empty without a log."""
-        path = self.spec.log_path
-        if path is None or not path.exists():
-            return ""
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-        return f". The end of {path}:\n" + "\n".join(text.splitlines()[-lines:])
+    def why(self) -> str:
+        """The cause of its end in its log, as the end of an error message. Empty without a log."""
+        return self._log.failure() if self._log else ""
 
     def refusal(self) -> str:
-        """Polder's own error in the child's log, which would come again after a restart. Empty if there is none."""
-        path = self.spec.log_path
-        if path is None or not path.exists():
-            return ""
-        with path.open("rb") as file:
-            file.seek(self._log_from)
-            found = _REFUSAL.search(file.read(_LOG_BYTES).decode(errors="replace"))
-        return found[1].strip() if found else ""
+        """Polder's own error in the log, which would come again after a restart. Empty if there is none."""
+        return self._log.refusal() if self._log else ""
+
+    def last_line(self) -> str:
+        return "".join(self._log.tail(1)) if self._log else ""
+
+    def tend(self) -> None:
+        """To be called now and then while it runs: keeps its log short."""
+        if self._log:
+            self._log.shorten()
 
     def _signal(self, number: signal.Signals) -> None:
         if self.alive():
@@ -210,30 +226,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def vllm_serve(
-    model_path: Path | str,
-    *,
-    name: str,
-    port: int,
-    args: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-    cpus: str = "",
-    log_path: Path | None = None,
-) -> ProcessSpec:
-    """`vllm serve` on loopback: the model at `model_path` under the name `name`, on the cores `cpus` (empty: all)."""
-    command = Path(sys.executable).with_name("vllm")
-    program = (str(command),) if command.exists() else (sys.executable, "-m", "vllm.entrypoints.cli.main")
-    own = {"--served-model-name": name, "--host": "127.0.0.1", "--port": str(port)}
-    options = [word for option in own.items() for word in option]
-    # A log line for each request would grow without bound.
-    options.append("--disable-uvicorn-access-log")
-    pinned = ("taskset", "--cpu-list", cpus) if cpus else ()
-    return ProcessSpec(
-        name=name,
-        argv=(*pinned, *program, "serve", str(model_path), *options, *args),
-        env=dict(env or {}),
-        log_path=log_path,
-        health_url=f"http://127.0.0.1:{port}/health",
-    )

@@ -3,52 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from uuid import UUID
 
 import uvicorn
 
-from polder.broker import client
-from polder.broker.config import BROKER_SETTINGS, BrokerConfig
 from polder.broker.transport import find_stale
-from polder.errors import AddressInUse, BrokerUnavailable, ConfigError, EnvironmentFault
-from polder.serve.arguments import option
+from polder.errors import AddressInUse, ConfigError, EnvironmentFault
+from polder.serve.child import Backoff, ChildStatus, Event
+from polder.serve.control import Order, carried_out
 from polder.serve.disks import make_folders
 from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
 from polder.serve.keys import VARIABLE, fleet_key
-from polder.serve.presence import Presence
-from polder.serve.process import ProcessSpec, free_port, vllm_serve
+from polder.serve.logs import keep_logs
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
 from polder.serve.schema import ServerTable
-from polder.serve.supervisor import BROKER, Backoff, Event, Supervisor
+from polder.serve.specs import Place, broker_spec, model_spec
+from polder.serve.supervisor import Supervisor
 
-__all__ = ["broker_spec", "model_spec", "run"]
+__all__ = ["run"]
 
-BROKER_SILENT_S = 60.0
-"""A broker that hangs is replaced after so long. Engines survive that, and without a broker sleeping models cannot
-wake."""
 DRAIN_S = 5  # open requests get this long once the fleet is told to stop
-VLLM_SOCKETS = "VLLM_RPC_BASE_PATH"
-"""vLLM's name for the folder of its own sockets, /tmp if not set. An engine that is killed leaves them there."""
+UNPLANNED = ("ended", "silent", "failed")
+"""Events after which the logs are kept."""
 
 
 def run(
-    fleet: Fleet, report: Callable[[Event], None], *, socket_path: Path | None = None, log_dir: Path | None = None
+    fleet: Fleet,
+    reload: Callable[[], Fleet],
+    report: Callable[[Event], None],
+    *,
+    socket_path: Path | None = None,
+    log_dir: Path | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM. Must run in the main thread.
 
-    `report` gets every start and death, from several threads, one at a time. Raises AddressInUse, ConfigError and
-    EnvironmentFault before anything is started, and EnvironmentFault when a child never becomes ready.
+    `reload` reads the fleet file again, for models that are added or restarted. `report` gets every start and death,
+    from several threads, one at a time. Raises AddressInUse, ConfigError and EnvironmentFault before anything is
+    started, and EnvironmentFault when a child never becomes ready.
     """
     with _listen(fleet.server.host, fleet.server.port) as listener, runtime_dir() as private:
         path = socket_path or private / SOCKET_NAME
@@ -59,118 +60,139 @@ def run(
         except OSError as error:
             raise ConfigError(f"cannot write logs to {logs}: {error.strerror}") from error
         make_folders(model.settings.disks for model in fleet.models)
-        ports = {model.name: free_port() for model in fleet.models}
-        upstreams = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-        teams: list[Supervisor] = []
         key = fleet_key(fleet.server.api_key)
-        engine_key = secrets.token_urlsafe(32) if key else ""
-        app = make_app(
-            upstreams,
-            socket=path,
-            children=lambda: [child for team in teams for child in team.status()],
-            key=key,
-            engine_key=engine_key,
-            allowed_origins=fleet.server.allowed_origins,
-        )
+        place = Place(socket=path, logs=logs, private=private, engine_key=secrets.token_urlsafe(32) if key else "")
+        running = _Running(fleet, reload, report, place)
         server = uvicorn.Server(
             uvicorn.Config(
-                app,
-                log_level="warning",
+                make_app(
+                    running.models,
+                    socket=path,
+                    children=running.children,
+                    key=key,
+                    engine_key=place.engine_key,
+                    allowed_origins=fleet.server.allowed_origins,
+                ),
+                log_config=None,  # warnings go to stderr as they are
                 access_log=False,
                 timeout_keep_alive=fleet.server.keep_alive_s,
                 timeout_graceful_shutdown=DRAIN_S,
             )
         )
-        given_up: list[str] = []
-        one_at_a_time = threading.Lock()
+        running.server = server
+        with carried_out(path, running.carry_out), _ended_by_signals(server):
+            try:
+                running.hear(Event(child="gateway", kind="started", pid=os.getpid(), detail=running.greeting()))
+                running.broker.start()
+                if running.broker_is_up():
+                    running.models.start()
+                    server.run(sockets=[listener])
+            finally:
+                running.models.stop()
+                running.broker.stop(grace_s=5.0)
+                path.unlink(missing_ok=True)
+        if running.unplanned:
+            kept = f"logs in {keep_logs(private) if log_dir is None else logs}"
+            if running.given_up:
+                raise EnvironmentFault(f"{', '.join(running.given_up)} did not start; {kept}")
+            running.hear(Event(child="gateway", kind="stopped", pid=None, detail=f"stopped; a child had died: {kept}"))
 
-        def hear(event: Event) -> None:
-            with one_at_a_time:
-                report(event)
-            if event.kind == "failed":
-                given_up.append(f"{event.child}: {event.detail}")
-                server.should_exit = True
 
-        broker = Supervisor([broker_spec(fleet.broker(path), logs / "broker.log")], hear, backoff=Backoff(most_s=2.0))
-        models = Supervisor(
-            [
-                _with_key(model_spec(model, fleet, ports[model.name], path, logs, private), engine_key)
-                for model in fleet.models
-            ],
-            hear,
+class _Running:
+    """A fleet while it runs: what its children and its operator do to it."""
+
+    def __init__(
+        self, fleet: Fleet, reload: Callable[[], Fleet], report: Callable[[Event], None], place: Place
+    ) -> None:
+        self._fleet, self._reload, self._report, self._place = fleet, reload, report, place
+        self._one_at_a_time = threading.Lock()
+        self._awaited = {model.name for model in fleet.models}  # without them it is not up yet
+        self.server: uvicorn.Server | None = None
+        self.given_up: list[str] = []
+        self.unplanned = False
+        self.broker = Supervisor(
+            [broker_spec(fleet.broker(place.socket), place)], self.hear, backoff=Backoff(most_s=2.0)
+        )
+        self.models = Supervisor(
+            [model_spec(model, fleet, place) for model in fleet.models],
+            self.hear,
             # Two engines that load together on one GPU each count the other's allocations as their own.
             starts_at_once=1 if fleet.device.startswith("cuda") else None,
         )
-        teams += [broker, models]
-        with _ended_by_signals(server):
-            try:
-                place = f"{_address(fleet.server)}/v1 for {', '.join(ports)}; broker on {path}; logs in {logs}"
-                hear(Event(child="gateway", kind="started", pid=os.getpid(), detail=place))
-                broker.start()
-                if _is_up(broker, server):
-                    models.start()
-                    server.run(sockets=[listener])
-            finally:
-                models.stop()
-                broker.stop(grace_s=5.0)
-                path.unlink(missing_ok=True)
-        if given_up:
-            raise EnvironmentFault("; ".join(given_up))
+
+    def children(self) -> list[ChildStatus]:
+        return [*self.broker.status(), *self.models.status()]
+
+    def hear(self, event: Event) -> None:
+        self.unplanned |= event.kind in UNPLANNED
+        with self._one_at_a_time:
+            self._report(event)
+        if event.kind == "failed" and (event.child in self._awaited or event.child in self.broker):
+            self.given_up.append(event.child)
+            if self.server is not None:
+                self.server.should_exit = True
+        if event.kind == "ready" and event.child in self._awaited:
+            self._awaited.discard(event.child)
+            if not self._awaited:
+                detail = f"ready, try\n{_example(self._fleet)}"
+                self.hear(Event(child="gateway", kind="ready", pid=os.getpid(), detail=detail))
+
+    def greeting(self) -> str:
+        names = ", ".join(model.name for model in self._fleet.models)
+        place = self._place
+        return f"{_address(self._fleet.server)}/v1 for {names}; broker on {place.socket}; logs in {place.logs}"
+
+    def broker_is_up(self) -> bool:
+        """Waits for the broker. False when the fleet was told to stop, or the broker was given up."""
+        while self.server is not None and not self.server.should_exit:
+            if self.broker.status()[0].state == "ready":
+                return True
+            time.sleep(0.02)
+        return False
+
+    def carry_out(self, order: Order) -> str:
+        """Returns what was done. Raises UsageError, and EnvironmentFault when the model does not start."""
+        if order.verb == "remove":
+            self._awaited.discard(order.model)
+            self.models.remove(order.model)
+            return f"{order.model}: removed"
+        spec = model_spec(self._model(order.model), self._fleet, self._place)
+        self._awaited.discard(order.model)  # if it does not start, the others serve on
+        if order.verb == "restart":
+            self.models.replace(spec)
+        else:
+            self.models.add(spec)
+        while True:
+            found = [child for child in self.models.status() if child.name == order.model]
+            if found and found[0].state == "ready":
+                return f"{order.model}: ready"
+            if not found or found[0].state == "failed":
+                if found and order.verb == "add":
+                    self.models.remove(order.model)
+                raise EnvironmentFault(f"{order.model}: {found[0].last_exit if found else 'removed while it started'}")
+            if self.server is None or self.server.should_exit:
+                raise EnvironmentFault("the fleet is being ended")
+            time.sleep(0.2)
+
+    def _model(self, name: str) -> Model:
+        """A model of the fleet file as it is now. Raises ConfigError when it is not there, or when more has changed."""
+        fleet = self._reload()
+        if replace(fleet, models=()) != replace(self._fleet, models=()):
+            raise ConfigError("[server] or [memory] of the fleet file has changed: that needs a restart of the fleet")
+        found = [model for model in fleet.models if model.name == name]
+        if not found:
+            raise ConfigError(f"the fleet file has no model {name!r}: add a [[model]] with this name")
+        make_folders([found[0].settings.disks])
+        return found[0]
 
 
-def _with_key(spec: ProcessSpec, key: str) -> ProcessSpec:
-    """vLLM reads the key from the environment, where other users cannot see it as they see arguments. Without one it
-    must not take the environment's, which is the fleet's."""
-    return replace(spec, env={**spec.env, VARIABLE: key})
-
-
-def broker_spec(config: BrokerConfig, log_path: Path) -> ProcessSpec:
-    """`polder broker` with this configuration."""
-    devices = [word for name, size in config.devices.items() for word in ("--device", f"{name}={size}")]
-    options = ["--socket", str(config.socket)]
-    for given in BROKER_SETTINGS.values():
-        value = getattr(config if hasattr(config, given.field) else config.policy, given.field)
-        options += [given.option, given.kind.write(value)]
-    return ProcessSpec(
-        name=BROKER,
-        argv=(
-            *(sys.executable, "-m", "polder.cli.main", "broker", *devices),
-            *options,
-        ),
-        log_path=log_path,
-        is_ready=lambda: _answers(config.socket),
-        silent_s=BROKER_SILENT_S,
-    )
-
-
-def model_spec(model: Model, fleet: Fleet, port: int, socket_path: Path, logs: Path, private: Path) -> ProcessSpec:
-    own_size = "--kv-cache-memory-bytes"
-    sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
-    # Without this option each CPU engine plans for most of the machine's memory, and the second one refuses to start.
-    size = (own_size, str(fleet.budget_bytes)) if fleet.device.startswith("cpu") and not sized else ()
-    number = fleet.device.removeprefix("cuda:")
-    chosen = option(model.args, "--device-ids") is not None or "CUDA_VISIBLE_DEVICES" in model.env
-    # The other GPUs are not hidden: "cuda:1" must be the same device for the broker and its engines.
-    gpu = ("--device-ids", number) if fleet.device.startswith("cuda") and int(number) and not chosen else ()
-    spec = vllm_serve(
-        model.path,
-        name=model.name,
-        port=port,
-        args=(*model.arguments(), *size, *gpu),
-        env=_sockets_in(private) | model.environment(socket_path),
-        cpus=model.cpus,
-        log_path=logs / f"{model.name.replace('/', '%2F')}.log",
-    )
-    return replace(spec, is_ready=Presence(model.name, socket_path))
-
-
-def _sockets_in(private: Path) -> dict[str, str]:
-    """Puts vLLM's own sockets into the fleet's directory, which is removed at the end, if the path is short enough."""
-    try:
-        client.check_socket_path(private / str(UUID(int=0)))
-    except ConfigError:
-        return {}
-    return {} if VLLM_SOCKETS in os.environ else {VLLM_SOCKETS: str(private)}
+def _example(fleet: Fleet) -> str:
+    """A command that asks the first model."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(fleet.server.host, fleet.server.host)
+    key = f' -H "Authorization: Bearer ${VARIABLE}"' if fleet_key(fleet.server.api_key) else ""
+    body = json.dumps({"model": fleet.models[0].name, "prompt": "Hello", "max_tokens": 16})
+    url = f"{_address(replace(fleet.server, host=host))}/v1/completions"
+    return f"curl {url}{key} -H 'Content-Type: application/json' -d '{body}'"
 
 
 def _address(server: ServerTable) -> str:
@@ -198,25 +220,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _answers(socket_path: Path) -> bool:
-    with contextlib.suppress(BrokerUnavailable):
-        client.status(socket_path, timeout_s=1.0)
-        return True
-    return False
-
-
-def _is_up(broker: Supervisor, server: uvicorn.Server) -> bool:
-    """Waits for the broker. False when the fleet was told to stop, or the broker was given up."""
-    while not server.should_exit:
-        if broker.status()[0].state == "ready":
-            return True
-        time.sleep(0.02)
-    return False
-
-
 @contextlib.contextmanager
 def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    """SIGINT and SIGTERM end the server, also before it runs. Later ones change nothing while the children are ended.
+    """SIGINT, SIGTERM and the end of the terminal end the server, also before it runs. Later ones change nothing while
+    the children are ended.
 
     While it runs, uvicorn has handlers of its own; afterwards it raises what it caught, which ends in these handlers.
     """
@@ -224,7 +231,10 @@ def _ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
     def ask(number: int, frame: object) -> None:
         server.should_exit = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from polder.errors import EnvironmentFault
 
-__all__ = ["SOCKET_NAME", "discover_socket", "runtime_dir", "user_dir"]
+__all__ = ["SOCKET_NAME", "discover_socket", "remake", "runtime_dir", "user_dir"]
 
 SOCKET_NAME = "broker.sock"
 _PREFIX = "f"
@@ -47,8 +47,7 @@ def runtime_dir() -> Iterator[Path]:
         with _locked(parent):
             _sweep(parent)
             path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock = _lock(path)
     except OSError as error:
         raise EnvironmentFault(f"cannot make a directory for the fleet in {parent}: {error.strerror}") from error
     try:
@@ -58,6 +57,24 @@ def runtime_dir() -> Iterator[Path]:
         os.close(lock)
         with contextlib.suppress(OSError):
             parent.rmdir()  # only if no other fleet runs
+
+
+def remake(path: Path) -> None:
+    """Makes a fleet's directory again if something has removed it: a cleaner of /tmp, or the end of a login session.
+
+    Its lock is held until this process ends. Raises EnvironmentFault when the directory cannot be made.
+    """
+    if path.is_dir():
+        return
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(path.parent):
+            path.mkdir(mode=0o700, exist_ok=True)
+            _lock(path)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path} was removed and cannot be made again ({error.strerror}): set XDG_RUNTIME_DIR to a directory that stays"
+        ) from error
 
 
 def discover_socket() -> Path | None:
@@ -80,9 +97,15 @@ def _sweep(parent: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    lock = _lock(path)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    """The descriptor that holds the directory's lock until it is closed."""
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock

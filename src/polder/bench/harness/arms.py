@@ -19,7 +19,8 @@ import httpx
 from polder.bench.harness.engines import EnginePlan, fleet_toml
 from polder.bench.harness.scrape import cache_samples
 from polder.errors import EnvironmentFault
-from polder.serve.process import ManagedProcess, ProcessSpec, free_port, vllm_serve
+from polder.serve.process import ManagedProcess, ProcessSpec, free_port
+from polder.serve.specs import vllm_serve
 
 __all__ = ["Arm", "ArmPool", "ArmSpec", "PolderArm", "StockArm"]
 
@@ -63,7 +64,7 @@ class Arm:
         for process in self._processes:
             if not process.alive():
                 what = f"{self.name}/{process.spec.name}"
-                raise EnvironmentFault(f"{what} died with {process.returncode}{process.log_tail()}")
+                raise EnvironmentFault(f"{what} died with {process.returncode}{process.why()}")
 
     def stop(self) -> None:
         """Ends everything the arm started."""
@@ -150,7 +151,7 @@ class PolderArm(Arm):
         super().check()
         died = [name for name, child in self._children().items() if child["restarts"] or child["state"] != "ready"]
         if died:
-            raise EnvironmentFault(f"{', '.join(died)} of {self.name} died{self._processes[0].log_tail()}")
+            raise EnvironmentFault(f"{', '.join(died)} of {self.name} died{self._processes[0].why()}")
 
     def _children(self) -> dict[str, dict[str, int | str]]:
         """The engines' processes and the broker's."""

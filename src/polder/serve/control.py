@@ -1,0 +1,103 @@
+"""Orders to a running fleet: one model more, one less, one anew, while the others serve on.
+
+They come through a socket beside the broker's, with its guard: mode 0600, and the same user only (SO_PEERCRED). One line
+of JSON each way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from polder.broker.transport import address_of, check_socket_path
+from polder.errors import BrokerUnavailable, EnvironmentFault, PolderError, UsageError
+
+__all__ = ["Order", "carried_out", "give"]
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    verb: Literal["add", "remove", "restart"]
+    model: str
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    words: str
+    """What was done, or why not."""
+    failed: Literal["", "usage", "environment"] = ""
+
+
+def _beside(broker: Path) -> Path:
+    return broker.with_name(f"{broker.name}.ctl")
+
+
+def give(broker: Path, order: Order) -> str:
+    """Gives an order to the fleet whose broker listens on this socket, and waits until it is carried out.
+
+    Returns what was done. Raises UsageError and EnvironmentFault with the fleet's words, BrokerUnavailable without a
+    fleet.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(address_of(_beside(broker)))
+        except OSError as error:
+            words = f"no `polder serve` takes orders on {_beside(broker)}: {error.strerror}"
+            raise BrokerUnavailable(words) from error
+        connection.sendall(msgspec.json.encode(order) + b"\n")
+        line = connection.makefile("rb").readline()
+    if not line:
+        raise EnvironmentFault("the fleet ended before the order was carried out")
+    answer = msgspec.json.decode(line, type=_Answer)
+    if answer.failed:
+        raise UsageError(answer.words) if answer.failed == "usage" else EnvironmentFault(answer.words)
+    return answer.words
+
+
+@contextlib.contextmanager
+def carried_out(broker: Path, carry_out: Callable[[Order], str]) -> Iterator[None]:
+    """Takes orders while the context is open. `carry_out` is called from several threads and raises PolderError."""
+    path = _beside(broker)
+    check_socket_path(path)
+    path.unlink(missing_ok=True)  # of a fleet that was killed: nobody listens on the broker's
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = os.umask(0o177)
+        try:
+            listener.bind(address_of(path))
+        finally:
+            os.umask(before)
+        listener.listen()
+        thread = threading.Thread(target=_accept, args=(listener, carry_out), name="polder-control", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+            thread.join()
+            path.unlink(missing_ok=True)
+
+
+def _accept(listener: socket.socket, carry_out: Callable[[Order], str]) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=_serve, args=(connection, carry_out), daemon=True).start()
+
+
+def _serve(connection: socket.socket, carry_out: Callable[[Order], str]) -> None:
+    with connection, contextlib.suppress(OSError):
+        _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != os.getuid():
+            return
+        try:
+            order = msgspec.json.decode(connection.makefile("rb").readline(), type=Order)
+            answer = _Answer(words=carry_out(order))
+        except (PolderError, msgspec.DecodeError) as error:
+            answer = _Answer(words=str(error), failed="environment" if isinstance(error, EnvironmentFault) else "usage")
+        connection.sendall(msgspec.json.encode(answer) + b"\n")
