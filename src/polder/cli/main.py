@@ -60,8 +60,8 @@ def main() -> None:
 
 
 def _hold_streams() -> None:
-    """Standard streams that were closed become /dev/null. Else a socket would get such a number, and a child would write
-    its log there."""
+    """Standard streams that were closed become /dev/null. Else a socket would get such a number, and a child would
+    write its log there."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)

@@ -4,8 +4,8 @@
         └─────────ends, or is too slow───┘ └─ never ready, and another start would not help ──► failed
 
 A child that was ready once is restarted for ever. One that never was ready has a wrong option or does not fit the
-machine. It is given up at once when its command line is wrong or Polder in it has refused a setting, else when two starts
-end in the same way, or after some attempts.
+machine. It is given up at once when its command line is wrong or Polder in it has refused a setting, else when two
+starts end in the same way, or after some attempts.
 """
 
 from __future__ import annotations

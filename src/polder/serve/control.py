@@ -1,7 +1,7 @@
 """Orders to a running fleet: one model more, one less, one anew, while the others serve on.
 
-They come through a socket beside the broker's, with its guard: mode 0600, and the same user only (SO_PEERCRED). One line
-of JSON each way.
+They come through a socket beside the broker's, with its guard: mode 0600, and the same user only (SO_PEERCRED). One
+line of JSON each way.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ own children, even from another session. Guarantees:
   * When the parent dies, also by kill -9, the child gets SIGTERM, and after GRACE_S the tree is killed.
   * When this process is killed, the child dies with it (PR_SET_PDEATHSIG), and ManagedProcess kills the rest of the
     group.
-  * Shared memory of Python's that the tree leaves behind is removed. An engine that is stopped while it loads leaves some.
+  * Shared memory of Python's that the tree leaves behind is removed. An engine that is stopped while it loads leaves
+    some.
   * It ends with the child's code, or 128 + N for signal N, as a shell does; 127 when the command cannot be started.
 
 It uses the standard library only, without site-packages: it costs 15 ms and a few MiB.
@@ -118,7 +119,7 @@ def _sweep(child: subprocess.Popen[bytes], leave_s: float, segments: set[str]) -
 
 
 def _parents() -> dict[int, int]:
-    """Of all processes."""
+    """The parent of each process."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdecimal():

@@ -18,7 +18,7 @@ from typing import BinaryIO
 __all__ = ["Log", "first_cause", "keep_logs"]
 
 MOST_BYTES = 64 << 20
-"""Of a log and of the one before it, each."""
+"""A log, and the one before it, get no longer."""
 READ_BYTES = 4 << 20
 TAIL_BYTES = 64 << 10
 KEPT = 5

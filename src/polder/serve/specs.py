@@ -1,4 +1,4 @@
-"""What the children of a fleet are: the command, the environment and the signs of life of the broker and of each model."""
+"""What is started: the command, the environment and the signs of life of the broker and of each model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The children of a fleet, each with a thread of its own, so that waiting for one (a model takes 20 s to minutes to load)
-delays neither the others nor the gateway. They may be added and removed at any time.
+"""The children of a fleet. They may be added and removed at any time.
+
+Each has a thread of its own, so that waiting for one (a model takes 20 s to minutes to load) delays neither the others
+nor the gateway.
 """
 
 from __future__ import annotations
