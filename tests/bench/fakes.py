@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace as changed
 
-from polder.bench.harness import control
+from polder.bench.harness import arms
 from polder.bench.harness.arms import Arm, ArmSpec
 from polder.bench.harness.engines import EnginePlan
-from polder.bench.harness.scrape import PREEMPTIONS, TIER_HITS
-from polder.bench.stages import equality, resize, restart, weights
+from polder.bench.harness.scrape import PREEMPTIONS, REPORTED, TIER_HITS
+from polder.bench.report.metrics import WEIGHT_COUNTERS
+from polder.bench.stages import resize, restart, weights
+from polder.bench.stages.equality import MOVE_COUNTERS
 from polder.bench.workloads import agents, tenants
 from polder.bench.workloads.traces import AgentRow, BurstRow, ChatRow
 from polder.bench.workloads.traces import load as load_trace
@@ -34,8 +36,7 @@ class FakeBroker:
         self.held_units, self.segments = 10, LAYERS
         self.stats = dict.fromkeys(
             [
-                *equality.MOVE_COUNTERS.values(),
-                *control.WEIGHT_COUNTERS.values(),
+                *(name.removeprefix(REPORTED) for name in (*MOVE_COUNTERS.values(), *WEIGHT_COUNTERS.values())),
                 *("grow_seconds_total", "shrink_seconds_total", "weights_copy_seconds_total"),
             ],
             0.0,
@@ -89,7 +90,7 @@ class FakeArm(Arm):
     quiet_s = 0.0
 
     def __init__(self, name: str, spec: ArmSpec, logs: Path, journal: list[str], **behaviour: Any) -> None:
-        super().__init__(name, spec.engines, logs, Path("broker") if spec.system == "polder" else None)
+        super().__init__(name, spec, logs, logs)
         longest = max((engine.max_model_len for engine in spec.engines), default=10**9)
         self.engine = FakeEngine(**({"longest": longest, "cached_tokens": 48} | behaviour))
         self._journal, self._server = journal, ExitStack()
@@ -97,7 +98,11 @@ class FakeArm(Arm):
     def start(self) -> None:
         self._journal.append(self.name)
         self.url = self._server.enter_context(serving(self.engine)).url
-        self._urls = {engine.name: self.url for engine in self.engines}
+        self.urls = {engine.name: self.url for engine in self.engines}
+
+    def wait_ready(self) -> None: ...
+
+    def check(self) -> None: ...
 
     def stop(self) -> None:
         self._journal.append(f"stop {self.name}")
@@ -105,9 +110,8 @@ class FakeArm(Arm):
 
     def reset_prefix_caches(self) -> None: ...
 
-    def samples(self) -> dict[str, dict[str, float]]:
-        asked = 16.0 * len(self.engine.asked)
-        return {engine.name: {TIER_HITS: asked, PREEMPTIONS: 0.0} for engine in self.engines}
+    def scrape(self, engine: str) -> dict[str, float]:
+        return {TIER_HITS: 16.0 * len(self.engine.asked), PREEMPTIONS: 0.0}
 
 
 def one_engine(name: str = "T2", **more: Any) -> EnginePlan:
@@ -117,12 +121,12 @@ def one_engine(name: str = "T2", **more: Any) -> EnginePlan:
 
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for reports or rests between rounds; no model is built."""
-    for module in (control, weights):
+    for module in (arms, weights):
         monkeypatch.setattr(module, "REPORT_S", 0.0)
     monkeypatch.setattr(resize, "PAUSE_S", 0.001)
     monkeypatch.setattr(restart, "SETTLE_S", 0.0)
     monkeypatch.setattr("polder.bench.harness.engines.ensure_model", lambda recipe, folder: folder / recipe.name)
-    monkeypatch.setattr("polder.bench.suites.base.check_engine", lambda: None)
+    monkeypatch.setattr("polder.bench.harness.arms.check_engine", lambda: None)
 
 
 def short_traces(monkeypatch: pytest.MonkeyPatch) -> None:

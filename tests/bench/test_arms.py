@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from polder.bench.harness.arms import ArmPool, ArmSpec
+from polder.bench.harness.arms import ArmGroup, ArmPool, ArmSpec
 from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, fleet_toml
 from polder.bench.stages.equality import taking_back
 from polder.bench.suites import tenants
@@ -68,11 +68,11 @@ def test_arms_with_tiers_differ_in_nothing_but_what_stands_behind_the_pool(
 ) -> None:
     found = fleet(arm_of("turns", arm))
     a, b = found["model"]
-    assert found["memory"].get("host") == a.get("host") == (f"{host}B" if host else None)
+    assert found["memory"].get("host") == a.get("host") == host
     assert (a["tiers"], b.get("tiers")) == (tiers, None)
-    assert (a.get("lend"), b.get("lend")) == (None, f"{lend}B" if lend else None)
+    assert (a.get("lend"), b.get("lend")) == (None, lend)
     for model in (a, b):
-        assert model["floor"] == model["share"] == model["ceiling"] == f"{128 * MIB}B"
+        assert model["floor"] == model["share"] == model["ceiling"] == 128 * MIB
     assert a["env"]["POLDER_LINKS"] == "peer=3200MB/s,host=400MB/s"
     assert "POLDER_LINKS" not in fleet(arm_of("turns", arm, links="none"))["model"][0]["env"]
     for engine, plain in zip(arm_of("turns", arm).engines, arm_of("turns", "stock").engines, strict=True):
@@ -111,8 +111,8 @@ def test_equality_of_turns_asks_for_more_than_the_pool_holds_and_each_tier_holds
 
 def test_all_tenants_arms_have_the_same_bytes_and_weights_are_over_half_of_them(arm_of: Callable[..., ArmSpec]) -> None:
     weights = sum(map(weights_bytes, TENANTS.values()))
-    assert fleet(arm_of("tenants", "kv-only"))["memory"]["kv_budget"] == f"{3 * KV_SHARE_BYTES}B"
-    assert fleet(arm_of("tenants", "polder"))["memory"]["budget"] == f"{tenants.BUDGET_BYTES}B"
+    assert fleet(arm_of("tenants", "kv-only"))["memory"]["kv_budget"] == 3 * KV_SHARE_BYTES
+    assert fleet(arm_of("tenants", "polder"))["memory"]["budget"] == tenants.BUDGET_BYTES
     assert weights + 3 * KV_SHARE_BYTES == tenants.BUDGET_BYTES < 2 * weights
     engines = arm_of("tenants", "stock").engines
     assert sum(e.blocks * BLOCK_TOKENS * e.recipe.kv_bytes_per_token for e in engines) == 3 * KV_SHARE_BYTES
@@ -141,7 +141,7 @@ def test_every_context_arm_but_enough_has_the_same_bytes(arm_of: Callable[..., A
     found = fleet(arm_of("context", "window-4"))
     assert found["model"][0]["window_layers"] == 4
     assert found["memory"]["host"] == found["model"][0]["window"]
-    assert found["memory"]["page"] == f"{plan.page_bytes}B" != f"{PAGE_BYTES}B"
+    assert found["memory"]["page"] == plan.page_bytes != PAGE_BYTES
 
 
 @pytest.mark.parametrize("arm", ["kv-only", "polder"])
@@ -158,40 +158,53 @@ def test_the_fleet_file_is_one_that_polder_serve_reads(
     path = tmp_path / "fleet.toml"
     path.write_text(fleet_toml(spec.engines, 8123))
     read = load_fleet(path)
-    assert (read.port, read.device) == (8123, "cpu:0")
+    assert (read.server.port, read.device) == (8123, "cpu:0")
     assert read.budget_bytes == (tenants.BUDGET_BYTES if arm == "polder" else 3 * KV_SHARE_BYTES)
     assert "--enable-prefix-caching" in read.models[0].args
 
 
-def pool_of(arm: type[FakeArm], logs: Path, journal: list[str], prepared: list[str], at_most: int) -> ArmPool:
-    return ArmPool(
-        lambda name: arm(name, ArmSpec("stock", []), logs, journal),
-        lambda up: prepared.append(up.name),
-        at_most,
-    )
+def group_of(arm: type[FakeArm], journal: list[str], prepared: list[str], suffix: str = "") -> ArmGroup:
+    class Spec(ArmSpec):
+        def make(self, name: str, logs: Path, runtime: Path) -> FakeArm:
+            return arm(name, self, logs, journal)
+
+    spec = Spec("stock", [])
+    return ArmGroup(lambda _: spec, suffix, 2, lambda up: prepared.append(up.name))
 
 
-def test_at_most_two_arms_are_up_and_the_one_used_longest_ago_goes(tmp_path: Path) -> None:
+def test_at_most_two_arms_are_up_and_the_one_used_longest_ago_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_waiting(monkeypatch)
     journal: list[str] = []
     prepared: list[str] = []
-    pool = pool_of(FakeArm, tmp_path, journal, prepared, 2)
-    with pool.open():
+    group = group_of(FakeArm, journal, prepared)
+    with ArmPool(tmp_path, lambda _: None) as pool:
         for name in ("stock", "polder", "native", "native", "polder"):
-            assert pool.get(name).name == name
+            assert pool.get(group, name).name == name
     assert journal[:4] == ["stock", "polder", "stop stock", "native"]
     assert prepared == ["stock", "polder", "native"]
     assert journal[-2:] == ["stop native", "stop polder"]
 
 
-def test_an_arm_that_never_gets_ready_is_stopped(tmp_path: Path) -> None:
+def test_arms_of_another_group_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_waiting(monkeypatch)
+    journal: list[str] = []
+    with ArmPool(tmp_path, lambda _: None) as pool:
+        for suffix in ("", "-equality"):
+            pool.get(group_of(FakeArm, journal, [], suffix), "stock")
+    assert journal == ["stock", "stop stock", "stock-equality", "stop stock-equality"]
+
+
+def test_an_arm_that_never_gets_ready_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(FakeArm):
         def wait_ready(self) -> None:
             raise RuntimeError("no engine")
 
+    no_waiting(monkeypatch)
     journal: list[str] = []
-    pool = pool_of(Broken, tmp_path, journal, [], 2)
-    with pytest.raises(RuntimeError), pool.open():
-        pool.get("stock")
+    with pytest.raises(RuntimeError), ArmPool(tmp_path, lambda _: None) as pool:
+        pool.get(group_of(Broken, journal, []), "stock")
     assert journal == ["stock", "stop stock"]
 
 

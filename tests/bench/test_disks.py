@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polder.bench.sparse.arms import PARTS
+from polder.bench.sparse.modelled import run_steps
 from polder.bench.stages.access_sets import DESCRIPTIONS, DISKS, AccessSet, SetSizes, access_sets, disks_of, turn_reads
-from polder.bench.stages.layouts import PARTS, arm_metrics, build, modelled, part_metrics
+from polder.bench.stages.layouts import Layouts, layout_of
 from polder.bench.stages.live import live_run, live_set
 from polder.bench.stages.wall import LATENCY_S, WallStep, wall_metrics, wall_steps
 from polder.bench.suites.disks import ARMS, WALL_ARMS, DisksSuite
@@ -54,7 +56,7 @@ def test_a_turn_reads_the_leading_blocks_that_earlier_turns_have_written() -> No
 def test_wanted_bytes_over_io_time_are_the_bandwidth_and_no_layout_beats_the_bound(sticky: AccessSet) -> None:
     for disks in DISKS:
         for arm in ARMS:
-            found = arm_metrics([sticky], arm, disks_of(disks))
+            found = Layouts([sticky], disks_of(disks)).metrics(arm)
             assert found["wanted_bytes"] / found["io_time_s"] == pytest.approx(found["bandwidth_bytes_per_s"])
             assert found["over_bound"] >= 1 - 1e-9
             assert found["io_time_with_host_s"] >= found["io_time_s"]
@@ -62,16 +64,17 @@ def test_wanted_bytes_over_io_time_are_the_bandwidth_and_no_layout_beats_the_bou
 
 def test_several_seeds_are_one_run_of_all_their_steps_and_parts_share_the_whole_gain(sticky: AccessSet) -> None:
     models = disks_of("4")
-    once, twice = (arm_metrics([sticky] * n, "hash", models) for n in (1, 2))
+    once, twice = (Layouts([sticky] * n, models).metrics("hash") for n in (1, 2))
     assert {name: twice[name] for name in once if "p99" not in name} == pytest.approx(
         {name: value for name, value in once.items() if "p99" not in name}
     )
-    found = part_metrics([sticky], models)
-    parts = found["stage-parts"]
-    assert np.prod([parts[f"{part}_factor"] for part in PARTS]) == pytest.approx(parts["gain"])
-    assert sum(parts[f"{part}_share"] for part in PARTS) == pytest.approx(1.0)
-    fixed = arm_metrics([sticky], "fixed-blocks", models)
-    assert found["stage-striped"]["io_time_s"] == pytest.approx(fixed["io_time_s"])
+    layouts = Layouts([sticky], models)
+    _, *later = PARTS
+    parts = layouts.parts()["stage-parts"]
+    assert np.prod([parts[f"{part}_factor"] for part in later]) == pytest.approx(parts["gain"])
+    assert sum(parts[f"{part}_share"] for part in later) == pytest.approx(1.0)
+    first, last = (layouts.metrics(arm)["io_time_s"] for arm in ("fixed-blocks", "polder"))
+    assert parts["gain"] == pytest.approx(first / last)
 
 
 @pytest.mark.parametrize("disks", ["4", "4-slow"])
@@ -80,7 +83,7 @@ def test_what_is_read_is_what_was_planned_and_takes_what_was_modelled(
     sticky: AccessSet, arm: str, disks: str, tmp_path: Path
 ) -> None:
     models = disks_of(disks, DisksSuite.quick.wall_model(disks))
-    layout, steps = build(sticky, arm, models), sticky.measured.part(0, 3)
+    layout, steps = layout_of(sticky, arm, models), sticky.measured.part(0, 3)
     found = wall_steps(layout, steps, models, folder=tmp_path, clock=VirtualClock())
     units = [len(layout.units(blocks)) for blocks in steps]
     assert [step.planned_bytes for step in found] == [count * layout.unit_bytes for count in units]
@@ -89,7 +92,7 @@ def test_what_is_read_is_what_was_planned_and_takes_what_was_modelled(
     assert [step.wall_s for step in found] == pytest.approx([step.modelled_s + LATENCY_S for step in found])
     # Disks slower by a factor, in bytes and requests alike, take longer by that factor.
     fast = disks_of(disks)
-    run = modelled(build(sticky, arm, fast), sticky._replace(measured=steps), fast, arm=arm)
+    run = run_steps(layout_of(sticky, arm, fast), steps, fast, block_bytes=sticky.known.block_bytes)
     slowed = fast[-1].bytes_per_s / models[-1].bytes_per_s
     assert [step.modelled_s for step in found] == pytest.approx((slowed * run.seconds).tolist())
 

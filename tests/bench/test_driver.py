@@ -82,14 +82,15 @@ def test_a_run_ends_with_its_last_measured_request(engine: FakeEngine) -> None:
 
 
 def test_engines_are_played_at_once_until_both_are_through(engine: FakeEngine) -> None:
-    tally = Tally()
+    ended: list[int] = []
+    tally = Tally(on_end=ended.append)
     workloads: dict[str, tuple[str, Workload]] = {
         "A": (engine.url, ClosedLoop(users=[[turn("a")]])),
         "B": (engine.url, OpenLoop(turns=[turn("b", at_s=0.3)])),
     }
     played = asyncio.run(play(workloads, tally))
     assert {name: len(records) for name, records in played.records.items()} == {"A": 1, "B": 1}
-    assert (tally.ended, tally.output_tokens) == (2, 4)
+    assert (tally.ended, tally.output_tokens, tally.over, ended) == (2, 4, True, [1, 2])
     assert played.client_cpu_s > 0
 
 

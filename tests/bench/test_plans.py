@@ -63,7 +63,9 @@ def test_arms_keep_their_order_and_one_that_the_plan_lacks_runs_once_at_the_end(
     assert TurnsSuite.quick.only(arms=["polder-peer"]).orders["equality"] == ("stock", "polder-peer")
     assert TenantsSuite.quick.only(arms=["kv-only", "stock"]).orders["temporal"] == ("stock", "stock", "kv-only")
     assert ContextSuite.quick.only(arms=["window-1"]).arms == ("enough", "window-1")
-    assert TurnsSuite.full.describe()["agents_order"] == TurnsSuite.full.orders["agents"] == (*ARMS, *reversed(ARMS))
+    assert (
+        TurnsSuite.full.describe()["orders"]["agents"] == TurnsSuite.full.orders["agents"] == (*ARMS, *reversed(ARMS))
+    )
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
@@ -108,7 +110,6 @@ def test_a_window_of_two_layers_holds_nine_tenths_of_layers_over_two_times_stock
     assert plan.longest("window") / plan.longest("stock") >= 0.9 * 16 / 2
     assert plan.longest("window-4") < plan.longest("window-3") < plan.longest("window") <= plan.longest("enough")
     shape = plan.shape("window")
-    assert shape is not None
     assert shape.windowed_blocks(plan.longest("stock") // 2) == 0
     found = [shape.windowed_blocks(tokens) for tokens in range(32, plan.longest("window"), 32)]
     assert found == sorted(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,20 +12,27 @@ from rich.console import Console
 
 from polder.bench.harness import control
 from polder.bench.harness.arms import ArmSpec
-from polder.bench.harness.control import counts, moved, put_to_sleep, wake
+from polder.bench.harness.control import obeyed
 from polder.bench.harness.driver import RequestRecord
 from polder.bench.harness.progress import Reporter
 from polder.bench.harness.runs import Run
+from polder.bench.harness.scrape import PREEMPTIONS, gained
 from polder.bench.harness.timeline import Timeline, new_givebacks
-from polder.bench.report.metrics import arm_metrics, exhausted_seconds, ratio_intervals, weight_metrics
+from polder.bench.report.metrics import (
+    WEIGHT_COUNTERS,
+    arm_metrics,
+    exhausted_seconds,
+    ratio_intervals,
+    weight_metrics,
+)
 from polder.bench.stages import restart, weights
-from polder.bench.stages.context import Shape, planned_tbt_ms, planned_ttft_ms
+from polder.bench.stages.context import planned_tbt_ms, planned_ttft_ms
 from polder.bench.stages.equality import OUTPUT_TOKENS, Answered, Round, answer, compare
 from polder.bench.stages.resize import Resized, resize_metrics
 from polder.bench.stages.tax import tax_intervals, tax_metrics
 from polder.bench.suites.context import ContextSuite
-from polder.broker import client
-from polder.broker.wire import Done, Sleep, Wake
+from polder.broker import client, wire
+from polder.broker.wire import Done, Resize, Sleep, Wake
 from polder.errors import EnvironmentFault
 from polder.planner.context_cost import Stream
 from tests.bench.fakes import LAYERS, FakeArm, FakeBroker, no_waiting, one_engine
@@ -53,14 +59,13 @@ def record(sent_s: float, end_s: float, prompt_tokens: int = 98, **more: Any) ->
 
 def run(arm: str, *, wakes: float = 0.0) -> Run:
     records = {"T1": [record(0, 2), record(1, 3)], "T2": [record(4, 6, 48)], "T3": []}
-    counts = dict.fromkeys(control.WEIGHT_COUNTERS, 0.0) | {"wakes": wakes}
+    counts = dict.fromkeys(WEIGHT_COUNTERS.values(), 0.0) | {WEIGHT_COUNTERS["wakes"]: wakes}
     times = {"started_at": 0.0, "wall_s": 6.0, "client_cpu_s": 0.0, "load_before": 0.0, "load_after": 0.0}
     return Run(
         arm=arm,
         records=records,
-        preemptions={"T1": 1.0, "T2": 0.0, "T3": 0.0},
         timeline=Timeline(),
-        weights=dict.fromkeys(records, counts) if wakes else {},
+        samples={engine: {PREEMPTIONS: float(engine == "T1")} | (counts if wakes else {}) for engine in records},
         **times,  # type: ignore[arg-type]
     )
 
@@ -129,9 +134,10 @@ def test_metrics_of_each_engine_in_use_and_of_all_together() -> None:
 
 
 def test_intervals_of_single_engines_and_of_all_together() -> None:
-    intervals = ratio_intervals([run("polder")], [run("stock")], name="polder/stock", engines=("all", "T3"))
+    intervals = ratio_intervals([run("polder")], [run("stock")], name="polder/stock")
     quantiles = [f"{metric}_p{q}_ms" for metric in ("ttft", "tbt") for q in (50, 90, 99)]
-    assert intervals.keys() == {f"polder/stock:all.{metric}" for metric in quantiles}, "T3 has no requests"
+    keys = {f"polder/stock:{engine}.{metric}" for engine in ("T1", "T2", "all") for metric in quantiles}
+    assert intervals.keys() == keys, "T3 has no requests"
     low, high = intervals["polder/stock:all.ttft_p50_ms"]
     assert low <= 1.0 <= high
 
@@ -150,10 +156,9 @@ def test_answers_differ_when_any_token_does() -> None:
 def test_the_plan_adds_nothing_where_nothing_is_windowed_and_the_links_time_where_it_is_the_bound() -> None:
     plan, stream = ContextSuite.quick, Stream(link_bytes_per_s=1e9, window_layers=2)
     shape = plan.shape("window")
-    assert isinstance(shape, Shape)
     short, long = plan.longest("stock") // 2, plan.longest("window")
     assert planned_tbt_ms(shape, stream, short, 14.0) == pytest.approx(14.0)
-    link_ms = shape.windowed_blocks(long - 32) * shape.block_bytes * shape.layers / 1e9 * 1e3
+    link_ms = shape.windowed_blocks(long - 32) * shape.block_bytes * shape.window.layers / 1e9 * 1e3
     assert planned_tbt_ms(shape, stream, long, 14.0) == pytest.approx(link_ms, rel=0.1)
     ttfts = {n: 0.6 * (n - 64) + 1e-4 * (n - 64) ** 2 for n in (short, 2 * short, long)}
     assert planned_ttft_ms(shape, stream, short, ttfts) == pytest.approx(ttfts[short])
@@ -164,34 +169,38 @@ def test_the_plan_adds_nothing_where_nothing_is_windowed_and_the_links_time_wher
 # ---------------------------------------------------------------------- weights
 
 
-def test_weights_are_counted_by_what_engines_report(broker: FakeBroker) -> None:
-    before = counts(BROKER)
-    put_to_sleep(BROKER, "T2")
-    wake(BROKER, "T2")
-    gained = moved(before, counts(BROKER))
-    assert (gained["T2"]["wakes"], gained["T2"]["sleeps"], gained["T2"]["layers_loaded"]) == (1, 1, LAYERS)
-    assert counts(None) == {}
+def test_engines_are_counted_by_what_they_report(broker: FakeBroker, tmp_path: Path) -> None:
+    arm, stock = up(tmp_path), up(tmp_path, "stock")
+    assert arm.broker is not None
+    before = arm.samples()
+    for order in (Sleep(engine="T2"), Wake(engine="T2")):
+        obeyed(arm.broker, order)
+    found = gained(before["T2"], arm.samples()["T2"])
+    assert [found[WEIGHT_COUNTERS[name]] for name in ("wakes", "sleeps", "layers_loaded")] == [1, 1, LAYERS]
+    assert not stock.samples()["T2"].keys() & WEIGHT_COUNTERS.values()
+    for one in (arm, stock):
+        one.stop()
 
 
 @pytest.mark.parametrize(
-    "order", [put_to_sleep, lambda b, e: control.hold(b, e, 2), lambda b, e: control.resize(b, e, 5)]
+    "order", [Sleep(engine="T2"), wire.Stream(engine="T2", segments=2), Resize(engine="T2", units=5)]
 )
 def test_an_engine_that_does_not_obey_is_a_fault(
-    order: Callable[[Path, str], None], broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
+    order: control.Order, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "SETTLE_TIMEOUT_S", 0.0)
     broker.obeys = False
     with pytest.raises(EnvironmentFault, match="T2 does not"):
-        order(BROKER, "T2")
+        obeyed(BROKER, order)
 
 
 def test_a_reclaimed_model_is_asked_in_turn_with_a_resident_one(broker: FakeBroker, tmp_path: Path) -> None:
-    with Reporter(Console(quiet=True)).stage("x") as stage:
+    with Reporter(Console(quiet=True)).stage("x") as update:
         arm = up(tmp_path)
-        resident, reclaimed = weights.resident_and_reclaimed(arm, prompts=(32, 128), samples=2, stage=stage)
+        resident, reclaimed = weights.resident_and_reclaimed(arm, prompts=(32, 128), samples=2, update=update)
         prompts = [str(asked["prompt"]) for asked in arm.engine.asked]
         stock = up(tmp_path, "stock")
-        _, none = weights.resident_and_reclaimed(stock, prompts=(128,), samples=1, stage=stage)
+        _, none = weights.resident_and_reclaimed(stock, prompts=(128,), samples=1, update=update)
         for one in (arm, stock):
             one.stop()
     assert len(set(prompts)) == len(prompts) == 2 * 2 * 3, "a prompt that comes back would be found in the cache"
@@ -209,9 +218,9 @@ def test_loading_anew_counts_from_the_start_of_the_arm(broker: FakeBroker, tmp_p
         return up(tmp_path, "stock", **behaviour)
 
     def measured(**behaviour: Any) -> dict[str, Any]:
-        with Reporter(Console(quiet=True)).stage("x") as stage:
+        with Reporter(Console(quiet=True)).stage("x") as update:
             return weights.measure_comeback(
-                "stock", lambda: start(**behaviour), prompts=(128,), anew_prompt=128, samples=1, stage=stage
+                "stock", lambda: start(**behaviour), prompts=(128,), anew_prompt=128, samples=1, update=update
             )
 
     found = measured()
@@ -227,14 +236,13 @@ def test_acts_are_carried_out_in_mid_answer_and_only_where_there_is_a_broker(
     acts: Any = {0.0: Sleep(engine="T2"), 0.5: Wake(engine="T2")}
     rounds = [Round({"T2": {"T20": [5] * 64}}, of) for of in (acts, {})]
     ours, theirs = (
-        answer(up(tmp_path, system, token_s=0.002), rounds, {"wakes": "wakes_total"}, settle_s=0.0)
+        answer(up(tmp_path, system, token_s=0.002), rounds, {"wakes": WEIGHT_COUNTERS["wakes"]}, settle_s=0.0)
         for system in ("polder", "stock")
     )
     assert broker.asked == [Sleep(engine="T2"), Wake(engine="T2")]
     found = compare(theirs, ours)
     assert (found["answers_compared"], found["answers_different"]) == (2, 0)
-    assert found["wakes"] == 4, "the fake's four engines wake together"
-    assert "wakes" not in theirs.counts
+    assert (found["wakes"], theirs.counts["wakes"]) == (1, 0)
 
 
 def test_an_act_that_is_refused_ends_the_stage(
@@ -263,12 +271,12 @@ def test_streaming_is_measured_for_every_number_of_segments(
     if not copies:
         monkeypatch.setattr(broker, "count", lambda **_: None)
     arm = up(tmp_path, token_s=0.0001)
-    with Reporter(Console(quiet=True)).stage("x") as stage:
+    with Reporter(Console(quiet=True)).stage("x") as update:
         if not copies:
             with pytest.raises(EnvironmentFault, match="3 of 4 segments and copies nothing"):
-                weights.measure_streaming(arm, "T2", stage)
+                weights.measure_streaming(arm, "T2", update)
             return
-        found = weights.measure_streaming(arm, "T2", stage)
+        found = weights.measure_streaming(arm, "T2", update)
     assert [message.segments for message in broker.asked[:-1]] == [4, 3, 2, 1]  # type: ignore[union-attr]
     assert {f"{name}_{n}_ms" for name in ("step", "formula", "layer") for n in (1, 2, 3)} < found.keys()
     assert found["layer_1_ms"] == pytest.approx(1.0)
@@ -284,8 +292,8 @@ def restart_arm(name: str, folder: Path, rate: float | None = 400e6) -> ArmSpec:
 def test_after_a_restart_native_tiers_have_the_bytes_of_polders(tmp_path: Path) -> None:
     (polder,), (native,) = (restart_arm(name, tmp_path).engines for name in ("polder-disk", "native-fs"))
     extra = json.loads(native.extra_args[1])["kv_connector_extra_config"]
-    assert extra["cpu_bytes_to_use"] == polder.host_bytes + restart.STAGED_BYTES
-    assert extra["disk_bytes_per_s"] == len(polder.disks) * restart.DISK_BYTES_PER_S
+    assert extra["cpu_bytes_to_use"] == polder.keys["host"] + restart.STAGED_BYTES
+    assert extra["disk_bytes_per_s"] == len(polder.memory["disks"]) * restart.DISK_BYTES_PER_S
     assert polder.extra_env["POLDER_LINKS"] == "host=400MB/s,disk=75MB/s"
     assert not restart_arm("polder-disk", tmp_path, None).engines[0].extra_env
 

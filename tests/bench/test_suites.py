@@ -75,7 +75,7 @@ def test_elastic_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
 
 def test_turns_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
     plan = replace(TurnsSuite.full, noreuse_rounds=1)
-    result, started, text = run(TurnsSuite(plan, workdir=tmp_path))
+    result, started, _ = run(TurnsSuite(plan, workdir=tmp_path))
     restarted = [f"{arm}-{when}" for arm in ("stock", "native-fs", "polder-disk") for when in ("before", "restart")]
     assert set(result.arms) == {
         *ARMS,
@@ -100,7 +100,8 @@ def test_turns_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
     assert started[:3] == ["stock", "polder", "native"], "noreuse first: its arms are those that the agents need first"
     assert started.count("polder-disk-restart") == 4
     assert not list(tmp_path.glob("restart-*")), "nothing is left on the disks"
-    assert "links emulated: peer 3.2 GB/s, host 400 MB/s" in text
+    assert "emulated: peer 3.2e+09 B/s, host 4e+08 B/s" in result.conditions["links"]
+    assert result.conditions["engines"]["polder"][0]["tiers"] == ["peer", "host"]
 
 
 def test_tenants_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:

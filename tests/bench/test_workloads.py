@@ -20,7 +20,6 @@ from polder.bench.workloads.tenants import (
     conversations_begun,
     spatial,
     temporal,
-    warm_up,
 )
 from polder.bench.workloads.traces import TenantSlot
 from polder.bench.workloads.traces import load as load_trace
@@ -38,7 +37,7 @@ def test_agents_play_their_sessions_in_order() -> None:
     assert [turn.key for turn in load.users[3]] == [f"s{s}t{t}" for s in (3, 19) for t in range(16)]
     assert [turn.key for turn in load.users[3] if turn.cold_start] == ["s3t0"]
     assert measured_turns(of.agents(sessions=16)) == 256
-    assert of.agents_ideal_hit_ratio(sessions=16, block_tokens=32) == pytest.approx(0.912, abs=0.001)
+    assert of.ideal_of(of.agents(sessions=16), 32) == pytest.approx(0.912, abs=0.001)
     beside = of.unmeasured(load)
     assert (measured_turns(beside), measured_turns(load), beside.stagger_s) == (0, 512, load.stagger_s)
     before, after = of.parted(load, 8)
@@ -144,7 +143,6 @@ def test_two_models_are_always_in_use_in_the_spatial_stage() -> None:
     assert {name: len(load.users) for name, load in loads.items()} == {"T1": 8, "T2": 8}
     bodies = [turn.body for load in loads.values() for user in load.users for turn in user]
     assert len(set(bodies)) == len(bodies) == 256
-    assert measured_turns(warm_up("T3", seed=0)) == 5
 
 
 def test_equality_of_tenants_asks_for_more_than_a_share_and_leaves_nobody_pinned() -> None:

@@ -77,11 +77,12 @@ class Report:
 
 def engines(models: Path) -> list[EnginePlan]:
     """208 MiB for weights and KV memory of both."""
-    tiers = {"store_to": ("peer", "host"), "host_bytes": 48 * MIB, "lend_bytes": 24 * MIB}
-    sizes = {"share_bytes": 32 * MIB, "page_bytes": MIB // 4, "batched_tokens": 256, "max_model_len": MAX_MODEL_LEN}
+    keys = {"weights": "elastic", "tiers": ["peer", "host"], "host": 48 * MIB, "lend": 24 * MIB}
+    sizes = {"share_bytes": 32 * MIB, "batched_tokens": 256, "max_model_len": MAX_MODEL_LEN}
+    of_polder = {"keys": keys, "memory": {"page": MIB // 4}}
     return a_core_each(
         [
-            EnginePlan(name=name, recipe=recipe, models=models, weights="elastic", **sizes, **tiers)  # type: ignore[arg-type]
+            EnginePlan(name=name, recipe=recipe, models=models, **sizes, **of_polder)  # type: ignore[arg-type]
             for name, recipe in MODELS.items()
         ]
     )

@@ -67,6 +67,6 @@ def test_what_is_busy_at_rest_is_named() -> None:
 def test_the_fleet_has_208_mib_and_both_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_waiting(monkeypatch)
     fleet = tomllib.loads(fleet_toml(engines(tmp_path), 1234))
-    assert fleet["memory"]["budget"] == f"{208 << 20}B"
+    assert fleet["memory"]["budget"] == 208 << 20
     assert [model["name"] for model in fleet["model"]] == ["a", "b"]
     assert all(model["weights"] == "elastic" and model["tiers"] for model in fleet["model"])

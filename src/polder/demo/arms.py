@@ -12,7 +12,7 @@ from time import perf_counter
 
 import httpx
 
-from polder.bench.harness.arms import Arm, PolderArm, StockArm
+from polder.bench.harness.arms import Arm, ArmSpec
 from polder.bench.harness.driver import RequestRecord, Tally, Workload
 from polder.bench.harness.engines import EnginePlan, a_core_each
 from polder.bench.harness.runs import play_on
@@ -76,13 +76,12 @@ def make_arm(name: str, folder: Path, runtime: Path) -> Arm:
                 models=folder / "models",
                 max_model_len=LONGEST[engine],
                 share_bytes=BUDGET_BYTES // 2,
-                page_bytes=PAGE_BYTES,
+                memory={"page": PAGE_BYTES},
             )
             for engine in (DOCS, CHAT)
         ]
     )
-    logs = folder / "logs"
-    return PolderArm(name, engines, logs, runtime) if name == "polder" else StockArm(name, engines, logs)
+    return ArmSpec("polder" if name == "polder" else "stock", engines).make(name, folder / "logs", runtime)
 
 
 async def play_watched(arm: Arm, loads: Mapping[str, Workload], tally: Tally) -> Seen:
@@ -116,7 +115,7 @@ async def _ask_engines(arm: Arm, samples: list[MemorySample]) -> None:
     sizes = {engine.name: engine.share_bytes for engine in arm.engines}
     async with httpx.AsyncClient(trust_env=False, timeout=30.0) as client:
         while True:
-            texts = [(await client.get(f"{arm.engine_url(name)}/metrics")).text for name in sizes]
+            texts = [(await client.get(f"{arm.urls[name]}/metrics")).text for name in sizes]
             busy = {
                 name: int(size * float(found[1])) if (found := _GAUGE.search(text)) else 0
                 for (name, size), text in zip(sizes.items(), texts, strict=True)

@@ -51,11 +51,6 @@ def test_a_with_b_and_a_with_c_but_not_b_with_c_stores_a_twice() -> None:
     assert members == [{0, 1}, {2, 0}, {3}]
 
 
-def test_a_cluster_can_be_bounded() -> None:
-    clusters = medoid_clusters(profile_of([list(range(10))] * 3), max_blocks=4)
-    assert clusters.sizes.max() == 4
-
-
 @settings(deadline=None)
 @given(sets, st.floats(0, 0.99))
 def test_co_access_has_all_pairs_within_the_distance_nearest_first(values: list[list[int]], radius: float) -> None:
@@ -66,7 +61,6 @@ def test_co_access_has_all_pairs_within_the_distance_nearest_first(values: list[
         others = near.others[found].tolist()
         distances = near.distances[found].tolist()
         assert distances == sorted(distances)
-        assert near.counts[found].tolist() == [len(steps[item] & steps[other]) for other in others]
         for other in range(SIZE):
             both, either = len(steps[item] & steps[other]), len(steps[item] | steps[other])
             if other == item or not both or abs(1 - both / either - radius) < 1e-5:

@@ -9,25 +9,42 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import httpx
 
 from polder.bench.harness.engines import EnginePlan, fleet_toml
-from polder.bench.harness.scrape import cache_samples
+from polder.bench.harness.machine import check_engine
+from polder.bench.harness.scrape import REPORTED, Samples, cache_samples
+from polder.broker import client
 from polder.errors import EnvironmentFault
 from polder.serve.process import ManagedProcess, ProcessSpec, free_port
 from polder.serve.specs import vllm_serve
 
-__all__ = ["Arm", "ArmPool", "ArmSpec", "PolderArm", "StockArm"]
+__all__ = ["REPORT_S", "Arm", "ArmGroup", "ArmPool", "ArmSpec"]
 
 READY_TIMEOUT_S = 300.0
-RESET_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 STOP_S = 40.0
 """Until an arm's processes are killed: `polder serve` gives its own children 15 s."""
+REPORT_S = 1.3
+"""Engines ask their workers for figures once a second, and report to the broker."""
+
+
+class ArmSpec(NamedTuple):
+    """How an arm serves the engines: plain `vllm serve`, each with a fixed number of blocks, or `polder serve` with a
+    fleet file: a broker and the same engines, elastic."""
+
+    system: Literal["stock", "polder"]
+    engines: Sequence[EnginePlan]
+
+    def make(self, name: str, logs: Path, runtime: Path) -> Arm:
+        """The arm, not started."""
+        return Arm(name, self, logs, runtime)
 
 
 class Arm:
@@ -36,21 +53,24 @@ class Arm:
     quiet_s: ClassVar[float] = 1.2
     """Pause before another arm is measured: vLLM's processes spin for a second after their last message."""
 
-    def __init__(self, name: str, engines: Sequence[EnginePlan], logs: Path, broker: Path | None = None) -> None:
-        """`broker`: socket of the arm's broker, if it has one."""
-        self.name, self.engines, self.broker = name, tuple(engines), broker
-        self._logs = logs / name
-        self._logs.mkdir(parents=True, exist_ok=True)
-        for old in self._logs.glob("*.log"):
-            old.unlink()
+    def __init__(self, name: str, spec: ArmSpec, logs: Path, runtime: Path) -> None:
+        """Logs go to a folder of its name. `runtime`: short (a socket's path has at most 107 bytes), private."""
+        self.name, self.engines = name, tuple(spec.engines)
+        self.broker = runtime / f"{name}.sock" if spec.system == "polder" else None
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         """The gateway, which routes by model name."""
-        self._urls: dict[str, str] = {}
+        self.urls: dict[str, str] = {}
+        """Engine -> its own address, behind the gateway; known once the arm is ready."""
+        self._logs = logs / name
         self._processes: list[ManagedProcess] = []
 
     def start(self) -> None:
         """Starts all processes; returns at once."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        for old in self._logs.glob("*.log"):
+            old.unlink()
+        self._processes = list(map(ManagedProcess, self._stock() if self.broker is None else self._polder()))
         for process in self._processes:
             process.start()
 
@@ -58,13 +78,19 @@ class Arm:
         """Returns when every engine answers. Raises EnvironmentFault with the end of a log."""
         for process in self._processes:
             process.wait_ready(READY_TIMEOUT_S)
+        self.check()
+        if self.broker is not None:
+            self.urls = {name: _listening_url(child["pid"]) for name, child in self._children().items()}
 
     def check(self) -> None:
-        """Raises EnvironmentFault when an engine has died since the start."""
+        """Raises EnvironmentFault when a process has died since the start."""
         for process in self._processes:
             if not process.alive():
                 what = f"{self.name}/{process.spec.name}"
                 raise EnvironmentFault(f"{what} died with {process.returncode}{process.why()}")
+        died = [name for name, child in self._children().items() if child["restarts"] or child["state"] != "ready"]
+        if died:
+            raise EnvironmentFault(f"{', '.join(died)} of {self.name} died{self._processes[0].why()}")
 
     def stop(self) -> None:
         """Ends everything the arm started."""
@@ -73,141 +99,137 @@ class Arm:
         for process in self._processes:
             process.stop(STOP_S)
 
-    def engine_url(self, engine: str) -> str:
-        """The engine's own address, behind the gateway."""
-        return self._urls[engine]
-
     def reset_prefix_caches(self) -> None:
         """Empties all prefix caches and the tiers behind them; waits for requests that are still being aborted."""
         for engine in self.engines:
-            deadline = time.monotonic() + RESET_TIMEOUT_S
-            url = f"{self.engine_url(engine.name)}/reset_prefix_cache?reset_external=true"
-            while not httpx.post(url, timeout=RESET_TIMEOUT_S, trust_env=False).json()["success"]:
+            deadline = time.monotonic() + ANSWER_TIMEOUT_S
+            url = f"{self.urls[engine.name]}/reset_prefix_cache?reset_external=true"
+            while not httpx.post(url, timeout=ANSWER_TIMEOUT_S, trust_env=False).json()["success"]:
                 if time.monotonic() > deadline:
                     raise EnvironmentFault(f"{self.name}/{engine.name} did not empty its prefix cache")
                 time.sleep(0.1)
 
-    def samples(self) -> dict[str, dict[str, float]]:
-        """What each engine's /metrics says of preemptions, caches and tiers."""
-        urls = {engine.name: f"{self.engine_url(engine.name)}/metrics" for engine in self.engines}
-        return {name: cache_samples(httpx.get(url, timeout=30.0, trust_env=False).text) for name, url in urls.items()}
+    def samples(self) -> Samples:
+        """What each engine counts: its /metrics of preemptions, caches and tiers, and what it reports to the broker."""
+        reported: Samples = {}
+        if self.broker is not None:
+            time.sleep(REPORT_S)
+            for status in client.status(self.broker).engines:
+                reported[status.engine] = {REPORTED + name: value for name, value in status.stats.items()}
+        return {engine.name: self.scrape(engine.name) | reported.get(engine.name, {}) for engine in self.engines}
 
+    def scrape(self, engine: str) -> dict[str, float]:
+        """The engine's /metrics."""
+        return cache_samples(_get(f"{self.urls[engine]}/metrics").text)
 
-class StockArm(Arm):
-    """Plain `vllm serve`, each with a fixed number of blocks."""
+    def _stock(self) -> list[ProcessSpec]:
+        """The engines, and Polder's gateway before them. No plugins are loaded: what runs is vLLM without Polder."""
+        ports = {engine.name: free_port() for engine in self.engines}
+        self.urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        pairs = (f"{name}={url}" for name, url in self.urls.items())
+        return [
+            *(
+                vllm_serve(
+                    engine.model_path(),
+                    name=engine.name,
+                    port=ports[engine.name],
+                    args=(
+                        *("--max-model-len", str(engine.max_model_len)),
+                        *("--num-gpu-blocks-override", str(engine.blocks)),
+                        *engine.arguments(),
+                    ),
+                    env=engine.environment() | {"VLLM_PLUGINS": ""},
+                    cpus=engine.cpus,
+                    log_path=self._logs / f"{engine.name}.log",
+                )
+                for engine in self.engines
+            ),
+            self._python("gateway", "polder.bench.harness.gateway", str(self._port), *pairs),
+        ]
 
-    def __init__(self, name: str, engines: Sequence[EnginePlan], logs: Path) -> None:
-        super().__init__(name, engines, logs)
-        ports = {engine.name: free_port() for engine in engines}
-        self._urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-        pairs = (f"{name}={url}" for name, url in self._urls.items())
-        gateway = ProcessSpec(
-            name="gateway",
-            argv=(sys.executable, "-m", "polder.bench.harness.gateway", str(self._port), *pairs),
-            log_path=self._logs / "gateway.log",
-            health_url=f"{self.url}/health",
-        )
-        specs = [*(self._serve(engine, ports[engine.name]) for engine in engines), gateway]
-        self._processes = [ManagedProcess(spec) for spec in specs]
-
-    def _serve(self, engine: EnginePlan, port: int) -> ProcessSpec:
-        sizes = ("--max-model-len", str(engine.max_model_len), "--num-gpu-blocks-override", str(engine.blocks))
-        return vllm_serve(
-            engine.model_path(),
-            name=engine.name,
-            port=port,
-            args=(*sizes, *engine.arguments()),
-            # No plugins at all: what runs here is vLLM as it is installed without Polder.
-            env=engine.environment() | {"VLLM_PLUGINS": ""},
-            cpus=engine.cpus,
-            log_path=self._logs / f"{engine.name}.log",
-        )
-
-
-class PolderArm(Arm):
-    """`polder serve` with a fleet file: a broker, the same engines, elastic."""
-
-    def __init__(self, name: str, engines: Sequence[EnginePlan], logs: Path, runtime: Path) -> None:
-        """`runtime`: short (a socket's path has at most 107 bytes), private, gone after the bench."""
-        super().__init__(name, engines, logs, runtime / f"{name}.sock")
+    def _polder(self) -> list[ProcessSpec]:
         fleet_file = self._logs / "fleet.toml"
-        fleet_file.write_text(fleet_toml(engines, self._port))
-        command = (sys.executable, "-m", "polder.cli.main", "serve", str(fleet_file))
-        serve = ProcessSpec(
-            name="polder serve",
-            argv=(*command, "--socket", str(self.broker), "--log-dir", str(self._logs)),
-            log_path=self._logs / "serve.log",
-            health_url=f"{self.url}/health",
-        )
-        self._processes = [ManagedProcess(serve)]
+        fleet_file.write_text(fleet_toml(self.engines, self._port))
+        options = ("--socket", str(self.broker), "--log-dir", str(self._logs))
+        return [self._python("polder serve", "polder.cli.main", "serve", str(fleet_file), *options)]
 
-    def wait_ready(self) -> None:
-        super().wait_ready()
-        self.check()
-        children = self._children()
-        self._urls = {engine.name: _listening_url(children[engine.name]["pid"]) for engine in self.engines}
+    def _python(self, name: str, module: str, *words: str) -> ProcessSpec:
+        """A process that answers on the arm's port."""
+        argv = (sys.executable, "-m", module, *words)
+        log_path = self._logs / f"{name.split()[-1]}.log"
+        return ProcessSpec(name=name, argv=argv, log_path=log_path, health_url=f"{self.url}/health")
 
-    def check(self) -> None:
-        super().check()
-        died = [name for name, child in self._children().items() if child["restarts"] or child["state"] != "ready"]
-        if died:
-            raise EnvironmentFault(f"{', '.join(died)} of {self.name} died{self._processes[0].why()}")
-
-    def _children(self) -> dict[str, dict[str, int | str]]:
-        """The engines' processes and the broker's."""
-        answer = httpx.get(f"{self.url}/health", timeout=30.0, trust_env=False).json()
-        return {child["name"]: child for child in answer["children"]}
+    def _children(self) -> dict[str, dict[str, Any]]:
+        """What the gateway says of the processes that `polder serve` supervises: the engines and the broker."""
+        return {child["name"]: child for child in _get(f"{self.url}/health").json()["children"]}
 
 
-def _listening_url(pid: int | str) -> str:
-    """Address of a `vllm serve` child: the gateway does not tell, its command line does."""
-    arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    return f"http://127.0.0.1:{arguments[arguments.index('--port') + 1]}"
+def _get(url: str) -> httpx.Response:
+    return httpx.get(url, timeout=ANSWER_TIMEOUT_S, trust_env=False)
 
 
-class ArmSpec(NamedTuple):
-    """How an arm serves the engines: plain vLLM, or `polder serve`."""
+def _listening_url(pid: int) -> str:
+    """Address of a `vllm serve` child: the gateway does not tell, its command line does. Empty for the broker."""
+    _, _, port = Path(f"/proc/{pid}/cmdline").read_text().partition("\0--port\0")
+    return f"http://127.0.0.1:{port.partition(chr(0))[0]}" if port else ""
 
-    system: Literal["stock", "polder"]
-    engines: Sequence[EnginePlan]
 
-    def make(self, name: str, logs: Path, runtime: Path) -> Arm:
-        """The arm, not started. Logs go to a folder of its name."""
-        if self.system == "polder":
-            return PolderArm(name, self.engines, logs, runtime)
-        return StockArm(name, self.engines, logs)
+@dataclass(frozen=True)
+class ArmGroup:
+    """Arms that are compared with each other, and may be up together."""
+
+    spec: Callable[[str], ArmSpec]
+    """By the arm's name."""
+    suffix: str = ""
+    """Added to the names of their folders of logs."""
+    at_most: int = 1
+    """Up at a time."""
+    prepare: Callable[[Arm], None] = lambda _: None
+    """Called once for every started arm, before its first use."""
 
 
 class ArmPool:
-    """Arms that come up when they are needed, at most `at_most` at a time: more engines than a machine holds can still be
-    compared. An arm that is up and not asked takes memory and no CPU. Not thread-safe."""
+    """Arms that come up when they are asked for and stay up: more engines than a machine holds can still be compared.
+    An arm that is up and not asked takes memory and no CPU. Not thread-safe. Within `with`, whatever happens, no arm is
+    left at the end."""
 
-    def __init__(self, make: Callable[[str], Arm], prepare: Callable[[Arm], None], at_most: int) -> None:
-        """`make(name)`: an arm, not started. `prepare`: called once for every started arm, before its first use."""
-        self._make, self._prepare, self._at_most = make, prepare, at_most
+    def __init__(self, logs: Path, say: Callable[[str], None]) -> None:
+        self.served: dict[str, Sequence[EnginePlan]] = {}
+        """All arms that were up -> their engines."""
+        self._logs, self._say = logs, say
+        self._group: ArmGroup | None = None
         self._up: dict[str, Arm] = {}
         """Least recently asked for first."""
 
-    @contextmanager
-    def open(self) -> Iterator[ArmPool]:
-        """Whatever happens meanwhile, no arm is left at the end."""
-        try:
-            yield self
-        finally:
-            self._stop_down_to(0)
+    def __enter__(self) -> Self:
+        self._runtime = TemporaryDirectory(prefix="polder-bench-")
+        return self
 
-    def get(self, name: str) -> Arm:
-        """The arm, up and prepared. May stop the one that was asked for longest ago. Raises EnvironmentFault."""
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._runtime.cleanup()
+
+    def get(self, group: ArmGroup, name: str) -> Arm:
+        """The arm, up and prepared. Stops arms of another group, and the one that was asked for longest ago where too
+        many would be up. Raises EnvironmentFault."""
+        if group != self._group:
+            self.stop()
+            self._group = group
         arm = self._up.pop(name, None)
         if arm is None:
-            self._stop_down_to(self._at_most - 1)
-            arm = self._up[name] = self._make(name)  # before it starts: whatever happens, it is ended
+            self.stop(down_to=group.at_most - 1)
+            self._say(f"starting {name}{group.suffix}")
+            check_engine()
+            arm = group.spec(name).make(name + group.suffix, self._logs, Path(self._runtime.name))
+            self.served[arm.name] = arm.engines
+            self._up[name] = arm  # before it starts: whatever happens, it is ended
             arm.start()
             arm.wait_ready()
-            self._prepare(arm)
+            group.prepare(arm)
         self._up[name] = arm
         return arm
 
-    def _stop_down_to(self, count: int) -> None:
-        while len(self._up) > count:
+    def stop(self, *, down_to: int = 0) -> None:
+        """Ends the arms that were asked for longest ago, until so many are left."""
+        while len(self._up) > down_to:
             self._up.pop(next(iter(self._up))).stop()

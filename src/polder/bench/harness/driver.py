@@ -11,8 +11,9 @@ struct, and the client's own CPU time is part of the result.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter, process_time
 from typing import Any
 
@@ -21,7 +22,7 @@ import msgspec
 
 __all__ = [
     *("ClosedLoop", "OpenLoop", "Played", "RequestRecord", "Tally", "Turn", "Workload"),
-    *("greedy", "measured_turns", "play"),
+    *("greedy", "measured_turns", "play", "turns_of"),
 ]
 
 REQUEST_TIMEOUT_S = 300.0
@@ -84,10 +85,14 @@ class OpenLoop:
 Workload = ClosedLoop | OpenLoop
 
 
+def turns_of(workload: Workload) -> list[Turn]:
+    """All of its requests: in the order of a trace, or of one user after the other."""
+    return list(workload.turns) if isinstance(workload, OpenLoop) else list(chain.from_iterable(workload.users))
+
+
 def measured_turns(workload: Workload) -> int:
     """Requests of a workload that count."""
-    turns = workload.turns if isinstance(workload, OpenLoop) else [t for user in workload.users for t in user]
-    return sum(turn.measured for turn in turns)
+    return sum(turn.measured for turn in turns_of(workload))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,13 +120,16 @@ class RequestRecord:
 class Tally:
     """Counts of a run while it goes on, for a progress display or for somebody who acts in mid-run."""
 
+    on_end: Callable[[int], None] = lambda _: None
+    """Told `ended` whenever a measured request ends."""
     ended: int = 0
     """Measured requests that have ended."""
     output_tokens: int = 0
+    over: bool = False
+    """The run has ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Played:
+class Played(msgspec.Struct, kw_only=True):
     """One run."""
 
     records: dict[str, list[RequestRecord]]
@@ -138,15 +146,19 @@ async def play(loads: Mapping[str, tuple[str, Workload]], tally: Tally | None = 
     other load is dropped then."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx.Timeout(REQUEST_TIMEOUT_S, pool=None)
+    tally = tally or Tally()
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False, verify=False) as client:
         cpu_at = process_time()
         measured = sum(measured_turns(workload) for _, workload in loads.values())
-        player = _Player(client, tally or Tally(), measured, list(loads))
-        async with asyncio.TaskGroup() as group:  # a load that fails ends the run
-            tasks = [group.create_task(player.play(name, *load)) for name, load in loads.items()]
-            await player.through.wait()
-            for task in tasks:
-                task.cancel()
+        player = _Player(client, tally, measured, list(loads))
+        try:
+            async with asyncio.TaskGroup() as group:  # a load that fails ends the run
+                tasks = [group.create_task(player.play(name, *load)) for name, load in loads.items()]
+                await player.through.wait()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            tally.over = True
         return Played(
             records=player.records,
             started_at=player.started_at,
@@ -163,7 +175,7 @@ class _Player:
         self.started_at = perf_counter()
         self.through = asyncio.Event()
         """Every measured request has ended."""
-        self._client, self._tally, self._left = client, tally, measured
+        self._client, self._tally, self._measured = client, tally, measured
         if not measured:
             self.through.set()
 
@@ -198,8 +210,8 @@ class _Player:
         self.records[engine].append(record)
         if turn.measured:
             self._tally.ended += 1
-            self._left -= 1
-            if not self._left:
+            self._tally.on_end(self._tally.ended)
+            if self._tally.ended == self._measured:
                 self.through.set()
         return record
 

@@ -6,15 +6,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from polder.bench.harness.machine import two_cores
 from polder.bench.workloads.models import ModelRecipe, ensure_model, weights_bytes
-from polder.memory.page import PAGE_BYTES
 
 __all__ = [
-    *("BLOCK_TOKENS", "EnginePlan", "a_core_each", "describe", "engine_plans", "fleet_toml", "links_env"),
-    "on_one_core",
+    *("BLOCK_TOKENS", "EnginePlan", "a_core_each", "engine_plans", "fleet_toml", "links_env", "on_one_core"),
 ]
 
 BLOCK_TOKENS = 32
@@ -35,7 +33,7 @@ ENGINE_ENV = {
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePlan:
-    """One model as all arms serve it; fields from `sizing` to `page_bytes` are for Polder's arms alone."""
+    """One model as all arms serve it; `keys` and `memory` are for Polder's arms alone."""
 
     name: str
     recipe: ModelRecipe
@@ -48,27 +46,14 @@ class EnginePlan:
     """Its processes compute on the first one; the others are for those that do not compute."""
     batched_tokens: int = 512
     """A chunk of prefill bounds how long a step lasts, and with it how long memory takes to come back."""
-    sizing: Literal["elastic", "fixed"] = "elastic"
-    """ "fixed" makes the share floor and ceiling too, so that memory is never moved between engines."""
-    weights: Literal["resident", "elastic"] = "resident"
-    """ "elastic" puts the weights of the layers into the budget, beside the KV memory."""
-    store_to: tuple[Literal["peer", "host", "disk"], ...] = ()
-    """Tiers that the engine stores to."""
-    host_bytes: int = 0
-    """Its quota of the host tier."""
-    lend_bytes: int = 0
-    """Most of its own KV memory that it lends at a time."""
-    disks: tuple[str, ...] = ()
-    """The fleet's disks, "PATH:SIZE" each."""
-    window_bytes: int = 0
-    """Host memory for long contexts."""
-    window_layers: int = 2
-    page_bytes: int = PAGE_BYTES
-    """Page size of the broker."""
     extra_args: tuple[str, ...] = ()
     """What one arm alone adds to the arguments."""
     extra_env: Mapping[str, str] = field(default_factory=dict)
     """What one arm alone adds to the environment."""
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    """More keys of its table in the fleet file (`polder serve --help`), such as tiers and weights. Sizes in bytes."""
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    """More keys of the fleet's [memory] table: page, disks."""
 
     @property
     def blocks(self) -> int:
@@ -92,6 +77,29 @@ class EnginePlan:
         # One thread computes. Two engines' teams of threads on the same cores wait for each other at every barrier: both stand
         # still for seconds.
         return ENGINE_ENV | {"VLLM_CPU_OMP_THREADS_BIND": str(self.cores[0])} | dict(self.extra_env)
+
+    def settings(self) -> dict[str, Any]:
+        """Its table in the fleet file, without the model's path."""
+        return {
+            "name": self.name,
+            "max_model_len": self.max_model_len,
+            "share": self.share_bytes,
+            "cpus": self.cpus,
+            "args": self.arguments(),
+            **self.keys,
+            **{f"env.{name}": value for name, value in self.environment().items()},
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """For the conditions of a result."""
+        return {"model": self.recipe.describe(), "blocks": self.blocks} | self.settings() | dict(self.memory)
+
+    def with_keys(self, **keys: Any) -> EnginePlan:
+        return replace(self, keys={**self.keys, **keys})
+
+    def of_fixed_size(self) -> EnginePlan:
+        """The share is floor and ceiling too, so memory is never moved between engines."""
+        return self.with_keys(floor=self.share_bytes, ceiling=self.share_bytes)
 
 
 def engine_plans(recipes: Mapping[str, ModelRecipe], models: Path, **sizes: Any) -> list[EnginePlan]:
@@ -119,63 +127,17 @@ def links_env(rates: Mapping[str, float]) -> dict[str, str]:
     return {"POLDER_LINKS": ",".join(f"{name}={rate / 1e6:g}MB/s" for name, rate in rates.items())} if rates else {}
 
 
-def describe(engines: Sequence[EnginePlan]) -> dict[str, Any]:
-    """What is the same in all arms, for the conditions of a result."""
-    return {
-        **{engine.name: engine.recipe.describe() for engine in engines},
-        "blocks": {engine.name: engine.blocks for engine in engines},
-        "arguments": " ".join(engines[0].arguments()),
-        "environment": ENGINE_ENV,
-        "cores": f"{', '.join(f'{engine.name}: {engine.cpus}' for engine in engines)}; the first of each computes",
-        "endpoint": "all arms behind the same gateway; stages that ask one engine alone ask it without the gateway",
-    }
-
-
 def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
     """The fleet file whose budget is the sum of the engines' shares, and of their weights where those are elastic."""
-    shares = sum(engine.share_bytes for engine in engines)
-    weights = sum(weights_bytes(engine.recipe) for engine in engines if engine.weights == "elastic")
-    page = max(engine.page_bytes for engine in engines)
-    memory = {
-        "device": "cpu:0",
-        ("budget" if weights else "kv_budget"): f"{shares + weights}B",
-        "page": f"{page}B" if page != PAGE_BYTES else "",
-        "host": _size(sum(engine.host_bytes + engine.window_bytes for engine in engines)),
-        "disks": sorted({disk for engine in engines for disk in engine.disks}),
-    }
-    tables: list[tuple[str, Mapping[str, Any]]]
-    tables = [("[server]", {"port": port}), ("[memory]", memory), *(("[[model]]", _model(e)) for e in engines)]
-    lines = [[head, *(f"{key} = {_toml(value)}" for key, value in of.items() if value), ""] for head, of in tables]
-    return "\n".join(line for table in lines for line in table)
-
-
-def _model(engine: EnginePlan) -> dict[str, Any]:
-    """Its table in the fleet file; what is empty is left out."""
-    share = _size(engine.share_bytes)
-    return {
-        "name": engine.name,
-        "path": str(engine.model_path()),
-        "max_model_len": engine.max_model_len,
-        "share": share,
-        **(dict.fromkeys(("floor", "ceiling"), share) if engine.sizing == "fixed" else {}),
-        "weights": "elastic" if engine.weights == "elastic" else "",
-        "tiers": engine.store_to,
-        "host": _size(engine.host_bytes),
-        "lend": _size(engine.lend_bytes),
-        "window": _size(engine.window_bytes),
-        "window_layers": engine.window_layers if engine.window_bytes else 0,
-        "cpus": engine.cpus,
-        "args": engine.arguments(),
-        "env": engine.environment(),
-    }
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes}B" if size_bytes else ""
-
-
-def _toml(value: Any) -> str:
-    """Strings, numbers and lists are written in TOML as in JSON; a mapping becomes an inline table."""
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {json.dumps(of)}' for key, of in value.items())} }}"
-    return json.dumps(value)
+    weights = sum(weights_bytes(engine.recipe) for engine in engines if engine.keys.get("weights") == "elastic")
+    memory: dict[str, Any] = {"device": "cpu:0"}
+    memory["budget" if weights else "kv_budget"] = sum(engine.share_bytes for engine in engines) + weights
+    if host := sum(engine.keys.get(key, 0) for engine in engines for key in ("host", "window")):
+        memory["host"] = host
+    for engine in engines:
+        memory |= engine.memory
+    models = [("[[model]]", {"path": str(engine.model_path())} | engine.settings()) for engine in engines]
+    tables = [("[server]", {"port": port}), ("[memory]", memory), *models]
+    # Strings, numbers and lists are written in TOML as in JSON.
+    texts = ["\n".join([head, *(f"{key} = {json.dumps(of)}" for key, of in table.items())]) for head, table in tables]
+    return "\n\n".join(texts) + "\n"

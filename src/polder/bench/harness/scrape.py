@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["PREEMPTIONS", "TIER_HITS", "cache_samples", "gained", "summed"]
+__all__ = ["PREEMPTIONS", "REPORTED", "TIER_HITS", "Samples", "cache_samples", "gained", "summed"]
 
+Samples = dict[str, dict[str, float]]
+"""Engine -> sample's name -> value."""
 PREEMPTIONS = "vllm:num_preemptions_total"
 TIER_HITS = "vllm:external_prefix_cache_hits_total"
 """Prompt tokens found behind the engine's own pool."""
+REPORTED = "polder_engine_"
+"""Prefix of what an engine reports to its broker (polder/metrics.py has the names)."""
 PREFIXES = (
     *("polder_", "vllm:polder_", "vllm:kv_offload", "vllm:prefix_cache", "vllm:external_prefix_cache"),
     PREEMPTIONS,

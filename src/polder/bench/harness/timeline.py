@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import msgspec
 from polder.broker import client
 from polder.broker.wire import Status
 from polder.errors import BrokerUnavailable
+from polder.serve.metrics import unit_bytes
 
 __all__ = ["MemorySample", "Timeline", "new_givebacks", "sampling"]
 
@@ -28,7 +28,7 @@ class MemorySample(msgspec.Struct, frozen=True, kw_only=True):
     """perf_counter() seconds."""
     free_bytes: int
     held_bytes: dict[str, int]
-    """Engine -> bytes of pages booked to it."""
+    """Engine -> bytes of its KV cache."""
     busy_bytes: dict[str, int]
     """Engine -> bytes that its running requests need."""
 
@@ -88,17 +88,9 @@ def new_givebacks(before: Sequence[float], now: Sequence[float]) -> list[float]:
 
 
 def _look(status: Status) -> MemorySample:
-    page_bytes = {device.device: device.page_bytes for device in status.devices}
-    held: Counter[str] = Counter()
-    for device in status.devices:
-        for owner, pages in device.pages_by_owner.items():
-            held[owner.rpartition("/")[0]] += pages * device.page_bytes
     return MemorySample(
         t_s=perf_counter(),
         free_bytes=sum(device.free_pages * device.page_bytes for device in status.devices),
-        held_bytes=dict(held),
-        busy_bytes={
-            engine.engine: sum(engine.busy_units * engine.pages_per_unit * page_bytes[d] for d in engine.devices)
-            for engine in status.engines
-        },
+        held_bytes={engine.engine: engine.held_units * unit_bytes(engine, status) for engine in status.engines},
+        busy_bytes={engine.engine: engine.busy_units * unit_bytes(engine, status) for engine in status.engines},
     )

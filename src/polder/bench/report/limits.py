@@ -15,19 +15,8 @@ from polder.bench.report.metrics import Interval
 from polder.bench.report.result import BenchResult
 
 __all__ = [
-    *(
-        "Check",
-        "Figure",
-        "Limit",
-        "Relation",
-        "Source",
-        "Verdict",
-        "check",
-        "difference",
-        "failed_requests",
-        "first_of",
-    ),
-    *("highest", "judge", "mean", "none_different", "within_one_percent"),
+    *("Check", "Figure", "Limit", "Relation", "Source", "Verdict", "check", "difference", "failed_requests"),
+    *("first_of", "highest", "judge", "mean", "none_different", "total", "within_one_percent"),
 ]
 
 Relation = Literal["<", "<=", "==", ">=", ">"]
@@ -113,13 +102,19 @@ def within_one_percent(name: str, arm: str, baseline: str, engine: str) -> Check
 
 
 def failed_requests() -> Check:
-    """No request failed in any arm: the sum over all arms and engines."""
+    """No request failed in any arm."""
+    return check("no_failed_requests", Limit(total("failed_requests"), "==", 0))
 
-    def failed(result: BenchResult) -> Figure:
-        found = (result.figure(f"{arm}:{e}.failed_requests") or 0.0 for arm, of in result.arms.items() for e in of)
-        return Figure(sum(found), "failed")
 
-    return check("no_failed_requests", Limit(failed, "==", 0))
+def total(metric: str) -> Source:
+    """Its sum over all arms and engines that have it."""
+
+    def of(result: BenchResult) -> Figure | None:
+        keys = (f"{arm}:{engine}.{metric}" for arm, engines in result.arms.items() for engine in engines)
+        found = [value for key in keys if (value := result.figure(key)) is not None]
+        return Figure(sum(found), metric.replace("_", " ")) if found else None
+
+    return of
 
 
 def first_of(*keys: str) -> Source:

@@ -14,19 +14,20 @@ Definitions:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from polder.bench.harness.control import WEIGHT_COUNTERS
 from polder.bench.harness.driver import RequestRecord
 from polder.bench.harness.runs import Run
-from polder.bench.harness.scrape import TIER_HITS, summed
+from polder.bench.harness.scrape import PREEMPTIONS, REPORTED, TIER_HITS, summed
 
 __all__ = [
-    *("Interval", "Metric", "Metrics", "agent_metrics", "arm_metrics", "busy_seconds", "engine_metrics"),
+    *("WEIGHT_COUNTERS", "Interval", "Metric", "Metrics", "agent_metrics", "arm_metrics", "busy_seconds"),
+    "engine_metrics",
     *("exhausted_seconds", "good", "paired_interval", "percentile", "quantile_intervals", "ratio_intervals"),
     *("tbts_ms", "ttfts_ms", "weight_metrics", "without_nan"),
 ]
@@ -36,8 +37,15 @@ QUANTILES = (50, 90, 99)
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 """For intervals of percentiles."""
-MOST_DRAWN = 4_000_000
-"""Values in memory while resampling."""
+WEIGHT_COUNTERS = {
+    "wakes": f"{REPORTED}wakes_total",
+    "sleeps": f"{REPORTED}sleeps_total",
+    "wake_seconds": f"{REPORTED}wake_seconds_total",
+    "layers_loaded": f"{REPORTED}weights_loads_total",
+    "weights_loaded_bytes": f"{REPORTED}weights_loaded_bytes_total",
+    "weights_stall_seconds": f"{REPORTED}weights_stall_seconds_total",
+}
+"""Metric -> sample. `wake_seconds`: from a request to mapped pages."""
 
 Metric = float | dict[str, float]
 Metrics = dict[str, Metric]
@@ -81,8 +89,11 @@ def busy_seconds(records: Records) -> float:
     return total
 
 
-def engine_metrics(runs: Sequence[Records], preemptions: float = 0.0) -> Metrics:
-    """Metrics of one engine over all runs of an arm: percentiles of the pooled requests, sums over summed time."""
+def engine_metrics(runs: Sequence[Records], preemptions: float = 0.0, tier_tokens: float = 0.0) -> Metrics:
+    """Metrics of one engine over all runs of an arm: percentiles of the pooled requests, sums over summed time.
+
+    `tier_tokens`: prompt tokens that tiers served, of all requests.
+    """
     counted = [[record for record in run if record.measured] for run in runs]
     answered = [record for run in counted for record in good(run)]
     span_s = sum(max((record.end_s for record in run), default=0.0) for run in counted)
@@ -92,6 +103,7 @@ def engine_metrics(runs: Sequence[Records], preemptions: float = 0.0) -> Metrics
     prompt = sum(record.prompt_tokens for record in answered)
     cached = sum(record.cached_tokens for record in answered)
     within, hit = sum(map(_within_slo, answered)), _ratio(cached, prompt)
+    tier = min(_ratio(tier_tokens, sum(record.prompt_tokens for run in counted for record in run)), hit)
     return {
         "requests": float(len(answered)),
         "failed_requests": float(sum(bool(record.error) for run in counted for record in run)),
@@ -109,7 +121,8 @@ def engine_metrics(runs: Sequence[Records], preemptions: float = 0.0) -> Metrics
         "slo_ratio": _ratio(within, sum(map(len, counted))),
         "makespan_s": _ratio(span_s, len(runs)),
         "hit_ratio": hit,
-        "hit_ratio_by_tier": {"own": hit, "computed": 1.0 - hit},
+        "tier_hit_ratio": tier,
+        "hit_ratio_by_tier": {"own": hit - tier, "tiers": tier, "computed": 1.0 - hit},
     }
 
 
@@ -131,13 +144,18 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def arm_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
-    """Metrics of each engine that had requests and of "all", with give-backs and recalls where a broker was watched."""
+    """Metrics of each engine that had requests and of "all", with give-backs and recalls where a broker was watched.
+
+    The hit ratio is split by who served it. An engine by itself also has `counters`, what was scraped from it in all runs.
+    """
     used = [engine for engine in runs[0].records if any(run.records.get(engine) for run in runs)]
+    counters = {engine: summed([run.samples.get(engine, {}) for run in runs]) for engine in used}
     found: dict[str, Metrics] = {}
     for name in (*used, "all"):
         engines = used if name == "all" else [name]
         records = [[record for engine in engines for record in run.records[engine]] for run in runs]
-        found[name] = engine_metrics(records, sum(run.preemptions[engine] for run in runs for engine in engines))
+        of_tiers, preemptions = (sum(counters[e].get(key, 0.0) for e in engines) for key in (TIER_HITS, PREEMPTIONS))
+        found[name] = engine_metrics(records, preemptions, of_tiers)
         if any(run.timeline.samples for run in runs):
             ms = [ms for run in runs for engine in engines for ms in run.timeline.giveback_ms.get(engine, [])]
             found[name] |= {
@@ -146,28 +164,21 @@ def arm_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
                 "giveback_p99_ms": percentile(ms, 99),
                 "giveback_max_ms": max(ms, default=math.nan),
             }
-            if name == "all":
-                found[name]["recalls"] = float(sum(run.timeline.recalls for run in runs))
-                found[name]["overdue_recalls"] = float(sum(run.timeline.overdue for run in runs))
+    if any(run.timeline.samples for run in runs):
+        found["all"]["recalls"] = float(sum(run.timeline.recalls for run in runs))
+        found["all"]["overdue_recalls"] = float(sum(run.timeline.overdue for run in runs))
+    for engine in used:
+        found[engine]["counters"] = {n: of for n, of in counters[engine].items() if not n.startswith(REPORTED)}
     return {name: without_nan(metrics) for name, metrics in found.items()}
 
 
 def agent_metrics(runs: Sequence[Run], ideal: float | None) -> dict[str, Metrics]:
-    """As `arm_metrics`, for engines named A and B: with their own counters, and the hit ratio of A split by who served it.
-
-    `ideal`: the hit ratio of A with a cache without limit; None: A is load only, so B alone is reported.
-    """
+    """As `arm_metrics`, for engines named A and B. `ideal`: the hit ratio of A with a cache without limit; None: A is
+    load only, so B alone is reported."""
     found = arm_metrics(runs)
-    counters = {engine: summed([run.samples.get(engine, {}) for run in runs]) for engine in ("A", "B")}
-    for engine, of in counters.items():
-        found[engine]["counters"] = of
     if ideal is None:
         return {"B": found["B"]}
-    hit, prompt = found["A"]["hit_ratio"], sum(r.prompt_tokens for run in runs for r in run.records["A"] if r.measured)
-    assert isinstance(hit, float)
-    tier = min(_ratio(counters["A"].get(TIER_HITS, 0.0), prompt), hit)
-    by_tier = {"own": hit - tier, "tiers": tier, "computed": 1.0 - hit}
-    found["A"] |= {"hit_ratio_of_ideal": hit / ideal, "tier_hit_ratio": tier, "hit_ratio_by_tier": by_tier}
+    found["A"]["hit_ratio_of_ideal"] = cast("float", found["A"]["hit_ratio"]) / ideal
     return found
 
 
@@ -176,16 +187,12 @@ def weight_metrics(runs: Sequence[Run], pool_tokens: Mapping[str, int], name: st
 
     `pool_tokens`: engine -> tokens that stock's pool holds. Engines without requests count in "all" too.
     """
-    times = [
-        exhausted_seconds(run.records[engine], tokens)
-        for run in runs
-        for engine, tokens in pool_tokens.items()
-        if name in (engine, "all") and run.records.get(engine)
-    ]
-    busy_s, exhausted_s = np.sum(times, axis=0) if times else (0.0, 0.0)
-    gains = [gain for run in runs for engine, gain in run.weights.items() if name in (engine, "all")]
-    moved = {metric: sum(gain[metric] for gain in gains) for metric in WEIGHT_COUNTERS} if gains else {}
-    return {"kv_exhausted_part": float(_ratio(exhausted_s, busy_s)), **moved}
+    engines = [engine for engine in pool_tokens if name in (engine, "all")]
+    times = [exhausted_seconds(run.records.get(engine, ()), pool_tokens[engine]) for run in runs for engine in engines]
+    busy_s, exhausted_s = (sum(column) for column in zip(*times, strict=True))
+    counts = summed([run.samples.get(engine, {}) for run in runs for engine in engines])
+    moved = {metric: counts[sample] for metric, sample in WEIGHT_COUNTERS.items() if sample in counts}
+    return {"kv_exhausted_part": _ratio(exhausted_s, busy_s), **moved}
 
 
 def exhausted_seconds(records: Records, pool_tokens: int) -> tuple[float, float]:
@@ -211,15 +218,11 @@ def exhausted_seconds(records: Records, pool_tokens: int) -> tuple[float, float]
 # ---------------------------------------------------------------------- intervals, by bootstrap
 
 
-def ratio_intervals(
-    arm: Sequence[Run], baseline: Sequence[Run], *, name: str, engines: Iterable[str]
-) -> dict[str, Interval]:
-    """Intervals of `name` ("ARM/BASELINE") for percentiles of TTFT (requests resampled) and TBT (gaps resampled).
-
-    The engine "all" stands for all engines together.
-    """
+def ratio_intervals(arm: Sequence[Run], baseline: Sequence[Run], *, name: str) -> dict[str, Interval]:
+    """Intervals of `name` ("ARM/BASELINE") for percentiles of TTFT (requests resampled) and TBT (gaps resampled), of
+    each engine and of "all"."""
     intervals: dict[str, Interval] = {}
-    for engine in engines:
+    for engine in (*arm[0].records, "all"):
         for metric, values in (("ttft", ttfts_ms), ("tbt", tbts_ms)):
             over, under = (
                 values([r for run in runs for e, of in run.records.items() if engine in (e, "all") for r in good(of)])
@@ -239,27 +242,22 @@ def quantile_intervals(arm: Floats, baseline: Floats, quantiles: Sequence[int]) 
     true interval is wider.
     """
     rng = np.random.default_rng(0)
-    over, under = (
-        _draws(of, lambda rows: np.percentile(rows, quantiles, axis=1).T, rng, RESAMPLES) for of in (arm, baseline)
-    )
-    low, high = _ends(over / under)
-    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+    over, under = (_draws(of, lambda drawn: np.percentile(drawn, quantiles), rng, RESAMPLES) for of in (arm, baseline))
+    return _ends(over / under)
 
 
-def paired_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """(low, geometric mean, high) of paired ratios, by resampling the pairs."""
-    logs = np.log(np.asarray(ratios, dtype=np.float64))
-    low, high = np.exp(_ends(_draws(logs, lambda rows: rows.mean(axis=1), np.random.default_rng(0), 10_000)))
-    return float(low), float(np.exp(logs.mean())), float(high)
+def paired_interval(ratios: Sequence[float]) -> Interval:
+    """(low, high) of the geometric mean of paired ratios, by resampling the pairs."""
+    means = _draws(np.log(ratios), np.mean, np.random.default_rng(0), 10 * RESAMPLES)
+    return _ends(np.exp(means)[:, None])[0]
 
 
-def _draws(values: Floats, statistic: Callable[[Floats], Floats], rng: np.random.Generator, count: int) -> Floats:
-    """The statistic of so many resamples; it gets [rows, values], as many rows at once as fit in memory."""
-    at_once = max(1, MOST_DRAWN // len(values))
-    parts = [min(at_once, count - done) for done in range(0, count, at_once)]
-    return np.concatenate([statistic(rng.choice(values, (rows, len(values)))) for rows in parts])
+def _draws(values: Floats, statistic: Callable[[Floats], Any], rng: np.random.Generator, count: int) -> Floats:
+    """The statistic of so many resamples."""
+    return np.array([statistic(rng.choice(values, len(values))) for _ in range(count)])
 
 
-def _ends(draws: Floats) -> Floats:
-    ends: Floats = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)], axis=0)
-    return ends
+def _ends(draws: Floats) -> list[Interval]:
+    """The interval of each column."""
+    low, high = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)], axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))

@@ -19,7 +19,7 @@ from polder.bench.report.html import Plot
 from polder.bench.report.metrics import good, ttfts_ms
 from polder.bench.report.result import BenchResult
 
-__all__ = ["curves", "hit_ratio_over_time", "layouts", "memory_over_time", "ttft_distribution"]
+__all__ = ["curves", "hit_ratio_over_time", "memory_over_time", "ttft_distribution"]
 
 COLOURS = {
     "stock": "#8a94a6",
@@ -134,40 +134,23 @@ def curves(
     text: str,
     shown: Mapping[str, str],
     arms: Iterable[str],
-    points: Mapping[float, str],
+    points: Mapping[Any, str],
     *,
-    xlabel: str,
     shaded: Iterable[float] = (),
     **axes_options: Any,
 ) -> Plot:
-    """Figures against a number, a line for each arm. `shown`: an axis' title -> its figures' key, with {arm} and
-    {point}; `points`: number -> its name in keys. An axis is logarithmic where its title says so."""
+    """Figures against a number or a name, a line for each arm. `shown`: an axis' title -> its figures' key, with {arm}
+    and {point}; `points`: rising numbers, or names -> their names in keys. An axis is logarithmic where its title says
+    so."""
     figure, axes = _panels(1, len(shown), 3.5)
     for axis, (heading, key) in zip(axes, shown.items(), strict=True):
         for arm in arms:
-            found = [(x, result.figure(key.format(arm=arm, point=point))) for x, point in sorted(points.items())]
+            found = [(x, result.figure(key.format(arm=arm, point=point))) for x, point in points.items()]
             known = [(x, y) for x, y in found if y is not None]
             if known:
                 axis.plot(*zip(*known, strict=True), "o-", ms=4, lw=2, color=COLOURS.get(arm), label=arm)
         for x in shaded:
             axis.axvspan(x - 0.1, x + 0.1, color="#f3f4f6", zorder=0)
-        axis.set(xlabel=xlabel, title=heading, yscale="log" if "(log" in heading else "linear", **axes_options)
+        axis.set(title=heading, yscale="log" if "(log" in heading else "linear", **axes_options)
     axes[0].legend(loc="best")
     return _plot(title, text, figure)
-
-
-def layouts(result: BenchResult, arms: Sequence[str], sets: Sequence[str], disks: str) -> Plot:
-    """I/O time over polder's, bars for each arm, by access set."""
-    sets = [name for name in sets if result.figure(f"polder:{name}-{disks}.io_time_s")]
-    arms = [arm for arm in arms if arm in result.arms]
-    figure, (axis,) = _panels(1, 1, 3.6)
-    width = 0.8 / len(arms)
-    for number, arm in enumerate(arms):
-        at = np.arange(len(sets)) + (number - (len(arms) - 1) / 2) * width
-        over = [result.figure(f"{arm}/polder:{name}-{disks}.io_time_s") or 0.0 for name in sets]
-        axis.bar(at, over, width, label=arm)
-    axis.axhline(1.0, color="#9ca3af", lw=0.8)
-    axis.set(ylabel="I/O time over polder's (log scale)", yscale="log")
-    axis.set_xticks(range(len(sets)), sets)
-    axis.legend(loc="upper left", ncols=4)
-    return _plot(f"I/O time of a step on {disks} disks", "", figure)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from polder.bench.report.result import BenchResult
 
-__all__ = ["SHOWN", "Table", "arm_tables", "figures", "metric_names", "print_tables", "same"]
+__all__ = ["SHOWN", "Table", "arm_tables", "figures", "print_tables", "same"]
 
 SHOWN = {
     "TTFT p50, ms": "ttft_p50_ms",
@@ -67,17 +67,24 @@ def figures(
         yield Table(title, [heads[number] for number in kept], body)
 
 
-def arm_tables(
-    result: BenchResult,
-    title: str,
-    arms: Mapping[str, str],
-    engine: str,
-    metrics: Mapping[str, str] | None = None,
-    baseline: str = "",
-) -> Iterator[Table]:
-    """Metrics (heading -> name; None: all that there are) of one engine, a column for each arm (heading -> name)."""
-    shown = metric_names(result, arms.values()) if metrics is None else metrics
-    return figures(result, title, shown, arms, lambda metric, arm: f"{arm}:{engine}.{metric}", baseline=baseline)
+def arm_tables(result: BenchResult, title: str, key: str, known: Iterable[str]) -> Iterator[Table]:
+    """Metrics of one engine, a column for each arm. `key`: "ARM ARM ...:ENGINE" for these arms and all metrics that they
+    have, or "SUFFIX:ENGINE" for those of `known` with this suffix. Where they served requests, the metrics are those of
+    SHOWN, with ratios to stock."""
+    names, _, engine = key.partition(":")
+    arms = {arm: arm + names for arm in known} if names[:1] in ("", "-") else {arm: arm for arm in names.split()}
+    metrics = dict.fromkeys(metric for arm in arms.values() for metric in result.arms.get(arm, {}).get(engine, {}))
+    served = "ttft_p50_ms" in metrics
+    shown = SHOWN if served else {metric.replace("_", " "): metric for metric in metrics}
+    at = "{arm}:{engine}.{metric}".format
+    yield from figures(
+        result,
+        title,
+        shown,
+        arms,
+        lambda metric, arm: at(arm=arm, engine=engine, metric=metric),
+        baseline=f"stock{names}" if served else "",
+    )
 
 
 def _text(result: BenchResult, key: str, baseline: str, scale: float) -> str:
@@ -95,11 +102,6 @@ def _text(result: BenchResult, key: str, baseline: str, scale: float) -> str:
 def same(names: Iterable[str]) -> dict[str, str]:
     """Headings that are the names themselves."""
     return {name: name for name in names}
-
-
-def metric_names(result: BenchResult, arms: Iterable[str]) -> dict[str, str]:
-    """Heading -> name of every metric of these arms."""
-    return {n.replace("_", " "): n for arm in arms for of in result.arms.get(arm, {}).values() for n in of}
 
 
 def print_tables(console: Console, tables: Iterable[Table]) -> None:

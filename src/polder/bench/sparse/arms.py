@@ -8,12 +8,13 @@ A unit is read as a whole: a page of k blocks, or a single block. Adjacent units
 | sequential | page of successive blocks | an equal range of them on each disk |
 | hash | page of successive blocks | any disk, by its speed |
 | raid0 | page of successive blocks | 128 KiB on each disk in turn |
-| fixed-blocks | `fixed_blocks` successive blocks | one on each disk in turn (InfLLM's blocks, read whole) |
+| fixed-blocks | page of successive blocks | one on each disk in turn (InfLLM's blocks, read whole) |
 | no-cluster | a block | one on each disk in turn (only what is wanted is read) |
 | cluster-per-disk | a block | each of Swarm's clusters on one disk, the emptiest |
 | swarm | a block | Swarm's clusters striped over the disks, copies where they overlap: equation (7) |
 | polder-pages | page packed by co-activation | anti-affine, with second copies of the hottest |
 | polder | a block | the same pages, of which only what is wanted is read |
+| packing, placement, replicas | as polder-pages | striped; anti-affine; with the copies, read greedily |
 """
 
 from __future__ import annotations
@@ -32,17 +33,8 @@ from polder.swarm.clusters import PackConfig, Packing, pack, reading_order
 from polder.swarm.placement import anti_affine, with_replicas
 
 __all__ = [
-    "ARMS",
-    "ArmConfig",
-    "Known",
-    "Layout",
-    "cluster_per_disk",
-    "cluster_striped",
-    "hashed",
-    "parts_of",
-    "sequential",
-    "stages",
-    "striped",
+    *("ARMS", "GREEDY", "PARTS", "ArmConfig", "Known", "Layout", "cluster_per_disk", "cluster_striped", "hashed"),
+    *("parts_of", "sequential", "striped"),
 ]
 
 RAID0_CHUNK_BYTES = 128 << 10
@@ -56,8 +48,6 @@ class Known:
     """Recorded sets of blocks."""
     page_blocks: int
     block_bytes: int
-    radius: float = 0.6
-    """Radius of Swarm's clusters."""
 
     @property
     def page_bytes(self) -> int:
@@ -65,7 +55,7 @@ class Known:
 
     @cached_property
     def clusters(self) -> Clusters:
-        return medoid_clusters(self.profile, radius=self.radius)
+        return medoid_clusters(self.profile)
 
     @cached_property
     def packing(self) -> Packing:
@@ -86,10 +76,7 @@ class ArmConfig:
     known: Known
     speeds: FloatArray
     """[disks] pages a second, relative to each other."""
-    fixed_blocks: int | None = None
-    """Blocks of a unit of the arm fixed-blocks; a page's if None. InfLLM's units have 128 tokens."""
     replica_share: float = 0.10
-    seed: int = 0
 
     @property
     def disks(self) -> int:
@@ -98,6 +85,17 @@ class ArmConfig:
     @property
     def blocks(self) -> int:
         return self.known.profile.size
+
+    @cached_property
+    def page_disks(self) -> IntArray:
+        """[pages] of packed pages, without second copies."""
+        return anti_affine(self.known.of_pages, self.speeds)
+
+    @cached_property
+    def with_copies(self) -> Layout:
+        """Packed pages, with second copies of the hottest."""
+        share, counts = self.replica_share, self.known.of_pages.counts()
+        return _packed(self, with_replicas(self.page_disks, counts, self.speeds, share=share))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,12 +173,11 @@ def cluster_striped(clusters: Clusters, disks: int, *, blocks: int) -> tuple[Int
     return table, written[np.sort(np.unique(written, return_index=True)[1])]
 
 
-def _of_pages(config: ArmConfig, place: Callable[[int], IntArray], *, blocks: int | None = None) -> Layout:
-    page_blocks = blocks or config.known.page_blocks
-    unit_of = np.arange(config.blocks) // page_blocks
+def _of_pages(config: ArmConfig, place: Callable[[int], IntArray]) -> Layout:
+    unit_of = np.arange(config.blocks) // config.known.page_blocks
     return Layout(
         unit_of=unit_of,
-        unit_bytes=page_blocks * config.known.block_bytes,
+        unit_bytes=config.known.page_bytes,
         placement=Placement.of(place(int(unit_of[-1]) + 1), disks=config.disks),
     )
 
@@ -223,37 +220,39 @@ def parts_of(packed: Layout, packing: Packing) -> Layout:
     )
 
 
-def stages(config: ArmConfig) -> dict[str, Layout]:
-    """The steps from striped pages of successive blocks to `polder`, the last one."""
+def _packed(config: ArmConfig, disk_of: IntArray) -> Layout:
     known = config.known
-    disk_of = anti_affine(known.of_pages, config.speeds)
-    copies = with_replicas(disk_of, known.of_pages.counts(), config.speeds, share=config.replica_share)
-    tables = {"packing": striped(known.packing.pages, config.disks), "placement": disk_of, "replicas": copies}
-    packed = {
-        name: Layout(
-            unit_of=known.packing.page_of,
-            unit_bytes=known.page_bytes,
-            placement=Placement.of(table, disks=config.disks, order=known.page_order),
-        )
-        for name, table in tables.items()
-    }
-    return {
-        "striped": _of_pages(config, lambda pages: striped(pages, config.disks)),
-        **packed,
-        "parts": parts_of(packed["replicas"], known.packing),
-    }
+    return Layout(
+        unit_of=known.packing.page_of,
+        unit_bytes=known.page_bytes,
+        placement=Placement.of(disk_of, disks=config.disks, order=known.page_order),
+    )
 
 
 ARMS: dict[str, Callable[[ArmConfig], Layout]] = {
     "sequential": lambda config: _of_pages(config, lambda pages: sequential(pages, config.disks)),
-    "hash": lambda config: _of_pages(config, lambda pages: hashed(pages, config.speeds, seed=config.seed)),
+    "hash": lambda config: _of_pages(config, lambda pages: hashed(pages, config.speeds)),
     "raid0": _raid0,
-    "fixed-blocks": lambda config: _of_pages(
-        config, lambda pages: striped(pages, config.disks), blocks=config.fixed_blocks
-    ),
+    "fixed-blocks": lambda config: _of_pages(config, lambda pages: striped(pages, config.disks)),
     "no-cluster": lambda config: _of_blocks(config, striped(config.blocks, config.disks)),
     "cluster-per-disk": _cluster_per_disk,
     "swarm": _swarm,
-    "polder-pages": lambda config: stages(config)["replicas"],
-    "polder": lambda config: stages(config)["parts"],
+    "polder-pages": lambda config: config.with_copies,
+    "polder": lambda config: parts_of(config.with_copies, config.known.packing),
+    # On the way to polder:
+    "packing": lambda config: _packed(config, striped(config.known.packing.pages, config.disks)),
+    "placement": lambda config: _packed(config, config.page_disks),
+    "replicas": lambda config: config.with_copies,
 }
+GREEDY = ("swarm", "replicas")
+"""What is read by the paper's schedule; all others by the exact one."""
+PARTS = {
+    "striped": "fixed-blocks",
+    "packing": "packing",
+    "placement": "placement",
+    "replicas": "replicas",
+    "schedule": "polder-pages",
+    "parts": "polder",
+}
+"""What polder adds to striped pages of successive blocks, one after another -> the layout with it. Replicas are read
+greedily before `schedule`, whole pages before `parts`."""

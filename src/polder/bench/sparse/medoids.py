@@ -45,8 +45,8 @@ class Clusters:
         return self.members[self.starts[:-1]]
 
 
-def medoid_clusters(profile: Profile, *, radius: float = 0.6, max_blocks: int | None = None) -> Clusters:
-    """The paper's algorithm 1. `radius`: tau, at least 0 and below 1. `max_blocks`: the most blocks of a cluster.
+def medoid_clusters(profile: Profile, *, radius: float = 0.6) -> Clusters:
+    """The paper's algorithm 1. `radius`: tau, at least 0 and below 1.
 
     Density, (4): how many others are within the radius. In falling order of density each block that no cluster covers
     becomes a medoid. Its candidates are all blocks within the radius, covered ones too, nearest first; one is admitted
@@ -64,7 +64,7 @@ def medoid_clusters(profile: Profile, *, radius: float = 0.6, max_blocks: int | 
             continue
         found = near.of(medoid)
         candidates = near.others[found]
-        admitted = _admitted(signatures[candidates], counts[candidates], near.distances[found], radius, max_blocks)
+        admitted = _admitted(signatures[candidates], counts[candidates], near.distances[found], radius)
         members = np.concatenate(([medoid], candidates[admitted]))
         covered[members] = True
         clusters.append(members)
@@ -77,15 +77,12 @@ def _admitted(
     counts: IntArray,
     to_medoid: npt.NDArray[np.float32],
     radius: float,
-    max_blocks: int | None,
 ) -> BoolArray:
     """Which candidates become members; the nearest to the medoid come first."""
     total = to_medoid.astype(np.float64)  # of each candidate to all members so far
     admitted = np.zeros(len(counts), dtype=np.bool_)
     members = 1
     for candidate in range(len(counts)):
-        if max_blocks is not None and members >= max_blocks:
-            break
         if total[candidate] <= radius * members + 1e-6:
             admitted[candidate] = True
             members += 1
@@ -102,8 +99,6 @@ class CoAccess:
     starts: IntArray
     """[size + 1]"""
     others: IntArray
-    counts: IntArray
-    """f(i, j), the number of steps that read both."""
     distances: npt.NDArray[np.float32]
     """1 - f(i, j) / (f(i) + f(j) - f(i, j))."""
 
@@ -122,7 +117,7 @@ def co_access(profile: Profile, *, max_distance: float) -> CoAccess:
     dense = np.zeros((profile.size, profile.steps), dtype=np.float32)
     dense[profile.items, profile.step_of_items()] = 1
     counts = profile.counts().astype(np.float32)
-    parts: list[tuple[IntArray, IntArray, IntArray, npt.NDArray[np.float32]]] = []
+    parts: list[tuple[IntArray, IntArray, npt.NDArray[np.float32]]] = []
     for first in range(0, profile.size, _ROWS):
         both = dense[first : first + _ROWS] @ dense.T
         either = counts[first : first + _ROWS, None] + counts[None, :] - both
@@ -133,7 +128,7 @@ def co_access(profile: Profile, *, max_distance: float) -> CoAccess:
         near = distance[row, other]
         order = np.lexsort((near, row))
         row, other = row[order], other[order]
-        parts.append((first + row, other, both[row, other].astype(np.int64), near[order]))
-    rows, others, shared, distances = (np.concatenate(column) for column in zip(*parts, strict=True))
+        parts.append((first + row, other, near[order]))
+    rows, others, distances = (np.concatenate(column) for column in zip(*parts, strict=True))
     starts = np.searchsorted(rows, np.arange(profile.size + 1))
-    return CoAccess(starts=starts, others=others, counts=shared, distances=distances)
+    return CoAccess(starts=starts, others=others, distances=distances)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,43 +16,45 @@ from polder.swarm.activations import Profile
 from polder.swarm.cost import cheapest_runs, disk_seconds, step_seconds
 from polder.swarm.reads import ReadPlan
 
-__all__ = ["Modelled", "bound_seconds", "run_steps", "whole_page_bound_seconds"]
+__all__ = ["HOST_S_PER_REQUEST", "Modelled", "bound_seconds", "run_steps", "whole_page_bound_seconds"]
+
+HOST_S_PER_REQUEST = 5e-6
+"""What the host needs for a request: 4 to 11 us were measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Modelled:
+class Modelled(NamedTuple):
+    """What steps take, [steps] each."""
+
     seconds: FloatArray
-    """[steps]"""
+    with_host_s: FloatArray
+    """Where the host needs its time for each request, too."""
     bound_s: FloatArray
-    """[steps] the same bytes with all disks at full bandwidth until the end."""
+    """The same bytes with all disks at full bandwidth until the end."""
     even_s: FloatArray
-    """[steps] the same requests if all disks ended at the same moment."""
+    """The same requests if all disks ended at the same moment."""
     whole_page_bound_s: FloatArray
-    """[steps] the same pages, none split, if every disk had a copy of each."""
-    useful_bytes: int
-    read_bytes: int
-    requests: int
+    """The same pages, none split, if every disk had a copy of each."""
+    wanted_bytes: FloatArray
+    read_bytes: FloatArray
+    """Without gaps."""
+    requests: FloatArray
 
-    @property
-    def over_bound(self) -> float:
-        return float(self.seconds.sum() / self.bound_s.sum())
-
-    @property
-    def over_even(self) -> float:
-        return float(self.seconds.sum() / self.even_s.sum())
-
-    @property
-    def over_whole_page_bound(self) -> float:
-        return float(self.seconds.sum() / self.whole_page_bound_s.sum())
-
-    @property
-    def useful_bytes_per_s(self) -> float:
-        return self.useful_bytes / float(self.seconds.sum())
-
-    @property
-    def amplification(self) -> float:
-        """Bytes read for each wanted byte, without gaps."""
-        return self.read_bytes / self.useful_bytes
+    def figures(self) -> dict[str, float]:
+        """Times, requests and bytes are of one step, on average."""
+        total_s, wanted = self.seconds.sum(), self.wanted_bytes.sum()
+        found = {
+            "io_time_s": self.seconds.mean(),
+            "io_time_p99_s": np.percentile(self.seconds, 99),
+            "io_time_with_host_s": self.with_host_s.mean(),
+            "bandwidth_bytes_per_s": wanted / total_s,
+            "over_bound": total_s / self.bound_s.sum(),
+            "over_even": total_s / self.even_s.sum(),
+            "over_whole_page_bound": total_s / self.whole_page_bound_s.sum(),
+            "amplification": self.read_bytes.sum() / wanted,
+            "requests": self.requests.mean(),
+            "wanted_bytes": self.wanted_bytes.mean(),
+        }
+        return {name: float(value) for name, value in found.items()}
 
 
 def run_steps(
@@ -62,37 +64,31 @@ def run_steps(
     *,
     block_bytes: int,
     choose: Callable[[IntArray, FloatArray], IntArray] = exact,
-    host_s_per_request: float = 0.0,
+    host_s_per_request: float = HOST_S_PER_REQUEST,
 ) -> Modelled:
     """Runs each step of a profile of blocks alone on the disks. `choose`: `exact` or `greedy` of
     diskstore/schedule.py."""
-    speeds = page_speeds(disks, layout.unit_bytes)
-    masks = layout.placement.masks()
-    seconds, bounds, even, whole = (np.zeros(profile.steps) for _ in range(4))
-    read = requests = 0
-    for step, blocks in enumerate(profile):
+    size, speeds, masks = layout.unit_bytes, page_speeds(disks, layout.unit_bytes), layout.placement.masks()
+    rows = []
+    for blocks in profile:
         units = layout.units(blocks)
-        plan = cheapest_runs(
-            plan_reads(layout.placement, units, choose(masks[units], speeds)),
-            disks,
-            layout.unit_bytes,
-            host_s_per_request=host_s_per_request,
+        reads = plan_reads(layout.placement, units, choose(masks[units], speeds))
+        plan, of_host = (
+            cheapest_runs(reads, disks, size, host_s_per_request=host_s) for host_s in (0.0, host_s_per_request)
         )
-        seconds[step] = step_seconds(plan, disks, layout.unit_bytes, host_s_per_request=host_s_per_request)
-        even[step] = even_seconds(plan, disks, layout.unit_bytes)
-        bounds[step] = bound_seconds(len(units) * layout.unit_bytes, disks)
-        whole[step] = whole_page_bound_seconds(len(units), disks, layout.unit_bytes)
-        read += len(units) * layout.unit_bytes
-        requests += plan.runs
-    return Modelled(
-        seconds=seconds,
-        bound_s=bounds,
-        even_s=even,
-        whole_page_bound_s=whole,
-        useful_bytes=len(profile.items) * block_bytes,
-        read_bytes=read,
-        requests=requests,
-    )
+        rows.append(
+            (
+                step_seconds(plan, disks, size),
+                step_seconds(of_host, disks, size, host_s_per_request=host_s_per_request),
+                bound_seconds(len(units) * size, disks),
+                even_seconds(plan, disks, size),
+                whole_page_bound_seconds(len(units), disks, size),
+                len(blocks) * block_bytes,
+                len(units) * size,
+                plan.runs,
+            )
+        )
+    return Modelled(*np.array(rows, dtype=np.float64).T)
 
 
 def even_seconds(plan: ReadPlan, disks: Sequence[DiskModel], page_bytes: int) -> float:

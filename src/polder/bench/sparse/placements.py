@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polder.arrays import BoolArray, IntArray
+from polder.arrays import IntArray
 from polder.errors import IntegrityError
 from polder.swarm.reads import ReadPlan
 
@@ -37,11 +37,10 @@ class Placement:
         slot_of[page, copy] = np.arange(len(page)) - np.searchsorted(disk, np.arange(disks))[disk]
         return cls(disks=disks, disk_of=table, slot_of=slot_of)
 
-    def masks(self, in_use: BoolArray | None = None) -> IntArray:
-        """[pages] bit d says that disk d has a copy and is in use (`in_use`: [disks]; all if None)."""
-        usable = np.ones(self.disks, dtype=np.bool_) if in_use is None else in_use
-        there = (self.disk_of >= 0) & usable[self.disk_of]
-        masks: IntArray = np.where(there, np.int64(1) << np.maximum(self.disk_of, 0), 0).sum(axis=1)
+    def masks(self) -> IntArray:
+        """[pages] bit d says that disk d has a copy."""
+        bits = np.where(self.disk_of >= 0, np.int64(1) << np.maximum(self.disk_of, 0), 0)
+        masks: IntArray = bits.sum(axis=1)
         return masks
 
     def check_integrity(self) -> None:
@@ -56,9 +55,7 @@ class Placement:
             raise IntegrityError("placement: a page is on no disk")
 
 
-def plan_reads(placement: Placement, pages: IntArray, chosen: IntArray, *, gap_slots: int = 0) -> ReadPlan:
-    """Plans the reads of pages from the disks that `exact` or `greedy` chose. `gap_slots`: see ReadPlan.merged."""
-    found = chosen >= 0
-    lost, pages, chosen = pages[~found], pages[found], chosen[found]
+def plan_reads(placement: Placement, pages: IntArray, chosen: IntArray) -> ReadPlan:
+    """Plans the reads of pages from the disks that `exact` or `greedy` chose."""
     copy = (placement.disk_of[pages] == chosen[:, None]).argmax(axis=1)
-    return ReadPlan.of(pages, chosen, placement.slot_of[pages, copy], lost=lost, gap_slots=gap_slots)
+    return ReadPlan.of(pages, chosen, placement.slot_of[pages, copy], lost=pages[:0])

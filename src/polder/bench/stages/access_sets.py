@@ -23,17 +23,8 @@ from polder.sim.traces import Trace, load_trace
 from polder.swarm.activations import Profile
 
 __all__ = [
-    *(
-        "DESCRIPTIONS",
-        "DISKS",
-        "ENTRY_BYTES",
-        "ENTRY_PAGE_BLOCKS",
-        "PAGE_BYTES",
-        "AccessSet",
-        "SetSizes",
-        "access_sets",
-    ),
-    *("disks_of", "from_disks", "turn_reads"),
+    *("DESCRIPTIONS", "DISKS", "ENTRY_BYTES", "ENTRY_PAGE_BLOCKS", "PAGE_BYTES", "AccessSet", "SetSizes"),
+    *("access_sets", "disks_of", "from_disks", "turn_reads"),
 ]
 
 DISKS: dict[str, tuple[float, ...]] = {

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from polder.bench.harness.arms import Arm
 from polder.bench.harness.control import engine_status
 from polder.bench.harness.driver import RequestRecord
 from polder.bench.harness.engines import BLOCK_TOKENS
-from polder.bench.harness.progress import Stage
+from polder.bench.harness.progress import Update
 from polder.bench.harness.runs import ask
 from polder.bench.report.metrics import Metrics, percentile, tbts_ms, ttfts_ms
 from polder.bench.workloads.tenants import VOCAB
@@ -27,6 +28,7 @@ from polder.bench.workloads.traces import drawn_prompt
 from polder.errors import EnvironmentFault
 from polder.metrics import WINDOW_POINTS
 from polder.planner.context_cost import Stream, even_step_seconds
+from polder.window.regions import WindowShape
 
 __all__ = ["OUTPUT_TOKENS", "Contexts", "Shape", "planned_tbt_ms", "planned_ttft_ms"]
 
@@ -41,16 +43,26 @@ class Answer(NamedTuple):
     """Median."""
 
 
-class Shape(NamedTuple):
-    """What a windowed arm streams."""
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What an arm has room for, and what it streams. Stock has a window of all layers."""
 
-    layers: int
-    window_layers: int
+    window: WindowShape
+    units: int
+    """Held at all times."""
+    unit_blocks: int
     batched_tokens: int
     block_bytes: float
     """Bytes of one block in one layer."""
-    windowed_blocks: Callable[[int], int]
-    """Tokens of a context that is alone -> its blocks that the regular units have no room for."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context, prompt and output."""
+        return (self.window.most(self.units) * self.unit_blocks - 1) * BLOCK_TOKENS
+
+    def windowed_blocks(self, tokens: int) -> int:
+        """Blocks of a context that is alone for which the regular units have no room."""
+        return self.window.windowed_blocks(-(-(tokens + 1) // BLOCK_TOKENS), self.units, self.unit_blocks)
 
 
 class Contexts:
@@ -63,22 +75,12 @@ class Contexts:
         self._expected: dict[int, Answer] = {}
         """Tokens of a context -> the answer of `enough`."""
 
-    def grow(
-        self,
-        name: str,
-        arm: Arm,
-        lengths: Sequence[int],
-        *,
-        shape: Shape | None,
-        stage: Stage,
-        after: Callable[[int], None],
-    ) -> None:
-        """The arm at its lengths. `shape`: what it streams; None: a stock arm. `after`: called with each length once it
-        was measured."""
+    def grow(self, name: str, arm: Arm, lengths: Sequence[int], shape: Shape) -> Iterator[int]:
+        """The arm at its lengths. Yields each once it was measured."""
         found = self.found.setdefault(name, {})
         compared = different = 0
         self._ask(arm, SHORT_TOKENS, entropy=1)  # all code has run once
-        for number, length in enumerate(lengths, start=1):
+        for length in lengths:
             answer = self._ask(arm, length, entropy=0)
             found[f"ttft_{length}_ms"], found[f"tbt_{length}_ms"] = answer.ttft_ms, answer.tbt_ms
             if name == "enough":
@@ -87,10 +89,8 @@ class Contexts:
                 compared += 1
                 different += answer.tokens != self._expected[length].tokens
                 found["context_tokens"] = float(length)
-            if shape is not None:
                 found[f"windowed_{length}_blocks"] = float(shape.windowed_blocks(length - OUTPUT_TOKENS // 2))
-            after(length)
-            stage.update(number, len(lengths))
+            yield length
         found["answers_compared"], found["answers_different"] = float(compared), float(different)
         # One block more is refused, and a short request served after it.
         found["refused_beyond"] = float(bool(self._play(arm, lengths[-1] + BLOCK_TOKENS, entropy=2).error))
@@ -109,14 +109,14 @@ class Contexts:
         found[f"planned_ttft_{length}_ms"] = planned_ttft_ms(shape, stream, length, stock)
         found[f"planned_tbt_{length}_ms"] = planned_tbt_ms(shape, stream, length, step_ms)
 
-    def alternate(self, arms: Mapping[str, Arm], length: int, *, samples: int, stage: Stage) -> None:
+    def alternate(self, arms: Mapping[str, Arm], length: int, *, samples: int, update: Update) -> None:
         """TTFT of the arms in turn at one length, a new prompt each."""
         times: dict[str, list[float]] = {name: [] for name in arms}
         for number in range(samples):
             for name in list(arms)[:: -1 if number % 2 else 1]:
                 time.sleep(arms[name].quiet_s)
                 times[name].append(self._ask(arms[name], length, entropy=10 + number).ttft_ms)
-            stage.update(number + 1, samples)
+            update(number + 1, samples)
         for name, ttfts in times.items():
             self.found[name]["ttft_stocks_longest_ms"] = statistics.median(ttfts)
 
@@ -141,7 +141,7 @@ def _measured_stream(stats: Mapping[str, float], shape: Shape) -> Stream:
     ]
     return Stream(
         link_bytes_per_s=stats["window_link_bytes_per_second"],
-        window_layers=shape.window_layers,
+        window_layers=shape.window.window_layers,
         overhead_s=stats["window_layer_seconds"],
         contention_s_per_byte=stats["window_contention_seconds_per_byte"],
         least_s=tuple(sorted(steps)),
@@ -180,5 +180,7 @@ def planned_ttft_ms(shape: Shape, stream: Stream, length: int, ttfts_ms: Mapping
 def _step_ms(shape: Shape, stream: Stream, compute_ms: float, *, loaded: int, stored: int) -> float:
     """`loaded`, `stored`: blocks of a layer."""
     load_bytes, store_bytes = loaded * shape.block_bytes, stored * shape.block_bytes
-    step_s = even_step_seconds(compute_ms / 1e3, shape.layers, stream, load_bytes=load_bytes, store_bytes=store_bytes)
+    step_s = even_step_seconds(
+        compute_ms / 1e3, shape.window.layers, stream, load_bytes=load_bytes, store_bytes=store_bytes
+    )
     return 1e3 * step_s

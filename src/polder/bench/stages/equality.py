@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from polder.bench.harness import control
 from polder.bench.harness.arms import Arm
 from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, greedy
 from polder.bench.harness.runs import play_on
-from polder.bench.harness.scrape import PREEMPTIONS, TIER_HITS
+from polder.bench.harness.scrape import PREEMPTIONS, REPORTED, TIER_HITS, gained
 from polder.bench.report.metrics import Metrics
 from polder.bench.workloads.agents import questions
 from polder.bench.workloads.tenants import VOCAB
@@ -31,14 +30,9 @@ __all__ = [
 ]
 
 OUTPUT_TOKENS = 96
-MOVE_COUNTERS = {
-    "grows": "grows_total",
-    "shrinks": "shrinks_total",
-    "migrated_blocks": "migrated_blocks_total",
-    "evicted_blocks": "evicted_blocks_total",
-    "preemptions": "preemptions_total",
-}
-"""Metric -> engine's counter: what has to happen while answers are compared, or their equality says nothing."""
+MOVES = ("grows", "shrinks", "migrated_blocks", "evicted_blocks", "preemptions")
+MOVE_COUNTERS = {move: f"{REPORTED}{move}_total" for move in MOVES}
+"""Metric -> sample: what has to happen while answers are compared, or their equality says nothing."""
 
 
 class Round(NamedTuple):
@@ -62,11 +56,10 @@ class Answered(NamedTuple):
 def answer(arm: Arm, rounds: Sequence[Round], counters: Mapping[str, str], *, settle_s: float) -> Answered:
     """Asks the arm all rounds, from empty caches. Raises what a message to the broker raised.
 
-    `counters`: metric -> engine's counter. `settle_s`: between rounds, in which stores end and idle engines fall
-    asleep.
+    `counters`: metric -> sample. `settle_s`: between rounds, in which stores end and idle engines fall asleep.
     """
     arm.reset_prefix_caches()
-    before = _counts(arm, counters)
+    before = arm.samples()
     answers: list[dict[str, list[int]]] = []
     cached_tokens = 0
     for one in rounds:
@@ -74,19 +67,11 @@ def answer(arm: Arm, rounds: Sequence[Round], counters: Mapping[str, str], *, se
         answers.append({record.key: record.output_ids for record in records})
         cached_tokens += sum(record.cached_tokens for record in records)
         time.sleep(settle_s)
-    after = _counts(arm, counters)
+    counts = [gained(before[engine], after) for engine, after in arm.samples().items()]
     arm.check()
-    return Answered(answers, float(cached_tokens), {metric: count - before[metric] for metric, count in after.items()})
-
-
-def _counts(arm: Arm, counters: Mapping[str, str]) -> dict[str, float]:
-    """Sums over all engines since their start."""
-    samples, engines = arm.samples().values(), control.counts(arm.broker, counters).values()
-    return {
-        "tier_hit_tokens": sum(of.get(TIER_HITS, 0.0) for of in samples),
-        "preemptions": sum(of.get(PREEMPTIONS, 0.0) for of in samples),
-        **{metric: sum(of[metric] for of in engines) for metric in counters if engines},
-    }
+    counted = {"tier_hit_tokens": TIER_HITS, "preemptions": PREEMPTIONS, **counters}
+    sums: Metrics = {metric: sum(of.get(name, 0.0) for of in counts) for metric, name in counted.items()}
+    return Answered(answers, float(cached_tokens), sums)
 
 
 async def _round(arm: Arm, one: Round) -> list[RequestRecord]:
@@ -95,22 +80,17 @@ async def _round(arm: Arm, one: Round) -> list[RequestRecord]:
         for engine, asked in one.asked.items()
     }
     tally, expected = Tally(), OUTPUT_TOKENS * sum(map(len, one.asked.values()))
-    acting = asyncio.create_task(_act(arm.broker, one.acts, tally, expected))
-    try:
-        played = await play_on(arm, loads, tally)
-    finally:
-        acting.cancel()  # ended long ago, unless requests failed
-    (outcome,) = await asyncio.gather(acting, return_exceptions=True)
-    if isinstance(outcome, Exception):  # a cancellation is none
-        raise outcome
+    played, _ = await asyncio.gather(play_on(arm, loads, tally), _act(arm.broker, one.acts, tally, expected))
     return [record for records in played.records.values() for record in records]
 
 
 async def _act(broker: Path | None, acts: Mapping[float, Resize | Sleep], tally: Tally, expected: int) -> None:
-    if broker is not None:
-        for at, message in acts.items():
-            while tally.output_tokens < at * expected:
-                await asyncio.sleep(0.005)
+    if broker is None:
+        return
+    for at, message in acts.items():
+        while tally.output_tokens < at * expected and not tally.over:  # it ends early when requests fail
+            await asyncio.sleep(0.005)
+        if not tally.over:
             await asyncio.to_thread(client.request, broker, message)
 
 

@@ -18,8 +18,7 @@ from polder.bench.sparse.generator import Sticky
 from polder.bench.sparse.lru import LruSet
 from polder.bench.stages.access_sets import ENTRY_BYTES, ENTRY_PAGE_BLOCKS, PAGE_BYTES, SetSizes, disks_of, from_disks
 from polder.bench.stages.layouts import REPLICA_SHARE
-from polder.bench.stages.wall import disk_configs
-from polder.diskstore.config import StoreConfig
+from polder.bench.stages.wall import store_config
 from polder.diskstore.engine import ThreadEngine
 from polder.diskstore.store import DiskStore
 from polder.emulation.disks import EmulatedDisk, EmulatedEngine, VirtualClock
@@ -61,7 +60,10 @@ def live_run(arm: str, profile: Profile, known_steps: int, folder: Path) -> Metr
     engine = EmulatedEngine(
         ThreadEngine(2), [EmulatedDisk(replace(model, latency_s=0.0), clock=clock) for model in models]
     )
-    store = DiskStore(_store_config(profile.size, len(models), folder), engine=engine)
+    # Twice what the entries take, for pages that move.
+    limits = np.full(len(models), 2 * profile.size * ENTRY_BYTES // len(models) + (8 << 20))
+    stored = store_config(folder, limits, page_bytes=PAGE_BYTES, parts=ENTRY_PAGE_BLOCKS)
+    store = DiskStore(stored, engine=engine)
     config = EntryConfig(
         disks=tuple(models),
         memory_bytes=_share(MEMORY_SHARE, profile.size),
@@ -118,17 +120,6 @@ def _steps(
             upkeep.advance()
     io_s, requests = np.array(rows).T
     return io_s, requests
-
-
-def _store_config(entries: int, disks: int, folder: Path) -> StoreConfig:
-    limit = 2 * entries * ENTRY_BYTES // disks + (8 << 20)  # twice what the entries take, for pages that move
-    return StoreConfig(
-        disks=disk_configs(folder, [limit] * disks),
-        page_bytes=PAGE_BYTES,
-        parts=ENTRY_PAGE_BLOCKS,
-        namespace="polder-bench-disks-live",
-        timeout_s=60.0,  # the disks are modelled: only a loaded machine makes the real reads late
-    )
 
 
 def _share(share: float, entries: int) -> int:

@@ -9,6 +9,7 @@ tokens of a running request around it, less the ordinary gap (`*_step_delay_*`).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,11 @@ from typing import NamedTuple
 import numpy as np
 
 from polder.bench.harness.arms import Arm
-from polder.bench.harness.control import engine_status, resize
-from polder.bench.harness.driver import ClosedLoop, RequestRecord, Tally, greedy
-from polder.bench.harness.progress import Stage, following
+from polder.bench.harness.control import engine_status, obeyed
+from polder.bench.harness.driver import ClosedLoop, Played, RequestRecord, Tally, greedy
+from polder.bench.harness.progress import Update
 from polder.bench.harness.runs import play_on
 from polder.bench.report.metrics import Metrics, percentile, without_nan
-from polder.bench.stages.equality import MOVE_COUNTERS
 from polder.bench.workloads.agents import questions
 from polder.broker import client
 from polder.broker.wire import Resize
@@ -36,6 +36,7 @@ PROMPT_TOKENS = 1500
 SMALL_UNITS = 5
 """Above the floor, and enough for the streams: nothing has to be preempted."""
 PAUSE_S = 0.4
+MOVED = ("evicted_blocks", "migrated_blocks", "preemptions")
 SEEN_AFTER_S = 0.1
 """A gap counts to a resize if it touches the time from its start to so long after its end."""
 
@@ -50,39 +51,42 @@ class Resized(NamedTuple):
     """Time that the engine core spent on it, between two steps."""
 
 
-async def resize_under_load(arm: Arm, *, stream_tokens: int, stage: Stage) -> Metrics:
+def resize_under_load(arm: Arm, *, stream_tokens: int, update: Update) -> Metrics:
     """Shrinks and grows engine A in turn until its streams have ended."""
     broker = arm.broker
     assert broker is not None, "only an elastic arm can be resized"
-    before = engine_status(broker, "A")
-    units = math.ceil(PAGES / before.pages_per_unit)
-    large = SMALL_UNITS + units
-    resize(broker, "A", large)
+    pages_per_unit = engine_status(broker, "A").pages_per_unit
+    units = math.ceil(PAGES / pages_per_unit)
+    sizes = itertools.cycle((SMALL_UNITS, SMALL_UNITS + units))
+    before = obeyed(broker, Resize(engine="A", units=SMALL_UNITS + units))
     asked = questions("A", count=STREAMS, longest=PROMPT_TOKENS, seed=7)
     streams = ClosedLoop(users=[[greedy("A", key, prompt, stream_tokens)] for key, prompt in asked.items()])
     tally, resized = Tally(), list[Resized]()
-    async with following(stage, lambda: (tally.output_tokens, STREAMS * stream_tokens)):
-        playing = asyncio.create_task(play_on(arm, {"A": streams}, tally))
-        while tally.output_tokens < 5 * STREAMS and not playing.done():
+
+    async def shrink_and_grow() -> None:
+        while not tally.ended and not tally.over:
             await asyncio.sleep(0.02)
-        while not tally.ended and not playing.done():
-            size = large if len(resized) % 2 else SMALL_UNITS
-            resized.append(await asyncio.to_thread(_resize, broker, size))
-        played = await playing
+            if tally.output_tokens >= 5 * STREAMS:
+                resized.append(await asyncio.to_thread(_resize, broker, next(sizes)))
+                update(tally.output_tokens, STREAMS * stream_tokens)
+
+    async def both() -> Played:
+        return (await asyncio.gather(play_on(arm, {"A": streams}, tally), shrink_and_grow()))[0]
+
+    played = asyncio.run(both())
     client.request(broker, Resize(engine="A", units=0))
     after = engine_status(broker, "A")
-    moved = {name: MOVE_COUNTERS[name] for name in ("evicted_blocks", "migrated_blocks", "preemptions")}
     return {
         **resize_metrics(resized, played.records["A"], started_at=played.started_at),
-        "pages": float(units * before.pages_per_unit),
-        **{name: after.stats[counter] - before.stats[counter] for name, counter in moved.items()},
+        "pages": float(units * pages_per_unit),
+        **{of: after.stats[f"{of}_total"] - before.stats[f"{of}_total"] for of in MOVED},
     }
 
 
 def _resize(broker: Path, units: int) -> Resized:
     before = engine_status(broker, "A")
     started = perf_counter()
-    resize(broker, "A", units)
+    obeyed(broker, Resize(engine="A", units=units))
     ended = perf_counter()
     after = engine_status(broker, "A", after_s=PAUSE_S)  # the engine reports its counters every 50 ms
     grew = units > before.held_units

@@ -8,29 +8,35 @@ Stock has nothing after the restart, vLLM's own tiers have files, Polder has its
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polder.bench.harness.arms import Arm, ArmSpec
+from polder.bench.harness.arms import Arm, ArmGroup, ArmPool, ArmSpec
 from polder.bench.harness.driver import RequestRecord
 from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, links_env
-from polder.bench.harness.progress import Stage
-from polder.bench.harness.runs import Run, run_loads
-from polder.bench.harness.scrape import summed
+from polder.bench.harness.runs import Run
 from polder.bench.native import offloading_args
-from polder.bench.report.metrics import Metrics, engine_metrics, good, without_nan
-from polder.bench.workloads.agents import TURNS, agents, parted
+from polder.bench.report.metrics import Metrics, arm_metrics, good
+from polder.bench.workloads.agents import TURNS
 from polder.bench.workloads.models import MODEL_A
 from polder.engines.vllm.tiers.disk import staged_pages
 
-__all__ = ["ARMS", "SUFFIXES", "offload_file", "restart_arm", "restart_metrics", "run_restart"]
+__all__ = [
+    "ARMS",
+    "SUFFIXES",
+    "TURNS_BEFORE",
+    "empty_disks",
+    "offload_file",
+    "restart_arm",
+    "restart_metrics",
+    "served",
+]
 
 ARMS = ("stock", "native-fs", "polder-disk")
 SUFFIXES = ("-before", "-restart")
@@ -60,63 +66,45 @@ def restart_arm(name: str, engine: EnginePlan, folder: Path, engine_id: str, hos
             options |= {"link_bytes_per_s": host_bytes_per_s, "disk_bytes_per_s": DISKS * DISK_BYTES_PER_S}
         args = offloading_args("NativeTieringSpec", NATIVE_BYTES, engine_id=engine_id, **options)
         return ArmSpec("stock", [replace(engine, extra_args=args)])
-    disks = tuple(f"{folder.resolve() / f'disk{n}'}:{DISK_BYTES}B" for n in range(DISKS))
+    disks = [f"{folder.resolve() / f'disk{n}'}:{DISK_BYTES}B" for n in range(DISKS)]
     links = links_env({"host": host_bytes_per_s, "disk": DISK_BYTES_PER_S} if host_bytes_per_s else {})
-    tiers = replace(engine, store_to=("host", "disk"), host_bytes=HOST_BYTES, disks=disks)
-    return ArmSpec("polder", [replace(tiers, sizing="fixed", extra_env=links)])
+    tiers = engine.of_fixed_size().with_keys(tiers=["host", "disk"], host=HOST_BYTES)
+    return ArmSpec("polder", [replace(tiers, memory={"disks": disks}, extra_env=links)])
 
 
-def run_restart(
-    name: str,
-    engine: EnginePlan,
-    *,
-    sessions: int,
-    host_bytes_per_s: float | None,
-    workdir: Path,
-    serving: Callable[[ArmSpec], AbstractContextManager[Arm]],
-    stage: Callable[[str], AbstractContextManager[Stage]],
-) -> list[Run]:
-    """Runs before and after the restart of one arm, on empty disks. `serving`: has the arm up until its block ends. Raises
-    EnvironmentFault when an engine fails."""
+@contextmanager
+def empty_disks(name: str, workdir: Path) -> Iterator[Path]:
+    """A folder for what the arm keeps on disk, gone at the end."""
     folder = workdir / f"restart-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     for number in range(DISKS):
         (folder / f"disk{number}").mkdir(parents=True)
-    before, after = parted(agents(sessions=sessions), TURNS_BEFORE)
-
-    @contextmanager
-    def served() -> Iterator[Arm]:
-        engine_id = f"polder-bench-{uuid.uuid4()}"  # its own: no engine opens, or loses, what is another's
-        try:
-            with serving(restart_arm(name, engine, folder, engine_id, host_bytes_per_s)) as up:
-                yield up
-        finally:
-            with suppress(OSError):  # vLLM's shutdown kills its engine core before that unlinks the file
-                offload_file(engine_id).unlink()
-
     try:
-        with served() as up:
-            with stage(f"restart, {name}: the first {TURNS_BEFORE} turns of each session") as shown:
-                up.reset_prefix_caches()
-                first = asyncio.run(run_loads(up, {"A": before}, shown))
-            time.sleep(SETTLE_S)
-        with served() as up, stage(f"restart, {name}: the other turns, after a restart") as shown:
-            second = asyncio.run(run_loads(up, {"A": after}, shown))
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    first.arm, second.arm = (name + suffix for suffix in SUFFIXES)
-    return [first, second]
+
+
+@contextmanager
+def served(name: str, pool: ArmPool, engine: EnginePlan, folder: Path, host_bytes_per_s: float | None) -> Iterator[Arm]:
+    """The arm, up until the block ends. Raises EnvironmentFault when an engine fails."""
+    engine_id = f"polder-bench-{uuid.uuid4()}"  # its own: no engine opens, or loses, what is another's
+    spec = restart_arm(name, engine, folder, engine_id, host_bytes_per_s)
+    try:
+        yield pool.get(ArmGroup(lambda _: spec, "-restart"), name)
+        time.sleep(SETTLE_S)
+    finally:
+        pool.stop()
+        with suppress(OSError):  # vLLM's shutdown kills its engine core before that unlinks the file
+            offload_file(engine_id).unlink()
 
 
 def restart_metrics(runs: Sequence[Run]) -> dict[str, Metrics]:
     """Metrics of engine A. `first_turn_hit_ratio` is that of the prompts that come first of their sessions."""
-    records = [run.records["A"] for run in runs]
-    found = without_nan(engine_metrics(records, sum(run.preemptions["A"] for run in runs)))
-    firsts = [record for run in records for record in _first_turns(good(run))]
+    firsts = [record for run in runs for record in _first_turns(good(run.records["A"]))]
     prompt = sum(record.prompt_tokens for record in firsts)
-    found["first_turn_hit_ratio"] = sum(record.cached_tokens for record in firsts) / prompt if prompt else 0.0
-    found["counters"] = summed([run.samples.get("A", {}) for run in runs])
-    return {"A": found}
+    hit = sum(record.cached_tokens for record in firsts) / prompt if prompt else 0.0
+    return {"A": arm_metrics(runs)["A"] | {"first_turn_hit_ratio": hit}}
 
 
 def offload_file(engine_id: str) -> Path:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from statistics import geometric_mean
 
 from polder.bench.harness.arms import Arm
 from polder.bench.harness.driver import ClosedLoop, RequestRecord, play
-from polder.bench.harness.progress import Stage
+from polder.bench.harness.progress import Update
 from polder.bench.report import metrics
 from polder.bench.report.metrics import Interval, Metrics
 
@@ -27,40 +28,34 @@ Block = list[RequestRecord]
 
 
 def measure_tax(
-    stock: Arm, polder: Arm, blocks: Sequence[ClosedLoop], *, engine: str, rounds: int, uncounted: int, stage: Stage
-) -> tuple[list[Block], list[Block]]:
+    arms: Sequence[Arm], blocks: Sequence[ClosedLoop], *, engine: str, rounds: int, uncounted: int, update: Update
+) -> list[list[Block]]:
     """Plays all `blocks` on one engine of both arms, `rounds` times over, after `uncounted` rounds."""
-    done: dict[str, list[Block]] = {stock.name: [], polder.name: []}
-    total = (rounds + uncounted) * len(blocks)
-    for _ in range(rounds + uncounted):
-        for arm in (stock, polder):
+    done: dict[str, list[Block]] = {arm.name: [] for arm in arms}
+    for of_round in range(rounds + uncounted):
+        for arm in arms:
             arm.reset_prefix_caches()
         for number, block in enumerate(blocks):
-            for arm in (stock, polder) if number % 2 else (polder, stock):
+            for arm in arms if number % 2 else reversed(arms):
                 time.sleep(arm.quiet_s)
-                played = asyncio.run(play({engine: (arm.engine_url(engine), block)}))
+                played = asyncio.run(play({engine: (arm.urls[engine], block)}))
                 done[arm.name].append(played.records[engine])
-            stage.update(len(done[stock.name]), total)
-    first = uncounted * len(blocks)
-    return done[stock.name][first:], done[polder.name][first:]
+            update(of_round * len(blocks) + number + 1, (rounds + uncounted) * len(blocks))
+    return [found[uncounted * len(blocks) :] for found in done.values()]
 
 
 def tax_metrics(blocks: Sequence[Block]) -> Metrics:
     """Metrics of one arm; the two that the tax is about are geometric means over the blocks, as the ratio's are."""
-    found = metrics.engine_metrics(blocks)
-    found["ttft_p50_ms"] = metrics.paired_interval(list(map(_ttft_p50_ms, blocks)))[1]
-    found["busy_output_tokens_per_s"] = metrics.paired_interval(list(map(_busy_tokens_per_s, blocks)))[1]
-    return metrics.without_nan(found)
+    means = {metric: geometric_mean(map(of, blocks)) for metric, of in _FIGURES.items()}
+    return metrics.without_nan(metrics.engine_metrics(blocks) | means)
 
 
 def tax_intervals(stock: Sequence[Block], polder: Sequence[Block]) -> dict[str, Interval]:
     """95 % intervals of Polder over stock, paired."""
-    found: dict[str, Interval] = {}
-    for metric, of in (("ttft_p50_ms", _ttft_p50_ms), ("busy_output_tokens_per_s", _busy_tokens_per_s)):
-        ratios = [of(ours) / of(theirs) for theirs, ours in zip(stock, polder, strict=True)]
-        low, _, high = metrics.paired_interval(ratios)
-        found[metric] = (low, high)
-    return found
+    return {
+        metric: metrics.paired_interval([of(ours) / of(theirs) for theirs, ours in zip(stock, polder, strict=True)])
+        for metric, of in _FIGURES.items()
+    }
 
 
 def _ttft_p50_ms(block: Block) -> float:
@@ -70,3 +65,6 @@ def _ttft_p50_ms(block: Block) -> float:
 def _busy_tokens_per_s(block: Block) -> float:
     good = metrics.good(block)
     return sum(len(record.token_s) for record in good) / metrics.busy_seconds(good)
+
+
+_FIGURES = {"ttft_p50_ms": _ttft_p50_ms, "busy_output_tokens_per_s": _busy_tokens_per_s}

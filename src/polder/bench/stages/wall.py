@@ -31,11 +31,12 @@ from polder.errors import EnvironmentFault, IntegrityError
 from polder.swarm.activations import Profile
 from polder.swarm.cost import cheapest_runs, step_seconds
 
-__all__ = ["LATENCY_S", "WallStep", "disk_configs", "wall_metrics", "wall_steps"]
+__all__ = ["LATENCY_S", "WallStep", "store_config", "wall_metrics", "wall_steps"]
 
 LATENCY_S = 80e-6
 """Of the emulated disks, once a step; the model has none."""
 TIMEOUT_S = 60.0
+"""The disks are emulated: only a loaded machine makes the real reads late."""
 _WRITTEN_AT_ONCE = 256
 """Pages."""
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -69,7 +70,10 @@ def wall_steps(
     engine = EmulatedEngine(ThreadEngine(), emulated)
     pages = layout.pages or layout  # as they are stored
     parts = pages.unit_bytes // layout.unit_bytes
-    store = DiskStore(_config_for(pages, len(disks), parts, folder), engine=engine)
+    held = np.bincount(pages.placement.disk_of[pages.placement.disk_of >= 0], minlength=len(disks))
+    # A fiftieth and some MiB are more than index and log take.
+    limits = held * pages.unit_bytes * 51 // 50 + (8 << 20)
+    store = DiskStore(store_config(folder, limits, page_bytes=pages.unit_bytes, parts=parts), engine=engine)
     try:
         keys = _write(store, pages)
         page_at = _pages_at(pages, len(disks))
@@ -137,26 +141,14 @@ def _pages_at(layout: Layout, disks: int) -> IntArray:
     return at
 
 
-def _config_for(layout: Layout, disks: int, parts: int, folder: Path) -> StoreConfig:
-    """`layout`: of pages, each of so many parts."""
-    held = np.bincount(layout.placement.disk_of[layout.placement.disk_of >= 0], minlength=disks).tolist()
-    # A fiftieth and some MiB are more than index and log take.
-    limits = [pages * layout.unit_bytes * 51 // 50 + (8 << 20) for pages in held]
-    return StoreConfig(
-        disks=disk_configs(folder, limits),
-        page_bytes=layout.unit_bytes,
-        parts=parts,
-        namespace="polder-bench-disks",
-        timeout_s=TIMEOUT_S,
-    )
-
-
-def disk_configs(folder: Path, limits_bytes: Sequence[int]) -> tuple[DiskConfig, ...]:
-    """A directory below `folder` for each disk, made here."""
-    disks = [DiskConfig(directory=folder / f"disk{n}", limit_bytes=limit) for n, limit in enumerate(limits_bytes)]
+def store_config(folder: Path, limits_bytes: IntArray, *, page_bytes: int, parts: int) -> StoreConfig:
+    """A store over a directory below `folder` for each disk, made here. `parts`: of a page."""
+    disks = [DiskConfig(directory=folder / f"disk{n}", limit_bytes=int(of)) for n, of in enumerate(limits_bytes)]
     for disk in disks:
         disk.directory.mkdir(parents=True)
-    return tuple(disks)
+    return StoreConfig(
+        disks=tuple(disks), page_bytes=page_bytes, parts=parts, namespace="polder-bench-disks", timeout_s=TIMEOUT_S
+    )
 
 
 def _write(store: DiskStore, layout: Layout) -> Keys:

@@ -17,14 +17,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from polder.bench.harness.arms import Arm
-from polder.bench.harness.control import REPORT_S, counts, engine_status, hold, moved, put_to_sleep, wake
+from polder.bench.harness.arms import REPORT_S, Arm
+from polder.bench.harness.control import engine_status, obeyed
 from polder.bench.harness.driver import RequestRecord
-from polder.bench.harness.progress import Stage
+from polder.bench.harness.progress import Update
 from polder.bench.harness.runs import ask
-from polder.bench.report.metrics import Metrics, percentile, tbts_ms, without_nan
+from polder.bench.report.metrics import WEIGHT_COUNTERS, Metrics, percentile, tbts_ms, without_nan
 from polder.bench.workloads.tenants import VOCAB
 from polder.bench.workloads.traces import drawn_prompt
+from polder.broker.wire import Sleep, Stream, Wake
 from polder.errors import EnvironmentFault
 from polder.planner.rotation_cost import pass_seconds
 
@@ -41,7 +42,7 @@ SLOTS = (1, 2)
 
 
 def measure_comeback(
-    name: str, start: Callable[[], Arm], *, prompts: Sequence[int], anew_prompt: int, samples: int, stage: Stage
+    name: str, start: Callable[[], Arm], *, prompts: Sequence[int], anew_prompt: int, samples: int, update: Update
 ) -> dict[str, Metrics]:
     """Figures by the name that they have in the result. `start`: starts the arm, which has one engine, and returns it
     ready. Raises EnvironmentFault when the engine does not answer."""
@@ -54,7 +55,7 @@ def measure_comeback(
             raise EnvironmentFault(f"{arm.name} does not answer: {record.error}")
         first_token_s = time.perf_counter() - started - (record.end_s - record.token_s[0])
         found["stock-anew"] = {f"ttft_{anew_prompt}_p50_ms": first_token_s * 1e3}
-    resident, reclaimed = resident_and_reclaimed(arm, prompts=prompts, samples=samples, stage=stage)
+    resident, reclaimed = resident_and_reclaimed(arm, prompts=prompts, samples=samples, update=update)
     if reclaimed:
         found[name] = without_nan(reclaimed)
     if name in RESIDENT:
@@ -62,38 +63,40 @@ def measure_comeback(
     return found
 
 
-def resident_and_reclaimed(arm: Arm, *, prompts: Sequence[int], samples: int, stage: Stage) -> tuple[Metrics, Metrics]:
+def resident_and_reclaimed(
+    arm: Arm, *, prompts: Sequence[int], samples: int, update: Update
+) -> tuple[Metrics, Metrics]:
     """Metrics of the arm's one engine with its weights in place, and after it lost them; empty where they cannot move.
 
     Prompts of each length in `prompts` are asked `samples` times after one that does not count. None repeats another.
     """
-    broker, engine = arm.broker, arm.engines[0].name
+    engine = arm.engines[0].name
     resident: dict[int, list[RequestRecord]] = {tokens: [] for tokens in prompts}
     reclaimed: dict[int, list[RequestRecord]] = {tokens: [] for tokens in prompts}
-    before = counts(broker)
+    before = arm.samples()[engine]
     for number in range(samples + 1):
         for tokens in prompts:
-            if broker is not None:
-                wake(broker, engine)
+            if arm.broker is not None:
+                obeyed(arm.broker, Wake(engine=engine))
             time.sleep(arm.quiet_s)
             resident[tokens].append(_asked(arm, tokens, number=2 * number))
-            if broker is not None:
+            if arm.broker is not None:
                 time.sleep(arm.quiet_s)
-                put_to_sleep(broker, engine)
+                obeyed(arm.broker, Sleep(engine=engine))
                 reclaimed[tokens].append(_asked(arm, tokens, number=2 * number + 1))
-        stage.update(number + 1, samples + 1)
-    after = counts(broker)
+        update(number + 1, samples + 1)
+    after = arm.samples()[engine]
     arm.check()
-    if broker is None:
+    if arm.broker is None:
         return _first_tokens(resident), {}
-    gained = moved(before, after)[engine]
-    wakes = max(1.0, gained["wakes"])
+    count = {metric: after[sample] - before[sample] for metric, sample in WEIGHT_COUNTERS.items()}
+    wakes = max(1.0, count["wakes"])
     return _first_tokens(resident), {
         **_first_tokens(reclaimed),
-        "wakes": gained["wakes"],
-        "bytes_loaded_a_wake": gained["weights_loaded_bytes"] / wakes,
-        "layers_loaded_a_wake": gained["layers_loaded"] / wakes,
-        "mapping_ms_a_wake": gained["wake_seconds"] / wakes * 1e3,
+        "wakes": count["wakes"],
+        "bytes_loaded_a_wake": count["weights_loaded_bytes"] / wakes,
+        "layers_loaded_a_wake": count["layers_loaded"] / wakes,
+        "mapping_ms_a_wake": count["wake_seconds"] / wakes * 1e3,
     }
 
 
@@ -111,7 +114,7 @@ def _first_tokens(asked: dict[int, list[RequestRecord]]) -> Metrics:
     return found
 
 
-def measure_streaming(arm: Arm, engine: str, stage: Stage) -> Metrics:
+def measure_streaming(arm: Arm, engine: str, update: Update) -> Metrics:
     """Step and formula in milliseconds for each number of segments given up, and the worst error as a part of the step.
 
     Raises EnvironmentFault when the engine, told to hold some segments, does not, or streams nothing then.
@@ -129,12 +132,12 @@ def measure_streaming(arm: Arm, engine: str, stage: Stage) -> Metrics:
     errors: list[float] = []
     resident_ms = 0.0
     for given_up in range(layers):
-        hold(broker, engine, layers - given_up)
+        obeyed(broker, Stream(engine=engine, segments=layers - given_up))
         loads, copying_s = copied()
         prompt = drawn_prompt(STREAMED_PROMPT, (given_up, 4000), VOCAB)
         step_ms = percentile(tbts_ms([ask(arm, engine, prompt, STREAMED_TOKENS)]), 50)
         loads_after, copying_after_s = copied()
-        stage.update(given_up + 1, layers)
+        update(given_up + 1, layers)
         found[f"step_{given_up}_ms"] = step_ms
         if given_up == 0:
             resident_ms = step_ms
@@ -146,7 +149,7 @@ def measure_streaming(arm: Arm, engine: str, stage: Stage) -> Metrics:
         found[f"formula_{given_up}_ms"] = expected_ms
         found[f"layer_{given_up}_ms"] = layer_load_s * 1e3
         errors.append(abs(step_ms - expected_ms) / step_ms)
-    wake(broker, engine)
+    obeyed(broker, Wake(engine=engine))
     return {**found, "worst_error": max(errors)}
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from polder.bench.harness.arms import Arm, ArmSpec
+from polder.bench.harness.arms import ArmGroup, ArmSpec
 from polder.bench.harness.engines import BLOCK_TOKENS, engine_plans, links_env, on_one_core
 from polder.bench.harness.runs import Run
 from polder.bench.report import limits, plots
 from polder.bench.report.html import Plot
 from polder.bench.report.limits import Check, Figure, Limit, check
 from polder.bench.report.result import BenchResult
-from polder.bench.report.tables import Table, arm_tables, figures, same
-from polder.bench.stages.context import OUTPUT_TOKENS, Contexts, Shape
+from polder.bench.report.tables import Table, figures, same
+from polder.bench.stages.context import Contexts, Shape
 from polder.bench.suites.base import Suite
 from polder.bench.suites.plan import Plan, StageArms
 from polder.bench.workloads.models import ModelRecipe
@@ -38,8 +38,8 @@ LAYER_BLOCK_BYTES = BLOCK_TOKENS * MODEL.kv_bytes_per_token // MODEL.layers
 class Window(NamedTuple):
     """What an arm does with long contexts."""
 
-    layers: int = 0
-    """Layers whose KV is local; 0: all of them, in stock vLLM."""
+    layers: int = MODEL.layers
+    """Layers whose KV is local; in stock all of them."""
     emulated_link: bool = False
 
 
@@ -60,9 +60,7 @@ SHOWN = {"TTFT, ms": "ttft", "TTFT planned, ms": "planned_ttft", "TBT p50, ms": 
 class ContextPlan(Plan):
     """The local KV bytes are the same in all arms but `enough`."""
 
-    choices: ClassVar[Mapping[str, StageArms]] = {
-        "lengths": StageArms(known=tuple(ARMS), always=("enough",), described_as="arms")
-    }
+    choices: ClassVar[Mapping[str, StageArms]] = {"lengths": StageArms(known=tuple(ARMS), always=("enough",))}
     stages: tuple[str, ...] = ("lengths",)
     local_bytes: int
     page_bytes: int = 64 << 10
@@ -77,47 +75,26 @@ class ContextPlan(Plan):
     def arms(self) -> tuple[str, ...]:
         return self.orders["lengths"]
 
-    @property
-    def unit_blocks(self) -> int:
-        return max(1, self.page_bytes // LAYER_BLOCK_BYTES)
-
-    @property
-    def units(self) -> int:
-        """Held by every arm but `enough`."""
-        return self.local_bytes // (self.unit_blocks * MODEL.layers * LAYER_BLOCK_BYTES)
-
-    def store_units(self, window_layers: int) -> int:
-        """As many as all units but one can carry."""
-        return (self.units - 1) * (MODEL.layers // window_layers)
-
-    def window(self, window_layers: int) -> WindowShape:
-        store_units = self.store_units(window_layers)
-        return WindowShape(layers=MODEL.layers, window_layers=window_layers, store_units=store_units)
-
-    def shape(self, arm: str) -> Shape | None:
-        """What the arm streams; None in stock."""
-        layers = ARMS[arm].layers
-        if not layers:
-            return None
-
-        def windowed_blocks(tokens: int) -> int:
-            return self.window(layers).windowed_blocks(-(-(tokens + 1) // BLOCK_TOKENS), self.units, self.unit_blocks)
-
+    def shape(self, arm: str) -> Shape:
+        """What the arm has room for; `enough` has room for the longest of all others."""
+        window_layers = ARMS[arm].layers
+        unit_blocks = max(1, self.page_bytes // LAYER_BLOCK_BYTES)
+        units = self.local_bytes // (unit_blocks * MODEL.layers * LAYER_BLOCK_BYTES)
+        # The store is for as many as all units but one can carry.
+        store_units = (units - 1) * (MODEL.layers // window_layers)
         return Shape(
-            layers=MODEL.layers,
-            window_layers=layers,
+            window=WindowShape(layers=MODEL.layers, window_layers=window_layers, store_units=store_units),
+            units=units,
+            unit_blocks=unit_blocks,
             batched_tokens=self.batched_tokens,
             block_bytes=LAYER_BLOCK_BYTES,
-            windowed_blocks=windowed_blocks,
         )
 
     def longest(self, arm: str) -> int:
         """Tokens of the longest context that an arm can hold, prompt and output."""
         if arm == "enough":
             return max(self.longest(other) for other in self.arms if other != "enough")
-        layers = ARMS[arm].layers
-        units = self.window(layers).most(self.units) if layers else self.units
-        return min((units * self.unit_blocks - 1) * BLOCK_TOKENS, MODEL.max_positions)
+        return min(self.shape(arm).longest, MODEL.max_positions)
 
     def lengths(self, arm: str) -> list[int]:
         """Growing contexts, the arm's longest at the end; prompt and output together. `enough` is asked all of the
@@ -144,42 +121,40 @@ class ContextSuite(Suite[ContextPlan]):
         growth=2.0,
         samples=8,
     )
-    baselines: ClassVar = {arm: ("stock", "enough") for arm, window in ARMS.items() if window.layers}
+    baselines: ClassVar = dict.fromkeys(tuple(ARMS)[2:], ("stock", "enough"))
 
     def lengths(self) -> None:
-        plan, contexts = self.plan, Contexts(ENGINE, self.plan.seed)
-        pool = self.pool(self.arm, at_most=2)
+        plan, contexts, group = self.plan, Contexts(ENGINE, self.plan.seed), ArmGroup(self.arm, at_most=2)
         for name in plan.arms:
-            arm, shape = pool.get(name), plan.shape(name)
-
-            def planned(length: int, name: str = name, arm: Arm = arm, shape: Shape | None = shape) -> None:
-                if shape is not None and ARMS[name].emulated_link:
-                    contexts.plan(name, arm, length, shape, pool.get("enough"))
-
-            with self.stage(f"growing contexts: {name}") as stage:
-                contexts.grow(name, arm, plan.lengths(name), shape=shape, stage=stage, after=planned)
+            arm, shape, lengths = self.pool.get(group, name), plan.shape(name), plan.lengths(name)
+            with self.stage(f"growing contexts: {name}") as update:
+                for number, length in enumerate(contexts.grow(name, arm, lengths, shape), start=1):
+                    if ARMS[name].emulated_link:
+                        contexts.plan(name, arm, length, shape, self.pool.get(group, "enough"))
+                    update(number, len(lengths))
         if {"stock", "window"} <= set(plan.arms):
-            both = {name: pool.get(name) for name in ("stock", "window")}
-            with self.stage("the longest context that stock holds, in turn") as stage:
-                contexts.alternate(both, plan.longest("stock"), samples=plan.samples, stage=stage)
+            both = {name: self.pool.get(group, name) for name in ("stock", "window")}
+            with self.stage("the longest context that stock holds, in turn") as update:
+                contexts.alternate(both, plan.longest("stock"), samples=plan.samples, update=update)
         self.arms |= {name: {"all": contexts.found[name]} for name in plan.arms}
+        self.conditions["longest"] = {arm: plan.longest(arm) for arm in plan.arms}
 
     def arm(self, name: str) -> ArmSpec:
-        plan, window = self.plan, ARMS[name]
+        plan, shape, window = self.plan, self.plan.shape(name), ARMS[name]
         sizes = {"max_model_len": plan.longest(name), "share_bytes": plan.local_bytes}
         plans = engine_plans({ENGINE: MODEL}, self.models, batched_tokens=plan.batched_tokens, **sizes)
         (engine,) = on_one_core(plans)
         if name == "enough":
             blocks = -(-plan.longest(name) // BLOCK_TOKENS) + 2
             engine = replace(engine, share_bytes=blocks * BLOCK_TOKENS * MODEL.kv_bytes_per_token)
-        if not window.layers:
+        if not name.startswith("window"):
             return ArmSpec("stock", [engine])
         link = {}
         if window.emulated_link:  # a goal that is always kept makes the engine measure what the plan needs
             link = links_env({"window": LINK_BYTES_PER_S}) | {"POLDER_TBT_GOAL": "60s"}
-        store_bytes = plan.store_units(window.layers) * (plan.local_bytes // plan.units)
-        engine = replace(engine, page_bytes=plan.page_bytes, extra_env=link)
-        return ArmSpec("polder", [replace(engine, window_bytes=store_bytes, window_layers=window.layers)])
+        engine = replace(engine, memory={"page": plan.page_bytes}, extra_env=link)
+        store_bytes = shape.window.store_units * (plan.local_bytes // shape.units)
+        return ArmSpec("polder", [engine.with_keys(window=store_bytes, window_layers=window.layers)])
 
     # ------------------------------------------------------------------ limits and report
 
@@ -188,14 +163,11 @@ class ContextSuite(Suite[ContextPlan]):
         ratio, most = "window/stock:all.context_tokens", 0.9 * MODEL.layers / ARMS["window"].layers
         nearest = Limit("window/stock:all.ttft_stocks_longest_ms", "<=", 1.10, "medians")
 
-        def total(metric: str) -> limits.Source:
-            return lambda result: Figure(sum(result.figure(f"{arm}:all.{metric}") or 0 for arm in result.arms), metric)
-
         def served(result: BenchResult) -> Figure:
             count = sum(result.figure(f"{arm}:all.refused_beyond") == 0 for arm in result.arms)
             return Figure(count, "arms that served")
 
-        equal = Limit(total("answers_different"), "==", 0), Limit(total("answers_compared"), ">", 0)
+        equal = Limit(limits.total("answers_different"), "==", 0), Limit(limits.total("answers_compared"), ">", 0)
         swift = Limit(ratio, ">=", 3.98, "SwiftCache's best over chunked prefill")
         return [
             check("context_at_least_3_98_times_stocks", swift),
@@ -210,7 +182,7 @@ class ContextSuite(Suite[ContextPlan]):
     def tables(cls, result: BenchResult) -> Iterator[Table]:
         arms, lengths = same(result.arms), {f"{n:,} tokens": n for n in _plan_of(result).lengths("enough")}
         longest = {"longest context, tokens": "context_tokens"}
-        yield from arm_tables(result, "The same KV bytes on the device", arms, "all", longest)
+        yield from figures(result, "The same KV bytes on the device", longest, arms, lambda m, arm: f"{arm}:all.{m}")
         for title, metric in SHOWN.items():
             at = lambda n, arm, m=metric: f"{arm}:all.{m}_{n}_ms"  # noqa: E731
             yield from figures(result, f"{title}, by context", lengths, arms, at)
@@ -224,23 +196,11 @@ class ContextSuite(Suite[ContextPlan]):
         title, label = "What a longer context costs", "context, tokens"
         yield plots.curves(result, title, "", shown, result.arms, points, xlabel=label, xscale="log")
 
-    def describe(self) -> dict[str, Any]:
-        plan = self.plan
-        return {
-            "model": MODEL.describe(),
-            "local_kv_bytes": plan.local_bytes,
-            "units": plan.units,
-            "unit_tokens": plan.unit_blocks * BLOCK_TOKENS,
-            "longest": {arm: plan.longest(arm) for arm in plan.arms},
-            "output_tokens": OUTPUT_TOKENS,
-            **self.prose(link=LINK_BYTES_PER_S / 1e9),
-        }
-
 
 def _plan_of(result: BenchResult) -> ContextPlan:
     """The plan that a result was made by: its lengths are not in the result by themselves."""
     plan = ContextSuite.full if result.conditions["plan"]["name"] == "full" else ContextSuite.quick
-    return replace(plan, orders={"lengths": tuple(result.conditions["plan"]["arms"])})
+    return replace(plan, orders={"lengths": tuple(result.arms)})
 
 
 def _worst_plan(result: BenchResult) -> Figure | None:

@@ -21,8 +21,6 @@ class StageArms:
     """Run whichever are named, because the others are compared with them."""
     needs_all: tuple[str, ...] = ()
     """The stage compares these with each other, so it cannot run with some of them."""
-    described_as: str = ""
-    """The key, such as "chats_order", under which a result's conditions show in which order its arms ran; empty: not shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +56,8 @@ class Plan:
         return replace(self, stages=tuple(stage for stage in kept if stage not in lacking), orders=orders)
 
     def describe(self) -> dict[str, Any]:
-        """Its fields, with the orders that have a name of their own."""
-        orders = {of.described_as: self.orders[stage] for stage, of in self.choices.items() if of.described_as}
-        return {name: value for name, value in asdict(self).items() if name not in ("orders", "help")} | orders
+        """Its fields, for the conditions of a result."""
+        return {name: value for name, value in asdict(self).items() if name != "help"}
 
     def _order(self, stage: str, arms: Sequence[str]) -> tuple[str, ...]:
         of, order = self.choices[stage], self.orders[stage]

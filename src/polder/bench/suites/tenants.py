@@ -7,27 +7,26 @@ room too. All arms have the same bytes.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
-from polder.bench.harness.arms import Arm, ArmSpec
-from polder.bench.harness.control import WEIGHT_COUNTERS, counts, moved
+from polder.bench.harness.arms import ArmGroup, ArmSpec
 from polder.bench.harness.driver import Workload
-from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, describe, engine_plans, links_env, on_one_core
-from polder.bench.harness.runs import Run, play_on
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, engine_plans, links_env, on_one_core
+from polder.bench.harness.runs import Run
 from polder.bench.report import limits, plots
 from polder.bench.report.html import Plot
 from polder.bench.report.limits import Check, Figure, Limit, check
-from polder.bench.report.metrics import Metrics, arm_metrics, weight_metrics
+from polder.bench.report.metrics import WEIGHT_COUNTERS, Metrics, arm_metrics, weight_metrics
 from polder.bench.report.result import Arms, BenchResult
-from polder.bench.report.tables import SHOWN, Table, arm_tables, same
+from polder.bench.report.tables import Table, arm_tables
 from polder.bench.stages import equality, weights
 from polder.bench.suites.base import Suite
 from polder.bench.suites.plan import Plan, StageArms
 from polder.bench.workloads import tenants as load_of
-from polder.bench.workloads.models import ModelRecipe, layer_bytes, weights_bytes
+from polder.bench.workloads.models import ModelRecipe, weights_bytes
 from polder.bench.workloads.tenants import TENANTS
 
 __all__ = ["TenantsPlan", "TenantsSuite"]
@@ -35,7 +34,8 @@ __all__ = ["TenantsPlan", "TenantsSuite"]
 ARMS = ("stock", "stock-short", "kv-only", "polder")
 KV_SHARE_BYTES = 48 << 20
 """KV memory of each model, in stock for good: 4,096 tokens, two units, two or three conversations of the workload."""
-BUDGET_BYTES = sum(map(weights_bytes, TENANTS.values())) + len(TENANTS) * KV_SHARE_BYTES
+KV_BYTES = len(TENANTS) * KV_SHARE_BYTES
+BUDGET_BYTES = sum(map(weights_bytes, TENANTS.values())) + KV_BYTES
 """Weights of all layers, three quarters, and KV memory: the same in all arms."""
 BATCHED_TOKENS = 2048
 """The default of `vllm serve`."""
@@ -62,7 +62,7 @@ EXHAUSTED_PART = 0.05
 @dataclass(frozen=True, kw_only=True)
 class TenantsPlan(Plan):
     choices: ClassVar[Mapping[str, StageArms]] = {
-        "temporal": StageArms(known=ARMS, described_as="order"),
+        "temporal": StageArms(known=ARMS),
         "spatial": StageArms(known=ARMS),
         **{stage: StageArms() for stage in ("comeback", "streaming", "equality")},
     }
@@ -105,29 +105,22 @@ class TenantsSuite(Suite[TenantsPlan]):
         comeback_prompts=(COMEBACK_PROMPT,),
         comeback_samples=4,
     )
-    baselines: ClassVar = {arm: ARMS[:number] for number, arm in enumerate(ARMS)} | {"kv-only": ("stock",)}
-    also_compared: ClassVar = (
-        ("polder-resident", "stock-resident"),
-        ("polder-streamed", "stock-resident"),
-        ("polder-streamed", "stock-anew"),
-        ("polder-whole", "polder-streamed"),
-        ("polder-whole-link", "polder-streamed-link"),
-    )
-    interval_engines = ("all",)
+    baselines: ClassVar = {
+        **{arm: ARMS[:number] for number, arm in enumerate(ARMS)},
+        "kv-only": ("stock",),
+        "polder-streamed": ("stock-resident", "stock-anew"),
+        "polder-whole": ("polder-streamed",),
+    }
 
     # ------------------------------------------------------------------ stages
 
     def temporal(self) -> None:
         """Each arm under all of its loads, those of the stage `spatial` too, while it is up."""
         legs = self.plan.legs
-        pool = self.pool(self.arm, at_most=ARMS_UP, prepare=_warm)
         for number, (name, rates) in enumerate(legs, start=1):
             for load, loads in self._loads(rates):
-                arm = pool.get(name)
-                before = counts(arm.broker)
-                title = f"leg {number} of {len(legs)}: {name}, {load}"
-                run = self.play(arm, title, loads, kept_as=name, load=load)
-                run.weights = moved(before, counts(arm.broker))
+                arm = self.pool.get(ArmGroup(self.arm, at_most=ARMS_UP, prepare=load_of.warm_up), name)
+                self.play(arm, f"leg {number} of {len(legs)}: {name}, {load}", loads, kept_as=name, load=load)
         for load in dict.fromkeys(run.load for run in self.runs):
             self._summarise(f"-{load}", [load])
         named = [f"x{rate:g}" for rate in self.plan.rates]
@@ -138,23 +131,18 @@ class TenantsSuite(Suite[TenantsPlan]):
             self.temporal()
 
     def comeback(self) -> None:
+        group, plan = ArmGroup(self._one_arm, "-comeback"), self.plan
+        sizes = {"prompts": plan.comeback_prompts, "anew_prompt": COMEBACK_PROMPT, "samples": plan.comeback_samples}
         for name in weights.COMEBACK_ARMS:
-            pool = self.pool(self._one_arm, suffix="-comeback")
-            with self.stage(f"the first token after sleep: {name}") as stage:
-                found = weights.measure_comeback(
-                    name,
-                    lambda: pool.get(name),  # noqa: B023 - called at once
-                    prompts=self.plan.comeback_prompts,
-                    anew_prompt=COMEBACK_PROMPT,
-                    samples=self.plan.comeback_samples,
-                    stage=stage,
-                )
+            with self.stage(f"the first token after sleep: {name}") as update:
+                start = partial(self.pool.get, group, name)
+                found = weights.measure_comeback(name, start, update=update, **sizes)  # type: ignore[arg-type]
             self.arms |= {arm: {COMEBACK_ENGINE: metrics} for arm, metrics in found.items()}
 
     def streaming(self) -> None:
-        arm = self.pool(self._one_arm, suffix="-streaming").get("polder-link")
-        with self.stage("steps while layers are streamed") as stage:
-            found = weights.measure_streaming(arm, COMEBACK_ENGINE, stage)
+        arm = self.pool.get(ArmGroup(self._one_arm, "-streaming"), "polder-link")
+        with self.stage("steps while layers are streamed") as update:
+            found = weights.measure_streaming(arm, COMEBACK_ENGINE, update)
         self.arms["polder-streaming"] = {COMEBACK_ENGINE: found}
 
     def equality(self) -> None:
@@ -226,16 +214,9 @@ class TenantsSuite(Suite[TenantsPlan]):
 
     @classmethod
     def tables(cls, result: BenchResult) -> Iterator[Table]:
-        for load in (*_loads_of(result), "spatial"):
-            title = "Two models at a time" if load == "spatial" else f"One model at a time, rate {load}"
-            yield from arm_tables(result, title, {arm: f"{arm}-{load}" for arm in ARMS}, "all", SHOWN, f"stock-{load}")
-        anew = (*weights.RESIDENT.values(), *weights.COMEBACK_ARMS[1:], "stock-anew")
-        for title, arms, engine in (
-            ("The first token of a model that was asleep", anew, COMEBACK_ENGINE),
-            ("A step, by layers given up", ["polder-streaming"], COMEBACK_ENGINE),
-            ("The same tokens as stock (float32)", ["polder-equality"], "all"),
-        ):
-            yield from arm_tables(result, title, same(arms), engine)
+        for load in _loads_of(result):
+            yield from arm_tables(result, f"One model at a time, rate {load}", f"-{load}:all", ARMS)
+        yield from super().tables(result)
 
     @classmethod
     def plots(cls, result: BenchResult, runs: Sequence[Run]) -> Iterator[Plot]:
@@ -251,18 +232,6 @@ class TenantsSuite(Suite[TenantsPlan]):
                 xlabel="rate",
                 shaded=[float(load[1:]) for load in _exhausted(result.arms, loads)],
             )
-
-    def describe(self) -> dict[str, Any]:
-        engines, of_weights = self._engines(TENANTS), sum(map(weights_bytes, TENANTS.values()))
-        sizes = {"bytes": BUDGET_BYTES, "weights_bytes": of_weights, "kv_bytes": BUDGET_BYTES - of_weights}
-        named = {"plan": self.plan, "load": load_of, "comeback": weights, "rounds": equality, "engine": COMEBACK_ENGINE}
-        return {
-            "budget": {**sizes, "weights_part": round(of_weights / BUDGET_BYTES, 3)}
-            | self.prose("budget", share=KV_SHARE_BYTES, short=SHORT_BATCHED_TOKENS, goal=TBT_GOAL, **sizes),
-            "engines": describe(engines) | {"layer_bytes": {e.name: layer_bytes(e.recipe) for e in engines}},
-            "workload": self.prose("workload", link=LINK_BYTES_PER_S / 1e9, **named),
-            "legs": [{"arm": arm, "rates": rates} for arm, rates in self.plan.legs],
-        }
 
 
 def _loads_of(result: BenchResult) -> list[str]:
@@ -289,10 +258,4 @@ def _spec(name: str, engines: Sequence[EnginePlan]) -> ArmSpec:
     if name != "polder":
         env = {"POLDER_WAKE": "whole" if "whole" in name else "streamed"}
         env |= links_env({"weights": LINK_BYTES_PER_S} if name.endswith("-link") else {})
-    return ArmSpec("polder", [replace(engine, weights="elastic", extra_env=env) for engine in engines])
-
-
-def _warm(arm: Arm) -> None:
-    """Touches all memory and runs all code of all engines once, one engine after the other."""
-    for engine in arm.engines:
-        asyncio.run(play_on(arm, {engine.name: load_of.warm_up(engine.name, seed=0)}))
+    return ArmSpec("polder", [replace(engine, extra_env=env).with_keys(weights="elastic") for engine in engines])

@@ -9,36 +9,25 @@ in all arms.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from polder.bench.harness.arms import Arm, ArmPool, ArmSpec
+from polder.bench.harness.arms import ArmGroup, ArmSpec
 from polder.bench.harness.driver import Workload
-from polder.bench.harness.engines import (
-    BLOCK_TOKENS,
-    EnginePlan,
-    a_core_each,
-    describe,
-    engine_plans,
-    links_env,
-    on_one_core,
-)
-from polder.bench.harness.runs import play_on
+from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, a_core_each, engine_plans, links_env, on_one_core
 from polder.bench.native import offloading_args
 from polder.bench.report import limits
 from polder.bench.report.limits import Check, Limit, check
 from polder.bench.report.metrics import agent_metrics
 from polder.bench.report.result import BenchResult
-from polder.bench.report.tables import SHOWN, Table, arm_tables
 from polder.bench.stages import restart
 from polder.bench.stages.equality import taking_back
 from polder.bench.suites.base import Suite
 from polder.bench.suites.plan import Plan, StageArms
 from polder.bench.workloads import agents as loads
-from polder.bench.workloads.agents import MAX_MODEL_LEN, RECIPES, USERS
+from polder.bench.workloads.agents import MAX_MODEL_LEN, RECIPES
 from polder.bench.workloads.models import MODEL_A, ModelRecipe
 
 __all__ = ["TurnsPlan", "TurnsSuite"]
@@ -48,24 +37,12 @@ LINKS_BYTES_PER_S = {"peer": 3.2e9, "host": 400e6}
 """8 to 1, as NVLink is to PCIe, and slow enough that a tier's speed can be seen beside this machine's prefill."""
 MIB = 1 << 20
 BATCHED_TOKENS = 1024
-WARM_UP_TIME_SCALE = 0.1
 EQUALITY_MAX_MODEL_LEN = {"A": 1280, "B": 1024}
 NOREUSE = {"requests": 120, "scale": 2, "blocks": 8}
 """Prompts of 480 tokens on average on engine A: a block takes two or three seconds."""
 NOREUSE_AT_A_TIME = (1, 4)
 LENDER_SESSIONS = 48
 """More than B's trace lasts."""
-GROUPS = (
-    ("A: agents", "", "A"),
-    ("B: bursts, beside the agents", "", "B"),
-    ("A: chat", "-chat", "A"),
-    ("B: bursts, measured alone", "-lender", "B"),
-    ("A: agents over disks, alone", "-before", "A"),
-    ("A: the same sessions after a restart", "-restart", "A"),
-    ("A: nothing to reuse, one at a time", "-noreuse-1", "A"),
-    ("A: nothing to reuse, four at a time", "-noreuse-4", "A"),
-)
-"""Title of a table, suffix of the arms' names, engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +69,11 @@ class TurnsPlan(Plan):
     choices: ClassVar[Mapping[str, StageArms]] = {
         # First, because it needs the two arms up together that the first runs of the agents need too.
         "noreuse": StageArms(known=("stock", "polder"), needs_all=("stock", "polder")),
-        "agents": StageArms(known=ARMS, described_as="agents_order"),
-        "chat": StageArms(known=ARMS, described_as="chat_order"),
-        "lender": StageArms(known=("stock", "polder"), needs_all=("stock", "polder"), described_as="lender_order"),
-        "restart": StageArms(known=restart.ARMS, described_as="restart_order"),
-        "equality": StageArms(known=ARMS, always=("stock",), described_as="equality_arms"),
+        "agents": StageArms(known=ARMS),
+        "chat": StageArms(known=ARMS),
+        "lender": StageArms(known=("stock", "polder"), needs_all=("stock", "polder")),
+        "restart": StageArms(known=restart.ARMS),
+        "equality": StageArms(known=ARMS, always=("stock",)),
     }
     options: ClassVar = {"links": ("emulated", "none")}
     sessions: int
@@ -161,15 +138,15 @@ class TurnsSuite(Suite[TurnsPlan]):
         for count in NOREUSE_AT_A_TIME:
             blocks = loads.unique_prompts(at_a_time=count, **NOREUSE)
             rounds = {"rounds": plan.noreuse_rounds, "uncounted": plan.noreuse_uncounted_rounds}
-            self.compare_tax(self._loaded(), blocks, f"-noreuse-{count}", engine="A", **rounds)
+            self.compare_tax(self._loaded, blocks, f"-noreuse-{count}", engine="A", **rounds)
 
     def agents(self) -> None:
-        ideal = loads.agents_ideal_hit_ratio(sessions=self.plan.sessions, block_tokens=BLOCK_TOKENS)
-        self._in_turn("agents", loads.agents(sessions=self.plan.sessions), "", ideal)
+        load = loads.agents(sessions=self.plan.sessions)
+        self._in_turn("agents", load, "", loads.ideal_of(load, BLOCK_TOKENS))
 
     def chat(self) -> None:
-        ideal = loads.chats_ideal_hit_ratio(block_tokens=BLOCK_TOKENS)
-        self._in_turn("chat", loads.chats(), "-chat", ideal)
+        load = loads.chats()
+        self._in_turn("chat", load, "-chat", loads.ideal_of(load, BLOCK_TOKENS))
 
     def lender(self) -> None:
         """B alone is measured: runs are as short as its trace, so there can be more."""
@@ -179,22 +156,17 @@ class TurnsSuite(Suite[TurnsPlan]):
     def _in_turn(self, stage: str, load_a: Workload, suffix: str, ideal: float | None) -> None:
         """`ideal`: the hit ratio of A without a limit; None: A is not measured."""
         both, metrics = {"A": load_a, "B": loads.bursts(rounds=loads.BURST_ROUNDS)}, partial(agent_metrics, ideal=ideal)
-        order, title = self.plan.orders[stage], f"{stage}, run "
-        self.play_in_turn(self._loaded(), order, both, metrics, title=title, suffix=suffix)
+        self.play_in_turn(self._loaded, self.plan.orders[stage], both, metrics, title=f"{stage}, run ", suffix=suffix)
 
     def restart(self) -> None:
         (engine,) = on_one_core(self._engines({"A": MODEL_A}, MAX_MODEL_LEN, LOAD_BYTES))
-        order = self.plan.orders["restart"]
+        parts = loads.parted(loads.agents(sessions=self.plan.sessions), restart.TURNS_BEFORE)
+        order, rate = self.plan.orders["restart"], self.plan.rates.get("host")
         for name in order:
-            self.runs += restart.run_restart(
-                name,
-                engine,
-                sessions=self.plan.sessions,
-                host_bytes_per_s=self.plan.rates.get("host"),
-                workdir=self.workdir,
-                serving=lambda spec, name=name: self.serving(name, spec, "-restart"),  # type: ignore[misc]
-                stage=self.stage,
-            )
+            with restart.empty_disks(name, self.workdir) as folder:
+                for suffix, load in zip(restart.SUFFIXES, parts, strict=True):
+                    with restart.served(name, self.pool, engine, folder, rate) as arm:
+                        self.measure(arm, f"restart: {name}{suffix}", {"A": load}, kept_as=name + suffix)
         for suffix in restart.SUFFIXES:
             runs = {name + suffix: self.runs_of(name + suffix) for name in order}
             self.summarise(runs, restart.restart_metrics)
@@ -205,34 +177,32 @@ class TurnsSuite(Suite[TurnsPlan]):
 
     # ------------------------------------------------------------------ arms
 
-    def _loaded(self) -> ArmPool:
-        def warm(arm: Arm) -> None:
-            asyncio.run(play_on(arm, loads.warm_up(time_scale=WARM_UP_TIME_SCALE)))
-
-        return self.pool(self.arm, at_most=2, prepare=warm)
+    @property
+    def _loaded(self) -> ArmGroup:
+        return ArmGroup(self.arm, at_most=2, prepare=loads.warm_up)
 
     def arm(self, name: str) -> ArmSpec:
-        return self._spec(name, a_core_each(self._engines(RECIPES, MAX_MODEL_LEN, LOAD_BYTES)), LOAD_BYTES)
+        return self._spec(name, self._engines(RECIPES, MAX_MODEL_LEN, LOAD_BYTES), LOAD_BYTES)
 
     def _exact_arm(self, name: str) -> ArmSpec:
         exact = {engine: recipe.in_float32() for engine, recipe in RECIPES.items()}
-        engines = a_core_each(self._engines(exact, EQUALITY_MAX_MODEL_LEN, EQUALITY_BYTES))
-        return self._spec(name, engines, EQUALITY_BYTES)
+        return self._spec(name, self._engines(exact, EQUALITY_MAX_MODEL_LEN, EQUALITY_BYTES), EQUALITY_BYTES)
 
     def _spec(self, name: str, engines: Sequence[EnginePlan], sizes: Sizes) -> ArmSpec:
-        (a, b), rates = engines, self.plan.rates
+        (a, b), rates = a_core_each(engines), self.plan.rates
         if name == "stock":
-            return ArmSpec("stock", engines)
+            return ArmSpec("stock", [a, b])
         if name == "native":
             link: dict[str, Any] = {"link_bytes_per_s": rates["host"]} if rates else {}
             args = offloading_args("NativeOffloadingSpec", sizes.host + sizes.lend_b, **link)
             return ArmSpec("stock", [replace(a, extra_args=args), b])
-        if name != "polder-host":
-            a, b = replace(a, store_to=("peer",)), replace(b, lend_bytes=sizes.lend_b)
-        if name != "polder-peer":
-            a = replace(a, store_to=(*a.store_to, "host"), host_bytes=sizes.host)
-        a = replace(a, extra_env=links_env(rates))
-        return ArmSpec("polder", [replace(engine, sizing="fixed") for engine in (a, b)])
+        tiers = {"polder-host": ["host"], "polder-peer": ["peer"], "polder": ["peer", "host"]}[name]
+        a = replace(a, extra_env=links_env(rates)).with_keys(tiers=tiers)
+        if "host" in tiers:
+            a = a.with_keys(host=sizes.host)
+        if "peer" in tiers:
+            b = b.with_keys(lend=sizes.lend_b)
+        return ArmSpec("polder", [engine.of_fixed_size() for engine in (a, b)])
 
     def _engines(
         self, recipes: Mapping[str, ModelRecipe], longest: Mapping[str, int], sizes: Sizes
@@ -272,28 +242,3 @@ class TurnsSuite(Suite[TurnsPlan]):
             ),
             limits.failed_requests(),
         ]
-
-    @classmethod
-    def tables(cls, result: BenchResult) -> Iterator[Table]:
-        for title, suffix, engine in GROUPS:
-            arms = {arm: arm + suffix for arm in (*ARMS, *restart.ARMS)}
-            yield from arm_tables(result, title, arms, engine, SHOWN, f"stock{suffix}")
-        equal = {arm: f"{arm}-equality" for arm in ARMS}
-        yield from arm_tables(result, "The same tokens as stock (float32)", equal, "all")
-
-    def describe(self) -> dict[str, Any]:
-        sizes, rates = {**asdict(LOAD_BYTES), "native": LOAD_BYTES.host + LOAD_BYTES.lend_b}, LINKS_BYTES_PER_S
-        tokens = {name: size // MODEL_A.kv_bytes_per_token for name, size in sizes.items() if name != "pool_b"}
-        return {
-            "links": self.prose("links", peer=rates["peer"] / 1e9, host=rates["host"] / 1e6)[self.plan.links],
-            "bytes": {
-                "pools, all arms": {"A": LOAD_BYTES.pool_a, "B": LOAD_BYTES.pool_b},
-                **self.prose("bytes", **sizes),
-                "tokens of A": tokens,
-                "equality, float32": asdict(EQUALITY_BYTES),
-            },
-            "engines": describe(self.arm("stock").engines),
-            "workload": self.prose("workload", users=USERS, last=self.plan.sessions - 1),
-            "restart": self.prose("restart", of=restart) | {"turns_before": restart.TURNS_BEFORE},
-            "order": list(self.plan.orders["agents"]),
-        }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
 import numpy as np
 
-from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn, Workload, greedy
+from polder.bench.harness.arms import Arm
+from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn, Workload, greedy, turns_of
+from polder.bench.harness.runs import play_on
 from polder.bench.workloads.models import MODEL_A, MODEL_B, RESERVED_IDS
 from polder.bench.workloads.traces import (
     VOCAB,
@@ -23,18 +26,8 @@ from polder.bench.workloads.traces import (
 )
 
 __all__ = [
-    *(
-        "BURST_PERIOD_S",
-        "BURST_ROUNDS",
-        "MAX_MODEL_LEN",
-        "RECIPES",
-        "TURNS",
-        "USERS",
-        "agents",
-        "agents_ideal_hit_ratio",
-    ),
-    *("bursts", "chats", "chats_ideal_hit_ratio", "one_by_one", "parted", "questions", "unique_prompts", "unmeasured"),
-    "warm_up",
+    *("BURST_PERIOD_S", "BURST_ROUNDS", "MAX_MODEL_LEN", "RECIPES", "TURNS", "USERS", "agents", "bursts", "chats"),
+    *("ideal_of", "one_by_one", "parted", "questions", "unique_prompts", "unmeasured", "warm_up"),
 ]
 
 STAGGER_S = 0.3
@@ -81,20 +74,15 @@ def unmeasured(load: ClosedLoop) -> ClosedLoop:
     return replace(load, users=[[replace(turn, measured=False) for turn in turns] for turns in load.users])
 
 
-def agents_ideal_hit_ratio(*, sessions: int, block_tokens: int) -> float:
-    """Hit ratio of `agents` with a prefix cache without limit."""
-    return ideal_hit_ratio([agent_prompt(row) for row in load(AgentRow) if row.session < sessions], block_tokens)
+def ideal_of(load: Workload, block_tokens: int) -> float:
+    """Its hit ratio with a prefix cache without limit."""
+    return ideal_hit_ratio([msgspec.json.decode(turn.body)["prompt"] for turn in turns_of(load)], block_tokens)
 
 
 def chats() -> OpenLoop:
     """Engine A under tiny-chat-v1: 227 requests at the times of the trace."""
     rows = enumerate(load(ChatRow))
     return OpenLoop(turns=[greedy("A", f"c{n}", chat_prompt(row), row.output_tokens, at_s=row.t) for n, row in rows])
-
-
-def chats_ideal_hit_ratio(*, block_tokens: int) -> float:
-    """Hit ratio of `chats` with a prefix cache without limit."""
-    return ideal_hit_ratio([chat_prompt(row) for row in load(ChatRow)], block_tokens)
 
 
 def unique_prompts(*, requests: int, scale: int, blocks: int, at_a_time: int) -> list[ClosedLoop]:
@@ -133,16 +121,15 @@ def bursts(*, rounds: int = 1, time_scale: float = 1.0) -> OpenLoop:
     return OpenLoop(turns=once + again)
 
 
-def warm_up(*, time_scale: float) -> dict[str, Workload]:
-    """The longest prompt of each user's first session on A, one after the other, and B's trace, `time_scale` times as
-    long.
+def warm_up(arm: Arm) -> None:
+    """The longest prompt of each user's first session on A, one after the other, and B's trace, five times as fast.
 
     They fill all memory and run all code once. Memory that was never touched costs page faults at its first use, which
     must not fall on the first run of one arm.
     """
     rows = [row for row in load(AgentRow) if row.session < USERS and row.turn == TURNS - 1]
     longest = [greedy("A", f"w{row.session}", agent_prompt(row), 2) for row in rows]
-    return {"A": ClosedLoop(users=[longest]), "B": bursts(time_scale=time_scale)}
+    asyncio.run(play_on(arm, {"A": ClosedLoop(users=[longest]), "B": bursts(time_scale=0.2)}))
 
 
 def questions(model: str, *, count: int, longest: int, seed: int, vocab: int = VOCAB) -> dict[str, list[int]]:

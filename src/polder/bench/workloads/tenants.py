@@ -9,12 +9,15 @@ Spatial sharing: users of two models in a closed loop, without pauses.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from polder.bench.harness.arms import Arm
 from polder.bench.harness.driver import ClosedLoop, OpenLoop, Turn, greedy
+from polder.bench.harness.runs import play_on
 from polder.bench.workloads.models import ModelRecipe
 from polder.bench.workloads.traces import TenantSlot, TenantStart, drawn_prompt, load
 
@@ -88,10 +91,12 @@ def spatial(*, users: int, seed: int) -> dict[str, ClosedLoop]:
     }
 
 
-def warm_up(model: str, *, seed: int) -> ClosedLoop:
-    """Long prompts one after the other: they touch all of the model's memory and run its code once."""
-    prompts = [drawn_prompt(1400, (seed, 2000 + number, _tenant(model)), VOCAB) for number in range(5)]
-    return ClosedLoop(users=[[greedy(model, f"w{n}", prompt, 4) for n, prompt in enumerate(prompts)]])
+def warm_up(arm: Arm) -> None:
+    """Long prompts one after the other, on one engine after the other: they touch all memory and run all code once."""
+    for engine in (engine.name for engine in arm.engines):
+        prompts = [drawn_prompt(1400, (0, 2000 + number, _tenant(engine)), VOCAB) for number in range(5)]
+        load = ClosedLoop(users=[[greedy(engine, f"w{n}", prompt, 4) for n, prompt in enumerate(prompts)]])
+        asyncio.run(play_on(arm, {engine: load}))
 
 
 def _conversation(model: str, key: str, start: TenantStart, begun_s: float, entropy: tuple[int, ...]) -> Iterator[Turn]:
