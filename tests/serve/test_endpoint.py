@@ -14,6 +14,7 @@ import pytest
 
 from polder.serve.child import ChildStatus
 from polder.serve.gateway import make_app
+from polder.serve.keys import EngineGuard
 from tests.serve.fakes import FakeEngine, running
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -188,6 +189,14 @@ def test_one_key_for_the_fleet_and_another_for_its_engines() -> None:
         assert [entry["id"] for entry in found.client.get("/v1/models").json()["data"]] == ["a", "sql", "b"]
         assert found.client.post("/v1/completions", json={"model": "sql"}).json()["engine"] == "a"
         assert {seen["headers"][b"authorization"] for seen in found.engines["a"].requests} == {b"Bearer inner"}
+
+
+def test_an_engine_lets_nobody_past_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "inner")
+    with running(EngineGuard(FakeEngine("a", vllm))) as url, httpx.Client(base_url=url, trust_env=False) as client:
+        assert client.post("/tokenize", json={"model": "a"}).status_code == 401
+        assert client.post("/tokenize", json={"model": "a"}, headers={"Authorization": "Bearer inner"}).is_success
+        assert client.get("/health").is_success
 
 
 def test_web_pages_may_ask_where_they_are_allowed_as_with_vllm() -> None:

@@ -105,6 +105,24 @@ def test_engines_run_on_the_fleets_device(tmp_path: Path, device: str, more: str
     assert option(spec.argv, "--device-ids") == given
 
 
+def test_an_engine_wants_a_key_of_its_own_where_the_fleet_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(key: str, more: str = "") -> tuple[str, str | None]:
+        text = f'[memory]\nkv_budget = "320MiB"\ndevice = "cpu:0"\n[[model]]\nname = "a"\npath = "some/hub"\n{more}\n'
+        fleet = load_fleet(write(tmp_path, text))
+        spec = model_spec(
+            fleet.models[0], fleet, Place(socket=Path("/s"), logs=tmp_path, private=tmp_path, engine_key=key)
+        )
+        return spec.env["VLLM_API_KEY"], option(spec.argv, "--middleware")
+
+    monkeypatch.setenv("VLLM_API_KEY", "the fleet's")
+    assert engine("its own") == ("its own", "polder.serve.keys.EngineGuard")
+    assert engine("") == ("", None)
+    with pytest.raises(ConfigError, match=r"write server\.api_key"):
+        engine("", 'env = { VLLM_API_KEY = "x" }')
+
+
 def test_vllms_own_sockets_lie_in_the_fleets_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def folder(private: str, env: str = "{}") -> str | None:
         text = (

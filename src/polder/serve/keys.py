@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polder.serve.errors import error_response
 
-__all__ = ["VARIABLE", "KeyGuard", "fleet_key"]
+__all__ = ["VARIABLE", "EngineGuard", "KeyGuard", "fleet_key"]
 
 OPEN = ("/health", "/ping", "/metrics", "/version", "/polder/status")
 VARIABLE = "VLLM_API_KEY"
@@ -45,3 +45,11 @@ class KeyGuard:
     def _fits(self, authorization: str) -> bool:
         scheme, _, given = authorization.partition(" ")
         return scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode("latin-1"), self._key)
+
+
+class EngineGuard(KeyGuard):
+    """The same within an engine, by `vllm serve --middleware`: vLLM's own guard leaves /tokenize, /score and others
+    open to each user of the machine."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app, os.environ.get(VARIABLE, ""))

@@ -15,7 +15,7 @@ from polder.broker.config import BROKER_SETTINGS, BrokerConfig
 from polder.errors import BrokerUnavailable, ConfigError
 from polder.serve.arguments import option
 from polder.serve.fleet import Fleet, Model
-from polder.serve.keys import VARIABLE
+from polder.serve.keys import VARIABLE, EngineGuard
 from polder.serve.presence import Presence
 from polder.serve.process import PORT, ProcessSpec
 from polder.serve.runtime import remake
@@ -61,6 +61,10 @@ def broker_spec(config: BrokerConfig, place: Place) -> ProcessSpec:
 
 
 def model_spec(model: Model, fleet: Fleet, place: Place) -> ProcessSpec:
+    if VARIABLE in model.env:
+        raise ConfigError(
+            f"model {model.name}: env: {VARIABLE}: write server.api_key in place of it, one for all models"
+        )
     own_size = "--kv-cache-memory-bytes"
     sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
     # Without this option each CPU engine plans for most of the machine's memory, and the second one refuses to start.
@@ -69,10 +73,11 @@ def model_spec(model: Model, fleet: Fleet, place: Place) -> ProcessSpec:
     chosen = option(model.args, "--device-ids") is not None or "CUDA_VISIBLE_DEVICES" in model.env
     # The other GPUs are not hidden: "cuda:1" must be the same device for the broker and its engines.
     gpu = ("--device-ids", number) if fleet.device.startswith("cuda") and int(number) and not chosen else ()
+    guard = ("--middleware", f"{EngineGuard.__module__}.{EngineGuard.__name__}") if place.engine_key else ()
     spec = vllm_serve(
         model.path,
         name=model.name,
-        args=(*model.arguments(), *size, *gpu),
+        args=(*model.arguments(), *size, *gpu, *guard),
         # vLLM reads the key from the environment, where other users cannot see it as they see arguments. Without one it
         # must not take this process's own, which is the fleet's.
         env=_sockets_in(place.private) | model.environment(place.socket) | {VARIABLE: place.engine_key},
