@@ -11,7 +11,8 @@ from scripts.build_docs import ROOT, listed
 def test_the_website_is_built_and_no_link_leads_nowhere() -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts" / "build_docs.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "wins memory back" in (ROOT / "out" / "site" / "index.html").read_text()
+    folders = [name.removesuffix(".md").removesuffix("README") for name in listed()]
+    assert all((ROOT / "out" / "site" / folder / "index.html").exists() for folder in folders)
 
 
 def test_the_website_has_every_document() -> None:
