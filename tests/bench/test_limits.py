@@ -61,7 +61,8 @@ def test_figures_of_several() -> None:
     slow, none = "polder/stock:A.ttft_p50_ms", "polder/stock:B.ttft_p50_ms"
     assert passed(check("x", Limit(limits.first_of(none, slow), "<=", 1.1)), ttft_p50_ms=120.0) is False
     assert passed(check("x", Limit(limits.highest([none, slow]), "<=", 1.1)), ttft_p50_ms=120.0) is False
-    assert passed(check("x", Limit(limits.mean([none, slow], "mean"), "<=", 1.1))) is None
-    over = limits.difference("polder:A.ttft_p50_ms", "stock:A.ttft_p50_ms")
+    assert passed(check("x", Limit(limits.combined("mean", max, slow, none), "<=", 1.1))) is None
+    over = limits.combined("more", lambda of: of[0] - of[1], "polder:A.ttft_p50_ms", "stock:A.ttft_p50_ms")
     assert passed(check("x", Limit(over, "<=", 20)), ttft_p50_ms=120.0) is True
     assert passed(limits.failed_requests(), failed_requests=1.0) is False
+    assert passed(limits.failed_requests()) is None

@@ -12,6 +12,7 @@ import pytest
 
 from polder.bench.report.metrics import without_nan
 from polder.bench.report.result import Arms, BenchResult, ratios_over, read_result, write_result
+from polder.bench.report.tables import arm_tables
 from polder.bench.suites.base import Suite
 
 RESULTS = [path for path in sorted(Path("docs/results").glob("*.json")) if not path.name.startswith("soak")]
@@ -70,6 +71,19 @@ def test_a_ratio_is_the_arm_over_the_baseline() -> None:
 def test_a_ratio_that_is_not_what_its_name_says_is_refused(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=r"ttft_p99_ms|hit_ratio"):
         result(ratios={key: value})
+
+
+def test_a_tables_key_names_arms_or_a_suffix_and_served_requests_are_compared_with_stocks() -> None:
+    served = {"ttft_p50_ms": 2.0, "own": 1.0}
+    arms: Arms = {f"{arm}{suffix}": {"A": dict(served)} for arm in ("stock", "polder") for suffix in ("", "-x")}
+    ratios = ratios_over(arms, arm="polder-x", baseline="stock-x")
+    found = result(arms=arms | {"polder-y": {"all": {"answers": 3.0}}}, ratios=ratios)
+    known = ("stock", "native", "polder")
+    (of_suffix,) = arm_tables(found, "x", "-x:A", known)
+    assert (of_suffix.columns, of_suffix.rows) == (["stock", "polder"], [["TTFT p50, ms", "2", "2 (x1.00)"]])
+    (of_arms,) = arm_tables(found, "y", "polder-y stock:all", ())
+    assert (of_arms.columns, of_arms.rows) == (["polder-y"], [["answers", "3"]])
+    assert not list(arm_tables(found, "none", "-z:A", known))
 
 
 def test_another_shape_is_refused(tmp_path: Path) -> None:

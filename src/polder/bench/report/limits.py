@@ -8,15 +8,15 @@ the first of its figures was not measured, because then its stage was not run; a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple, cast
 
 from polder.bench.report.metrics import Interval
 from polder.bench.report.result import BenchResult
 
 __all__ = [
-    *("Check", "Figure", "Limit", "Relation", "Source", "Verdict", "check", "difference", "failed_requests"),
-    *("first_of", "highest", "judge", "mean", "none_different", "total", "within_one_percent"),
+    *("Check", "Figure", "Limit", "Relation", "Source", "Verdict", "check", "combined", "failed_requests"),
+    *("first_of", "highest", "judge", "none_different", "total", "within_one_percent"),
 ]
 
 Relation = Literal["<", "<=", "==", ">=", ">"]
@@ -128,21 +128,12 @@ def highest(keys: Iterable[str]) -> Source:
     return lambda result: max((found for key in known if (found := _figure(key, result))), default=None)
 
 
-def mean(keys: Iterable[str], label: str) -> Source:
-    """Their mean, if all were measured."""
-    known = tuple(keys)
+def combined(label: str, combine: Callable[[Sequence[float]], float], *keys: str) -> Source:
+    """A function of several figures, if all were measured."""
 
     def of(result: BenchResult) -> Figure | None:
-        values = [value for key in known if (value := result.figure(key)) is not None]
-        return Figure(sum(values) / len(values), label) if len(values) == len(known) else None
-
-    return of
-
-
-def difference(key: str, less: str) -> Source:
-    def of(result: BenchResult) -> Figure | None:
-        over, under = result.figure(key), result.figure(less)
-        return None if over is None or under is None else Figure(over - under, f"{key} less {under:.3f}")
+        values = [value for key in keys if (value := result.figure(key)) is not None]
+        return Figure(combine(values), label) if len(values) == len(keys) else None
 
     return of
 

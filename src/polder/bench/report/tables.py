@@ -76,15 +76,8 @@ def arm_tables(result: BenchResult, title: str, key: str, known: Iterable[str]) 
     metrics = dict.fromkeys(metric for arm in arms.values() for metric in result.arms.get(arm, {}).get(engine, {}))
     served = "ttft_p50_ms" in metrics
     shown = SHOWN if served else {metric.replace("_", " "): metric for metric in metrics}
-    at = "{arm}:{engine}.{metric}".format
-    yield from figures(
-        result,
-        title,
-        shown,
-        arms,
-        lambda metric, arm: at(arm=arm, engine=engine, metric=metric),
-        baseline=f"stock{names}" if served else "",
-    )
+    baseline = f"stock{names}" if served else ""
+    yield from figures(result, title, shown, arms, lambda m, arm: f"{arm}:{engine}.{m}", baseline=baseline)
 
 
 def _text(result: BenchResult, key: str, baseline: str, scale: float) -> str:
