@@ -14,6 +14,8 @@ import pytest
 
 from polder.bench.report.result import read_result
 from polder.engines.vllm import compat
+from polder.engines.vllm.rank.geometry import TensorPlace, least_bytes
+from polder.memory.page import PAGE_BYTES
 from polder.planner.model_shape import model_shape
 from polder.serve import arguments
 from polder.units import parse_bytes
@@ -221,6 +223,18 @@ def test_the_sum_of_the_gpus_memory_is_one() -> None:
     assert round(float(whole) - sum(float(size) for _, size in parts), 1) == float(left)
     for name, (_, size) in zip(("Llama-3.1-8B", "Qwen3-8B"), parts, strict=False):
         assert f"{model_shape(name).weight_bytes / 2**30:.1f}" == size, name
-    budget = re.search(r'kv_budget = "(\w+)"', section("Quickstart on a GPU"))
-    assert budget
-    assert parse_bytes(budget[1], what="budget") < float(left) * 2**30
+    text = section("Quickstart on a GPU")
+    budget = parse_bytes(tomllib.loads(text.split("```toml")[1].split("```")[0])["memory"]["kv_budget"], what="budget")
+    assert budget < float(left) * 2**30
+    floors = [_floor_bytes(name) for name in ("Llama-3.1-8B", "Qwen3-8B")]
+    for size in (f"{floors[0] / 2**30:.1f} GiB on `chat`", f"{floors[1] / 2**30:.1f} GiB on `code`"):
+        assert size in text
+    assert f"The other {(budget - sum(floors)) / 2**30:.0f} GiB move" in text
+
+
+def _floor_bytes(name: str) -> int:
+    """KV memory of one request of 32,768 tokens in blocks of 16, in units of 2 MiB in each layer."""
+    shape = model_shape(name)
+    block_bytes = 16 * shape.kv_bytes_of_layer
+    place = TensorPlace(offset=0, layers=shape.layers, layer_stride=block_bytes, block_stride=block_bytes)
+    return least_bytes(32768, [16], [place], PAGE_BYTES)
