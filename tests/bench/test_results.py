@@ -15,7 +15,7 @@ from polder.bench.report.result import Arms, BenchResult, ratios_over, read_resu
 from polder.bench.report.tables import arm_tables
 from polder.bench.suites.base import Suite
 
-RESULTS = [path for path in sorted(Path("docs/results").glob("*.json")) if not path.name.startswith("soak")]
+RESULTS = [path for path in sorted(Path("docs/results").glob("*.json")) if not path.name.startswith(("soak", "demo"))]
 ARMS: Arms = {
     "stock": {"A": {"ttft_p99_ms": 400.0, "hit_ratio": 0.5, "failed_requests": 0.0, "hit_ratio_by_tier": {"own": 0.5}}},
     "polder": {

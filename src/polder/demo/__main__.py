@@ -49,7 +49,8 @@ class Demo:
         self._started = time.monotonic()
 
     def say(self, text: str) -> None:
-        self.console.print(f"[{time.monotonic() - self._started:4.0f} s] {text}", highlight=False, markup=False)
+        since = f"[{time.monotonic() - self._started:4.0f} s]"
+        self.console.print(f"{since} {text}", highlight=False, markup=False, soft_wrap=True)
 
     def run(self) -> None:
         check_engine()
