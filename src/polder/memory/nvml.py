@@ -1,4 +1,4 @@
-"""Free memory of a GPU, from NVIDIA's management library. The driver's cuMemGetInfo would need a context, which takes
+"""Memory of a GPU, from NVIDIA's management library. The driver's cuMemGetInfo would need a context, which takes
 half a GiB of each device."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ import ctypes
 import functools
 import uuid as uuids
 
-__all__ = ["free_bytes"]
+__all__ = ["free_bytes", "memory"]
 
 
 class _Memory(ctypes.Structure):
@@ -26,17 +26,23 @@ def _library() -> ctypes.CDLL | None:
 
 
 def free_bytes(uuid: bytes) -> int | None:
-    """Free bytes of the device with this UUID (16 bytes, cuDeviceGetUuid). None without the library, or when it does
-    not know the device."""
+    """Free bytes of the device with this UUID, see `memory`."""
+    found = memory(uuid)
+    return None if found is None else found[1]
+
+
+def memory(uuid: bytes) -> tuple[int, int] | None:
+    """(total, free) bytes of the device with this UUID (16 bytes, cuDeviceGetUuid). None without the library, or when
+    it does not know the device."""
     library = _library()
     if library is None:
         return None
-    device, memory = ctypes.c_void_p(), _Memory()
+    device, found = ctypes.c_void_p(), _Memory()
     for kind in ("GPU", "MIG"):
         name = f"{kind}-{uuids.UUID(bytes=uuid)}".encode()
         if (
             library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(device)) == 0
-            and library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) == 0
+            and library.nvmlDeviceGetMemoryInfo(device, ctypes.byref(found)) == 0
         ):
-            return int(memory.free)
+            return int(found.total), int(found.free)
     return None

@@ -208,11 +208,12 @@ class Setup:
         """
         shape, device, kv = self.shape, self.device, self.shape.kv_bytes_of_layer
         local = LayerWork(
-            before_s=self._product_s(shape.qkv_parameters, rows),
+            before_s=self._product_s(shape.qkv_parameters, shape.qkv_parameters, rows, shape.weight_element_bytes),
             attention_s=max(read * kv / device.memory_bytes_per_s, self._attention_s(pairs)),
-            after_s=self._product_s(shape.layer_parameters - shape.qkv_parameters, rows),
+            after_s=self._product_s(*shape.used_parameters(rows), rows, shape.weight_element_bytes),
         )
-        head_s = self._product_s(shape.head_parameters, sequences)
+        head = shape.head_parameters
+        head_s = self._product_s(head, head, sequences, shape.element_bytes)
         compute_s = shape.layers * local.compute_s + head_s
         if source.link is None or not loaded + stored:
             return PassTime(compute_s, compute_s, 0.0)
@@ -230,7 +231,6 @@ class Setup:
     def _attention_s(self, pairs: float) -> float:
         return self.shape.attention_flops_of_layer * pairs / self.device.attention_flops_per_s
 
-    def _product_s(self, parameters: int, rows: int) -> float:
-        """A product of `rows` vectors with a matrix of so many parameters."""
-        read_s = parameters * self.shape.element_bytes / self.device.memory_bytes_per_s
-        return max(read_s, 2 * parameters * rows / self.device.flops_per_s)
+    def _product_s(self, read: int, used: int, rows: int, element_bytes: float) -> float:
+        """A product of `rows` vectors with matrices: `read` parameters come from memory, each vector uses `used`."""
+        return max(read * element_bytes / self.device.memory_bytes_per_s, 2 * used * rows / self.device.flops_per_s)

@@ -16,6 +16,7 @@ from polder.broker.config import BrokerConfig
 from polder.broker.policy import PolicyConfig
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BudgetError, ConfigError, UsageError
+from polder.planner.checkpoint import hub_folder
 from polder.serve.arguments import check_arguments
 from polder.serve.budget import least_kv_bytes
 from polder.serve.disks import disk_parts
@@ -210,7 +211,7 @@ def _model(model: ModelTable, settings: EngineSettings, fleet: Fleet, folder: Pa
     least_bytes = None
     if not settings.window_bytes:  # with a window a request needs less; only the engine knows how much
         least_bytes = least_kv_bytes(
-            Path(path),
+            hub_folder(path) or Path(path),
             max_model_len=model.max_model_len,
             args=model.args,
             device=fleet.device,

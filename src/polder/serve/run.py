@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +16,14 @@ from pathlib import Path
 import uvicorn
 
 from polder.broker.transport import find_stale
-from polder.errors import AddressInUse, ConfigError, EnvironmentFault
+from polder.errors import ConfigError, EnvironmentFault
 from polder.serve.child import Backoff, ChildStatus, Event
 from polder.serve.control import Order, carried_out
 from polder.serve.disks import make_folders
 from polder.serve.fleet import Fleet, Model
 from polder.serve.gateway import make_app
 from polder.serve.keys import VARIABLE, fleet_key
+from polder.serve.listening import listen
 from polder.serve.logs import keep_logs
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
 from polder.serve.schema import ServerTable
@@ -51,7 +51,7 @@ def run(
     from several threads, one at a time. Raises AddressInUse, ConfigError and EnvironmentFault before anything is
     started, and EnvironmentFault when a child never becomes ready.
     """
-    with _listen(fleet.server.host, fleet.server.port) as listener, runtime_dir() as private:
+    with listen(fleet.server.host, fleet.server.port) as listener, runtime_dir() as private:
         path = socket_path or private / SOCKET_NAME
         find_stale(path)  # raises when no broker can be started there
         logs = log_dir or private
@@ -197,27 +197,6 @@ def _example(fleet: Fleet) -> str:
 
 def _address(server: ServerTable) -> str:
     return f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{server.port}"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Opens the endpoint's port before anything heavy is started. Raises AddressInUse, or ConfigError for an unknown
-    host."""
-    where = f"{host}:{port}"
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"server.host {host!r}: {error.strerror}; write an address of this machine") from error
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(1024)  # with SO_REUSEADDR two may bind one port, but only one may listen
-    except OSError as error:
-        listener.close()
-        raise AddressInUse(
-            f"cannot listen on {where}: {error.strerror}; stop the process that does, or choose another server.port"
-        ) from error
-    return listener
 
 
 @contextlib.contextmanager
