@@ -13,6 +13,7 @@ SOURCE = ROOT / "src" / "polder"
 
 FLOORS: tuple[dict[str, str], ...] = (
     {"demo": "two language models under one budget, in five minutes"},
+    {"__main__": "`python -m polder`"},
     {"cli": "the command `polder`"},
     {"bench": "benchmarks, with other policies to compare with (`bench/sparse`)"},
     {"serve": "several engines behind one endpoint"},

@@ -175,6 +175,17 @@ def test_every_preset_says_where_it_is_from() -> None:
     assert parse_device("rtx 4090") == DEVICES["RTX4090"]
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        *(("A100", "A100-80"), ("A100-80GB", "A100-80"), ("NVIDIA H100", "H100"), ("h100-sxm5", "H100")),
+        *(("L4", "L4"), ("MI300X", "MI300X"), ("4090", "RTX4090"), ("GeForce RTX 3090", "RTX3090"), ("24GB", "24GB")),
+    ],
+)
+def test_devices_are_known_by_the_names_that_people_use(text: str, name: str) -> None:
+    assert parse_device(text) == DEVICES[name]
+
+
 def test_own_figures_are_taken_as_they_stand() -> None:
     own = parse_device("memory=80GiB,bandwidth=3TB/s,flops=0.7P,attention=400T")
     assert (own.memory_bytes, own.memory_bytes_per_s) == (80 << 30, 3e12)

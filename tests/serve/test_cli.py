@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.console import Console
 from polder.broker.wire import Decision, Resize
 from polder.cli import doctor
 from polder.cli.main import app, main
-from polder.cli.view import render
+from polder.cli.view import render, watch
 from polder.errors import EnvironmentFault
 from polder.serve.child import ChildStatus
 from polder.serve.supervisor import FleetStatus
@@ -33,8 +34,9 @@ __all__ = ["model"]
 SURFACE = {
     "serve": {"fleet", "--check", "--socket", "--log-dir", "--json"},
     "broker": {"--socket", "--device", "--page", "--reserve-low", "--reserve-high", "--hold", "--deadline"},
+    "init": {"models", "--out", "--device", "--port"},
     "top": {"--socket", "--url", "--once", "--json", "--interval"},
-    "ctl resize": {"engine", "units", "--socket", "--json"},
+    "ctl resize": {"engine", "size", "--socket", "--json"},
     "ctl add": {"model", "--socket", "--json"},
     "ctl remove": {"model", "--socket", "--json"},
     "ctl restart": {"model", "--socket", "--json"},
@@ -43,8 +45,8 @@ SURFACE = {
     "ctl wake": {"engine", "--socket", "--json"},
     "ctl stream": {"engine", "layers", "--socket", "--json"},
     "plan": {
-        *("model", "--device", "--host", "--neighbours", "--link", "--context", "--window", "--chunk", "--tbt-goal"),
-        *("--json", "--html"),
+        *("models", "--device", "--host", "--neighbours", "--link", "--context", "--window", "--chunk", "--tbt-goal"),
+        *("--tensor-parallel-size", "--json", "--html"),
     },
     "sim cache": {"--trace", "--policy", "--json"},
     "doctor": {"--json"},
@@ -132,6 +134,7 @@ def test_a_second_broker_on_a_socket_is_refused(short_dir: Path) -> None:
     ("option", "value", "words"),
     [
         ("--device", "cpu:0", "write NAME=SIZE"),
+        ("--device", "cpu:0=90TiB", "90 TiB of host memory, and there are "),
         ("--device", "cpu:0=much", "cannot read 'much'"),
         ("--device", "gpu=1GiB", "device 'gpu': write cpu:0"),
         ("--socket", "/tmp/" + "x" * 110, "the limit is 107"),
@@ -183,10 +186,10 @@ def test_no_broker_is_exit_code_3(short_dir: Path) -> None:
     assert polder("top", "--once", "--url", "http://127.0.0.1:9").returncode == 3
 
 
-def shown(snapshot: FleetStatus) -> str:
+def shown(snapshot: FleetStatus, before: FleetStatus | None = None, width: int = 160) -> str:
     with open("/dev/null", "w") as nowhere:
-        console = Console(width=160, record=True, file=nowhere)
-        console.print(render(snapshot))
+        console = Console(width=width, record=True, file=nowhere)
+        console.print(render(snapshot, before, width=width))
     return console.export_text()
 
 
@@ -200,27 +203,60 @@ def test_top_shows_who_holds_what_and_why() -> None:
     memory = next(line for line in lines if line.startswith("a ")).replace("\u00a0", "").split()
     sizes = ("192MiB", "32MiB", "160MiB", "288MiB", "112MiB", "16MiB", "144MiB", "32MiB", "0B", "48MiB", "192MiB")
     assert memory == ["a", "serving", *sizes]
-    requests = [line for line in lines if line.startswith("a ")][1].split(maxsplit=8)
-    assert [word.strip() for word in requests] == [
-        *["a", "3", "2", "58%", "64%", "1", "12", "12"],
-        "requests, beyond its share",
-    ]
+    requests = [line for line in lines if line.startswith("a ")][1].split(maxsplit=6)
+    assert [word.strip() for word in requests] == ["a", "3", "2", "58%", "64%", "0.016", "requests, beyond its share"]
     assert "5 grants   3 recalls   1 overdue   give-back p50 30 ms, p99 150 ms (last 3)" in text
     assert "b is down, restarts 4 ended with code 137" in text
 
 
 def test_top_shows_weights_and_what_was_decided_last() -> None:
-    stats = {"wakes_total": 3.0, "sleeps_total": 4.0, "pauses_total": 1.0, "wake_seconds_total": 0.25}
+    stats = {"weights_loaded_bytes_total": 0.0, "weights_stall_seconds_total": 0.0}
     weights = {"layers": 12, "layer_pages": 6, "weights_reason": "a request came", "stats": stats}
     awake, asleep = engine_status("a", segments=9, **weights), engine_status("b", asleep=True, **weights)
     decision = Decision(uptime_s=51.5, engine="a", action="take", segments=3, reason="it can stream these")
     status = replace(canned_status(), engines=[awake, asleep], decisions=[decision] * 9)
     text = shown(FleetStatus(broker=status)).replace("\u00a0", "")
     rows = [line.split() for line in text.splitlines() if "a request came" in line]
-    assert " ".join(rows[0]) == "a 9 of 12 108MiB 4 3 1 0.25s 0B 0.00s a request came"
+    assert " ".join(rows[0]) == "a 9 of 12 108MiB 0B 0% a request came"
     assert rows[1][:3] == ["b", "asleep", "0B"]
     assert text.count("10 s ago: a: take 3: it can stream these") == 3
     assert "weights of" not in shown(FleetStatus(broker=canned_status()))
+
+
+def test_top_shows_what_happens_now_and_no_running_totals() -> None:
+    def at(uptime_s: float, hits: float, preempted: float, pid: int = 4242) -> FleetStatus:
+        stats = {
+            "prefix_queries_tokens_total": 1000.0 * uptime_s,
+            "prefix_hits_tokens_total": hits,
+            "preemptions_total": preempted,
+        }
+        engines = [engine_status("a", stats=stats, pid=pid)]
+        return FleetStatus(broker=replace(canned_status(), uptime_s=uptime_s, engines=engines))
+
+    def row(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith("a ")][1].split()
+
+    before, now = at(10.0, 0.0, 100.0), at(12.0, 1000.0, 104.0)
+    assert row(shown(now, before))[4:6] == ["50%", "2"]
+    assert row(shown(at(12.0, 1000.0, 6.0, pid=7), before))[5] == "3", "another process began at 0"
+
+
+def test_top_fits_80_columns() -> None:
+    text = shown(FleetStatus(broker=canned_status()), width=80)
+    memory = next(line for line in text.splitlines() if line.startswith("a ")).replace("\u00a0", "").split()
+    assert memory == ["a", "serving", "192MiB", "192MiB", "160MiB", "112MiB", "144MiB", "32MiB", "0B"]
+    assert "…" not in text
+    assert "requests, beyond its share" in text
+
+
+def test_q_quits_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, terminal = pty.openpty()
+    with open(terminal) as keys, open("/dev/null", "w") as nowhere:
+        monkeypatch.setattr(sys, "stdin", keys)
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        os.write(controller, b"xq")
+        watch(FleetStatus(broker=canned_status()), lambda: FleetStatus(broker=canned_status()), 60.0)
+    os.close(controller)
 
 
 def test_top_says_that_the_broker_is_away() -> None:
@@ -232,10 +268,13 @@ def test_ctl_resizes_and_explains(short_dir: Path) -> None:
         where = ("--socket", str(short_dir / "s"))
         assert polder("ctl", "resize", "a", "5", *where).stdout == "a: pinned to 5 units\n"
         assert json.loads(polder("ctl", "resize", "a", "0", "--json", *where).stdout)["pinned_units"] == 0
+        assert polder("ctl", "resize", "a", "90MiB", *where).stdout == "a: pinned to 5 units, 80 MiB\n"
+        small = polder("ctl", "resize", "a", "1MiB", *where)
         unknown = polder("ctl", "resize", "zebra", "5", *where)
         words = polder("ctl", "explain", *where).stdout
         as_json = json.loads(polder("ctl", "explain", "--json", *where).stdout)
-    assert resizes == [Resize(engine="a", units=5), Resize(engine="a", units=0)]
+    assert resizes == [Resize(engine="a", units=5), Resize(engine="a", units=0), Resize(engine="a", units=5)]
+    assert "one unit of a is 16 MiB; write that or more" in small.stderr
     assert unknown.returncode == 2
     assert "no engine 'zebra' here" in unknown.stderr
     assert "a (serving): target 12 units of 256 tokens: requests, beyond its share" in words
@@ -273,5 +312,27 @@ def test_doctor_says_that_shared_memory_cannot_be_written(monkeypatch: pytest.Mo
         doctor.CHECKS["shared memory"]()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "Qwen3-8B", "--device", "H100", "--json"),
+        ("plan", "Qwen3-8B", "--device", "H100", "--html"),
+        ("sim", "cache", "--json"),
+        ("bench", "elastic", "--json"),
+        ("bench", "elastic", "--html"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_said_before_any_work(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (tmp_path / "file").touch()
+    for path, words in ((tmp_path, "is a directory"), (tmp_path / "file" / "x.json", "cannot write")):
+        done = polder(*arguments, str(path))
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_version() -> None:
+    assert polder("--version").stdout == polder("version").stdout
+    done = subprocess.run([sys.executable, "-m", "polder", "--version"], capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("polder ")
     assert json.loads(polder("version", "--json").stdout)["works_with"] == ["0.32.0", "0.33.0"]

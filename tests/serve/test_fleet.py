@@ -382,7 +382,8 @@ def test_without_max_model_len_the_models_own_length_counts(tmp_path: Path) -> N
     assert least({}) == 80 * MIB
     assert least({}, "--max-model-len", "4096") == 48 * MIB
     assert least({}, "--max-model-len", "auto") is None
-    assert least({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}) is None
+    assert least({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}) == 80 * MIB, "it is scaled already"
+    assert least({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}) is None
 
 
 # ---------------------------------------------------------------- what reaches the engines

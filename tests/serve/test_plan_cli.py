@@ -40,7 +40,7 @@ def test_every_source_has_its_contexts_up_to_its_longest(tmp_path: Path) -> None
     assert asked["window, peers"]["tbt_s"] < asked["window, host"]["tbt_s"]
     for source in found["sources"]:
         shown = [o["context_tokens"] for o in found["outlooks"] if o["source"] == source["name"]]
-        assert {8192, source["longest_tokens"], 1 << 20} <= set(shown)
+        assert set(shown) == {8192, 16384, 32768, 40960, 1 << 20}, "up to the model's own limit, and what was asked for"
         assert shown == sorted(shown)
 
 
@@ -50,6 +50,59 @@ def test_the_tables_fit_a_terminal_and_say_where_figures_are_from() -> None:
     assert "NCCL, issue 1264" in text
     assert "longer contexts need another rope_scaling" in text
     assert "…" not in text
+
+
+def test_models_that_share_a_device_have_all_of_its_memory_in_turn(tmp_path: Path) -> None:
+    found = figures(tmp_path, "plan", "Qwen3-8B", "Llama-3.1-8B", "gpt-oss-20b", "--device", "H100")
+    assert found["kv_bytes"] > 20 << 30
+    for outlook in found["outlooks"]:
+        assert outlook["pooled"] >= 3 * outlook["sliced"]
+        assert outlook["alone"] >= outlook["pooled"]
+    longest = {o["model"]: o["context_tokens"] for o in found["outlooks"]}
+    assert longest == {"Qwen3-8B": 40960, "Llama-3.1-8B": 131072, "gpt-oss-20b": 131072}
+    text = polder("plan", "Qwen3-8B", "Llama-3.1-8B", "--device", "H100").stdout
+    assert "pool / slice" in text
+    assert "…" not in text
+
+
+def test_models_that_do_not_fit_together_take_turns(tmp_path: Path) -> None:
+    found = figures(tmp_path, "plan", "Qwen3-32B", "Qwen3-30B-A3B", "--device", "A100")
+    assert found["kv_bytes"] < 0
+    assert all(outlook["sliced"] is None and outlook["pooled"] is None for outlook in found["outlooks"])
+    assert all(outlook["alone"] > 0 for outlook in found["outlooks"])
+    assert (
+        "are missing. With elastic weights they take turns"
+        in polder("plan", "Qwen3-32B", "Qwen3-30B-A3B", "--device", "A100").stdout
+    )
+
+
+def test_a_fleet_file_is_planned_whatever_this_machine_has(tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(
+        '[memory]\ndevice = "cuda:7"\nkv_budget = "48GiB"\n[[model]]\nname = "chat"\npath = "Qwen/Qwen3-8B"\n'
+        'max_model_len = 16384\n[[model]]\nname = "code"\npath = "Qwen/Qwen3-8B"\nargs = ["--kv-cache-dtype", "fp8"]\n'
+    )
+    found = figures(tmp_path, "plan", str(fleet), "--device", "H100")
+    chat, code = found["models"]
+    assert chat["kv_bytes_per_token"] == 2 * code["kv_bytes_per_token"] == 144 << 10
+    assert max(o["context_tokens"] for o in found["outlooks"] if o["model"] == "chat") == 16384
+
+
+@pytest.mark.parametrize("model", ["Qwen3-30B-A3B", "gpt-oss-20b", "DeepSeek-V2-Lite"])
+def test_experts_latent_attention_and_windows_are_planned(tmp_path: Path, model: str) -> None:
+    found = figures(tmp_path, "plan", model, "--device", "H100")
+    assert all(0 < outlook["tbt_s"] < 0.1 for outlook in found["outlooks"])
+
+
+def test_ranks_have_the_memory_of_all_and_copies_of_kv_that_cannot_be_split(tmp_path: Path) -> None:
+    one, two, eight = (
+        figures(tmp_path, "plan", "DeepSeek-V2-Lite", "--device", "H100", "--tensor-parallel-size", ranks)
+        for ranks in ("1", "2", "8")
+    )
+    assert eight["device"]["memory_bytes"] == 8 * one["device"]["memory_bytes"]
+    assert two["model"]["kv_bytes_per_token"] == 2 * one["model"]["kv_bytes_per_token"], "latent KV is on each rank"
+    plain = figures(tmp_path, "plan", "Llama-3.1-70B", "--device", "H100", "--tensor-parallel-size", "4")
+    assert plain["model"]["kv_bytes_per_token"] == 320 << 10
 
 
 def test_without_external_memory_there_is_stock_alone(tmp_path: Path) -> None:
@@ -96,6 +149,8 @@ def test_the_tables_are_written_as_html(tmp_path: Path) -> None:
         (("Qwen3-8B", "--device", "H200", "--window", "37"), "window: 37 of 36 layers"),
         (("Qwen3-8B", "--device", "H200", "--tbt-goal", "0ms"), "tbt-goal"),
         (("Llama-3.1-70B", "--device", "H100"), "131.4 GiB of weights"),
+        (("gpt-oss-20b", "--device", "H100", "--host", "64GiB"), "window is for full attention only"),
+        (("owner/unknown", "--device", "H100"), "no network is asked"),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments: tuple[str, ...], words: str) -> None:

@@ -281,9 +281,13 @@ class BrokerCore:
     def _operate(self, message: Sleep | Wake | Stream, now: float) -> str | None:
         """Returns why that cannot be."""
         engine = self.engines.get(message.engine)
-        if engine is None or not engine.hello.layers:
+        if engine is not None and not engine.hello.layers:
+            return (
+                f'{message.engine} has no elastic weights: start it with POLDER_WEIGHTS=elastic (weights = "elastic")'
+            )
+        if engine is None:
             names = ", ".join(sorted(e.name for e in self.engines.values() if e.hello.layers)) or "none"
-            return f"no engine {message.engine!r} here whose weights can move; those that can: {names}"
+            return f"no engine {message.engine!r} here; those whose weights can move: {names}"
         match message:
             case Sleep():
                 self.weights.sleep(engine, now)

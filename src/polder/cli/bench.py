@@ -14,17 +14,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from polder.cli.options import check_output
+
 __all__ = ["app", "suite_names"]
 
 SUITES = "polder.bench.suites"
 SHARED = ("base", "plan")
 """Modules there that are no suite."""
 OPTIONS: Mapping[str, Any] = {
-    "json_file": Annotated[Path, typer.Option("--json", help="Write the result here.")],
+    "json_file": Annotated[
+        Path | None, typer.Option("--json", help="Write the result here (default: NAME.json in the workdir).")
+    ],
     "html_file": Annotated[Path | None, typer.Option("--html", help="Write the tables and plots as HTML here.")],
     "workdir": Annotated[Path, typer.Option(help="Models (kept) and logs go here, and pages of disks for a while.")],
 }
-DEFAULTS = {"json_file": inspect.Parameter.empty, "html_file": None, "workdir": Path("out/bench")}
+DEFAULTS = {"json_file": None, "html_file": None, "workdir": Path("out/bench")}
 
 
 def suite_names() -> list[str]:
@@ -65,7 +69,11 @@ def _command(name: str) -> Any:
     full = plans.pop("full")
     arms = dict.fromkeys(arm for of in full.choices.values() for arm in of.known)
 
-    def run(json_file: Path, html_file: Path | None, workdir: Path, stages: str, arms_named: str, **given: Any) -> None:
+    def run(
+        json_file: Path | None, html_file: Path | None, workdir: Path, stages: str, arms_named: str, **given: Any
+    ) -> None:
+        result = json_file or workdir / f"{name}.json"
+        check_output(result, html_file)
         plan = next((plan for key, plan in plans.items() if given[key]), full)
         for option, values in full.options.items():
             if given[option]:
@@ -75,7 +83,9 @@ def _command(name: str) -> Any:
             "stages": parse_names(stages, full.choices, what="stage"),
             "arms": parse_names(arms_named, arms, what="arm"),
         }
-        suite(plan.only(**named), workdir=workdir).run(json_file, html_file)
+        suite(plan.only(**named), workdir=workdir).run(result, html_file)
+        if json_file is None:
+            print(f"the result is in {result}")
 
     def option(key: str, flag: str, help: str, kind: Any = str) -> tuple[str, Any, Any]:
         return key, Annotated[kind, typer.Option(flag, help=help)], kind()

@@ -10,6 +10,8 @@ import typer
 
 from polder.broker.wire import EngineStatus, Resize, Sleep, Stream, Wake
 from polder.cli.options import AsJson, Socket, find_socket
+from polder.errors import ConfigError
+from polder.units import format_bytes, parse_bytes
 
 __all__ = ["app"]
 
@@ -30,15 +32,25 @@ _EXPLAINED = (
 @app.command()
 def resize(
     engine: Annotated[str, typer.Argument(help="The engine's name.")],
-    units: Annotated[int, typer.Argument(help="Units to pin it to; 0 hands it back to the policy.", min=0)],
+    size: Annotated[str, typer.Argument(help="What to pin it to: 64MiB, or units; 0 hands it back to the policy.")],
     socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
     """Pin an engine's KV cache to a size."""
     from polder.broker import client
+    from polder.serve.metrics import unit_bytes
 
-    client.request(find_socket(socket), Resize(engine=engine, units=units))
-    done = f"pinned to {units} units" if units else "handed back to the policy"
+    path = find_socket(socket)
+    units, in_bytes = (int(size), "") if size.isdecimal() else (0, "")
+    if not size.isdecimal():
+        status = client.status(path)
+        unit = next((unit_bytes(found, status) for found in status.engines if found.engine == engine), 0)
+        units = parse_bytes(size, what="size") // max(1, unit)
+        in_bytes = f", {format_bytes(units * unit)}"
+        if unit and not units:
+            raise ConfigError(f"size {size}: one unit of {engine} is {format_bytes(unit)}; write that or more")
+    client.request(path, Resize(engine=engine, units=units))
+    done = f"pinned to {units} units{in_bytes}" if units else "handed back to the policy"
     print(json.dumps({"engine": engine, "pinned_units": units}) if as_json else f"{engine}: {done}")
 
 

@@ -24,7 +24,7 @@ from polder.errors import EnvironmentFault, PolderError
 from polder.serve.machine import installed_vllm
 from polder.units import format_bytes
 
-__all__ = ["CHECKS", "doctor", "version"]
+__all__ = ["CHECKS", "doctor", "show_version", "version"]
 
 SHM_BYTES = 64 << 20  # a few times what vLLM's queues between its processes take
 
@@ -58,6 +58,13 @@ def version(as_json: AsJson = False) -> None:
         print(json.dumps({"polder": polder.__version__, "vllm": found, "works_with": list(TESTED)}))
     else:
         print(f"polder {polder.__version__}, vLLM {found or 'not installed'} (works with {', '.join(TESTED)})")
+
+
+def show_version(asked: bool) -> None:
+    """For the option --version."""
+    if asked:
+        version()
+        raise typer.Exit
 
 
 def _try(name: str, check: Callable[[], str]) -> Finding:

@@ -1,4 +1,4 @@
-"""`polder`: serve, broker, top, ctl, plan, bench, sim, doctor, fsck, version.
+"""`polder`: serve, broker, init, top, ctl, plan, bench, sim, doctor, fsck, version.
 
 Exit codes: 2 the request is impossible as it stands, 3 the machine or another process is not as needed, 70 a bug in
 Polder.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
-from polder.cli import bench, ctl, doctor, fsck, plan, serve, sim, top
+from polder.cli import bench, ctl, doctor, fsck, init, plan, serve, sim, top
 from polder.errors import EnvironmentFault, PolderError, UsageError
 
 __all__ = ["app", "main"]
@@ -28,8 +29,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would swallow the [tables] of the fleet file in the help
 )
+
+
+@app.callback()
+def polder(
+    show: Annotated[
+        bool, typer.Option("--version", callback=doctor.show_version, is_eager=True, help="Print the versions and end.")
+    ] = False,
+) -> None:
+    """Wins memory back for vLLM's KV cache."""
+
+
 app.command("serve")(serve.serve_fleet)
 app.command("broker")(serve.run_broker)
+app.command("init")(init.init)
 app.command("top")(top.top)
 app.add_typer(ctl.app, name="ctl")
 app.command("plan")(plan.plan)

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from polder.errors import BrokerUnavailable
+from polder.errors import BrokerUnavailable, ConfigError
 from polder.serve.runtime import discover_socket, user_dir
 from polder.settings import Setting, default_of, read
 
-__all__ = ["AsJson", "Socket", "find_socket", "with_options"]
+__all__ = ["AsJson", "Socket", "check_output", "find_socket", "with_options"]
 
 Socket = Annotated[
     Path | None,
@@ -36,6 +36,21 @@ def find_socket(given: Path | None) -> Path:
             f"no fleet of yours runs here (looked in {user_dir()}): start `polder serve`, or name a broker with --socket"
         )
     return found
+
+
+def check_output(*paths: Path | None) -> None:
+    """Makes the folders of files that will be written. Raises ConfigError before any work when one cannot be."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory: write the name of a file in it")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {path.parent}: {error.strerror}; write another file") from error
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"cannot write {path}: permission denied; write another file")
 
 
 def with_options(settings: Iterable[Setting]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from polder.cli.options import check_output
 from polder.errors import BudgetError, ConfigError
 from polder.units import format_bytes, parse_bytes, parse_goal
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from polder.planner.context_plan import Outlook, Setup, Source
     from polder.planner.devices import Device
+    from polder.planner.model_shape import ModelShape
 
 __all__ = ["parse_tokens", "plan"]
 
@@ -31,12 +33,18 @@ _LEGEND = (
 
 
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="A folder with a config.json, or Qwen3-8B, Llama-3.1-8B, LWM-7B-1M, ...")
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="A folder with a config.json, or Qwen3-8B, Llama-3.1-8B, gpt-oss-20b, ...; several, or a fleet file: what "
+            "they win by sharing a device."
+        ),
     ],
     device: Annotated[
         str,
-        typer.Option(help="H20, H100, H200, ..., or memory=80GiB,bandwidth=3.35TB/s,flops=600T, or here: measured."),
+        typer.Option(
+            help="H100, H200, A100, L4, ..., or memory=80GiB,bandwidth=3.35TB/s,flops=600T, or here: measured."
+        ),
     ],
     host: Annotated[str | None, typer.Option(help="Host memory for windowed KV, e.g. 512GiB.")] = None,
     neighbours: Annotated[
@@ -50,23 +58,30 @@ def plan(
     window: Annotated[int, typer.Option(help="Layers whose KV is local in a windowed block.")] = 2,
     chunk: Annotated[str, typer.Option(help="Prompt tokens in a step (vLLM's max_num_batched_tokens).")] = "8k",
     tbt_goal: Annotated[str | None, typer.Option(help="Time between tokens to stay within, e.g. 100ms.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Devices that one model is split over.", min=1)] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the tables here as HTML.")] = None,
 ) -> None:
     """What context, concurrency, TTFT and TBT to expect with and without Polder. Starts nothing, needs no GPU."""
     from polder.planner.context_plan import Setup
-    from polder.planner.devices import parse_links
-    from polder.planner.model_shape import model_shape
+    from polder.planner.devices import over_ranks, parse_links
 
+    check_output(json_file, html_file)
+    shapes = list(_shapes(models, tensor_parallel_size))
+    measured = over_ranks(parse_links(link, _device(device)), tensor_parallel_size)
+    if len(shapes) > 1:
+        from polder.cli.pooling import show_pooling
+
+        show_pooling(shapes, measured, json_file, html_file)
+        return
     setup = Setup(
-        shape=model_shape(model),
-        device=parse_links(link, _device(device)),
-        window_layers=window,
-        chunk_tokens=parse_tokens(chunk, what="chunk"),
+        shape=shapes[0], device=measured, window_layers=window, chunk_tokens=parse_tokens(chunk, what="chunk")
     )
     goal_s = parse_goal(tbt_goal, what="tbt-goal") if tbt_goal else None
     asked = parse_tokens(context, what="context") if context else None
     sources = list(_sources(setup, host, neighbours))
+    for source in sources:
+        setup.check(source)
     longest = {source.name: setup.longest_tokens(source) for source in sources}
     if asked is not None and asked > max(longest.values()):
         possible = "; ".join(f"{tokens:,} with {name}" for name, tokens in longest.items())
@@ -78,8 +93,22 @@ def plan(
     figures = _figures(setup, sources, outlooks, goal_s)
     _show(setup, sources, outlooks, figures, html_file)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _shapes(models: Sequence[str], ranks: int) -> Iterator[ModelShape]:
+    """Of each model, or of those in a fleet file. With more ranks than KV heads some ranks hold the same KV."""
+    from polder.planner.model_shape import model_shape
+
+    for text in models:
+        if text.endswith(".toml"):
+            from polder.serve.needs import shapes_in_file
+
+            yield from shapes_in_file(Path(text))
+            continue
+        shape = model_shape(text)
+        heads = 1 if shape.kv.latent_dim else shape.kv.kv_heads
+        yield replace(shape, kv=shape.kv._replace(copies=max(1, ranks // heads)))
 
 
 def parse_tokens(text: str, *, what: str) -> int:
@@ -176,7 +205,6 @@ def _show(
     for line in _notes(setup, sources):
         console.print(line, highlight=False, soft_wrap=True)
     if html_file is not None:
-        html_file.parent.mkdir(parents=True, exist_ok=True)
         console.save_html(str(html_file), inline_styles=True)
 
 
@@ -236,6 +264,11 @@ def _notes(setup: Setup, sources: Sequence[Source]) -> Iterator[str]:
             yield f"{source.name}: {source.link.name}, {_rate(source.link.bytes_per_s)}: {source.link.source}."
     if shape.trained_tokens is not None and max(map(setup.longest_tokens, sources)) > shape.trained_tokens:
         yield f"{shape.name} was made for {shape.trained_tokens:,} tokens: longer contexts need another rope_scaling."
+    if len(sources) == 1:
+        yield (
+            "One model alone shares its memory with nobody. Name several models, or a fleet file, for what pooling wins; "
+            "--host or --neighbours for contexts longer than the device holds."
+        )
     yield _LEGEND
 
 

@@ -57,7 +57,7 @@ def serve_fleet(
     from polder.serve.run import run
 
     for finding in findings:
-        if finding.state == "open":
+        if finding.state == "open" and not as_json:
             print(f"polder: {finding.need}: {finding.detail}", file=sys.stderr)
     # The port is opened for good, or refused, by `run`.
     unmet = [f"{finding.need}: {finding.detail}" for finding in findings if finding.state == "unmet"]
@@ -84,7 +84,11 @@ def run_broker(
 
     from polder.broker.policy import PolicyConfig
     from polder.broker.server import serve
+    from polder.serve.machine import host_memory
+    from polder.serve.runtime import user_dir
 
+    if socket == user_dir():
+        raise ConfigError(f"--socket {socket}: `polder serve` keeps its fleets there; write {socket}.sock")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     sizes: dict[str, int] = {}
     for text in device:
@@ -92,6 +96,12 @@ def run_broker(
         if not separator or name in sizes:
             raise ConfigError(f"--device {text!r}: write NAME=SIZE, e.g. cpu:0=64GiB, once for each device")
         sizes[name] = parse_bytes(size, what=f"--device {name}")
+    # What engines of a former broker still hold is not free, so the total counts.
+    host, total = sum(size for name, size in sizes.items() if not name.startswith("cuda")), host_memory().total_bytes
+    if host > total:
+        raise BudgetError(
+            f"--device: {format_bytes(host)} of host memory, and there are {format_bytes(total)}: write less"
+        )
     policy = dict(given)
     page_bytes = policy.pop("page_bytes", BrokerConfig.page_bytes)
     serve(BrokerConfig(socket=socket, devices=sizes, page_bytes=page_bytes, policy=PolicyConfig(**policy)))

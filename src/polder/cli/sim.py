@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from polder.cli.options import check_output
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Polder's policies on recorded traces.", no_args_is_help=True, add_completion=False)
@@ -46,6 +48,7 @@ def cache(
     from polder.sim.traces import load_trace, trace_names
     from polder.tiers.eviction.density import HitDensity
 
+    check_output(json_file)
     traces = [load_trace(name) for name in trace or trace_names()]
     results = []
     for loaded in traces:
@@ -66,5 +69,4 @@ def cache(
             )
         Console().print(table)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(results, indent=1) + "\n")

@@ -42,7 +42,8 @@ def top(
     from polder.cli.view import render, watch
 
     if once:
-        Console().print(render(first))
+        console = Console()
+        console.print(render(first, width=console.width))
     else:
         watch(first, lambda: _look(path, url), interval)
 

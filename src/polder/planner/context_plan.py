@@ -11,6 +11,7 @@ times are lower bounds, best for steps of 5 ms and more.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -121,6 +122,14 @@ class Setup:
     window_layers: int
     chunk_tokens: int
 
+    def check(self, source: Source) -> None:
+        """Raises ConfigError for windowed KV of a model that Polder's window does not take."""
+        if source.link is not None and not self.shape.kv.plain:
+            raise ConfigError(
+                f"{self.shape.name} has {'latent attention' if self.shape.kv.latent_dim else 'windows or KV of another type'}: "
+                "Polder's window is for full attention only. Leave out --host and --neighbours"
+            )
+
     def __post_init__(self) -> None:
         layers = self.shape.layers
         if not 1 <= self.window_layers <= layers:
@@ -141,7 +150,17 @@ class Setup:
         )
 
     def longest_tokens(self, source: Source) -> int:
-        return self.capacity(source).blocks * BLOCK_TOKENS
+        """That memory holds; a model's own limit may be less."""
+        if not self.shape.kv.windowed_layers:
+            return self.capacity(source).blocks * BLOCK_TOKENS
+        # Layers with a window keep no more than it; one with nothing but such layers has no bound.
+        kv = self.shape.kv
+        rest = self.local_bytes - kv.windowed_layers * kv.window_tokens * self.shape.kv_bytes_of_layer
+        full = (kv.layers - kv.windowed_layers) * self.shape.kv_bytes_of_layer
+        longest = rest // full if full and rest > 0 else self.local_bytes // self.shape.kv_bytes_per_token
+        if not full:
+            longest = max(longest, self.shape.trained_tokens or 0)
+        return longest // BLOCK_TOKENS * BLOCK_TOKENS
 
     def longest_within(self, source: Source, goal_s: float) -> int:
         """The longest context whose lone sequence gets its tokens in time, in whole blocks; 0 when none does."""
@@ -149,8 +168,9 @@ class Setup:
         return BLOCK_TOKENS * bisect_right(tokens, goal_s, key=lambda n: self.decode(source, n).seconds)
 
     def outlooks(self, source: Source, asked_tokens: int | None) -> list[Outlook]:
-        """For contexts that double up to the longest, the longest, and the one that was asked for."""
-        longest = self.longest_tokens(source)
+        """For contexts that double up to the longest that memory and the model allow, that one, and the one that was
+        asked for."""
+        longest = min(self.longest_tokens(source), self.shape.trained_tokens or sys.maxsize)
         shown = {longest, asked_tokens or 0} - {0}
         context = FIRST_CONTEXT
         while context < longest:
@@ -161,6 +181,8 @@ class Setup:
     def outlook(self, source: Source, context_tokens: int) -> Outlook:
         capacity, blocks = self.capacity(source), -(-context_tokens // BLOCK_TOKENS)
         at_once = capacity.blocks // blocks
+        if self.shape.kv.windowed_layers:
+            at_once = self.local_bytes // self.shape.kv_bytes(context_tokens)
         if at_once == 0:
             return Outlook(source=source.name, context_tokens=context_tokens, fits=False, at_once=0)
         prefill, decode = self.prefill(source, context_tokens), self.decode(source, context_tokens)
@@ -209,7 +231,9 @@ class Setup:
         shape, device, kv = self.shape, self.device, self.shape.kv_bytes_of_layer
         local = LayerWork(
             before_s=self._product_s(shape.qkv_parameters, shape.qkv_parameters, rows, shape.weight_element_bytes),
-            attention_s=max(read * kv / device.memory_bytes_per_s, self._attention_s(pairs)),
+            attention_s=shape.kv.attended(read / sequences)
+            / (read / sequences)
+            * max(read * kv / device.memory_bytes_per_s, self._attention_s(pairs)),
             after_s=self._product_s(*shape.used_parameters(rows), rows, shape.weight_element_bytes),
         )
         head = shape.head_parameters

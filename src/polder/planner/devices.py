@@ -16,7 +16,19 @@ from typing import Literal
 from polder.errors import ConfigError
 from polder.units import parse_bytes
 
-__all__ = ["ATTENTION_PART", "DEVICES", "FLOPS_PART", "Device", "Link", "parse_device", "parse_links", "parse_rate"]
+__all__ = [
+    *(
+        "ATTENTION_PART",
+        "DEVICES",
+        "FLOPS_PART",
+        "Device",
+        "Link",
+        "over_ranks",
+        "parse_device",
+        "parse_links",
+        "parse_rate",
+    ),
+]
 
 MEMORY_PART, FLOPS_PART, ATTENTION_PART = 0.9, 0.7, 0.5
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGTP]?)(i?)(B/s|FLOP/s|)\s*")
@@ -73,6 +85,19 @@ _ROWS = (  # name, GiB, peak TB/s, peak TFLOP/s (dense bf16), links, source
      "published figures: 141 GB (140 GiB seen), 4.8 TB/s, 989 TFLOP/s; here 4.3 TB/s, attention at 500 TFLOP/s"),
     ("B200", 179, 8.0, 2250, PCIE5, NVLINK5, "HGX at 1 kW: 179 GB seen, 8 TB/s, 2250 TFLOP/s"),
     ("A100-80", 80, 2.039, 312, PCIE4, NVLINK3, "published figures of the SXM part: 80 GB, 2039 GB/s, 312 TFLOP/s"),
+    ("A100-40", 40, 1.555, 312, PCIE4, NVLINK3, "published figures of the SXM part: 40 GB, 1555 GB/s, 312 TFLOP/s"),
+    ("H100-NVL", 94, 3.9, 835, PCIE5, NVLINK4, "published figures: 94 GB, 3.9 TB/s, 835 TFLOP/s; peer link assumed"),
+    ("B300", 268, 8.0, 2250, PCIE5, NVLINK5, "288 GB (268 GiB seen: assumption), 8 TB/s, 2250 TFLOP/s assumed as B200"),
+    ("L4", 22, 0.3, 121, PCIE4, PCIE4_PEER, "published figures: 24 GB (22 GiB seen), 300 GB/s, 121 TFLOP/s"),
+    ("A10", 22, 0.6, 125, PCIE4, PCIE4_PEER, "published figures: 24 GB (22 GiB seen), 600 GB/s, 125 TFLOP/s"),
+    ("A10G", 22, 0.6, 70, PCIE4, PCIE4_PEER, "published figures: 24 GB (22 GiB seen), 600 GB/s, 70 TFLOP/s"),
+    ("L40", 45, 0.864, 181, PCIE4, PCIE4_PEER,
+     "published figures: 48 GB (less 1/16 for ECC: assumption), 864 GB/s, 181 TFLOP/s"),
+    ("RTX3090", 24, 0.936, 71, PCIE4, PCIE4_PEER, "24 GB, 936 GB/s, 71 TFLOP/s (bf16, float32 sums)"),
+    ("MI300X", 192, 5.3, 1307, PCIE5, PCIE5_PEER,
+     "published figures: 192 GB, 5.3 TB/s, 1307 TFLOP/s; Polder has no backend for AMD GPUs yet"),
+    ("MI325X", 256, 6.0, 1307, PCIE5, PCIE5_PEER,
+     "published figures: 256 GB, 6 TB/s, 1307 TFLOP/s; Polder has no backend for AMD GPUs yet"),
     ("L40S", 45, 0.864, 362, PCIE4, PCIE4_PEER,
      "published figures: 48 GB (less 1/16 for ECC: assumption), 864 GB/s, 362 TFLOP/s"),
     ("RTX4090", 24, 1.008, 165, PCIE4, PCIE4_PEER, "24 GB, 1008 GB/s, 165 TFLOP/s (bf16, float32 sums)"),
@@ -98,13 +123,39 @@ DEVICES = {
 DEVICES["H200"] = replace(DEVICES["H200"], memory_bytes_per_s=4.3e12, attention_flops_per_s=500e12)
 
 
+ALIASES = {"a100": "a100-80", "gb200": "b200", "4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090"}
+_NOISE = re.compile(r"nvidia|geforce|amd|instinct|tesla|[ _]|-?sxm[0-9]?|gb$")
+
+
+def over_ranks(device: Device, ranks: int) -> Device:
+    """So many of them as one, for a model that is split over all: without what its ranks say to each other."""
+    if ranks == 1:
+        return device
+    wide = {
+        kind: None if link is None else replace(link, bytes_per_s=ranks * link.bytes_per_s)
+        for kind, link in (("host_link", device.host_link), ("peer_link", device.peer_link))
+    }
+    return replace(
+        device,
+        name=f"{ranks} x {device.name}",
+        memory_bytes=ranks * device.memory_bytes,
+        memory_bytes_per_s=ranks * device.memory_bytes_per_s,
+        flops_per_s=ranks * device.flops_per_s,
+        attention_flops_per_s=ranks * device.attention_flops_per_s,
+        source=f"{device.source}; {ranks} of them, without the time of their exchanges",
+        **wide,
+    )
+
+
 def parse_device(text: str) -> Device:
     """A name of DEVICES, or "memory=80GiB,bandwidth=3.35TB/s,flops=600T[,attention=400T]" with sustained figures.
 
     Attention runs at 5/7 of the FLOP/s of matrix products if it is not given, as in DEVICES. Raises ConfigError.
     """
     if "=" not in text:
-        found = {name.lower(): device for name, device in DEVICES.items()}.get(text.replace(" ", "").lower())
+        name = _NOISE.sub("", text.lower())
+        devices = {name.lower(): device for name, device in DEVICES.items()}
+        found = devices.get(text.lower()) or devices.get(ALIASES.get(name, name))
         if found is None:
             raise ConfigError(
                 f"device: unknown {text!r}; one of {', '.join(DEVICES)}, or memory=80GiB,bandwidth=3.35TB/s,flops=600T"

@@ -50,6 +50,8 @@ class KvShape(NamedTuple):
     window_tokens: int = 0
     element_bytes: int | None = None
     """Of a KV element, if the checkpoint says so; None: as a weight's."""
+    copies: int = 1
+    """Of ranks that have the same KV, because there are more ranks than heads, or the attention is latent."""
 
     @property
     def plain(self) -> bool:
@@ -59,7 +61,7 @@ class KvShape(NamedTuple):
     def bytes_of_layer(self, element_bytes: int) -> int:
         """Keys and values of one token."""
         elements = self.latent_dim or 2 * self.kv_heads * self.head_dim
-        return elements * (self.element_bytes or element_bytes)
+        return elements * (self.element_bytes or element_bytes) * self.copies
 
     def attended(self, tokens: float) -> float:
         """Tokens whose KV a layer reads in a context of so many, on average over the layers."""

@@ -24,7 +24,7 @@ from polder.serve.schema import EXAMPLE, FleetFile, ModelTable, ServerTable, rea
 from polder.settings import declared
 from polder.units import format_bytes
 
-__all__ = ["EXAMPLE", "Fleet", "Model", "load_fleet"]
+__all__ = ["EXAMPLE", "Fleet", "Model", "check_tables", "default_device", "load_fleet"]
 
 _KEYS = {given.key: given.model or given.key for given in declared(EngineSettings)}
 
@@ -122,14 +122,19 @@ def load_fleet(path: Path) -> Fleet:
     """Reads and checks a fleet file. Raises ConfigError or BudgetError."""
     raw = read_toml(path)
     try:
-        fleet = _checked(read_tables(raw), path.parent)
+        fleet = check_tables(read_tables(raw), path.parent)
         fleet.check_budget()
     except UsageError as error:
         raise type(error)(f"{path}: {error}") from error
     return fleet
 
 
-def _checked(file: FleetFile, folder: Path) -> Fleet:
+def default_device() -> str:
+    return "cuda:0" if Path("/dev/nvidiactl").exists() else "cpu:0"
+
+
+def check_tables(file: FleetFile, folder: Path) -> Fleet:
+    """The fleet that a file in `folder` describes, whatever the budget holds. Raises ConfigError or BudgetError."""
     names = [model.name for model, _ in file.models]
     for name in names:
         if names.count(name) > 1:
@@ -138,7 +143,7 @@ def _checked(file: FleetFile, folder: Path) -> Fleet:
     page_bytes = policy.pop("page_bytes", BrokerConfig.page_bytes)
     fleet = Fleet(
         server=file.server,
-        device=file.memory.device or ("cuda:0" if Path("/dev/nvidiactl").exists() else "cpu:0"),
+        device=file.memory.device or default_device(),
         budget_bytes=_budget(file),
         page_bytes=page_bytes,
         policy=PolicyConfig(**policy),

@@ -6,23 +6,28 @@ and CUDA graphs take is an assumption, and is said to be one."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from polder.errors import ConfigError
 from polder.planner.checkpoint import checkpoint_bytes, hub_folder
-from polder.planner.model_shape import ModelShape, element_bytes, read_config, shape_of
+from polder.planner.engine_memory import (
+    CONTEXT_BYTES,
+    GRAPH_BYTES,
+    IMAGE_BYTES,
+    PROCESS_BYTES,
+    activation_bytes,
+    default_batch,
+)
+from polder.planner.model_shape import ModelShape, element_bytes, model_shape, read_config, shape_of
 from polder.serve.arguments import is_given, option
 from polder.serve.fleet import Fleet, Model
+from polder.serve.schema import read_tables, read_toml
 
-__all__ = ["Line", "Needs", "folder_of_model", "needs_of"]
+__all__ = ["Line", "Needs", "folder_of_model", "needs_of", "shapes_in_file"]
 
-GIB = 1 << 30
-CONTEXT_BYTES, GRAPH_BYTES, IMAGE_BYTES = GIB, GIB, 2 * GIB
-PROCESS_BYTES = GIB
-"""Assumptions for each engine: a CUDA context with the libraries' workspaces; CUDA graphs; a multimodal model's encoder
-at work; Python and torch in host memory."""
+_BATCH = ("--max-num-batched-tokens", "--max-num-seqs")
 MORE_MEMORY = {"--speculative-config": "the draft model", "--enable-lora": "adapters"}
 """Arguments that take memory whose size is not known here."""
 
@@ -88,30 +93,32 @@ def sizes_of(model: Model) -> tuple[ModelShape | None, int | None]:
         return None, weights
 
 
+def shapes_in_file(path: Path) -> list[ModelShape]:
+    """The shapes of a fleet file's models, whether or not this machine could serve them. Raises ConfigError."""
+    shapes = []
+    for model, _ in read_tables(read_toml(path)).models:
+        folder = path.parent / model.path
+        shape = replace(model_shape(str(folder) if folder.is_dir() else model.path), name=model.name)
+        if isinstance(model.max_model_len, int):
+            shape = replace(shape, trained_tokens=min(model.max_model_len, shape.trained_tokens or model.max_model_len))
+        if (option(model.args, "--kv-cache-dtype") or "auto").startswith("fp8"):
+            shape = replace(shape, kv=shape.kv._replace(element_bytes=1))
+        shapes.append(shape)
+    return shapes
+
+
 def _elastic(models: Sequence[Model]) -> bool:
     return any(model.settings.weights == "elastic" for model in models)
 
 
 def _activations(model: Model, shape: ModelShape | None, on_cpu: bool, device_bytes: int | None) -> int | None:
-    """Of the largest step: the prompts' hidden states, or the logits of all sequences."""
     if shape is None:
         return None
-    tokens, sequences = default_batch(on_cpu, device_bytes)
-    given = [option(model.args, name) for name in ("--max-num-batched-tokens", "--max-num-seqs")]
     tokens, sequences = (
-        int(text) if text and text.isdecimal() else default
-        for text, default in zip(given, (tokens, sequences), strict=True)
+        int(text) if (text := option(model.args, name)) and text.isdecimal() else default
+        for name, default in zip(_BATCH, default_batch(on_cpu, device_bytes), strict=True)
     )
-    return max(tokens * shape.activation_bytes_per_token, min(tokens, sequences) * shape.logit_bytes)
-
-
-def default_batch(on_cpu: bool, device_bytes: int | None) -> tuple[int, int]:
-    """vLLM's defaults for a server: tokens of a step, and sequences."""
-    if on_cpu:
-        return 2048, 128
-    if device_bytes is None or device_bytes >= 160 * GIB:
-        return 16384, 1024
-    return (8192, 1024) if device_bytes >= 70 * GIB else (2048, 256)
+    return activation_bytes(shape, tokens, sequences)
 
 
 def _of_cuda(model: Model) -> Iterator[Line]:

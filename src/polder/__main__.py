@@ -1,0 +1,5 @@
+"""`python -m polder` is the command `polder`."""
+
+from polder.cli.main import main
+
+main()
