@@ -221,7 +221,7 @@ def _table(title: str, *columns: str) -> Table:
 def _overview(setup: Setup, figures: dict[str, Any]) -> Table:
     goal_s = figures["tbt_goal_s"]
     goal = [] if goal_s is None else [f"TBT in {_seconds(goal_s)}"]
-    table = _table(f"{setup.shape.name} on {setup.device.name}", "KV there", "link", "longest", "over stock", *goal)
+    table = _table(f"{setup.shape.name} on {setup.device.name}", "KV there", "link", "memory for", "over stock", *goal)
     stock = figures["sources"][0]["longest_tokens"]
     for source in figures["sources"]:
         link, longest = source["link"], source["longest_tokens"]
