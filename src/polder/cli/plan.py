@@ -97,7 +97,8 @@ def plan(
 
 
 def _shapes(models: Sequence[str], ranks: int) -> Iterator[ModelShape]:
-    """Of each model, or of those in a fleet file. With more ranks than KV heads some ranks hold the same KV."""
+    """The shape of each model, or of those in a fleet file. With more ranks than KV heads some ranks hold the same
+    KV."""
     from polder.planner.model_shape import model_shape
 
     for text in models:

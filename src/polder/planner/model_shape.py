@@ -49,9 +49,9 @@ class KvShape(NamedTuple):
     """Part of `layers` that attends to the last `window_tokens` tokens only, and keeps no others."""
     window_tokens: int = 0
     element_bytes: int | None = None
-    """Of a KV element, if the checkpoint says so; None: as a weight's."""
+    """Size of a KV element, if the checkpoint says so; None: as a weight's."""
     copies: int = 1
-    """Of ranks that have the same KV, because there are more ranks than heads, or the attention is latent."""
+    """Ranks that have the same KV, because there are more ranks than heads, or the attention is latent."""
 
     @property
     def plain(self) -> bool:
@@ -165,7 +165,7 @@ class ModelShape:
 
     @property
     def logit_bytes(self) -> int:
-        """Of one sequence: the head's output, and what sampling makes of it in float32, twice."""
+        """What one sequence needs: the head's output, and what sampling makes of it in float32, twice."""
         return self.vocab * (self.element_bytes + 8)
 
 

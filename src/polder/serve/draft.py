@@ -20,7 +20,7 @@ from polder.units import format_bytes
 __all__ = ["DraftModel", "draft", "read_command"]
 
 SHARE = {"cpu": 0.5, "cuda": 0.95}
-"""Of the memory that is left, what the budget takes. A CPU's memory is for other programs, too."""
+"""The part of the memory that is left which the budget takes. A CPU's memory is for other programs, too."""
 SHORTEST = 2048
 _STEP = 64 << 20
 _OURS = ("--host", "--port", "--uds", "--kv-transfer-config", "--gpu-memory-utilization", "--kv-cache-memory-bytes")
