@@ -48,7 +48,7 @@ def test_what_was_written_is_enough_for_the_check(models: Path) -> None:
     assert checked(models, text, H100) == {}
     fleet = load_fleet(models / "fleet.toml")
     assert fleet.budget_bytes > 36 * GIB
-    assert "# 15.26 GiB  chat: weights" in text
+    assert "15.26 GiB  chat: weights\n" in text
 
 
 def test_contexts_are_shortened_until_one_request_of_each_fits(models: Path) -> None:
