@@ -58,7 +58,7 @@ def serve_fleet(
 
     for finding in findings:
         if finding.state == "open" and not as_json:
-            print(f"polder: {finding.need}: {finding.detail}", file=sys.stderr)
+            _print(sys.stderr, f"polder: {finding.need}: {finding.detail}")
     # The port is opened for good, or refused, by `run`.
     unmet = [f"{finding.need}: {finding.detail}" for finding in findings if finding.state == "unmet"]
     unmet = [text for text in unmet if not text.startswith("port: ")]
