@@ -244,11 +244,12 @@ def test_top_shows_what_happens_now_and_no_running_totals() -> None:
 def test_top_fits_80_columns() -> None:
     text = shown(FleetStatus(broker=canned_status()), width=80)
     memory = next(line for line in text.splitlines() if line.startswith("a ")).replace("\u00a0", "").split()
-    assert memory == ["a", "serving", "192MiB", "192MiB", "160MiB", "112MiB", "144MiB", "32MiB", "0B"]
+    assert memory == ["a", "serving", "192MiB", "192MiB", "160MiB", "112MiB", "32MiB", "0B"]
     assert "…" not in text
-    assert "requests, beyond its share" in text
+    assert "requests, beyond its share" in " ".join(text.split())
 
 
+@pytest.mark.timeout(60)
 def test_q_quits_top(monkeypatch: pytest.MonkeyPatch) -> None:
     controller, terminal = pty.openpty()
     with open(terminal) as keys, open("/dev/null", "w") as nowhere:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sys
 import termios
@@ -30,7 +31,7 @@ NARROW = 110
 """Terminals with fewer columns show the sizes of `_FIRST` alone."""
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 _MEMORY = ("held", "floor", "share", "ceiling", "busy", "waiting", "cached", "borrowed", "lent", "recalled", "target")
-_FIRST = ("held", "target", "share", "busy", "cached", "borrowed", "lent")
+_FIRST = ("held", "target", "share", "busy", "borrowed", "lent")
 
 
 class Rates:
@@ -74,7 +75,7 @@ def _single_keys() -> Iterator[None]:
         yield
         return
     kept = termios.tcgetattr(sys.stdin)
-    tty.setcbreak(sys.stdin)
+    tty.setcbreak(sys.stdin, termios.TCSANOW)  # keys that were pressed already count
     try:
         yield
     finally:
@@ -87,7 +88,7 @@ def _quit_within(seconds: float) -> bool:
     while (left := deadline - time.monotonic()) > 0:
         if not sys.stdin.isatty():
             time.sleep(left)
-        elif select.select([sys.stdin], [], [], left)[0] and sys.stdin.read(1) in ("q", "Q"):
+        elif select.select([sys.stdin], [], [], left)[0] and b"q" in os.read(sys.stdin.fileno(), 64).lower():
             return True
     return False
 
