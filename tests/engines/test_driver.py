@@ -23,7 +23,7 @@ from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, token
 from tests.engines.test_window import DEEP, WINDOW
 from tests.memory.machines import build_fakecuda
 
-LIKE = "async,uni,driver"
+LIKE = os.environ.get("POLDER_DRIVER_LIKE", "async,uni,driver")
 SEEDS = int(os.environ.get("POLDER_DRIVER_SEEDS", "2"))
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200 + 60 * SEEDS)]
 A_PAGES, B_PAGES = 8, 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
 pytestmark = pytest.mark.engine
 
+LIKE = os.environ.get("POLDER_LATE_LIKE", "async,uni,late")
 UNITS, UNIT_PAGES, HOST_PAGES = 40, 2, 400
 ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 40] * 6
 """Every other one ends early and leaves holes among the others."""
@@ -46,7 +48,7 @@ def start(broker: Broker) -> Iterator[Started]:
             "GPULIKE_SEED": str(seed),
             "GPULIKE_FENCES": fences,
         }
-        engines.append(Engine.start("a", TINY, settings, like="async,uni,late"))
+        engines.append(Engine.start("a", TINY, settings, like=LIKE))
         return engines[-1]
 
     yield start_it
