@@ -18,7 +18,7 @@ from tests.engines.test_gpu_defaults import TINY, VOCABULARY
 
 pytestmark = pytest.mark.engine
 
-LIKES = {"a": "v2,async,uni,warmup,graphs", "b": ORDINARY}
+LIKES = {"a": "v2,async,uni,warmup,compiled,graphs", "b": ORDINARY}
 LAYERS = 4
 SEQUENCES = 16
 """The V2 runner's warm-up invents so many requests, in interpreted kernels: with vLLM's 256 a start takes half a minute more."""
