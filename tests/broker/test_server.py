@@ -112,6 +112,20 @@ def engine_process(path: Path, name: str) -> subprocess.Popen[str]:
     return process
 
 
+def test_an_engine_that_has_another_process_id_to_itself_is_refused(broker: Running) -> None:
+    _, answer = connected(broker.path, hello(pid=os.getpid() + 1))
+    assert isinstance(answer, wire.Refused)
+    assert "PID namespace" in answer.reason
+
+
+def test_an_engine_in_a_pid_namespace_of_its_own_is_refused(broker: Running) -> None:
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not make a PID namespace")
+    command = [*unshare, sys.executable, "-c", ENGINE.replace("; time.sleep(60)", ""), str(broker.path), "a"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.strip() == "Refused"
+
+
 def test_only_the_owner_may_open_the_socket(broker: Running) -> None:
     assert stat.S_IMODE(os.stat(broker.path).st_mode) == 0o600
 

@@ -78,6 +78,8 @@ SMALL_A = ModelRecipe(
 SMALL_B = replace(SMALL_A, name="varied-qwen", family="qwen3", seed=10)
 """For the V2 runner, whose kernels are interpreted here, and wherever size is of no consequence. A block of 32 tokens has
 64 KiB in each of 4 layers: a unit, 128 tokens, is 4 pages. The weights are 16 pages."""
+TINY = replace(SMALL_A, name="tiny-rig-f32", layers=2, seed=3)
+"""An interpreted step takes about 55 ms, whatever the model."""
 
 
 @contextlib.contextmanager
@@ -321,6 +323,7 @@ __all__ = [
     "SMALL_A",
     "SMALL_B",
     "SMALL_VOCABULARY",
+    "TINY",
     "VOCABULARY",
     "Broker",
     "Engine",

@@ -44,7 +44,7 @@ from tests.engines.harness import (
 )
 
 SEQUENCES = [int(number) for number in os.environ.get("POLDER_SEQUENCES", "16").split(",")]
-LIKE = "v2,async,uni,warmup,graphs"
+LIKE = "v2,async,uni,warmup,compiled,graphs"
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200 + 600 * ROUNDS)]
 

@@ -36,6 +36,7 @@ class Scheduler(SimpleNamespace):
             scheduler_config=SimpleNamespace(watermark=0.0),
             policy=SimpleNamespace(name="FCFS"),
             running=[],
+            kv_holding_waiting=[],
             prev_step_scheduled_req_ids=set(),
             pool=pool,
         )

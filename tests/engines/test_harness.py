@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import gpulike
 import psutil
 import pytest
 
 from tests.engines import harness
-from tests.engines.harness import Engine, prompts
+from tests.engines.harness import TINY, Engine, prompts
 from tests.engines.segments import segments_of
 
 SEGMENT = """
@@ -94,3 +95,15 @@ def test_a_killed_engine_leaves_nothing_and_a_segment_of_others_stays(
     assert engine._segments, "vLLM's message queues: without any the test shows nothing"
     assert not any(segment.exists() for segment in engine._segments)
     assert stranger.segment.exists()
+
+
+@pytest.mark.parametrize("like", ["v1", "graphs", "v2,graph", "late,uni"])
+def test_words_of_the_rig_that_mean_nothing_are_refused(like: str) -> None:
+    with pytest.raises(ValueError, match="gpulike"):
+        gpulike.environment(like)
+
+
+@pytest.mark.engine
+def test_a_model_is_not_compiled_and_eager_at_once() -> None:
+    with pytest.raises(ValueError, match="enforce_eager=False"):
+        Engine.start("gpulike", TINY, like="v2,async,uni,compiled", enforce_eager=True)

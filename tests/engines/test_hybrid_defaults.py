@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.harness import PAGE, Broker, Engine, prompts, tokens_of, wait_for
-from tests.engines.test_gpu_defaults import TINY, VOCABULARY
+from tests.engines.harness import PAGE, SMALL_VOCABULARY, TINY, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = pytest.mark.engine
 
 HYBRID = dataclasses.replace(TINY, name="tiny-rig-gemma", family="gemma3", layers=3)
-ASKED, LENGTHS = prompts(8, 150, seed=2, vocabulary=VOCABULARY), [4, 40] * 4
+ASKED, LENGTHS = prompts(8, 150, seed=2, vocabulary=SMALL_VOCABULARY), [4, 40] * 4
 """Every other one ends early and leaves holes among the others."""
 HOST_PAGES = 400
 

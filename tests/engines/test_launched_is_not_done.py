@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.engines.conftest import Stock
-from tests.engines.harness import PAGE, Broker, Engine, prompts, tokens_of, wait_for
-from tests.engines.test_gpu_defaults import TINY, VOCABULARY
+from tests.engines.harness import PAGE, SMALL_VOCABULARY, TINY, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = pytest.mark.engine
 
 LIKE = os.environ.get("POLDER_LATE_LIKE", "async,uni,late")
 UNITS, UNIT_PAGES, HOST_PAGES = 40, 2, 400
-ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=VOCABULARY), [4, 40] * 6
+ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=SMALL_VOCABULARY), [4, 40] * 6
 """Every other one ends early and leaves holes among the others."""
 Started = Callable[..., Engine]
 

@@ -12,8 +12,7 @@ from polder.bench.workloads.models import ensure_model
 from polder.serve.process import ManagedProcess, ProcessSpec
 from tests.engines.answers import varied
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, ENVIRONMENT, MODELS, Broker, Engine, prompts, tokens_of
-from tests.engines.test_gpu_defaults import TINY
+from tests.engines.harness import A32, ENVIRONMENT, MODELS, TINY, Broker, Engine, prompts, tokens_of
 
 pytestmark = pytest.mark.engine
 ASKED, LENGTHS = prompts(12, 150, seed=21), [4, 32] * 6

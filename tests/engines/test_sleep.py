@@ -10,12 +10,11 @@ import pytest
 
 from polder.broker.client import request
 from polder.broker.wire import Sleep
-from tests.engines.harness import ORDINARY, Broker, Engine, prompts, tokens_of, wait_for
-from tests.engines.test_gpu_defaults import TINY, VOCABULARY
+from tests.engines.harness import ORDINARY, SMALL_VOCABULARY, TINY, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = pytest.mark.engine
 
-ASKED = prompts(4, 100, seed=61, vocabulary=VOCABULARY)
+ASKED = prompts(4, 100, seed=61, vocabulary=SMALL_VOCABULARY)
 TURNS = 12
 
 

@@ -13,8 +13,17 @@ from polder.broker.wire import Sleep, Stream
 from polder.errors import UsageError
 from tests.engines.conftest import Stock
 from tests.engines.controls import LATE_COPIES, Switches
-from tests.engines.harness import BLOCK_TOKENS, ORDINARY, Broker, Engine, prompts, tokens_of, wait_for
-from tests.engines.test_gpu_defaults import TINY, VOCABULARY
+from tests.engines.harness import (
+    BLOCK_TOKENS,
+    ORDINARY,
+    SMALL_VOCABULARY,
+    TINY,
+    Broker,
+    Engine,
+    prompts,
+    tokens_of,
+    wait_for,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -26,9 +35,9 @@ RECIPES = {
     name: dataclasses.replace(TINY, name=f"tiny-rig-{name}", layers=LAYERS, seed=seed)
     for name, seed in (("a", 3), ("b", 4))
 }
-CACHED = prompts(1, 33, seed=32, vocabulary=VOCABULARY)[0]
+CACHED = prompts(1, 33, seed=32, vocabulary=SMALL_VOCABULARY)[0]
 """Asked again, all of it but one token is found in the cache, and that one is computed in a graph."""
-ASKED = [[7], CACHED, *prompts(2, 150, seed=31, vocabulary=VOCABULARY)]
+ASKED = [[7], CACHED, *prompts(2, 150, seed=31, vocabulary=SMALL_VOCABULARY)]
 TOKENS = 10
 LATE = ("given: weights that sleep leave other bytes behind", LATE_COPIES)
 PAGES = 73

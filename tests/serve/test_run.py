@@ -360,11 +360,11 @@ def test_an_engine_that_cannot_start_ends_the_fleet_with_its_words(tmp_path: Pat
 
 
 def test_an_engine_that_the_broker_does_not_hear_of_is_never_ready(
-    tmp_path: Path, short_dir: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would have memory of its own beside the budget, and a fleet that calls itself ready would hide it."""
     monkeypatch.setenv("TEST_WITHOUT_POLDER", "1")
-    serve = Serve(tmp_path, short_dir).start()
+    serve.start()
     assert serve.process is not None
     out, errors = serve.process.communicate(timeout=180)
     assert serve.process.returncode == 3

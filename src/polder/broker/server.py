@@ -97,6 +97,21 @@ class _Process:
     killed: bool = False
 
 
+def _unseen(peer: _Peer, message: ToBroker) -> str:
+    """Why the broker and this process cannot know each other by process id, and what to change. "": they can.
+
+    A lender tells by a process id whether a borrower lives. In another PID namespace an id is nobody's, or another
+    process's. The kernel gives 0 for a process in a namespace that is not below the broker's.
+    """
+    said = message.pid if isinstance(message, Hello) else peer.pid
+    if peer.pid and said == peer.pid:
+        return ""
+    return (
+        f"another PID namespace: the broker sees this process as {peer.pid or 'nobody'}, and it is {said or 'another'} to itself. "
+        "Run the broker and its engines in one (shareProcessNamespace: true in a pod, --pid in Docker)"
+    )
+
+
 class BrokerServer:
     """Owns the devices' pages, the listening socket and the connections."""
 
@@ -213,8 +228,12 @@ class BrokerServer:
                 self._drop(peer)
 
     def _handle(self, peer: _Peer, message: ToBroker) -> None:
-        if isinstance(message, Hello | Fetch | FetchCopy | Stock) and peer.pid not in self._processes:
-            self._watch(peer)
+        if isinstance(message, Hello | Fetch | FetchCopy | Stock):
+            if why := _unseen(peer, message):
+                self._queue(peer, Refused(reason=why))
+                return
+            if peer.pid not in self._processes:
+                self._watch(peer)
         match message:
             case Fetch():
                 refused = check_fetch(self.core.roster, peer.pid, message)

@@ -42,11 +42,12 @@ Pages change hands in units, under leases. There is one lease for both uses of p
 from __future__ import annotations
 
 import math
+import os
 from typing import Literal
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_MESSAGE = 4 << 20
 MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
 
@@ -83,6 +84,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     engine: str
     model: str
     protocol: int = PROTOCOL
+    pid: int = msgspec.field(default_factory=os.getpid)
+    """The engine core's process id, as it sees it. The broker must see the same one."""
     devices: list[str]
     """The device of each rank, e.g. ["cpu:0"] or ["cuda:0", "cuda:1"]."""
     page_bytes: int

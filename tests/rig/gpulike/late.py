@@ -166,7 +166,7 @@ class LateOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         self._inner, self._device, self._ticket = inner, device, device.launched
 
     def get_output(self) -> Any:
-        # A thread asks for it as soon as the step is launched: were the device hurried, it would be done before the next step begins.
+        # A thread asks for it as soon as the step is launched. If that hurried the device, no step would ever be late.
         self._device.await_layer(self._ticket)
         return self._inner.get_output()
 

@@ -71,6 +71,7 @@ vllm.v1.core.sched.scheduler
     Scheduler._preempt_request(self, request, timestamp, drop_stale_output)
     Scheduler._drain_deferred_frees(self)
     Scheduler._free_request_blocks(self, request)
+    Scheduler._handle_blocked_waiting_request(self, request)
     Scheduler._update_waiting_for_remote_kv(self, request)
     Scheduler.finish_requests(self, request_ids, finished_status)
 vllm.v1.worker.gpu_model_runner

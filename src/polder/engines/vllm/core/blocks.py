@@ -20,7 +20,7 @@ import numpy as np
 from polder.engines.vllm import hooks
 from polder.engines.vllm.core.compaction import Compaction, Ids, plan_compaction
 from polder.engines.vllm.core.holders import BlockHolders
-from polder.engines.vllm.core.preemption import free_deferred, last_running, preempt
+from polder.engines.vllm.core.preemption import free_deferred, last_loaded, last_running, preempt, unload
 from polder.errors import IntegrityError
 
 __all__ = ["BlockUnits", "BusyBlocks", "Shrink"]
@@ -193,7 +193,8 @@ class BlockUnits:
         return self._apply(self._plan(min(count, len(self.mapped) - floor_units)), preempted=())
 
     def shrink_preempting(self, count: int, floor_units: int, await_steps: Callable[[], object]) -> Shrink:
-        """The same, preempting requests from the back of the queue until `count` units can go.
+        """The same, preempting requests from the back of the queue until `count` units can go: those that run, then those
+        that wait with KV from a tier.
 
         A request may be in a step under way, whose writes vLLM waits for before it frees the blocks, if a connector
         could fill them meanwhile. `await_steps` returns when all steps launched so far are over: then the blocks are
@@ -209,6 +210,8 @@ class BlockUnits:
                 request = last_running(self._scheduler)
                 preempt(self._scheduler, request)
                 preempted.append(str(request.request_id))
+            elif loaded := last_loaded(self._scheduler):
+                unload(self._scheduler, loaded)
             else:
                 break
         return self._apply(plan, preempted=tuple(preempted))

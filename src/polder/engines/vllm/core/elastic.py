@@ -60,7 +60,7 @@ class ElasticCore:
         self.tiers: Any = getattr(getattr(self._scheduler, "connector", None), "manager", None)
         """The tiers' manager, if this engine has tiers; its own module imports vLLM, so it is known here by what it can
         do."""
-        self._transfers = TierTransfers(self.tiers) if self.tiers else Transfers()
+        self._transfers = TierTransfers(self.tiers, self._scheduler) if self.tiers else Transfers()
         self._weights = self._open_weights(agreement)
         self._step_times = StepTimes()
         self._subsystems: list[Subsystem] = []

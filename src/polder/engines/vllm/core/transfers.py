@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from polder.broker.wire import Neighbours
+from polder.engines.vllm.core.preemption import last_loaded, unload
 from polder.engines.vllm.core.subsystem import Subsystem
 from polder.planner.rates import PrefillRate
 
 __all__ = ["TierTransfers", "Transfers"]
+
+PATIENCE_STEPS = 16
+"""In which nothing runs and nothing is loaded, before a request that waits with loaded KV gives it up. A request that
+can run does so within two, or three under asynchronous scheduling."""
 
 
 class Transfers(Subsystem):
@@ -31,10 +36,11 @@ class Transfers(Subsystem):
 
 
 class TierTransfers(Transfers):
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: Any, scheduler: Any) -> None:
         """`manager`: the TierManager; its module imports vLLM, which this one does not need."""
-        self._manager, self._tiers = manager, manager.tiers
+        self._manager, self._tiers, self._scheduler = manager, manager.tiers, scheduler
         self.prefill = self._tiers.prefill
+        self._stuck_steps = 0
 
     @property
     def busy(self) -> bool:
@@ -48,6 +54,17 @@ class TierTransfers(Transfers):
 
     def on_neighbours(self, message: Neighbours) -> None:
         self._manager.on_neighbours(message)
+
+    def between_steps(self, now: float) -> None:
+        """Requests that wait with loaded KV, each for room that the others hold, would wait for ever: the last one gives
+        its own up."""
+        scheduler = self._scheduler
+        waits = not scheduler.running and not self.busy and scheduler._pause_state.name == "UNPAUSED"
+        loaded = last_loaded(scheduler) if waits else None
+        self._stuck_steps = self._stuck_steps + 1 if loaded else 0
+        if self._stuck_steps > PATIENCE_STEPS:
+            unload(scheduler, loaded)
+            self._stuck_steps = 0
 
     def on_tick(self, now: float) -> None:
         self._manager.retry_lenders(now)
