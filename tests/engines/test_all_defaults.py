@@ -123,10 +123,15 @@ class Fleet:
     counts: Counter[str] = field(default_factory=Counter)
     differing: list[str] = field(default_factory=list)
     seeds: Iterator[int] = field(default_factory=lambda: count(500))
+    more_seeds: Iterator[int] = field(default_factory=lambda: count(10_000))
+    """Of what is asked until something happens, so that all else is the same in every run."""
 
     def fresh(self, number: int, length: int) -> list[list[int]]:
         """Prompts that nobody has seen."""
         return prompts(number, length, seed=next(self.seeds), vocabulary=SMALL_VOCABULARY)
+
+    def more(self, number: int, length: int) -> list[list[int]]:
+        return prompts(number, length, seed=next(self.more_seeds), vocabulary=SMALL_VOCABULARY)
 
     def expected(self, name: str, asked: list[list[int]], tokens: int | list[int]) -> list[list[int]]:
         """Stock's answers, which vary."""
@@ -189,10 +194,10 @@ def memory_is_lent_and_taken_back(fleet: Fleet) -> None:
 
     def stored() -> bool:
         """It looks for lenders once a second."""
-        asked[:] = fleet.fresh(3, 150)
+        asked[:] = fleet.more(3, 150)
         before = fleet.figures("a")["tier_peer_stored_bytes_total"]
         fleet.ask("a", asked, 2)
-        fleet.ask("a", fleet.fresh(1, 20), 1)
+        fleet.ask("a", fleet.more(1, 20), 1)
         return fleet.figures("a")["tier_peer_stored_bytes_total"] >= before + 12 * LOT_BYTES
 
     wait_for(stored, "blocks to be lent")

@@ -34,8 +34,8 @@ __all__ = [
 TESTED: dict[str, str] = {
     "0.32.0": "V1 model runner on a CPU, end to end; V2 runner with the GPU's defaults on a CPU (tests/rig); the CUDA backend "
     "over a fake driver",
-    "0.33.0": "its Python over the CPU libraries of 0.32.0 (scripts/vllm-mixed), V1 model runner: resizing, sharing, tiers in "
-    "part; V2 runner, weights, window and CUDA by reading only",
+    "0.33.0": "its Python over the CPU libraries of 0.32.0 (scripts/vllm-mixed), V1 model runner: resizing, sharing, tiers, "
+    "weights; V2 runner, window and CUDA by reading only",
 }
 """Release -> what ran on it. From the oldest to the newest."""
 
