@@ -56,8 +56,8 @@ class TierTransfers(Transfers):
         self._manager.on_neighbours(message)
 
     def between_steps(self, now: float) -> None:
-        """Requests that wait with loaded KV, each for room that the others hold, would wait for ever: the last one gives
-        its own up."""
+        """Requests that wait with loaded KV, each for room that the others hold, would wait for ever: the last one
+        gives its own up."""
         scheduler = self._scheduler
         waits = not scheduler.running and not self.busy and scheduler._pause_state.name == "UNPAUSED"
         loaded = last_loaded(scheduler) if waits else None
