@@ -193,8 +193,8 @@ class BlockUnits:
         return self._apply(self._plan(min(count, len(self.mapped) - floor_units)), preempted=())
 
     def shrink_preempting(self, count: int, floor_units: int, await_steps: Callable[[], object]) -> Shrink:
-        """The same, preempting requests from the back of the queue until `count` units can go: those that run, then those
-        that wait with KV from a tier.
+        """The same, preempting requests from the back of the queue until `count` units can go: those that run, then
+        those that wait with KV from a tier.
 
         A request may be in a step under way, whose writes vLLM waits for before it frees the blocks, if a connector
         could fill them meanwhile. `await_steps` returns when all steps launched so far are over: then the blocks are
