@@ -17,6 +17,7 @@ from polder.errors import BudgetError, ConfigError, UsageError
 from polder.serve.arguments import option
 from polder.serve.budget import least_kv_bytes
 from polder.serve.fleet import EXAMPLE, Model, load_fleet
+from polder.serve.schema import ServerTable
 from polder.serve.specs import Place, broker_spec, model_spec
 from polder.units import parse_goal, parse_seconds, seconds_text
 
@@ -68,6 +69,11 @@ def test_a_good_file_says_what_it_says(tmp_path: Path, model: Path) -> None:
     # 4,096 tokens are 128 blocks and the null block: 3 units of 64 blocks, each 2 MiB in 8 layers.
     assert fleet.models[0].least_bytes == 3 * 8 * 2 * MIB
     assert fleet.broker(Path("/s")).devices == {"cpu:0": 320 * MIB}
+
+
+@pytest.mark.parametrize(("host", "url"), [("0.0.0.0", "http://0.0.0.0:80"), ("::1", "http://[::1]:80")])
+def test_an_address_is_written_as_clients_write_it(host: str, url: str) -> None:
+    assert ServerTable(host=host, port=80).url == url
 
 
 def test_every_key_of_the_example_is_taken(tmp_path: Path, model: Path) -> None:

@@ -26,7 +26,6 @@ from polder.serve.keys import VARIABLE, fleet_key
 from polder.serve.listening import listen
 from polder.serve.logs import keep_logs
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
-from polder.serve.schema import ServerTable
 from polder.serve.specs import Place, broker_spec, model_spec
 from polder.serve.supervisor import Supervisor
 
@@ -140,7 +139,7 @@ class _Running:
     def greeting(self) -> str:
         names = ", ".join(model.name for model in self._fleet.models)
         place = self._place
-        return f"{_address(self._fleet.server)}/v1 for {names}; broker on {place.socket}; logs in {place.logs}"
+        return f"{self._fleet.server.url}/v1 for {names}; broker on {place.socket}; logs in {place.logs}"
 
     def broker_is_up(self) -> bool:
         """Waits for the broker. False when the fleet was told to stop, or the broker was given up."""
@@ -191,12 +190,8 @@ def _example(fleet: Fleet) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(fleet.server.host, fleet.server.host)
     key = f' -H "Authorization: Bearer ${VARIABLE}"' if fleet_key(fleet.server.api_key) else ""
     body = json.dumps({"model": fleet.models[0].name, "prompt": "Hello", "max_tokens": 16})
-    url = f"{_address(replace(fleet.server, host=host))}/v1/completions"
+    url = f"{replace(fleet.server, host=host).url}/v1/completions"
     return f"curl {url}{key} -H 'Content-Type: application/json' -d '{body}'"
-
-
-def _address(server: ServerTable) -> str:
-    return f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{server.port}"
 
 
 @contextlib.contextmanager

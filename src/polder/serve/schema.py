@@ -108,6 +108,10 @@ class ServerTable:
         SECONDS, default=75.0, example='"75s"', help="How long a client's connection may be idle"
     )
 
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTable:
