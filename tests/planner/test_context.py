@@ -203,10 +203,12 @@ def test_the_longest_within_a_goal_keeps_it_and_a_block_more_does_not() -> None:
     assert SETUP.longest_within(HOST, 1e6) == SETUP.longest_tokens(HOST)
 
 
-def test_contexts_double_up_to_the_longest() -> None:
-    longest = SETUP.longest_tokens(STOCK)
-    shown = [outlook.context_tokens for outlook in SETUP.outlooks(STOCK, 100)]
-    assert shown == [100, *(8192 << n for n in range(10) if 8192 << n < longest), longest]
+def test_contexts_double_up_to_the_longest_that_memory_and_the_model_allow() -> None:
+    for shape in (LLAMA, replace(LLAMA, trained_tokens=None)):
+        setup = replace(SETUP, shape=shape)
+        longest = min(setup.longest_tokens(STOCK), shape.trained_tokens or 1 << 40)
+        shown = [outlook.context_tokens for outlook in setup.outlooks(STOCK, 100)]
+        assert shown == [100, *(8192 << n for n in range(10) if 8192 << n < longest), longest]
 
 
 def test_a_window_has_at_least_a_layer_and_at_most_all() -> None:
