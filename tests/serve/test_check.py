@@ -13,7 +13,7 @@ import pytest
 
 from polder.errors import ConfigError
 from polder.planner.checkpoint import checkpoint_bytes, hub_folder
-from polder.serve.check import Finding, check
+from polder.serve.check import Finding, ask_vllm, check
 from polder.serve.fleet import Model, load_fleet
 from polder.serve.machine import Machine, Memory, host_memory
 from polder.serve.process import free_port
@@ -291,3 +291,11 @@ def test_a_file_that_is_no_checkpoint_has_no_size(tmp_path: Path, content: bytes
     assert checkpoint_bytes(tmp_path, 2) is None
     (tmp_path / "a.safetensors").write_bytes(content)
     assert checkpoint_bytes(tmp_path, 2) is None
+
+
+def test_what_asks_vllm_takes_no_module_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    assert ask_vllm([]) == []

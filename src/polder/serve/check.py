@@ -218,7 +218,13 @@ def ask_vllm(models: Sequence[Model]) -> list[str]:
     program = (sys.executable, "-m", "polder.engines.vllm.arguments")
     try:
         done = subprocess.run(
-            program, input=json.dumps(asked), capture_output=True, text=True, timeout=PARSER_PATIENCE_S, check=True
+            program,
+            input=json.dumps(asked),
+            env={**os.environ, "PYTHONSAFEPATH": "1"},  # no module comes from the working directory
+            capture_output=True,
+            text=True,
+            timeout=PARSER_PATIENCE_S,
+            check=True,
         )
         answers = json.loads(done.stdout)
     except subprocess.CalledProcessError as error:

@@ -198,7 +198,8 @@ class Child:
         return None
 
     def _beat(self, seconds: float) -> None:
-        self._say("loading", f"loading for {seconds:.0f} s: {self.process.last_line()[:100]}")
+        line = self.process.last_line()[:100]
+        self._say("loading", f"loading for {seconds:.0f} s{f': {line}' if line else ''}")
 
     def _say(self, kind: str, detail: str) -> None:
         pid = self.process.pid if kind in ("started", "ready") else None
