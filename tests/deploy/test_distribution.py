@@ -108,7 +108,7 @@ def test_each_verb_answers_without_extras_or_says_what_to_install(
         ("top", "--once", *at): (0, "cpu:0"),
         ("ctl", "explain", *at): (0, ""),
         ("ctl", "sleep", "a", *at): (2, "no engine 'a' here"),
-        ("serve", str(fleet), "--check"): (0, "enough"),
+        ("serve", str(fleet), "--check"): (2, "NO  vLLM: not installed: pip install 'polder-kv[serve,gpu]'"),
         ("serve", str(fleet)): (3, "pip install 'polder-kv[serve,gpu]'"),
         ("broker", *at, "--device", "cpu:0=16MiB"): (3, "already listens"),
         ("plan", str(tmp_path), "--device", "h100"): (0, "TTFT"),
@@ -121,7 +121,20 @@ def test_each_verb_answers_without_extras_or_says_what_to_install(
         ("sim", "cache"): (3, "pip install 'polder-kv[bench]'"),
         ("fsck", str(tmp_path)): (3, "not checked"),
     }
-    verbs = ("serve", "broker", "top", "ctl", "ctl resize", "ctl wake", "plan", "sim", "doctor", "fsck", "version")
+    verbs = (
+        "serve",
+        "init",
+        "broker",
+        "top",
+        "ctl",
+        "ctl resize",
+        "ctl wake",
+        "plan",
+        "sim",
+        "doctor",
+        "fsck",
+        "version",
+    )
     helps = [[*verb.split(), "--help"] for verb in verbs]
     done = subprocess.run(
         [installed, "-I", "-c", RUN], input=json.dumps([*expected, *helps]), capture_output=True, text=True, timeout=300

@@ -129,7 +129,7 @@ def test_the_command_prints_one_object_and_refuses_nonsense(
     words = ["--minutes", "0.5", "--disks", "2", "--limit", "16MiB", "--folder", str(tmp_path)]
     assert soak.main(words) == 1
     assert json.loads(capsys.readouterr().out)["wrong"] == 1
-    for wrong in (["--limit", "16MB"], ["--disks", "0"], ["--minutes", "-1"]):
+    for wrong in (["--limit", "16 pages"], ["--disks", "0"], ["--minutes", "-1"]):
         with pytest.raises(SystemExit):
             soak.main(wrong)
-    assert "--limit: cannot read '16MB'" in capsys.readouterr().err
+    assert "--limit: cannot read '16 pages'" in capsys.readouterr().err
