@@ -221,7 +221,9 @@ def test_closed_standard_streams_are_no_fault(serve: Serve) -> None:
 
 
 def test_the_command_that_is_shown_works_as_printed_and_the_end_of_the_terminal_ends_the_fleet(serve: Serve) -> None:
+    here = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # children inherit that it is ignored, as under nohup
     serve.start()
+    signal.signal(signal.SIGHUP, here)
     wait_for(serve.ready, "the fleet")
     command = (
         f'curl http://127.0.0.1:{serve.port}/v1/completions -H "Authorization: Bearer $VLLM_API_KEY" '
