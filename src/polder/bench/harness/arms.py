@@ -27,7 +27,7 @@ from polder.serve.specs import vllm_serve
 
 __all__ = ["REPORT_S", "Arm", "ArmGroup", "ArmPool", "ArmSpec"]
 
-READY_TIMEOUT_S = 300.0
+READY_TIMEOUT_S = 900.0
 ANSWER_TIMEOUT_S = 30.0
 STOP_S = 40.0
 """Until an arm's processes are killed: `polder serve` gives its own children 15 s."""
