@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 
 from polder.bench.report.result import read_result
+from polder.demo.__main__ import PANELS
 from polder.engines.vllm import compat
 from polder.engines.vllm.rank.geometry import TensorPlace, least_bytes
 from polder.memory.page import PAGE_BYTES
@@ -69,6 +71,13 @@ def test_each_number_that_was_measured_has_its_file(title: str) -> None:
 def test_links_lead_to_what_is_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_picture_is_the_demos_and_small() -> None:
+    picture = (ROOT / "docs" / "demo.svg").read_text()
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert all(title in picture for title in PANELS.values())
+    assert len(picture) < 150_000
 
 
 # ---------------------------------------------------------------------- what works with what

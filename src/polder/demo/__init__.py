@@ -1,1 +1,1 @@
-"""Two language models under one budget of KV memory, in five minutes on two cores: `scripts/demo`."""
+"""Two language models under one budget of KV memory: `scripts/demo`, some minutes on two cores."""

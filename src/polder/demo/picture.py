@@ -42,7 +42,7 @@ def draw(runs: Mapping[str, Seen]) -> str:
         axes = np.ravel(figure.subplots(len(runs), 1, sharex=True, sharey=True))
         for axis, (title, seen) in zip(axes, runs.items(), strict=True):
             _panel(axis, title, seen)
-        axes[-1].set(xlabel="seconds since the first request", xlim=(0, end_s))
+        axes[-1].set(xlabel="seconds since the first request", xlim=(0, max(end_s, *BURSTS_S)))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4)
         figure.patch.set_facecolor("white")  # readable on a dark page, too
