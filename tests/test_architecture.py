@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "polder"
 
 FLOORS: tuple[dict[str, str], ...] = (
-    {"__main__": "`python -m polder`", "demo": "two language models under one budget, in five minutes"},
+    {"__main__": "`python -m polder`", "demo": "two language models under one budget, in some minutes"},
     {"cli": "the command `polder`"},
     {"bench": "benchmarks, with other policies to compare with (`bench/sparse`)"},
     {"serve": "several engines behind one endpoint"},
