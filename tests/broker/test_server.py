@@ -118,6 +118,12 @@ def test_an_engine_that_has_another_process_id_to_itself_is_refused(broker: Runn
     assert "PID namespace" in answer.reason
 
 
+def test_an_engine_of_another_protocol_is_told_so_whatever_its_process_id(broker: Running) -> None:
+    _, answer = connected(broker.path, hello(protocol=wire.PROTOCOL - 1, pid=os.getpid() + 1))
+    assert isinstance(answer, wire.Refused)
+    assert "install the same Polder" in answer.reason
+
+
 def test_an_engine_in_a_pid_namespace_of_its_own_is_refused(broker: Running) -> None:
     unshare = ["unshare", "--pid", "--fork", "--kill-child"]
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:

@@ -34,6 +34,7 @@ from polder.broker.host_files import HostFiles
 from polder.broker.transport import Deframer, address_of, check_socket_path, encode, find_stale, to_broker
 from polder.broker.wire import (
     MAX_FDS,
+    PROTOCOL,
     CopyFile,
     CopyFilled,
     Done,
@@ -103,7 +104,8 @@ def _unseen(peer: _Peer, message: ToBroker) -> str:
     A lender tells by a process id whether a borrower lives. In another PID namespace an id is nobody's, or another
     process's. The kernel gives 0 for a process in a namespace that is not below the broker's.
     """
-    said = message.pid if isinstance(message, Hello) else peer.pid
+    # A Hello of another protocol may lack the id; it is refused for that.
+    said = message.pid if isinstance(message, Hello) and message.protocol == PROTOCOL else peer.pid
     if peer.pid and said == peer.pid:
         return ""
     return (
