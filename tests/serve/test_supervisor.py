@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from polder.errors import UsageError
-from polder.serve.child import Backoff, Event
+from polder.serve.child import Backoff, Child, Event
 from polder.serve.process import PORT, ProcessSpec, free_port
 from polder.serve.supervisor import Supervisor
 from tests.serve.fakes import is_running, tree_argv, tree_pids, wait_for
@@ -180,6 +180,37 @@ def test_children_come_go_and_are_replaced_while_the_others_run() -> None:
     assert kinds(events, "b") == ["started", "ready", "stopped"] * 2
     with pytest.raises(UsageError, match="being ended"):
         supervisor.add(child(sleeps, "c"))
+
+
+def test_orders_at_the_same_time_start_one_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one would serve nobody, and nobody would end it."""
+    supervisor = Supervisor([child("import time; time.sleep(60)")], lambda event: None)
+    supervisor.start()
+    both = threading.Barrier(2)
+    started: list[int] = []
+    refused: list[int] = []
+    stop = Child.stop
+
+    def stop_together(self: Child, grace_s: float) -> None:
+        stop(self, grace_s)
+        both.wait(60)
+
+    def order() -> None:
+        try:
+            supervisor.replace(child("import time; time.sleep(60)"))
+            started.append(1)
+        except UsageError:
+            refused.append(1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Child, "stop", stop_together)
+        threads = [threading.Thread(target=order) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    supervisor.stop()
+    assert (len(started), len(refused)) == (1, 1)
 
 
 def test_a_child_in_which_polder_refuses_a_setting_is_given_up_at_once_with_its_words(tmp_path: Path) -> None:

@@ -85,11 +85,15 @@ class Supervisor(Mapping[str, "str | None"]):
         child.stop(grace_s)
 
     def replace(self, spec: ProcessSpec, grace_s: float = 15.0) -> None:
-        """Ends the child of this name and starts another in its place. Raises UsageError when there is none."""
-        self._child(spec.name).stop(grace_s)
+        """Ends the child of this name and starts another in its place. Raises UsageError when there is none, or when
+        another order has changed it meanwhile."""
+        former = self._child(spec.name)
+        former.stop(grace_s)
         with self._changing:
             if self._stopped:
                 raise UsageError("the fleet is being ended")
+            if self._children.get(spec.name) is not former:
+                raise UsageError(f"{spec.name} was restarted or removed by another order at the same time")
             self._children = {**self._children, spec.name: self._new(spec)}
             self._children[spec.name].start()
 
