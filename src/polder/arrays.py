@@ -17,9 +17,8 @@ ErrorArray = npt.NDArray[np.int32]
 
 def splitmix64(words: UintArray) -> UintArray:
     """A hash of each 64-bit word (Steele et al., OOPSLA 2014): the same on every machine, unlike Python's `hash`."""
-    with np.errstate(over="ignore"):
-        z = words + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed: UintArray = z ^ (z >> np.uint64(31))
-        return mixed
+    z = words + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: UintArray = z ^ (z >> np.uint64(31))
+    return mixed

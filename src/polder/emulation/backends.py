@@ -51,6 +51,7 @@ class FaultyBackend:
         self._fail = {name: set(numbers) for name, numbers in (fail or {}).items()}
         self.calls = Counter()
         self.device, self.page_bytes, self.sparse = inner.device, inner.page_bytes, inner.sparse
+        self.dropped = inner.dropped
 
     def fail_next(self, name: str, nth: int = 1) -> None:
         """Makes the n-th call of `name` from now on fail as well."""

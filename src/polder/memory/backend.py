@@ -20,12 +20,16 @@ its tests there behaves the same on a GPU:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from polder.memory.page import Handle
+from polder.memory.page import Handle, Mask
 
-__all__ = ["Backend", "CopyJob", "CopyQueue", "Mark", "Stall"]
+__all__ = ["Backend", "CopyJob", "CopyQueue", "Dropped", "Mark", "Stall"]
+
+Dropped = deque[tuple["Backend", int, Mask]]
+"""Reservations whose users are gone: backend, first address, which page slots are still mapped."""
 
 Stall = Callable[[], float | None]
 """Seconds for which the compute stream waited for a copy; None as long as that is not known."""
@@ -88,6 +92,8 @@ class Backend(Protocol):
     page_bytes: int
     sparse: bool
     """True: `create` takes no physical memory. A page takes it when it is first mapped or touched."""
+    dropped: Dropped
+    """For the spans of this backend, which free what lies here. Finalizers append to it, at any moment."""
 
     def reserve(self, size_bytes: int) -> int:
         """Reserves `size_bytes` addresses (a multiple of the page size), aligned to 2 MiB. Returns the first.

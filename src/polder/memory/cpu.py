@@ -12,21 +12,19 @@ A segment holds all pages of one `create`, so any number of pages costs one desc
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from polder.errors import ConfigError, IntegrityError
 from polder.memory import _libc
-from polder.memory.backend import Mark
+from polder.memory.backend import Dropped, Mark
 from polder.memory.copy_thread import ThreadQueue
-from polder.memory.page import PAGE_BYTES, Handle, contiguous
+from polder.memory.page import PAGE_BYTES, Handle, Mask, contiguous
 from polder.memory.segments import Segments
 
 __all__ = ["CpuBackend"]
-
-Mask = npt.NDArray[np.bool_]
 
 _ALIGNMENT = 2 << 20  # so that a 2 MiB page can be one huge page, whatever `page_bytes` is
 
@@ -46,6 +44,7 @@ class CpuBackend(Segments):
             raise ConfigError(f"page size {page_bytes}: must be a positive multiple of 4096 bytes")
         super().__init__(page_bytes)
         self.device = device
+        self.dropped: Dropped = deque()
         self._starts: list[int] = []  # of all reservations, rising
         self._mapped: dict[int, Mask] = {}  # start of a reservation -> which of its page slots are mapped
 

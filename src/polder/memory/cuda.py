@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from polder.errors import ConfigError, EnvironmentFault, IntegrityError, OutOfPages, ProtocolError
+from polder.memory.backend import Dropped
 from polder.memory.cuda_stream import StreamMark, StreamQueue
 from polder.memory.nvml import free_bytes
 from polder.memory.page import PAGE_BYTES, Handle
@@ -131,6 +132,7 @@ class CudaBackend:
         if page_bytes <= 0 or page_bytes % granularity:
             self.driver.close()
             raise ConfigError(f"page size {page_bytes}: {self.device} maps multiples of {granularity} bytes")
+        self.dropped: Dropped = deque()
         self._lock = threading.Lock()
         self._held: Counter[int] = Counter()  # driver handle -> references of this process
         self._stream: Any = None  # for `zero`

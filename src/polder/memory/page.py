@@ -12,12 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PAGE_BYTES", "Handle", "Indices", "as_indices", "contiguous", "runs"]
+__all__ = ["PAGE_BYTES", "Handle", "Indices", "Mask", "as_indices", "contiguous", "runs"]
 
 PAGE_BYTES = 2 << 20
 """2 MiB: the least that the CUDA driver maps (granularity of pinned device memory), and a huge page of x86 and Arm."""
 
 Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 class Handle(NamedTuple):

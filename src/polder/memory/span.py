@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from polder.errors import IntegrityError
 from polder.memory.backend import Backend
-from polder.memory.page import Handle, Indices, as_indices, runs
+from polder.memory.page import Handle, Indices, Mask, as_indices, runs
 from polder.memory.tensor import tensor_over
 
 if TYPE_CHECKING:
@@ -24,18 +23,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Span"]
 
-Mask = npt.NDArray[np.bool_]
-
 
 class _Addresses:
-    """The reservation. It ends when the span and every tensor over it are gone, so no foreign memory appears under
-    them."""
+    """The reservation. It ends after the span and every tensor over it are gone, so no foreign memory appears under
+    them.
+
+    The last of them may die inside the garbage collector, which interrupts any code. That code may hold a lock of the
+    backend, or be numpy's (a ufunc inside numpy's `errstate` ends the process). So the finalizer only takes a note.
+    """
 
     def __init__(self, backend: Backend, slots: int) -> None:
         self.mapped: Mask = np.zeros(slots, dtype=np.bool_)
+        _free_dropped(backend)
         self.first = backend.reserve(slots * backend.page_bytes)
         # Not at interpreter exit: other threads may still use tensors, and the process gives everything back anyway.
-        weakref.finalize(self, _give_back, backend, self.first, self.mapped).atexit = False
+        weakref.finalize(self, backend.dropped.append, (backend, self.first, self.mapped)).atexit = False
 
 
 class Span:
@@ -119,11 +121,15 @@ class Span:
         return self._tensor
 
     def close(self) -> None:
-        """Unmaps everything. The addresses are free as soon as no tensor over them is left. May be repeated."""
+        """Unmaps everything. May be repeated.
+
+        The addresses are free at once when no tensor over them is left, else when a span is made or closed later.
+        """
         if self._addresses is None:
             return
         self._unmap_runs(np.flatnonzero(self._addresses.mapped))
         self._tensor = self._addresses = None
+        _free_dropped(self._backend)
 
     # ------------------------------------------------------------------ inside
 
@@ -159,7 +165,13 @@ def _refuse(wrong: Indices, state: str) -> None:
         raise IntegrityError(f"slot {wrong[0]} is {state}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""))
 
 
-def _give_back(backend: Backend, first: int, mapped: Mask) -> None:
-    for start, count in runs(np.flatnonzero(mapped)):
-        backend.unmap(first + start * backend.page_bytes, count)
-    backend.free(first, len(mapped) * backend.page_bytes)
+def _free_dropped(backend: Backend) -> None:
+    """Frees the reservations that nothing uses any more."""
+    while backend.dropped:
+        try:
+            owner, first, mapped = backend.dropped.popleft()
+        except IndexError:  # another thread took the last one
+            return
+        for start, count in runs(np.flatnonzero(mapped)):
+            owner.unmap(first + start * owner.page_bytes, count)
+        owner.free(first, len(mapped) * owner.page_bytes)

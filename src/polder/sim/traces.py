@@ -59,8 +59,7 @@ class Trace:
 
     def keys(self) -> UintArray:
         """A well mixed 64-bit key for each block number, in place of an engine's block hash. Shape (unique_blocks,)."""
-        with np.errstate(over="ignore"):
-            return splitmix64(np.arange(self.unique_blocks, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        return splitmix64(np.arange(self.unique_blocks, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
 @dataclass(frozen=True, kw_only=True)
