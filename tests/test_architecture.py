@@ -25,6 +25,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {
         "tiers": "lent memory, host memory and disks behind an engine's KV cache",
         "swarm": "KV that is read sparsely: packing, placement and reads of entries smaller than a page",
+        "sparse": "a long prefix of which each layer's own query reads a part",
         "weights": "weights of which parts can be away",
         "window": "contexts longer than the device's memory",
     },
