@@ -52,7 +52,7 @@ ENVIRONMENT = {
 }
 CONNECTOR = {"kv_connector": "PolderConnector", "kv_role": "kv_both"}
 BLOCK_TOKENS = 32
-ORDINARY = "async,uni"
+ORDINARY = os.environ.get("POLDER_RIG", "async,uni")
 """GPU defaults (tests/rig) for tests whose engine need not be vLLM on a CPU as it comes: they cost nothing."""
 PAGE = 256 << 10
 """Small, so that a tiny model has many units: a unit of model A in float32 is 4 blocks = 128 tokens = 8 pages."""

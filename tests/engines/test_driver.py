@@ -19,11 +19,11 @@ from polder.bench.workloads.models import ModelRecipe
 from polder.broker.client import request
 from polder.broker.wire import Wake
 from tests.engines.conftest import Stock
-from tests.engines.harness import A32, B32, PAGE, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import A32, B32, ORDINARY, PAGE, Broker, Engine, prompts, tokens_of, wait_for
 from tests.engines.test_window import DEEP, WINDOW
 from tests.memory.machines import build_fakecuda
 
-LIKE = os.environ.get("POLDER_DRIVER_LIKE", "async,uni,driver")
+LIKE = f"{ORDINARY},driver"
 SEEDS = int(os.environ.get("POLDER_DRIVER_SEEDS", "2"))
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200 + 60 * SEEDS)]
 A_PAGES, B_PAGES = 8, 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.engines.conftest import Stock
-from tests.engines.harness import PAGE, SMALL_VOCABULARY, TINY, Broker, Engine, prompts, tokens_of, wait_for
+from tests.engines.harness import ORDINARY, PAGE, SMALL_VOCABULARY, TINY, Broker, Engine, prompts, tokens_of, wait_for
 
 pytestmark = pytest.mark.engine
 
-LIKE = os.environ.get("POLDER_LATE_LIKE", "async,uni,late")
+LIKE = f"{ORDINARY},late"
 UNITS, UNIT_PAGES, HOST_PAGES = 40, 2, 400
 ASKED, LENGTHS = prompts(12, 150, seed=2, vocabulary=SMALL_VOCABULARY), [4, 40] * 6
 """Every other one ends early and leaves holes among the others."""

@@ -27,7 +27,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from polder import metrics
 from polder.engines.vllm.core.blocks import BlockUnits
 from polder.engines.vllm.core.holders import NewIds
-from polder.engines.vllm.core.preemption import preempt
+from polder.engines.vllm.core.preemption import preempt, unload
 from polder.engines.vllm.core.subsystem import Subsystem
 from polder.engines.vllm.core.transfers import Transfers
 from polder.engines.vllm.rank import calls
@@ -280,7 +280,8 @@ class CoreWindow(Subsystem):
                 # As if its load had failed: vLLM frees the blocks when that has ended, for until then it writes to them.
                 scheduler.failed_recving_kv_req_ids.add(request.request_id)
             case _:  # has loaded, and there was no room for the rest
-                scheduler._free_request_blocks(request)
+                unload(scheduler, request)
+                return True
         request.num_computed_tokens = 0
         scheduler._inflight_prefills.discard(request)  # or its next load would have to leave room for itself
         return True
