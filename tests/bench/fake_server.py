@@ -33,6 +33,7 @@ class FakeEngine:
     asked: list[dict[str, object]] = field(default_factory=list)
     asked_at: list[float] = field(default_factory=list)
     url: str = ""
+    model: str = "A"
 
     async def complete(self, request: Request) -> Response:
         body = await request.json()
@@ -41,6 +42,9 @@ class FakeEngine:
         if self.fail_with or len(body["prompt"]) + body["max_tokens"] > self.longest:
             return JSONResponse({"error": {"message": "no"}}, status_code=self.fail_with or 400)
         return StreamingResponse(self._events(body), media_type="text/event-stream")
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": self.model, "object": "model"}]})
 
     async def _events(self, body: dict[str, object]) -> AsyncIterator[bytes]:
         count, prompt = body["max_tokens"], body["prompt"]
@@ -67,7 +71,8 @@ def _event(data: dict[str, object]) -> bytes:
 @contextmanager
 def serving(engine: FakeEngine) -> Iterator[FakeEngine]:
     """Serves `engine` on a port of its own, in a thread."""
-    app = Starlette(routes=[Route("/v1/completions", engine.complete, methods=["POST"])])
+    completions = Route("/v1/completions", engine.complete, methods=["POST"])
+    app = Starlette(routes=[completions, Route("/v1/models", engine.models)])
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()

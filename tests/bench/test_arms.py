@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from polder.bench.harness.arms import ArmGroup, ArmPool, ArmSpec
+from polder.bench.harness.arms import ArmGroup, ArmPool, ArmSpec, serves
 from polder.bench.harness.engines import BLOCK_TOKENS, EnginePlan, fleet_toml
 from polder.bench.stages.equality import taking_back
 from polder.bench.suites import tenants
@@ -22,6 +22,7 @@ from polder.bench.workloads.models import MODEL_A, MODEL_B, weights_bytes
 from polder.bench.workloads.tenants import MAX_MODEL_LEN, TENANTS
 from polder.memory.page import PAGE_BYTES
 from polder.serve.fleet import load_fleet
+from tests.bench.fake_server import FakeEngine, serving
 from tests.bench.fakes import FakeArm, no_waiting
 
 MIB = 1 << 20
@@ -206,6 +207,13 @@ def test_an_arm_that_never_gets_ready_is_stopped(tmp_path: Path, monkeypatch: py
     with pytest.raises(RuntimeError), ArmPool(tmp_path, lambda _: None) as pool:
         pool.get(group_of(Broken, journal, []), "stock")
     assert journal == ["stock", "stop stock"]
+
+
+def test_a_program_that_took_an_engines_port_is_not_that_engine() -> None:
+    with serving(FakeEngine(model="A")) as other:
+        assert serves(other.url, "A")
+        assert not serves(other.url, "B")
+    assert not serves(other.url, "A")
 
 
 def test_an_engine_is_named_in_the_fleet_file_with_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -25,7 +26,7 @@ from polder.errors import EnvironmentFault
 from polder.serve.process import ManagedProcess, ProcessSpec, free_port
 from polder.serve.specs import vllm_serve
 
-__all__ = ["REPORT_S", "Arm", "ArmGroup", "ArmPool", "ArmSpec"]
+__all__ = ["REPORT_S", "Arm", "ArmGroup", "ArmPool", "ArmSpec", "serves"]
 
 READY_TIMEOUT_S = 900.0
 ANSWER_TIMEOUT_S = 30.0
@@ -128,24 +129,25 @@ class Arm:
         self.urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
         pairs = (f"{name}={url}" for name, url in self.urls.items())
         return [
-            *(
-                vllm_serve(
-                    engine.model_path(),
-                    name=engine.name,
-                    port=ports[engine.name],
-                    args=(
-                        *("--max-model-len", str(engine.max_model_len)),
-                        *("--num-gpu-blocks-override", str(engine.blocks)),
-                        *engine.arguments(),
-                    ),
-                    env=engine.environment() | {"VLLM_PLUGINS": ""},
-                    cpus=engine.cpus,
-                    log_path=self._logs / f"{engine.name}.log",
-                )
-                for engine in self.engines
-            ),
+            *(self._stock_engine(engine, ports[engine.name]) for engine in self.engines),
             self._python("gateway", "polder.bench.harness.gateway", str(self._port), *pairs),
         ]
+
+    def _stock_engine(self, engine: EnginePlan, port: int) -> ProcessSpec:
+        spec = vllm_serve(
+            engine.model_path(),
+            name=engine.name,
+            port=port,
+            args=(
+                *("--max-model-len", str(engine.max_model_len)),
+                *("--num-gpu-blocks-override", str(engine.blocks)),
+                *engine.arguments(),
+            ),
+            env=engine.environment() | {"VLLM_PLUGINS": ""},
+            cpus=engine.cpus,
+            log_path=self._logs / f"{engine.name}.log",
+        )
+        return replace(spec, is_ready=partial(serves, self.urls[engine.name], engine.name))
 
     def _polder(self) -> list[ProcessSpec]:
         fleet_file = self._logs / "fleet.toml"
@@ -166,6 +168,14 @@ class Arm:
 
 def _get(url: str) -> httpx.Response:
     return httpx.get(url, timeout=ANSWER_TIMEOUT_S, trust_env=False)
+
+
+def serves(url: str, model: str) -> bool:
+    """Whether that model answers there. Another program may have taken the port before the engine came to it."""
+    try:
+        return any(served["id"] == model for served in _get(f"{url}/v1/models").json()["data"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _listening_url(pid: int) -> str:
