@@ -5,7 +5,7 @@ The broker is the real core, the engines hold real pages: a span over the CPU ba
 broker's pool, stamped with their owner and use. Messages wait in queues and are delivered in random order between
 engines, processes are killed, connections break, the broker is killed and started again. After each step: free + owned
 = total (law 1), every mapped page is booked to the engine that maps it, once and for one use (law 4), its bytes are
-what its owner wrote (zero when it came, laws 2 and 10), and no engine is below its floor (law 6), which is one unit
+what its owner wrote (zero when it came, law 2), and no engine is below its floor (law 6), which is one unit
 while its weights are away. And from any state, if the others answer, an engine that needs its weights has them within a
 bounded number of rounds.
 """
