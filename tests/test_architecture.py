@@ -11,14 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "polder"
 
-FLOORS: tuple[dict[str, str], ...] = (
-    {"__main__": "`python -m polder`", "demo": "two language models under one budget, in some minutes"},
+LAYERS: tuple[dict[str, str], ...] = (
+    {"__main__": "`python -m polder`", "demo": "two language models under one budget, in a few minutes"},
     {"cli": "the command `polder`"},
     {"bench": "benchmarks, with other policies to compare with (`bench/sparse`)"},
     {"serve": "several engines behind one endpoint"},
-    {"engines": "what runs within vLLM; the only package that imports it"},
+    {"engines": "what runs inside vLLM; the only package that imports it"},
     {
-        "broker": "who holds which memory",
+        "broker": "decides and records who holds which memory",
         "emulation": "emulated links, disks and faults",
         "sim": "eviction policies on recorded traces",
     },
@@ -26,7 +26,7 @@ FLOORS: tuple[dict[str, str], ...] = (
         "tiers": "lent memory, host memory and disks behind an engine's KV cache",
         "swarm": "KV that is read sparsely: packing, placement and reads of entries smaller than a page",
         "sparse": "a long prefix of which each layer's own query reads a part",
-        "weights": "weights of which parts can be away",
+        "weights": "weights whose layers can leave the device",
         "window": "contexts longer than the device's memory",
     },
     {"diskstore": "pages on several disks", "stream": "layers fetched just before they are used"},
@@ -35,7 +35,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"units": "sizes and times as text", "arrays": "names of array types"},
     {"errors": "all exceptions"},
 )
-"""Packages and modules of polder, from the top. Each imports only from lower floors."""
+"""Packages and modules of polder, from the top. Each imports only from lower layers."""
 
 EMULATION_FOR_ENGINES = {"polder.emulation.factory", "polder.emulation.options"}
 
@@ -75,15 +75,15 @@ def package(module: str) -> str:
     return ([*module.split("."), ""])[1]
 
 
-def test_packages_import_only_from_lower_floors() -> None:
-    floor_of = {name: floor for floor, row in enumerate(FLOORS) for name in row}
-    assert {package(name) for name in names()} - {""} == set(floor_of), "the table of floors lacks a package"
+def test_packages_import_only_from_lower_layers() -> None:
+    layer_of = {name: layer for layer, row in enumerate(LAYERS) for name in row}
+    assert {package(name) for name in names()} - {""} == set(layer_of), "the table of layers lacks a package"
     wrong = [
         f"{name} imports {other}"
         for name, path in modules()
         for other in imports(path)
         if package(name) and package(other) not in ("", package(name))
-        if floor_of[package(other)] <= floor_of[package(name)]
+        if layer_of[package(other)] <= layer_of[package(name)]
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -117,16 +117,16 @@ def test_no_file_name_repeats_its_folder() -> None:
         assert folder.removesuffix("s") not in words, name
 
 
-def floors_table() -> str:
-    rows = ["| floor | package | what |", "|---|---|---|"]
-    for number, row in enumerate(FLOORS):
-        rows += [f"| {len(FLOORS) - number} | `{name}` | {what} |" for name, what in row.items()]
+def layers_table() -> str:
+    rows = ["| layer | package | what |", "|---|---|---|"]
+    for number, row in enumerate(LAYERS):
+        rows += [f"| {len(LAYERS) - number} | `{name}` | {what} |" for name, what in row.items()]
     return "\n".join(rows)
 
 
-def test_the_map_shows_the_floors() -> None:
+def test_the_map_shows_the_layers() -> None:
     shown = (ROOT / "docs" / "structures.md").read_text()
-    assert floors_table() in shown, f"put this into docs/structures.md:\n\n{floors_table()}"
+    assert layers_table() in shown, f"put this into docs/structures.md:\n\n{layers_table()}"
 
 
 def test_suites_of_benches_never_import_each_other() -> None:
