@@ -88,13 +88,13 @@ def _gauge(key: str, unit: str, text: str, *labels: str) -> Metric:
 
 
 CORE = (
-    _gauge("running_requests", "", "Requests being worked on"),
-    _gauge("waiting_requests", "", "Requests that wait for their turn"),
-    _gauge("kv_used_ratio", "ratio", "Part of the engine's blocks that running requests hold"),
+    _gauge("running_requests", "", "Requests that are running"),
+    _gauge("waiting_requests", "", "Requests that wait to be scheduled"),
+    _gauge("kv_used_ratio", "ratio", "Share of the engine's blocks that running requests hold"),
     _gauge("seconds_per_token", "seconds", "Measured time to compute one more prompt token; 0 until it is known"),
     _counter("prefix_queries_tokens_total", "tokens", "Prompt tokens looked up in the prefix cache"),
     _counter("prefix_hits_tokens_total", "tokens", "Prompt tokens found in the prefix cache"),
-    _counter("preemptions_total", "", "Requests preempted, for whatever reason"),
+    _counter("preemptions_total", "", "Requests preempted, for any reason"),
     _counter("giveback_preemptions_total", "", "Requests preempted to give memory back"),
     _counter("grows_total", "", "Times the KV cache grew"),
     _counter("shrinks_total", "", "Times the KV cache shrank"),
@@ -114,7 +114,7 @@ WEIGHTS = (
     _gauge("segments", "layers", "Layers whose weights have memory on the device"),
     _counter("wakes_total", "", "Times the engine got weights while it had none, also at its start"),
     _counter("sleeps_total", "", "Times the engine gave up all of its weights"),
-    _counter("pauses_total", "", "Sleeps with open requests, which waited until it was the engine's turn again"),
+    _counter("pauses_total", "", "Times the engine gave up its weights while it had requests, which then waited"),
     _counter("wake_seconds_total", "seconds", "Waiting for memory for the weights, from request to mapped pages"),
     _gauge("wake_max_seconds", "seconds", "The longest wait of a request for memory for the weights"),
 )
@@ -130,7 +130,7 @@ WEIGHT_RANKS = (
 )
 WINDOW = (
     _gauge("window_units", "units", "Windowed units"),
-    _gauge("window_carriers", "units", "Regular units that gave their pages to windowed units"),
+    _gauge("window_carriers", "units", "Regular units that gave their pages to windowed units (donors)"),
     _counter("window_opens_total", "", "Times that windowed units were made"),
     _counter("window_closes_total", "", "Times that windowed units became regular units again"),
     _counter("window_home_blocks_total", "blocks", "Windowed blocks copied to regular blocks"),
@@ -144,7 +144,11 @@ WINDOW_RANKS = (
     _counter("window_passes_total", "", "Forward passes with windowed blocks"),
     _counter("window_failures_total", "", "Passes whose copies failed"),
     _gauge("window_step_seconds", "seconds", "Measured at the start: one token with next to no context"),
-    _gauge("window_context_seconds_per_token", "seconds", "Measured at the start: more for each token of context"),
+    _gauge(
+        "window_context_seconds_per_token",
+        "seconds",
+        "Measured at the start: additional time for each token of context",
+    ),
     _gauge(
         "window_layer_seconds", "seconds", "Measured at the start: cost of a layer with copies, besides their bytes"
     ),
@@ -152,12 +156,14 @@ WINDOW_RANKS = (
     _gauge("window_contention_seconds_per_byte", "seconds", "Measured at the start: slowdown by each byte copied"),
     _gauge("window_measured_{point}_blocks", "blocks", "Windowed blocks of a step that was measured at the start"),
     _gauge(
-        "window_measured_{point}_seconds", "seconds", "By how much the step with these blocks took longer at the start"
+        "window_measured_{point}_seconds",
+        "seconds",
+        "Measured at the start: how much longer a step with these blocks took",
     ),
 )
 LENDING = (
     _gauge("lent_offered_bytes", "bytes", "Idle KV memory on offer to other engines"),
-    _gauge("lent_borrowed_bytes", "bytes", "Idle KV memory on offer that other engines hold"),
+    _gauge("lent_borrowed_bytes", "bytes", "Offered KV memory that other engines hold"),
     _counter("lent_recalls_total", "blocks", "Blocks on offer that the owner took back for itself"),
     _counter(
         "lent_borrowed_recalls_total", "blocks", "Blocks that the owner took back with a borrower's bytes in them"
@@ -168,7 +174,7 @@ LENDING = (
 TIERS = (
     _gauge("tier_{tier}_used_bytes", "bytes", "KV in the tier now"),
     _gauge("tier_{tier}_size_bytes", "bytes", "Size of the tier now"),
-    _gauge("tier_{tier}_load_bytes_per_second", "bytes/s", "Speed of the last loads"),
+    _gauge("tier_{tier}_load_bytes_per_second", "bytes/s", "Measured speed of recent loads"),
     _counter("tier_{tier}_hit_tokens_total", "tokens", "Tokens whose load was begun"),
     _counter("tier_{tier}_loaded_bytes_total", "bytes", "KV copied from the tier"),
     _counter("tier_{tier}_load_seconds_total", "seconds", "Time that the tier was busy with loads"),
@@ -248,16 +254,16 @@ DEVICE = (
 )
 BROKER = (
     _gauge("broker_up", "", "1 while the broker answers"),
-    _gauge("broker_uptime_seconds", "seconds", "Time since the broker began"),
-    _counter("grants_total", "", "Times memory was given to an engine"),
-    _counter("recalls_total", "", "Times memory was asked back"),
+    _gauge("broker_uptime_seconds", "seconds", "Time since the broker started"),
+    _counter("grants_total", "", "Grants of memory to engines"),
+    _counter("recalls_total", "", "Recalls of memory from engines"),
     _counter("overdue_recalls_total", "", "Recalls past their deadline"),
     _counter("refused_messages_total", "", "Messages that the broker refused"),
     _counter("reclaimed_pages_total", "pages", "Pages taken back from dead engines"),
 )
 CHILD = (
     _gauge("ready", "", "1 while the process is up and ready"),
-    _counter("restarts_total", "", "Restarts since the fleet began"),
+    _counter("restarts_total", "", "Restarts since the fleet started"),
 )
 
 _DECLARED = frozenset(key for metric in ENGINE for key, _ in metric.series)

@@ -63,7 +63,7 @@ class PolicyConfig:
         key="hold",
         default=1.0,
         example='"1s"',
-        help="For so long after an engine got or gave cache memory, the opposite does not happen",
+        help="The least time between getting and giving up memory for cache",
     )
     deadline_s: float = setting(
         SECONDS,

@@ -26,7 +26,7 @@ OPTIONS: Mapping[str, Any] = {
         Path | None, typer.Option("--json", help="Write the result here (default: NAME.json in the workdir).")
     ],
     "html_file": Annotated[Path | None, typer.Option("--html", help="Write the tables and plots as HTML here.")],
-    "workdir": Annotated[Path, typer.Option(help="Models (kept) and logs go here, and pages of disks for a while.")],
+    "workdir": Annotated[Path, typer.Option(help="Folder for models (kept), logs and temporary disk pages.")],
 }
 DEFAULTS = {"json_file": None, "html_file": None, "workdir": Path("out/bench")}
 

@@ -23,7 +23,7 @@ _EXTRAS = {"serve": "serve,gpu", "bench": "bench,gpu", "sim": "bench", "plan": "
 # Commands import what they need when they run: `polder version` must not wait for rich, nor the broker for httpx.
 app = typer.Typer(
     name="polder",
-    help="Wins memory back for vLLM's KV cache.",
+    help="Share KV-cache memory between vLLM engines on one device.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,10 +34,11 @@ app = typer.Typer(
 @app.callback()
 def polder(
     show: Annotated[
-        bool, typer.Option("--version", callback=doctor.show_version, is_eager=True, help="Print the versions and end.")
+        bool,
+        typer.Option("--version", callback=doctor.show_version, is_eager=True, help="Print the versions and exit."),
     ] = False,
 ) -> None:
-    """Wins memory back for vLLM's KV cache."""
+    """Share KV-cache memory between vLLM engines on one device."""
 
 
 app.command("serve")(serve.serve_fleet)

@@ -52,7 +52,7 @@ def plan(
         typer.Option(help="Idle neighbours by NVLink: DEVICE:MODEL or DEVICE:SIZE, e.g. H200:Qwen3-8B,H200:40GiB."),
     ] = None,
     link: Annotated[
-        str | None, typer.Option(help="The link's own speed: 55GB/s (host), or host=55GB/s,peer=380GB/s.")
+        str | None, typer.Option(help="Speed of your links: 55GB/s (host), or host=55GB/s,peer=380GB/s.")
     ] = None,
     context: Annotated[str | None, typer.Option(help="A context that must fit, in tokens: 256k is 262144.")] = None,
     window: Annotated[int, typer.Option(help="Layers whose KV is local in a windowed block.")] = 2,

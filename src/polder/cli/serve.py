@@ -31,11 +31,12 @@ __all__ = ["run_broker", "serve_fleet"]
 def serve_fleet(
     fleet: Annotated[Path, typer.Argument(help="The fleet file (TOML).")],
     check: Annotated[
-        bool, typer.Option("--check", help="Say whether this machine has all it needs; start nothing.")
+        bool, typer.Option("--check", help="Say whether this machine has all that the fleet needs; start nothing.")
     ] = False,
     socket: Annotated[Path | None, typer.Option(help="The broker's socket (default: a private one).")] = None,
     log_dir: Annotated[
-        Path | None, typer.Option(help="Keep the children's logs here (default: they are kept only if one died).")
+        Path | None,
+        typer.Option(help="Keep the engines' and the broker's logs here (default: they are kept only if one died)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

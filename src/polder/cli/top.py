@@ -24,7 +24,7 @@ def top(
     url: Annotated[
         str | None, typer.Option(help="A fleet's endpoint instead of a socket, e.g. http://host:8000.")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
     as_json: AsJson = False,
     interval: Annotated[float, typer.Option(help="Seconds between updates.", min=0.1)] = 1.0,
 ) -> None:

@@ -102,7 +102,11 @@ class ServerTable:
         help="What clients must send as `Authorization: Bearer KEY`",
     )
     allowed_origins: tuple[str, ...] = setting(
-        Kind(_origins), default=(), default_text="none", example='["*"]', help="Web pages that may ask it (CORS)"
+        Kind(_origins),
+        default=(),
+        default_text="none",
+        example='["*"]',
+        help="Origins of web pages that may use it (CORS)",
     )
     keep_alive_s: float = setting(
         SECONDS, default=75.0, example='"75s"', help="How long a client's connection may be idle"
@@ -128,7 +132,7 @@ class MemoryTable:
         default=0,
         example='"900MiB"',
         alternative=True,
-        help="In its place where a model has elastic weights: KV memory and those weights together",
+        help="Instead of kv_budget when a model has elastic weights: KV memory and those weights together",
     )
     host_bytes: int = setting(
         SIZE,
@@ -152,7 +156,7 @@ class ModelTable:
     path: str = setting(
         TEXT,
         example='"/models/llama"',
-        help="A folder with config.json; a text that is no path is left to vLLM (a name on a hub)",
+        help="A folder with config.json, or a name on a hub that vLLM resolves",
     )
     max_model_len: int | Literal["auto"] | None = setting(
         Kind(_length),

@@ -72,7 +72,7 @@ class EngineSettings:
         TEXT, default_text="the served model's name", help="This engine's name at the broker; each engine needs its own"
     )
     kv_budget_bytes: int | None = setting(
-        SIZE, default=None, help="In place of a broker: KV memory of this engine alone, grown on demand"
+        SIZE, default=None, help="Without a broker: KV memory of this engine alone, grown on demand"
     )
     page_bytes: int = setting(SIZE, default=PAGE_BYTES, help="Size of a page, with `kv_budget` only")
     kv_floor_bytes: int | None = setting(
@@ -89,7 +89,7 @@ class EngineSettings:
         default=None,
         default_text="an equal part",
         example='"160MiB"',
-        help="KV memory that is the engine's own on demand; what it holds above is on loan",
+        help="KV memory that the engine gets when it needs it; what it holds above is on loan",
     )
     kv_ceiling_bytes: int | None = setting(
         SIZE,
@@ -105,7 +105,7 @@ class EngineSettings:
         default=(),
         default_text="none",
         example='["peer", "host", "disk"]',
-        help="Where KV goes that the cache has no room for: to others' idle KV memory, to host memory, to disks",
+        help="Where KV goes when the cache has no room for it: other engines' idle KV memory, host memory, disks",
     )
     host_bytes: int = setting(
         SIZE, model="host", default=0, example='"32GiB"', help="The engine's quota of host memory, for the tier `host`"
@@ -141,7 +141,7 @@ class EngineSettings:
         model="weights",
         default="resident",
         example='"resident"',
-        help='"elastic": the weights leave the device while nobody asks the model',
+        help='"elastic": the weights may leave the device while the model has no requests',
     )
     window_bytes: int = setting(
         SIZE,
@@ -149,14 +149,14 @@ class EngineSettings:
         default=0,
         default_text="no window",
         example='"8GiB"',
-        help="Host memory for contexts longer than the device holds: most of their layers stay there",
+        help="Host memory for contexts longer than the device's KV memory: the KV of most of their layers stays there",
     )
     window_layers: int = setting(
         COUNT,
         model="window_layers",
         default=2,
         example="2",
-        help="Layers of such a context that are on the device at a time",
+        help="Layers of such a context whose KV is on the device at a time",
     )
     tbt_goal_s: float | None = setting(
         GOAL,
@@ -164,7 +164,7 @@ class EngineSettings:
         default=None,
         default_text="no bound",
         example='"200ms"',
-        help="The time that a token may take: limits others' prefill chunks, and contexts with a window",
+        help="Goal for the time between tokens: limits prefill chunks of other requests, and contexts with a window",
     )
     wake: Literal["streamed", "whole"] = setting(
         choice("streamed", "whole"),
