@@ -244,7 +244,7 @@ GIVEBACK = Metric(
     key="giveback_seconds",
     kind="histogram",
     unit="seconds",
-    help="From an engine's need within its share to mapped pages, the last 512 times",
+    help="From an engine's need within its share to mapped pages, the last 512 times: counts can fall, use no rate()",
 )
 DEVICE = (
     _gauge("total_bytes", "bytes", "The KV budget"),
