@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from polder.bench.report.metrics import WEIGHT_COUNTERS
 from polder.bench.stages import resize, restart, weights
 from polder.bench.stages.equality import MOVE_COUNTERS
 from polder.bench.workloads import agents, tenants
+from polder.bench.workloads.models import ModelRecipe, _save_tokenizer
 from polder.bench.workloads.traces import AgentRow, BurstRow, ChatRow
 from polder.bench.workloads.traces import load as load_trace
+from polder.bench.workloads.words import Words, load_words
 from polder.broker import client
 from polder.broker.wire import Done, Resize, Sleep, Status, Stream, Wake
 from tests.bench.fake_server import FakeEngine, serving
@@ -141,3 +144,10 @@ def short_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agents, "STAGGER_S", 0.0)
     monkeypatch.setattr(tenants, "SLOT_S", 0.001)
     monkeypatch.setattr(tenants, "PAUSE_S", (0.0, 0.001))
+
+
+def words_of(recipe: ModelRecipe) -> Words:
+    """The tokenizer of a made model, without its weights: one word for each id, `t9` for 9."""
+    with TemporaryDirectory() as folder:
+        _save_tokenizer(recipe, Path(folder))
+        return load_words(recipe.name, folder, ())
