@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +14,7 @@ from msgspec.structs import replace as changed
 
 from polder.bench.harness import arms
 from polder.bench.harness.arms import Arm, ArmSpec
-from polder.bench.harness.engines import EnginePlan
+from polder.bench.harness.engines import EnginePlan, toml_text
 from polder.bench.harness.scrape import PREEMPTIONS, REPORTED, TIER_HITS
 from polder.bench.report.metrics import WEIGHT_COUNTERS
 from polder.bench.stages import resize, restart, weights
@@ -84,7 +86,10 @@ class FakeBroker:
             weights_reason="for a test",
             stats=dict(self.stats),
         )
-        return changed(canned_status(), engines=[changed(engine, engine=name) for name in ("A", "B", "T2", "long")])
+        return changed(
+            canned_status(),
+            engines=[changed(engine, engine=name) for name in ("A", "B", "T2", "long", "docs", "chat-1.5")],
+        )
 
 
 class FakeArm(Arm):
@@ -151,3 +156,21 @@ def words_of(recipe: ModelRecipe) -> Words:
     with TemporaryDirectory() as folder:
         _save_tokenizer(recipe, Path(folder))
         return load_words(recipe.name, folder, ())
+
+
+def own_fleet(folder: Path, *keys: dict[str, Any], **memory: Any) -> Path:
+    """A fleet file with two made models, of which only configs and tokenizers are there, and 64 MiB of KV memory.
+    `keys`: more for each model's table."""
+    recipe = ModelRecipe(name="own", family="llama", layers=2, vocab=600)
+    model = folder / recipe.name
+    model.mkdir()
+    heads = {"num_attention_heads": recipe.heads, "num_key_value_heads": recipe.kv_heads, "head_dim": recipe.head_dim}
+    sizes = {"hidden_size": recipe.hidden, "intermediate_size": recipe.intermediate, "vocab_size": recipe.vocab}
+    (model / "config.json").write_text(json.dumps({"num_hidden_layers": recipe.layers, **heads, **sizes}))
+    _save_tokenizer(recipe, model)
+    tables: list[tuple[str, dict[str, Any]]] = [("[memory]", {"device": "cpu:0", "kv_budget": "64MiB"} | memory)]
+    for name, more in zip_longest(("docs", "chat-1.5"), keys, fillvalue={}):
+        tables.append(("[[model]]", {"name": name, "path": recipe.name, "max_model_len": 512} | dict(more)))
+    path = folder / "fleet.toml"
+    path.write_text(toml_text(tables))
+    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from polder.bench.harness.arms import ArmSpec
+from polder.bench.harness.fleets import FleetSpec
 from polder.bench.report import metrics
 from polder.bench.report.result import BenchResult, read_result
 from polder.bench.suites.base import Suite
@@ -19,10 +21,11 @@ from polder.bench.suites.context import ContextSuite
 from polder.bench.suites.disks import ARMS as LAYOUTS
 from polder.bench.suites.disks import DisksSuite
 from polder.bench.suites.elastic import ElasticSuite
+from polder.bench.suites.replay import ReplaySuite
 from polder.bench.suites.tenants import TenantsSuite
 from polder.bench.suites.turns import ARMS, TurnsSuite
 from polder.emulation.disks import VirtualClock
-from tests.bench.fakes import FakeArm, FakeBroker, no_waiting, short_traces
+from tests.bench.fakes import FakeArm, FakeBroker, no_waiting, own_fleet, short_traces
 
 Run = Callable[[Suite[Any]], tuple[BenchResult, list[str], str]]
 """Runs a suite: (result, arms in the order of their starts, what was printed)."""
@@ -35,7 +38,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     short_traces(monkeypatch)
     monkeypatch.setattr(metrics, "RESAMPLES", 20)
     journal: list[str] = []
-    monkeypatch.setattr(ArmSpec, "make", lambda spec, name, logs, _: FakeArm(name, spec, logs, journal))
+    for spec in (ArmSpec, FleetSpec):
+        monkeypatch.setattr(spec, "make", lambda spec, name, logs, _: FakeArm(name, spec, logs, journal))
 
     def of(suite: Suite[Any]) -> tuple[BenchResult, list[str], str]:
         text = io.StringIO()
@@ -171,6 +175,45 @@ def test_disks_runs_all_of_its_stages(run: Run, tmp_path: Path, monkeypatch: pyt
     assert sum(value for name, value in shares.items() if name.endswith("_share")) == pytest.approx(1.0)
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"logs-disks", "disks-runs.json"}, "no page is left"
     assert "sticky, by disks" in text
+
+
+def test_replay_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"prompt": f"t{9 + n} " * 40, "output_tokens": 3, "model": "docs"} for n in range(20)]
+    lines += [{"prompt": "t9 " * length, "output_tokens": 2, "model": "chat-1.5"} for length in (30, 900)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given: dict[str, Any] = {"fleet": str(own_fleet(tmp_path)), "trace": [str(trace)], "rate": 500.0}
+    result, started, text = run(ReplaySuite(replace(ReplaySuite.full, **given), workdir=tmp_path))
+    compared = [f"{arm}-{how}" for arm in ("stock-again", "polder") for how in ("legs", "equality")]
+    assert set(result.arms) == {"stock", "polder", *compared}
+    assert result.arms["polder"]["docs"]["requests"] == 40, "two legs"
+    assert result.arms["stock"]["chat-1.5"]["requests"] == 2
+    assert (
+        result.arms["polder-legs"]["all"]["answers_compared"]
+        == 2 * result.arms["stock-again-legs"]["all"]["answers_compared"]
+        == 42
+    )
+    assert result.arms["polder-equality"]["all"]["answers_compared"] == 7 + 1, "of 20 prompts each third, and one"
+    assert {"polder/stock:all.ttft_p99_ms", "polder/stock:chat-1.5.output_tokens_per_s"} <= result.ratios.keys()
+    ends = result.conditions["intervals"]["polder/stock:all.output_tokens_per_s"]
+    assert ends[0] <= result.ratios["polder/stock:all.output_tokens_per_s"] <= ends[1]
+    assert result.checks == {"answers_differ_no_more_than_stocks_own": True, "no_failed_requests": True}
+    assert [one["arm"] for one in result.conditions["runs"]] == ["stock", "polder", "polder", "stock"]
+    assert started == ["stock", "polder", "stock", *(f"{arm}-equality" for arm in ("stock", "stock-again", "polder"))]
+    assert "chat-1.5: 1 of 2 requests are played; left out: 1 longer than the model's context" in text
+    assert result.conditions["requests"]["chat-1.5"]["longer_than_context"] == 1
+    assert sum(int(size.split()[0]) for size in result.conditions["bytes"]["stock"].values()) == 64 << 20
+
+
+def test_polder_alone_is_replayed_where_plain_vllm_is_not_asked_for(run: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 5, "input_length": 40, "output_length": 2, "hash_ids": [1, 2, 3]}\n')
+    plan = replace(ReplaySuite.quick, fleet=str(own_fleet(tmp_path)), trace=[f"docs={trace}"]).only(arms=["polder"])
+    result, started, _ = run(ReplaySuite(plan, workdir=tmp_path))
+    assert started == ["polder"]
+    assert set(result.arms) == {"polder"}
+    assert set(result.checks) == {"no_failed_requests"}
+    assert result.conditions["bytes"]["stock"] == {}
 
 
 def test_only_what_is_asked_for_is_started(run: Run, tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def _command(name: str) -> Any:
             if given[option]:
                 chosen: Any = {option: _one_of(given[option], values)}
                 plan = replace(plan, **chosen)
+        written = {key: given[key] for key in full.given}
+        plan = replace(plan, **{key: of for key, of in written.items() if of is not None and of != []})
         named = {
             "stages": parse_names(stages, full.choices, what="stage"),
             "arms": parse_names(arms_named, arms, what="arm"),
@@ -91,6 +93,7 @@ def _command(name: str) -> Any:
         return key, Annotated[kind, typer.Option(flag, help=help)], kind()
 
     parameters = [
+        *((key, kind, ... if _is_argument(kind) else None) for key, kind in full.given.items()),
         *((key, kind, DEFAULTS[key]) for key, kind in OPTIONS.items()),
         *(option(key, f"--{key}", plan.help, bool) for key, plan in plans.items()),
         option("stages", "--stages", f"Only these: {','.join(full.choices)}."),
@@ -107,6 +110,10 @@ def _command(name: str) -> Any:
     one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     one.command(name, help=suite.__doc__)(run)
     return typer.main.get_command(one)
+
+
+def _is_argument(kind: Any) -> bool:
+    return any(isinstance(of, typer.models.ArgumentInfo) for of in kind.__metadata__)
 
 
 def _one_of(value: str, values: tuple[str, ...]) -> str:

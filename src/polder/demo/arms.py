@@ -112,7 +112,7 @@ async def _fixed_halves(arm: Arm) -> AsyncIterator[list[MemorySample]]:
 
 
 async def _ask_engines(arm: Arm, samples: list[MemorySample]) -> None:
-    sizes = {engine.name: engine.share_bytes for engine in arm.engines}
+    sizes = {engine.name: BUDGET_BYTES // 2 for engine in arm.engines}
     async with httpx.AsyncClient(trust_env=False, timeout=30.0) as client:
         while True:
             texts = [(await client.get(f"{arm.urls[name]}/metrics")).text for name in sizes]

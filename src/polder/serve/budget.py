@@ -16,7 +16,7 @@ from polder.errors import ConfigError
 from polder.planner.model_shape import element_bytes, own_limit, read_config, read_kv_shape
 from polder.serve.arguments import option
 
-__all__ = ["least_kv_bytes", "most_kv_bytes"]
+__all__ = ["context_tokens", "least_kv_bytes", "most_kv_bytes"]
 
 _BLOCK_TOKENS = {"cpu": 128, "cuda": 16}  # vLLM's defaults
 _SEVERAL_RANKS = (
@@ -52,7 +52,7 @@ def most_kv_bytes(
     if any(option(args, name) is not None for name in _SEVERAL_RANKS):
         return None
     size = element_bytes(config, option(args, "--dtype") or "auto")
-    length = _length(config, max_model_len, args)
+    length = context_tokens(config, max_model_len, args)
     block_tokens = option(args, "--block-size") or str(_BLOCK_TOKENS[device.partition(":")[0]])
     if size is None or length is None or not block_tokens.isdecimal() or not int(block_tokens):
         return None
@@ -61,7 +61,10 @@ def most_kv_bytes(
     return least_bytes(length, [int(block_tokens)], [place], page_bytes)
 
 
-def _length(config: Mapping[str, Any], max_model_len: int | Literal["auto"] | None, args: Sequence[str]) -> int | None:
+def context_tokens(
+    config: Mapping[str, Any], max_model_len: int | Literal["auto"] | None, args: Sequence[str]
+) -> int | None:
+    """The longest context that is served, prompt and reply; None when only the engine can tell."""
     given = option(args, "--max-model-len")
     if max_model_len == "auto":
         return None  # as long as fits, so any size is enough

@@ -21,7 +21,7 @@ from polder.serve.process import PORT, ProcessSpec
 from polder.serve.runtime import remake
 from polder.serve.supervisor import BROKER
 
-__all__ = ["Place", "broker_spec", "model_spec", "vllm_serve"]
+__all__ = ["Place", "broker_spec", "device_arguments", "model_spec", "vllm_serve"]
 
 BROKER_SILENT_S = 60.0
 """A broker that hangs is replaced after so long. Engines survive that, and without a broker sleeping models cannot
@@ -69,15 +69,11 @@ def model_spec(model: Model, fleet: Fleet, place: Place) -> ProcessSpec:
     sized = "VLLM_CPU_KVCACHE_SPACE" in {**os.environ, **model.env} or option(model.args, own_size) is not None
     # Without this option each CPU engine plans for most of the machine's memory, and the second one refuses to start.
     size = (own_size, str(fleet.budget_bytes)) if fleet.device.startswith("cpu") and not sized else ()
-    number = fleet.device.removeprefix("cuda:")
-    chosen = option(model.args, "--device-ids") is not None or "CUDA_VISIBLE_DEVICES" in model.env
-    # The other GPUs are not hidden: "cuda:1" must be the same device for the broker and its engines.
-    gpu = ("--device-ids", number) if fleet.device.startswith("cuda") and int(number) and not chosen else ()
     guard = ("--middleware", f"{EngineGuard.__module__}.{EngineGuard.__name__}") if place.engine_key else ()
     spec = vllm_serve(
         model.path,
         name=model.name,
-        args=(*model.arguments(), *size, *gpu, *guard),
+        args=(*model.arguments(), *size, *device_arguments(model, fleet.device), *guard),
         # vLLM reads the key from the environment, where other users cannot see it as they see arguments. Without one it
         # must not take this process's own, which is the fleet's.
         env=_sockets_in(place.private) | model.environment(place.socket) | {VARIABLE: place.engine_key},
@@ -85,6 +81,14 @@ def model_spec(model: Model, fleet: Fleet, place: Place) -> ProcessSpec:
         log_path=place.logs / f"{model.name.replace('/', '%2F')}.log",
     )
     return replace(spec, is_ready=Presence(model.name, place.socket), prepare=lambda: remake(place.private))
+
+
+def device_arguments(model: Model, device: str) -> tuple[str, ...]:
+    """What makes vLLM use this device. The other GPUs are not hidden: "cuda:1" must be the same device for the broker
+    and its engines."""
+    number = device.removeprefix("cuda:")
+    chosen = option(model.args, "--device-ids") is not None or "CUDA_VISIBLE_DEVICES" in model.env
+    return ("--device-ids", number) if device.startswith("cuda") and int(number) and not chosen else ()
 
 
 def _sockets_in(private: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import httpx
 
@@ -23,10 +23,11 @@ from polder.bench.harness.machine import check_engine
 from polder.bench.harness.scrape import REPORTED, Samples, cache_samples
 from polder.broker import client
 from polder.errors import EnvironmentFault
+from polder.serve.keys import VARIABLE
 from polder.serve.process import ManagedProcess, ProcessSpec, free_port
 from polder.serve.specs import vllm_serve
 
-__all__ = ["REPORT_S", "Arm", "ArmGroup", "ArmPool", "ArmSpec", "serves"]
+__all__ = ["REPORT_S", "Arm", "ArmGroup", "ArmPool", "ArmSpec", "Engine", "Serving", "serves"]
 
 READY_TIMEOUT_S = 900.0
 ANSWER_TIMEOUT_S = 30.0
@@ -36,9 +37,35 @@ REPORT_S = 1.3
 """Engines ask their workers for figures once a second, and report to the broker."""
 
 
+class Engine(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]:
+        """For the conditions of a result."""
+
+
+class Serving(Protocol):
+    """How an arm serves its engines."""
+
+    @property
+    def system(self) -> Literal["stock", "polder"]:
+        """Plain `vllm serve`, each with fixed memory, or `polder serve` with a fleet file: a broker and the same
+        engines, elastic."""
+
+    @property
+    def engines(self) -> Sequence[Engine]: ...
+
+    def stock(self, number: int, port: int, logs: Path) -> ProcessSpec:
+        """One engine as plain vLLM."""
+
+    def fleet_file(self, port: int) -> str: ...
+
+    def make(self, name: str, logs: Path, runtime: Path) -> Arm: ...
+
+
 class ArmSpec(NamedTuple):
-    """How an arm serves the engines: plain `vllm serve`, each with a fixed number of blocks, or `polder serve` with a
-    fleet file: a broker and the same engines, elastic."""
+    """Models that the bench makes, with a fixed number of blocks or under one budget."""
 
     system: Literal["stock", "polder"]
     engines: Sequence[EnginePlan]
@@ -47,6 +74,26 @@ class ArmSpec(NamedTuple):
         """The arm, not started."""
         return Arm(name, self, logs, runtime)
 
+    def fleet_file(self, port: int) -> str:
+        return fleet_toml(self.engines, port)
+
+    def stock(self, number: int, port: int, logs: Path) -> ProcessSpec:
+        engine = self.engines[number]
+        return vllm_serve(
+            engine.model_path(),
+            name=engine.name,
+            port=port,
+            args=(
+                *("--max-model-len", str(engine.max_model_len)),
+                *("--num-gpu-blocks-override", str(engine.blocks)),
+                *engine.arguments(),
+            ),
+            # No plugins are loaded: what runs is vLLM without Polder.
+            env=engine.environment() | {"VLLM_PLUGINS": ""},
+            cpus=engine.cpus,
+            log_path=logs / f"{engine.name}.log",
+        )
+
 
 class Arm:
     """Engines behind one endpoint. Start, wait until ready, use, stop."""
@@ -54,9 +101,9 @@ class Arm:
     quiet_s: ClassVar[float] = 1.2
     """Pause before another arm is measured: vLLM's processes spin for a second after their last message."""
 
-    def __init__(self, name: str, spec: ArmSpec, logs: Path, runtime: Path) -> None:
+    def __init__(self, name: str, spec: Serving, logs: Path, runtime: Path) -> None:
         """Logs go to a folder of its name. `runtime`: short (a socket's path has at most 107 bytes), private."""
-        self.name, self.engines = name, tuple(spec.engines)
+        self.name, self._spec, self.engines = name, spec, tuple(spec.engines)
         self.broker = runtime / f"{name}.sock" if spec.system == "polder" else None
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
@@ -124,42 +171,36 @@ class Arm:
         return cache_samples(_get(f"{self.urls[engine]}/metrics").text)
 
     def _stock(self) -> list[ProcessSpec]:
-        """The engines, and Polder's gateway before them. No plugins are loaded: what runs is vLLM without Polder."""
+        """The engines, and Polder's gateway before them."""
         ports = {engine.name: free_port() for engine in self.engines}
         self.urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
         pairs = (f"{name}={url}" for name, url in self.urls.items())
         return [
-            *(self._stock_engine(engine, ports[engine.name]) for engine in self.engines),
+            *(
+                self._stock_engine(number, engine.name, ports[engine.name])
+                for number, engine in enumerate(self.engines)
+            ),
             self._python("gateway", "polder.bench.harness.gateway", str(self._port), *pairs),
         ]
 
-    def _stock_engine(self, engine: EnginePlan, port: int) -> ProcessSpec:
-        spec = vllm_serve(
-            engine.model_path(),
-            name=engine.name,
-            port=port,
-            args=(
-                *("--max-model-len", str(engine.max_model_len)),
-                *("--num-gpu-blocks-override", str(engine.blocks)),
-                *engine.arguments(),
-            ),
-            env=engine.environment() | {"VLLM_PLUGINS": ""},
-            cpus=engine.cpus,
-            log_path=self._logs / f"{engine.name}.log",
-        )
-        return replace(spec, is_ready=partial(serves, self.urls[engine.name], engine.name))
+    def _stock_engine(self, number: int, name: str, port: int) -> ProcessSpec:
+        return replace(self._spec.stock(number, port, self._logs), is_ready=partial(serves, self.urls[name], name))
 
     def _polder(self) -> list[ProcessSpec]:
         fleet_file = self._logs / "fleet.toml"
-        fleet_file.write_text(fleet_toml(self.engines, self._port))
+        fleet_file.write_text(self._spec.fleet_file(self._port))
         options = ("--socket", str(self.broker), "--log-dir", str(self._logs))
         return [self._python("polder serve", "polder.cli.main", "serve", str(fleet_file), *options)]
 
     def _python(self, name: str, module: str, *words: str) -> ProcessSpec:
-        """A process that answers on the arm's port."""
-        argv = (sys.executable, "-m", module, *words)
-        log_path = self._logs / f"{name.split()[-1]}.log"
-        return ProcessSpec(name=name, argv=argv, log_path=log_path, health_url=f"{self.url}/health")
+        """A process that answers on the arm's port, to all who ask."""
+        return ProcessSpec(
+            name=name,
+            argv=(sys.executable, "-m", module, *words),
+            env={VARIABLE: ""},
+            log_path=self._logs / f"{name.split()[-1]}.log",
+            health_url=f"{self.url}/health",
+        )
 
     def _children(self) -> dict[str, dict[str, Any]]:
         """What the gateway says of the processes that `polder serve` supervises: the engines and the broker."""
@@ -188,7 +229,7 @@ def _listening_url(pid: int) -> str:
 class ArmGroup:
     """Arms that are compared with each other, and may be up together."""
 
-    spec: Callable[[str], ArmSpec]
+    spec: Callable[[str], Serving]
     """By the arm's name."""
     suffix: str = ""
     """Added to the names of their folders of logs."""
@@ -204,7 +245,7 @@ class ArmPool:
     left at the end."""
 
     def __init__(self, logs: Path, say: Callable[[str], None]) -> None:
-        self.served: dict[str, Sequence[EnginePlan]] = {}
+        self.served: dict[str, Sequence[Engine]] = {}
         """All arms that were up -> their engines."""
         self._logs, self._say = logs, say
         self._group: ArmGroup | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from polder.bench.workloads.models import ModelRecipe, ensure_model, weights_byt
 
 __all__ = [
     *("BLOCK_TOKENS", "EnginePlan", "a_core_each", "engine_plans", "fleet_toml", "links_env", "on_one_core"),
+    "toml_text",
 ]
 
 BLOCK_TOKENS = 32
@@ -137,7 +139,15 @@ def fleet_toml(engines: Sequence[EnginePlan], port: int) -> str:
     for engine in engines:
         memory |= engine.memory
     models = [("[[model]]", {"path": str(engine.model_path())} | engine.settings()) for engine in engines]
-    tables = [("[server]", {"port": port}), ("[memory]", memory), *models]
-    # Strings, numbers and lists are written in TOML as in JSON.
-    texts = ["\n".join([head, *(f"{key} = {json.dumps(of)}" for key, of in table.items())]) for head, table in tables]
-    return "\n\n".join(texts) + "\n"
+    return toml_text([("[server]", {"port": port}), ("[memory]", memory), *models])
+
+
+def toml_text(tables: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """Tables of texts, numbers, lists of texts, and tables of these, by their headings."""
+
+    def line(key: str, of: Any) -> str:
+        if isinstance(of, Mapping):
+            return f"{key} = {{ {', '.join(line(json.dumps(name), value) for name, value in of.items())} }}"
+        return f"{key} = {json.dumps(of, ensure_ascii=False)}"  # as in JSON
+
+    return "\n\n".join("\n".join([head, *starmap(line, table.items())]) for head, table in tables) + "\n"

@@ -28,7 +28,15 @@ from polder.bench.harness.scrape import PREEMPTIONS, REPORTED, TIER_HITS, summed
 __all__ = [
     *("WEIGHT_COUNTERS", "Interval", "Metric", "Metrics", "agent_metrics", "arm_metrics", "busy_seconds"),
     "engine_metrics",
-    *("exhausted_seconds", "good", "paired_interval", "percentile", "quantile_intervals", "ratio_intervals"),
+    *(
+        "exhausted_seconds",
+        "good",
+        "interval_ends",
+        "paired_interval",
+        "percentile",
+        "quantile_intervals",
+        "ratio_intervals",
+    ),
     *("tbts_ms", "ttfts_ms", "weight_metrics", "without_nan"),
 ]
 
@@ -243,13 +251,13 @@ def quantile_intervals(arm: Floats, baseline: Floats, quantiles: Sequence[int]) 
     """
     rng = np.random.default_rng(0)
     over, under = (_draws(of, lambda drawn: np.percentile(drawn, quantiles), rng, RESAMPLES) for of in (arm, baseline))
-    return _ends(over / under)
+    return interval_ends(over / under)
 
 
 def paired_interval(ratios: Sequence[float]) -> Interval:
     """(low, high) of the geometric mean of paired ratios, by resampling the pairs."""
     means = _draws(np.log(ratios), np.mean, np.random.default_rng(0), 10 * RESAMPLES)
-    return _ends(np.exp(means)[:, None])[0]
+    return interval_ends(np.exp(means)[:, None])[0]
 
 
 def _draws(values: Floats, statistic: Callable[[Floats], Any], rng: np.random.Generator, count: int) -> Floats:
@@ -257,7 +265,7 @@ def _draws(values: Floats, statistic: Callable[[Floats], Any], rng: np.random.Ge
     return np.array([statistic(rng.choice(values, len(values))) for _ in range(count)])
 
 
-def _ends(draws: Floats) -> list[Interval]:
+def interval_ends(draws: Floats) -> list[Interval]:
     """The interval of each column."""
     low, high = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)], axis=0)
     return list(zip(low.tolist(), high.tolist(), strict=True))

@@ -19,7 +19,7 @@ from polder.bench.report.html import Plot
 from polder.bench.report.metrics import good, ttfts_ms
 from polder.bench.report.result import BenchResult
 
-__all__ = ["curves", "hit_ratio_over_time", "memory_over_time", "ttft_distribution"]
+__all__ = ["curves", "hit_ratio_over_time", "memory_by_engine", "memory_over_time", "ttft_distribution"]
 
 COLOURS = {
     "stock": "#8a94a6",
@@ -64,10 +64,10 @@ def _plot(title: str, text: str, figure: Figure) -> Plot:
     )
 
 
-def ttft_distribution(runs: Sequence[Run]) -> Plot:
+def ttft_distribution(runs: Sequence[Run], engines: Sequence[str] = ("A", "B")) -> Plot:
     """Share of requests whose first token came within x, an axis for each engine, a line for each arm."""
-    figure, axes = _panels(1, 2, 3.6, sharey=True)
-    for axis, engine in zip(axes, ("A", "B"), strict=True):
+    figure, axes = _panels(1, len(engines), 3.6, sharey=True)
+    for axis, engine in zip(axes, engines, strict=True):
         for arm in ("stock", "polder"):
             records = [record for run in runs if run.arm == arm for record in run.records.get(engine, [])]
             values = np.sort(ttfts_ms(good(records)))
@@ -75,7 +75,7 @@ def ttft_distribution(runs: Sequence[Run]) -> Plot:
                 share = np.arange(1, len(values) + 1) / len(values)
                 axis.plot(values, share, drawstyle="steps-post", color=COLOURS[arm], lw=2, label=arm)
                 axis.plot([float(np.percentile(values, 99))], [0.99], "o", color=COLOURS[arm], ms=5)
-        axis.set(xscale="log", xlabel="time to first token, ms (log scale)", title=f"Engine {engine}", ylim=(0, 1.02))
+        axis.set(xscale="log", xlabel="time to first token, ms (log scale)", title=engine, ylim=(0, 1.02))
         axis.axhline(0.99, color="#9ca3af", lw=0.8, ls=":")
         axis.legend(loc="lower right")
     axes[0].set_ylabel("share of requests")
@@ -107,6 +107,21 @@ def memory_over_time(run: Run) -> Plot:
     return _plot(
         "Memory by owner", "First run of Polder. The dashed line is where stock cuts the budget in two.", figure
     )
+
+
+def memory_by_engine(run: Run) -> Plot:
+    """KV memory by owner during one run of an arm with a broker."""
+    samples = run.timeline.samples
+    t = [sample.t_s - run.started_at for sample in samples]
+    engines = sorted({engine for sample in samples for engine in sample.held_bytes})
+    held = [[sample.held_bytes.get(engine, 0) / MIB for sample in samples] for engine in engines]
+    free = [sample.free_bytes / MIB for sample in samples]
+    figure, (axis,) = _panels(1, 1, 3.6)
+    colours = [*(f"C{number}" for number in range(len(engines))), COLOURS["free"]]
+    axis.stackplot(t, *held, free, labels=[*engines, "free"], colors=colours, step="post", alpha=0.85)
+    axis.set(ylabel="memory, MiB", xlabel="seconds", ylim=(0, None), xlim=(0, max(t, default=1)))
+    axis.legend(loc="upper center", ncols=len(engines) + 1, bbox_to_anchor=(0.5, 1.14))
+    return _plot("Memory by owner", "First leg of Polder.", figure)
 
 
 def hit_ratio_over_time(runs: Sequence[Run]) -> Plot:

@@ -24,7 +24,7 @@ __all__ = ["Arms", "BenchResult", "ratios_over", "read_result", "write_result"]
 Arms = dict[str, dict[str, dict[str, Metric]]]
 """arm -> engine or "all" -> metric -> value. A metric that is a distribution (e.g. by tier) is a dict of numbers."""
 
-_FIGURE = re.compile(r"(?P<arm>[^/:]+)(/(?P<baseline>[^/:]+))?:(?P<engine>[^.]+)\.(?P<metric>\w+)")
+_FIGURE = re.compile(r"(?P<arm>[^/:]+)(/(?P<baseline>[^/:]+))?:(?P<engine>.+)\.(?P<metric>\w+)")
 
 
 class BenchResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 from rich.console import Console
 
-from polder.bench.harness.arms import Arm, ArmGroup, ArmPool, ArmSpec
+from polder.bench.harness.arms import Arm, ArmGroup, ArmPool, Serving
 from polder.bench.harness.driver import ClosedLoop, Workload
 from polder.bench.harness.machine import describe_machine, describe_versions
 from polder.bench.harness.progress import Reporter
@@ -52,6 +52,7 @@ class Suite(ABC, Generic[P]):
     quick: ClassVar[Plan]
     baselines: ClassVar[Mapping[str, tuple[str, ...]]]
     """Arm -> arms that it is compared with, also where both names have the same suffix."""
+    ratio_intervals = staticmethod(ratio_intervals)
 
     def __init__(self, plan: P, *, workdir: Path, console: Console | None = None) -> None:
         self.plan = plan
@@ -167,10 +168,10 @@ class Suite(ABC, Generic[P]):
         conditions = {
             "plan": self.plan.describe(),
             **{part: _filled_in(of, names) for part, of in self.words().items() if part not in SHOWN_WORDS},
+            "intervals_how": "95 %, bootstrap: requests (TTFT), gaps (TBT) or pairs of blocks (tax) resampled",
             **self.conditions,
             "engines": {arm: [engine.describe() for engine in of] for arm, of in self.pool.served.items()},
             "intervals": {key: list(interval) for key, interval in sorted(self.intervals.items())},
-            "intervals_how": "95 %, bootstrap: requests (TTFT), gaps (TBT) or pairs of blocks (tax) resampled",
             "runs": [self._describe_run(run) for run in sorted(self.runs, key=lambda run: run.started_at)],
             "machine": describe_machine(),
             "versions": describe_versions(),
@@ -230,7 +231,7 @@ class Suite(ABC, Generic[P]):
         """Figures of each arm (name -> its runs), and intervals of the ratios among them."""
         self.arms |= {name: metrics(of) for name, of in runs.items()}
         for over, under in self._pairs(runs):
-            self.intervals |= ratio_intervals(runs[over], runs[under], name=f"{over}/{under}")
+            self.intervals |= self.ratio_intervals(runs[over], runs[under], name=f"{over}/{under}")
 
     def compare_tax(
         self, group: ArmGroup, blocks: Sequence[ClosedLoop], suffix: str, *, engine: str, rounds: int, uncounted: int
@@ -246,7 +247,7 @@ class Suite(ABC, Generic[P]):
 
     def compare_answers(
         self,
-        spec: Callable[[str], ArmSpec],
+        spec: Callable[[str], Serving],
         arms: Iterable[str],
         rounds: Sequence[Round],
         counters: Mapping[str, str],

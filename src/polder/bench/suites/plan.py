@@ -31,6 +31,9 @@ class Plan:
     """Every stage of the bench, in the order in which they run."""
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Fields that are options of the command -> their values."""
+    given: ClassVar[Mapping[str, Any]] = {}
+    """Fields that the user writes: arguments and options of the command, annotated as typer takes them. What is not
+    given keeps the plan's value."""
     name: str
     help: str = ""
     """How it differs from the full plan."""
