@@ -115,7 +115,7 @@ class Demo:
         write_result(result, self.folder / "result.json")
         print_summary(self.console, result)
         self.say(f"report: {(self.folder / 'report.html').resolve()}")
-        self.say("now with your models: polder serve fleet.toml")
+        self.say("now with your models: polder serve fleet.toml, and polder bench replay fleet.toml --trace FILE")
 
 
 def _tokenizer(model: Path) -> Any:
