@@ -172,6 +172,14 @@ def test_a_redirect_names_the_address_that_the_client_knows(two: Endpoint) -> No
     assert two.client.post("/v1/chat/completions/", json={"model": "b"}, follow_redirects=True).status_code == 200
 
 
+def test_a_websocket_is_refused_with_words(two: Endpoint) -> None:
+    """What names its model after the connection is made cannot be routed. httpx speaks no WebSocket; this is its handshake."""
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    got = two.client.get("/v1/realtime", headers=upgrade | {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
+    assert (got.status_code, got.json()["error"]["type"]) == (501, "not_supported")
+    assert "`vllm serve` of its own for /v1/realtime" in got.json()["error"]["message"]
+
+
 # ---------------------------------------------------------------- who may ask
 
 

@@ -8,6 +8,7 @@
 | GET /metrics        | Prometheus: Polder's own, then every vLLM's with `engine` added (metrics.py)                |
 | GET /polder/status  | JSON: the broker's status (null when it does not answer) and the children                   |
 | all else            | the engine's, byte for byte (proxy.py)                                                      |
+| a WebSocket         | refused: /v1/realtime names its model only after the connection is made                     |
 
 "degraded": every model serves, but the broker does not answer. Requests are answered as before. No memory moves between
 models, and a model whose weights are away cannot get them back. It is a 200, because a load balancer should go on
@@ -31,7 +32,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from polder.broker import client
 from polder.broker.wire import Status
@@ -88,6 +90,7 @@ def make_app(
             Route("/v1/models", gateway.models),
             Route("/v1/models/{name:path}", gateway.model),
             Route("/{path:path}", proxy),
+            WebSocketRoute("/{path:path}", _no_websocket),
         ],
         middleware=[
             Middleware(CORSMiddleware, allow_origins=list(allowed_origins), allow_methods=["*"], allow_headers=["*"]),
@@ -182,6 +185,11 @@ class _Gateway:
         except httpx.HTTPError:
             return None
         return answer.content if answer.status_code == 200 else None
+
+
+async def _no_websocket(asked: WebSocket) -> None:
+    message = f"a fleet's endpoint has no WebSockets: ask a `vllm serve` of its own for {asked.url.path}"
+    await asked.send_denial_response(error_response(501, message, "not_supported"))
 
 
 async def _refused(_: Request, error: Exception) -> Response:
