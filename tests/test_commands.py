@@ -21,6 +21,7 @@ import typer
 from polder.cli.main import app
 from polder.demo.report import FLEET
 from polder.serve.fleet import load_fleet
+from polder.serve.runtime import user_dir
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,6 +77,12 @@ def test_polder_takes_its_options_and_arguments(command: Command) -> None:
         if "--help" in words or (not words and _needs_more(parser)):
             return  # the verb alone, as a name
         context = parser.make_context(name, words, parent=context)
+
+
+def test_a_brokers_socket_is_not_where_serve_keeps_its_fleets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    for command in commands("polder"):
+        assert str(user_dir()) not in command.words, command.text
 
 
 def _needs_more(parser: Any) -> bool:
