@@ -233,6 +233,7 @@ def test_what_is_no_path_is_left_to_vllm(tmp_path: Path) -> None:
         (("--block-size", "-dp"), r"args: -dp above 1: write one \[\[model\]\] for each replica"),
         (("--block-size", "--kv_offloading_size"), r'--kv-offloading-size: write tiers = \["host"\]'),
         (('"--block-size", "32"', '"--headless"'), "args: --headless: leave it out"),
+        (("--block-size", "--api-key"), "args: --api-key: write server.api_key"),
         (("--block-size", "--ssl-keyfile"), "args: --ssl-keyfile: leave it out"),
         (('"--block-size", "32"', '"--max-num-seqs 4"'), r'is one word: write "--max-num-seqs", "4"'),
         (("[memory]", "[server]\nport = 99999\n[memory]"), "server.port 99999"),

@@ -46,6 +46,24 @@ def test_a_death_is_reported_and_answered_with_a_restart() -> None:
     assert supervisor.status()[0].pid is None
 
 
+def test_a_child_is_back_after_its_back_off_and_the_time_of_its_last_start() -> None:
+    """So says Retry-After."""
+    events: list[Event] = []
+    supervisor = Supervisor(
+        [child("import time; time.sleep(100)")], events.append, backoff=Backoff(first_s=1000.0, most_s=1000.0)
+    )
+    supervisor.start()
+    wait_for(lambda: kinds(events)[-1:] == ["ready"], "the child")
+    took_s = float(events[-1].detail.split()[2])
+    pid = supervisor.status()[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: supervisor.status()[0].state == "down", "its end")
+    status = supervisor.status()[0]
+    assert status.ready_in_s - status.retry_in_s == pytest.approx(took_s, abs=0.06)
+    supervisor.stop()
+
+
 def test_the_back_off_doubles_up_to_its_limit_and_is_forgotten_after_health() -> None:
     backoff = Backoff(first_s=1.0, most_s=30.0)
     waits = [0.0]
