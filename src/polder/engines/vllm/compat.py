@@ -52,6 +52,10 @@ vllm.v1.engine.core
     EngineCore.add_lora(self, lora_request)
     EngineCore.reset_prefix_cache(self, reset_running_requests, reset_connector)
     get_kv_cache_configs(vllm_config, kv_cache_specs, available_memory)
+vllm.v1.executor.uniproc_executor
+    get_file_store_init_method()
+vllm.v1.executor.multiproc_executor
+    get_file_store_init_method()
 vllm.v1.core.kv_cache_utils
     _gen_lora_extra_hash_keys(request)
     FreeKVCacheBlockQueue.append_n(self, blocks)

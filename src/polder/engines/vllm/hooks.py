@@ -34,10 +34,12 @@ class Tap(NamedTuple):
 _CORE, _SCHEDULER = "vllm.v1.engine.core", "vllm.v1.core.sched.scheduler"
 _WORKER, _IMPL = "vllm.v1.worker.gpu_worker", "vllm.v1.attention.backend"
 _V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
+_EXECUTORS = "vllm.v1.executor.uniproc_executor", "vllm.v1.executor.multiproc_executor"
 _OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler"
 
 _START = "EngineCore._initialize_effective_attention_block_size"
 _STARTED = "the first call after the scheduler exists: __init__ itself runs before plugins are loaded"
+_RENDEZVOUS = "its file lies with vLLM's sockets: vLLM leaves it in /tmp"
 _SIZE = "the cache's virtual size: whole units up to the ceiling"
 _WAKEUP = "WAKEUP: grants and recalls, between two steps. ADD: a sleeping model asks for its weights"
 _STEP = "what is due after each step; the demand"
@@ -67,6 +69,7 @@ CORE_TAPS: tuple[Tap, ...] = (
         "a window: graphs are piecewise",
         "init_executor",
     ),
+    *(Tap(module, "get_file_store_init_method", "start.taps", _RENDEZVOUS, "rendezvous") for module in _EXECUTORS),
     Tap(_CORE, "EngineCore._initialize_kv_caches", "start.taps", "notes the core that starts", "initialize_kv_caches"),
     Tap(_CORE, "get_kv_cache_configs", "start.taps", _SIZE, "get_kv_cache_configs"),
     Tap(_CORE, _START, "start.taps", _STARTED, "scheduler_is_ready"),

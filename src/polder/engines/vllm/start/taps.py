@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import vllm.v1.core.kv_cache_utils as kv_cache_utils
@@ -21,7 +23,14 @@ from polder.engines.vllm.tiers.adapters import AdapterEpochs
 from polder.engines.vllm.window.limits import limit_graphs
 from polder.errors import ConfigError
 
-__all__ = ["get_kv_cache_configs", "init_executor", "initialize_kv_caches", "refuse_unsupported", "scheduler_is_ready"]
+__all__ = [
+    "get_kv_cache_configs",
+    "init_executor",
+    "initialize_kv_caches",
+    "refuse_unsupported",
+    "rendezvous",
+    "scheduler_is_ready",
+]
 
 logger = logging.getLogger("polder.engine")
 
@@ -31,6 +40,13 @@ def init_executor(stock: Callable[..., None], executor: Any, vllm_config: Any) -
     if settings is not None and settings.window_bytes:
         limit_graphs(vllm_config)
     stock(executor, vllm_config)
+
+
+def rendezvous(stock: Callable[[], str]) -> str:
+    """The address of the file in which the ranks of an engine find each other: in the folder of vLLM's own sockets,
+    if one is set."""
+    folder = os.environ.get("VLLM_RPC_BASE_PATH")
+    return f"file://{folder}/{Path(stock()).name}" if folder else stock()
 
 
 def initialize_kv_caches(stock: Callable[..., Any], core: Any, vllm_config: Any) -> Any:
