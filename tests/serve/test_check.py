@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import struct
@@ -13,8 +14,9 @@ import pytest
 
 from polder.errors import ConfigError
 from polder.planner.checkpoint import checkpoint_bytes, hub_folder
-from polder.serve.check import Finding, ask_vllm, check
+from polder.serve.check import Finding, ask_vllm, check, check_model, faults
 from polder.serve.fleet import Model, load_fleet
+from polder.serve.listening import listen
 from polder.serve.machine import Machine, Memory, host_memory
 from polder.serve.process import free_port
 
@@ -102,7 +104,7 @@ def test_two_models_and_a_budget_that_leave_no_room_for_activations_and_graphs(m
         (
             'device = "cpu:0"\nkv_budget = "1GiB"\nhost = "64GiB"',
             '\ntiers = ["host"]',
-            "needed, 20 GiB free of 23 GiB: ",
+            "lower memory.host by ",
         ),
         ('device = "cpu:0"\nkv_budget = "20GiB"', "", "end what else takes memory"),
     ],
@@ -115,6 +117,27 @@ def test_memory_that_the_machine_lacks(tmp_path: Path, memory: str, more: str, w
     found = findings(tmp_path, CPU, memory, CHAT + more)
     assert open_or_unmet(found) == {"memory of cpu:0": "unmet"}
     assert words in found["memory of cpu:0"].detail
+
+
+def test_what_an_estimate_alone_makes_too_little_can_be_waved_through(models: Path) -> None:
+    """Two models have 30.5 GiB of weights."""
+    for budget, refused in (("46GiB", False), ("60GiB", True)):
+        found = findings(models, H100, f'device = "cuda:0"\nkv_budget = "{budget}"', CHAT, CODE)
+        (words,) = faults(list(found.values()), "refuse")
+        assert ("--memory-check warn" in words) != refused
+        assert bool(faults(list(found.values()), "warn")) == refused
+
+
+def test_a_model_that_is_added_needs_memory_beside_what_the_others_may_still_take(models: Path) -> None:
+    text = f'[memory]\ndevice = "cuda:0"\nkv_budget = "30GiB"\n[[model]]\n{CHAT}'
+    (models / "fleet.toml").write_text(text)
+    fleet = load_fleet(models / "fleet.toml")
+    little = Machine(host=HOST, device=Memory(total_bytes=80 * GIB, free_bytes=30 * GIB), vllm="0.32.0")
+    for untaken, state in ((5 * GIB, "met"), (20 * GIB, "unmet")):
+        found = list(check_model(fleet.models[0], fleet, little, lambda _: [], untaken_bytes=untaken))
+        assert found[0].need == "memory of cuda:0"
+        assert found[0].state == state, found[0]
+    assert not faults(list(check_model(fleet.models[0], fleet, little, lambda _: [], untaken_bytes=None)), "refuse")
 
 
 def test_weights_of_an_unknown_size_are_no_weights_that_fit(models: Path) -> None:
@@ -165,6 +188,21 @@ def test_a_port_that_is_taken_and_a_host_of_another_machine(models: Path) -> Non
         found = findings(models, H100, 'device = "cuda:0"\nkv_budget = "8GiB"', CHAT, port=port)
     assert open_or_unmet(found) == {"port": "unmet"}
     assert "choose another server.port" in found["port"].detail
+
+
+def test_a_host_of_another_machine_and_a_port_of_the_administrator_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"no address of this machine: write 127\.0\.0\.1"):
+        listen("192.0.2.1", 8000)
+    with pytest.raises(ConfigError, match="write an address of this machine"):
+        listen("nosuch.invalid", 8000)
+
+    class Listener(socket.socket):
+        def bind(self, _: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "socket", Listener)
+    with pytest.raises(ConfigError, match="may not listen there: write a port above 1023"):
+        listen("127.0.0.1", 80)
 
 
 @pytest.mark.parametrize(("version", "words"), [(None, "polder-kv[serve,gpu]"), ("0.31.0", "vLLM 0.31.0 is installed")])

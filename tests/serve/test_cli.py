@@ -32,7 +32,7 @@ from tests.serve.test_fleet import GOOD, model, write
 __all__ = ["model"]
 
 SURFACE = {
-    "serve": {"fleet", "--check", "--socket", "--log-dir", "--json"},
+    "serve": {"fleet", "--check", "--memory-check", "--socket", "--log-dir", "--json"},
     "broker": {"--socket", "--device", "--page", "--reserve-low", "--reserve-high", "--hold", "--deadline"},
     "init": {"models", "--out", "--device", "--port"},
     "top": {"--socket", "--url", "--once", "--json", "--interval"},

@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from polder.broker import client
+from polder.serve.machine import host_memory
 from polder.serve.process import free_port
 from tests.serve.fakes import canned_status, fake_broker, is_running, wait_for
 
@@ -68,7 +69,6 @@ def engine(path, *, name, args, env, cpus, log_path):
     argv = (sys.executable, script, name, PORT)
     return ProcessSpec(name=name, argv=argv, env=env, log_path=log_path, health_url=f"http://127.0.0.1:{PORT}/health")
 
-specs.BROKER_SILENT_S = float(os.environ.get("TEST_SILENT_S", "60"))
 specs.vllm_serve = engine
 specs.Presence = functools.partial(specs.Presence, patience_s=0.2)
 sys.argv = ["polder", "serve", *sys.argv[2:]]
@@ -242,8 +242,8 @@ def test_the_command_that_is_shown_works_as_printed_and_the_end_of_the_terminal_
     assert list(serve.runtime.iterdir()) == []
 
 
-def test_a_directory_that_a_cleaner_has_removed_is_made_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEST_SILENT_S", "2")
+def test_a_directory_that_a_cleaner_has_removed_is_made_again(serve: Serve) -> None:
+    """Before a broker that hangs would be replaced, and with the socket that takes orders."""
     serve.start()
     wait_for(serve.ready, "the fleet")
     _, pid, socket_path, _ = serve.ask("a").text.split()
@@ -253,7 +253,16 @@ def test_a_directory_that_a_cleaner_has_removed_is_made_again(serve: Serve, monk
     os.kill(int(serve.ask("b").text.split()[1]), signal.SIGKILL)
     wait_for(lambda: serve.get("/health").json()["status"] == "ok", "a broker that can be reached")
     assert client.status(Path(socket_path)).devices[0].total_pages == 8
-    serve.end(signal.SIGTERM)
+    wait_for(serve.ready, "b to be back")
+    wait_for(Path(f"{socket_path}.ctl").exists, "a socket for orders")
+    command = [sys.executable, "-m", "polder.cli.main", "ctl", "remove", "b"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "XDG_RUNTIME_DIR": str(serve.runtime)}
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "b: removed\n")
+    events, _ = serve.end(signal.SIGTERM)
+    said = [event["detail"] for event in events if event["event"] == "silent"]
+    assert said == [f"{socket_path} was removed, so nobody can reach it: ending it"]
     assert list(serve.runtime.iterdir()) == []
 
 
@@ -297,6 +306,42 @@ def test_a_model_comes_goes_and_starts_anew_while_the_other_serves(serve: Serve,
     serve.end(signal.SIGTERM)
     assert list(serve.runtime.iterdir()) == []
     assert "no `polder serve` takes orders" in ctl("remove", "a")[1]
+
+
+def test_a_model_is_checked_before_it_is_added_or_started_again(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "fleet.toml"
+    serve.start("--socket", str(serve.runtime / "here"))
+    wait_for(serve.ready, "the fleet")
+    pid = serve.ask("b").text.split()[1]
+    (tmp_path / "small").mkdir()
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 64}
+    config = sizes | {"max_position_embeddings": 512, "torch_dtype": "float32", "vocab_size": 100}
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    model = 'path = "small"\nmax_model_len = 1024'
+    text = path.read_text()
+    path.write_text(text.replace('path = "some/model"', model) + f'[[model]]\nname = "c"\n{model}\n')
+    for verb, name in (("restart", "b"), ("add", "c")):
+        command = [sys.executable, "-m", "polder.cli.main", "ctl", verb, name, "--socket", str(serve.runtime / "here")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, "more than the model's own 512" in done.stderr) == (2, True), done.stderr
+    assert serve.ask("b").text.split()[1] == pid, "it serves on as it was"
+    assert serve.ask("c").status_code == 404
+    serve.end(signal.SIGTERM)
+
+
+def test_too_little_memory_by_an_estimate_is_no_refusal_for_who_says_so(serve: Serve, tmp_path: Path) -> None:
+    path, total = tmp_path / "fleet.toml", host_memory().total_bytes
+    text = path.read_text()
+    path.write_text(text.replace("16MiB", f"{(total >> 20) - 64}MiB"))
+    code, words = refusal(serve)
+    assert (code, "--memory-check warn starts it all the same" in words) == (2, True)
+    serve.start("--memory-check", "warn")
+    wait_for(serve.ready, "the fleet")
+    _, errors = serve.end(signal.SIGTERM)
+    assert "lower memory.kv_budget" in errors
+    path.write_text(text.replace("16MiB", f"{2 * total >> 20}MiB"))
+    code, words = refusal(serve, "--memory-check", "warn")
+    assert (code, "warn starts it" in words) == (2, False), "there is no such memory"
 
 
 def test_directories_on_disks_are_made_before_anything_starts(serve: Serve, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from polder.errors import UsageError
+from polder.errors import EnvironmentFault, UsageError
 from polder.serve.child import Backoff, Child, Event
 from polder.serve.process import PORT, ProcessSpec, free_port
 from polder.serve.supervisor import Supervisor
@@ -266,6 +266,26 @@ def test_a_child_that_stops_answering_is_replaced(tmp_path: Path) -> None:
     assert not is_running(int((tmp_path / "former").read_text()))
     supervisor.stop()
     assert kinds(events) == ["started", "ready", "silent", "ended", "started", "ready", "stopped"]
+
+
+def test_a_child_that_nobody_can_reach_any_more_is_replaced_at_once() -> None:
+    """As a broker whose socket was removed. It would answer to nobody for as long as one that hangs may."""
+    events: list[Event] = []
+    reachable = iter([True, EnvironmentFault("its socket was removed")])
+
+    def answers() -> bool:
+        found = next(reachable, True)
+        if isinstance(found, EnvironmentFault):
+            raise found
+        return found
+
+    code = "import time; time.sleep(1000)"
+    supervisor = Supervisor([child(code, is_ready=answers, silent_s=10.0)], events.append, backoff=QUICK)
+    supervisor.start()
+    wait_for(lambda: supervisor.status()[0].restarts == 1 and supervisor.status()[0].state == "ready", "a new one")
+    supervisor.stop()
+    assert kinds(events) == ["started", "ready", "silent", "ended", "started", "ready", "stopped"]
+    assert events[2].detail == "its socket was removed: ending it"
 
 
 def test_a_stop_leaves_no_process_of_any_tree(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -33,6 +33,13 @@ def serve_fleet(
     check: Annotated[
         bool, typer.Option("--check", help="Say whether this machine has all that the fleet needs; start nothing.")
     ] = False,
+    memory_check: Annotated[
+        Literal["refuse", "warn"],
+        typer.Option(
+            help="What to do when memory is too little by an estimate, or at this moment. What is known to be more "
+            "than there is in all is refused in any case."
+        ),
+    ] = "refuse",
     socket: Annotated[Path | None, typer.Option(help="The broker's socket (default: a private one).")] = None,
     log_dir: Annotated[
         Path | None,
@@ -41,7 +48,7 @@ def serve_fleet(
     as_json: AsJson = False,
 ) -> None:
     """Serve several models behind one OpenAI endpoint, their KV caches under one budget."""
-    from polder.serve.check import ask_vllm
+    from polder.serve.check import ask_vllm, faults
     from polder.serve.check import check as look_at
     from polder.serve.fleet import load_fleet
     from polder.serve.machine import look
@@ -57,16 +64,14 @@ def serve_fleet(
         return
     from polder.serve.run import run
 
-    for finding in findings:
-        if finding.state == "open" and not as_json:
-            _print(sys.stderr, f"polder: {finding.need}: {finding.detail}")
     # The port is opened for good, or refused, by `run`.
-    unmet = [f"{finding.need}: {finding.detail}" for finding in findings if finding.state == "unmet"]
-    unmet = [text for text in unmet if not text.startswith("port: ")]
-    if unmet:
+    if unmet := faults([finding for finding in findings if finding.need != "port"], memory_check):
         raise BudgetError(f"{fleet}: {'; '.join(unmet)}. `polder serve {fleet} --check` shows all needs")
+    for finding in findings:
+        if finding.estimated or (finding.state == "open" and not as_json):
+            _print(sys.stderr, f"polder: {finding.need}: {finding.detail}")
     report = _json_event if as_json else _text_event
-    run(loaded, lambda: load_fleet(fleet), report, socket_path=socket, log_dir=log_dir)
+    run(loaded, lambda: load_fleet(fleet), report, memory_check=memory_check, socket_path=socket, log_dir=log_dir)
 
 
 # "\b" keeps the line breaks of a paragraph.

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,9 +27,11 @@ from polder.serve.machine import Machine, Memory
 from polder.serve.needs import Line, folder_of_model, needs_of
 from polder.units import format_bytes
 
-__all__ = ["Finding", "ask_vllm", "check"]
+__all__ = ["Estimates", "Finding", "ask_vllm", "check", "check_model", "faults"]
 
 State = Literal["met", "unmet", "open"]
+Estimates = Literal["refuse", "warn"]
+"""What becomes of a fleet whose memory is too little by an estimate: `polder serve --memory-check`."""
 PARSER_PATIENCE_S = 600.0
 LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
@@ -42,6 +44,8 @@ class Finding:
     """What was found, and what to change if it is not met."""
     lines: tuple[Line, ...] = ()
     """A sum."""
+    estimated: bool = False
+    """It is unmet by an estimate, or by what other processes take now: it may be met nevertheless."""
 
 
 def check(fleet: Fleet, machine: Machine, refusals: Callable[[Sequence[Model]], Sequence[str]]) -> Iterator[Finding]:
@@ -60,6 +64,31 @@ def check(fleet: Fleet, machine: Machine, refusals: Callable[[Sequence[Model]], 
     yield from _vllm(fleet, machine, refusals)
 
 
+def check_model(
+    model: Model,
+    fleet: Fleet,
+    machine: Machine,
+    refusals: Callable[[Sequence[Model]], Sequence[str]],
+    *,
+    untaken_bytes: int | None,
+) -> Iterator[Finding]:
+    """The same for one model that is added to a fleet that runs, or started again in it.
+
+    `untaken_bytes`: what no model holds yet of the fleet's budget. None: memory is not looked at, for a model that is
+    started again gets its own back.
+    """
+    if untaken_bytes is not None:
+        added = replace(fleet, models=(model,), budget_bytes=untaken_bytes, host_bytes=0)
+        needs = needs_of(added, machine.device.total_bytes if machine.device else None)
+        yield _memory(f"memory of {fleet.device}", needs.device, machine.device, added)
+        if needs.host:
+            yield _memory("memory of the host", needs.host, machine.host, added)
+    yield from _disks(model.settings.disks)
+    yield from _model(model)
+    yield _least(model, fleet)
+    yield from _vllm(replace(fleet, models=(model,)), machine, refusals)
+
+
 def _device(fleet: Fleet, machine: Machine) -> Finding:
     if machine.fault:
         return Finding(need="device", state="unmet", detail=f"{fleet.device}: {machine.fault}")
@@ -75,7 +104,14 @@ def _memory(need: str, lines: tuple[Line, ...], memory: Memory | None, fleet: Fl
     detail = f"{format_bytes(total)} needed, {format_bytes(memory.free_bytes)} free of {format_bytes(memory.total_bytes)}{limit}"
     missing = total - memory.free_bytes
     if missing > 0:
-        return Finding(need=need, state="unmet", detail=f"{detail}: {_advice(missing, need, fleet)}", lines=lines)
+        known = sum(line.size_bytes or 0 for line in lines if not line.estimated)
+        return Finding(
+            need=need,
+            state="unmet",
+            detail=f"{detail}: {_advice(missing, need, fleet)}",
+            lines=lines,
+            estimated=known <= memory.total_bytes,
+        )
     if unknown:
         return Finding(need=need, state="open", detail=f"{detail}; unknown: {', '.join(unknown)}", lines=lines)
     return Finding(need=need, state="met", detail=detail, lines=lines)
@@ -84,12 +120,16 @@ def _memory(need: str, lines: tuple[Line, ...], memory: Memory | None, fleet: Fl
 def _advice(missing: int, need: str, fleet: Fleet) -> str:
     size = f"{-(-missing // (1 << 20))}MiB"
     elastic = any(model.settings.weights == "elastic" for model in fleet.models)
-    key, budget = ("budget" if elastic else "kv_budget"), fleet.budget_bytes
+    least = max(fleet.page_bytes, sum(model.needed_bytes or 0 for model in fleet.models))
+    budgets = [("budget" if elastic else "kv_budget", fleet.budget_bytes, least)]
+    host = [("host", fleet.host_bytes, fleet.page_bytes)]
     if need.endswith("host"):
-        key, budget = "host", fleet.host_bytes
-    least = sum(model.needed_bytes or 0 for model in fleet.models)
-    if budget - missing >= max(fleet.page_bytes, least):
-        return f'lower memory.{key} by {size}, to "{(budget - missing) >> 20}MiB", or end what else takes memory'
+        budgets = host
+    elif fleet.device.startswith("cpu"):
+        budgets += host
+    for key, budget, least in budgets:
+        if budget - missing >= least:
+            return f'lower memory.{key} by {size}, to "{(budget - missing) >> 20}MiB", or end what else takes memory'
     also = "" if elastic else ', or give them weights = "elastic" and a memory.budget'
     return f"{size} are missing: end what else takes memory, choose fewer or smaller models{also}"
 
@@ -207,6 +247,13 @@ def _vllm(fleet: Fleet, machine: Machine, refusals: Callable[[Sequence[Model]], 
             yield Finding(need=need, state="unmet", detail=f"vLLM: {refused}; change its args")
         else:
             yield Finding(need=need, state="met", detail="vLLM takes them")
+
+
+def faults(findings: Sequence[Finding], estimates: Estimates) -> list[str]:
+    """What makes a start impossible, in words. With "warn" not what is unmet by an estimate only."""
+    unmet = [found for found in findings if found.state == "unmet" and not (found.estimated and estimates == "warn")]
+    more = {True: " (an estimate: --memory-check warn starts it all the same)", False: ""}
+    return [f"{found.need}: {found.detail}{more[found.estimated]}" for found in unmet]
 
 
 def ask_vllm(models: Sequence[Model]) -> list[str]:

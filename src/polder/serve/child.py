@@ -166,15 +166,22 @@ class Child:
         return f"given up after {self._starts} starts: {fault}" if self._starts >= self._backoff.attempts else ""
 
     def _wait(self) -> None:
-        """Returns when the child has ended. Ends it when it has not answered for as long as its spec allows."""
+        """Returns when the child has ended. Ends it when it has not answered for as long as its spec allows, or never
+        will again."""
         silent_s = self.process.spec.silent_s
         answered_at = time.monotonic()
         while not self.process.wait(TEND_S if silent_s is None else silent_s / 10):
             self.process.tend()
-            if silent_s is None or self.process.ready():
-                answered_at = time.monotonic()
-            elif time.monotonic() - answered_at > silent_s:
-                self._say("silent", f"it has not answered for {silent_s:g} s: ending it")
+            fault = ""
+            try:
+                if silent_s is None or self.process.ready():
+                    answered_at = time.monotonic()
+                elif time.monotonic() - answered_at > silent_s:
+                    fault = f"it has not answered for {silent_s:g} s"
+            except EnvironmentFault as error:
+                fault = str(error)
+            if fault and not self._stopping.is_set():
+                self._say("silent", f"{fault}: ending it")
                 self.process.stop(grace_s=0.0)
 
     def _start(self) -> str | None:

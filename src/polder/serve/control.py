@@ -1,7 +1,7 @@
 """Orders to a running fleet: one model more, one less, one anew, while the others serve on.
 
 They come through a socket beside the broker's, with its guard: mode 0600, and the same user only (SO_PEERCRED). One
-line of JSON each way.
+line of JSON each way. A cleaner may remove the socket: then another one is made.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from polder.broker.transport import address_of, check_socket_path
 from polder.errors import BrokerUnavailable, EnvironmentFault, PolderError, UsageError
 
 __all__ = ["Order", "carried_out", "give"]
+
+LOOK_S = 0.5
+"""Between looks at whether the socket is still there; an end waits for as long."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,28 +69,46 @@ def carried_out(broker: Path, carry_out: Callable[[Order], str]) -> Iterator[Non
     path = _beside(broker)
     check_socket_path(path)
     path.unlink(missing_ok=True)  # of a fleet that was killed: nobody listens on the broker's
-    with socket.socket(socket.AF_UNIX) as listener:
-        before = os.umask(0o177)
-        try:
-            listener.bind(address_of(path))
-        finally:
-            os.umask(before)
+    ended = threading.Event()
+    thread = threading.Thread(target=_take, args=(_listener(path), path, carry_out, ended), name="polder-control")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        path.unlink(missing_ok=True)
+
+
+def _listener(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    os.fchmod(listener.fileno(), 0o600)  # the mode that bind gives; a umask would be that of all threads
+    try:
+        listener.bind(address_of(path))
         listener.listen()
-        thread = threading.Thread(target=_accept, args=(listener, carry_out), name="polder-control", daemon=True)
-        thread.start()
+    except OSError:
+        listener.close()
+        raise
+    listener.settimeout(LOOK_S)
+    return listener
+
+
+def _take(listener: socket.socket, path: Path, carry_out: Callable[[Order], str], ended: threading.Event) -> None:
+    while not ended.is_set():
+        if not path.exists():
+            with contextlib.suppress(OSError):  # its directory is away, too, until the broker is restarted
+                made = _listener(path)
+                listener.close()
+                listener = made
         try:
-            yield
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-            thread.join()
-            path.unlink(missing_ok=True)
-
-
-def _accept(listener: socket.socket, carry_out: Callable[[Order], str]) -> None:
-    with contextlib.suppress(OSError):
-        while True:
             connection, _ = listener.accept()
-            threading.Thread(target=_serve, args=(connection, carry_out), daemon=True).start()
+        except TimeoutError:
+            continue
+        except OSError:  # for example too many open files
+            ended.wait(LOOK_S)
+            continue
+        threading.Thread(target=_serve, args=(connection, carry_out), daemon=True).start()
+    listener.close()
 
 
 def _serve(connection: socket.socket, carry_out: Callable[[Order], str]) -> None:

@@ -36,6 +36,8 @@ class Line(NamedTuple):
     what: str
     size_bytes: int | None
     """None: not known."""
+    estimated: bool = False
+    """The planner's estimate, or an assumption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +62,13 @@ def needs_of(fleet: Fleet, device_bytes: int | None) -> Needs:
             host.append(Line(f"{model.name}: host copy of its weights", movable))
         else:
             device.append(Line(f"{model.name}: weights", None if elastic else weights))
-        device.append(Line(f"{model.name}: activations", _activations(model, shape, on_cpu, device_bytes)))
+        device.append(Line(f"{model.name}: activations", _activations(model, shape, on_cpu, device_bytes), True))
         device += [
             Line(f"{model.name}: {what}", None) for name, what in MORE_MEMORY.items() if is_given(model.args, name)
         ]
         if not on_cpu:
             device += _of_cuda(model)
-        host.append(Line(f"{model.name}: its processes (assumption)", PROCESS_BYTES))
+        host.append(Line(f"{model.name}: its processes (assumption)", PROCESS_BYTES, True))
     return Needs(device=(*device, *host), host=()) if on_cpu else Needs(device=tuple(device), host=tuple(host))
 
 
@@ -122,9 +124,9 @@ def _activations(model: Model, shape: ModelShape | None, on_cpu: bool, device_by
 
 
 def _of_cuda(model: Model) -> Iterator[Line]:
-    yield Line(f"{model.name}: CUDA context and workspaces (assumption)", CONTEXT_BYTES)
+    yield Line(f"{model.name}: CUDA context and workspaces (assumption)", CONTEXT_BYTES, True)
     if not is_given(model.args, "--enforce-eager"):
-        yield Line(f"{model.name}: CUDA graphs (assumption)", GRAPH_BYTES)
+        yield Line(f"{model.name}: CUDA graphs (assumption)", GRAPH_BYTES, True)
     folder = folder_of_model(model.path)
     if folder is not None and "vision_config" in read_config(folder):
-        yield Line(f"{model.name}: encoder at work (assumption)", IMAGE_BYTES)
+        yield Line(f"{model.name}: encoder at work (assumption)", IMAGE_BYTES, True)

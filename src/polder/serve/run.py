@@ -15,8 +15,10 @@ from pathlib import Path
 
 import uvicorn
 
+from polder.broker import client
 from polder.broker.transport import find_stale
-from polder.errors import ConfigError, EnvironmentFault
+from polder.errors import BudgetError, ConfigError, EnvironmentFault
+from polder.serve.check import Estimates, ask_vllm, check_model, faults
 from polder.serve.child import Backoff, ChildStatus, Event
 from polder.serve.control import Order, carried_out
 from polder.serve.disks import make_folders
@@ -25,6 +27,7 @@ from polder.serve.gateway import make_app
 from polder.serve.keys import VARIABLE, fleet_key
 from polder.serve.listening import listen
 from polder.serve.logs import keep_logs
+from polder.serve.machine import look
 from polder.serve.runtime import SOCKET_NAME, runtime_dir
 from polder.serve.specs import Place, broker_spec, model_spec
 from polder.serve.supervisor import Supervisor
@@ -41,12 +44,14 @@ def run(
     reload: Callable[[], Fleet],
     report: Callable[[Event], None],
     *,
+    memory_check: Estimates = "refuse",
     socket_path: Path | None = None,
     log_dir: Path | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM. Must run in the main thread.
 
-    `reload` reads the fleet file again, for models that are added or restarted. `report` gets every start and death,
+    `reload` reads the fleet file again, for models that are added or restarted; those are checked as `memory_check`
+    says. `report` gets every start and death,
     from several threads, one at a time. Raises AddressInUse, ConfigError and EnvironmentFault before anything is
     started, and EnvironmentFault when a child never becomes ready.
     """
@@ -61,7 +66,7 @@ def run(
         make_folders(model.settings.disks for model in fleet.models)
         key = fleet_key(fleet.server.api_key)
         place = Place(socket=path, logs=logs, private=private, engine_key=secrets.token_urlsafe(32) if key else "")
-        running = _Running(fleet, reload, report, place)
+        running = _Running(fleet, reload, report, place, memory_check)
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(
@@ -101,9 +106,15 @@ class _Running:
     """A fleet while it runs: what its children and its operator do to it."""
 
     def __init__(
-        self, fleet: Fleet, reload: Callable[[], Fleet], report: Callable[[Event], None], place: Place
+        self,
+        fleet: Fleet,
+        reload: Callable[[], Fleet],
+        report: Callable[[Event], None],
+        place: Place,
+        memory_check: Estimates,
     ) -> None:
         self._fleet, self._reload, self._report, self._place = fleet, reload, report, place
+        self._memory_check = memory_check
         self._one_at_a_time = threading.Lock()
         self._awaited = {model.name for model in fleet.models}  # without them it is not up yet
         self.server: uvicorn.Server | None = None
@@ -155,7 +166,10 @@ class _Running:
             self._awaited.discard(order.model)
             self.models.remove(order.model)
             return f"{order.model}: removed"
-        spec = model_spec(self._model(order.model), self._fleet, self._place)
+        model = self._model(order.model)
+        self._check(model, order.verb)
+        make_folders([model.settings.disks])
+        spec = model_spec(model, self._fleet, self._place)
         self._awaited.discard(order.model)  # if it does not start, the others serve on
         if order.verb == "restart":
             self.models.replace(spec)
@@ -181,8 +195,19 @@ class _Running:
         found = [model for model in fleet.models if model.name == name]
         if not found:
             raise ConfigError(f"the fleet file has no model {name!r}: add a [[model]] with this name")
-        make_folders([found[0].settings.disks])
         return found[0]
+
+    def _check(self, model: Model, verb: str) -> None:
+        """What `polder serve` checks before it starts. Raises BudgetError with what to change."""
+        untaken_bytes = None
+        if verb == "add":
+            devices = client.status(self._place.socket).devices
+            device = next(found for found in devices if found.device == self._fleet.device)
+            untaken_bytes = device.free_pages * device.page_bytes
+        machine = look(self._fleet.device)
+        found = list(check_model(model, self._fleet, machine, ask_vllm, untaken_bytes=untaken_bytes))
+        if unmet := faults(found, self._memory_check):
+            raise BudgetError("; ".join(unmet))
 
 
 def _example(fleet: Fleet) -> str:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from polder.broker import client
 from polder.broker.config import BROKER_SETTINGS, BrokerConfig
-from polder.errors import BrokerUnavailable, ConfigError
+from polder.errors import BrokerUnavailable, ConfigError, EnvironmentFault
 from polder.serve.arguments import option
 from polder.serve.fleet import Fleet, Model
 from polder.serve.keys import VARIABLE, EngineGuard
@@ -50,13 +50,14 @@ def broker_spec(config: BrokerConfig, place: Place) -> ProcessSpec:
     for given in BROKER_SETTINGS.values():
         value = getattr(config if hasattr(config, given.field) else config.policy, given.field)
         options += [given.option, given.kind.write(value)]
+    answers = _BrokerAnswers(config.socket)
     return ProcessSpec(
         name=BROKER,
         argv=(sys.executable, "-m", "polder.cli.main", "broker", *devices, *options),
         log_path=place.logs / "broker.log",
-        is_ready=lambda: _answers(config.socket),
+        is_ready=answers,
         silent_s=BROKER_SILENT_S,
-        prepare=lambda: remake(place.private),
+        prepare=lambda: answers.begin(place.private),
     )
 
 
@@ -100,11 +101,25 @@ def _sockets_in(private: Path) -> dict[str, str]:
     return {} if VLLM_SOCKETS in os.environ else {VLLM_SOCKETS: str(private)}
 
 
-def _answers(socket_path: Path) -> bool:
-    with contextlib.suppress(BrokerUnavailable):
-        client.status(socket_path, timeout_s=1.0)
-        return True
-    return False
+class _BrokerAnswers:
+    """Whether the broker answers. Raises EnvironmentFault when it did since its start, and its socket was removed."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket, self._answered = socket, False
+
+    def begin(self, private: Path) -> None:
+        """Before each start."""
+        self._answered = False
+        remake(private)
+
+    def __call__(self) -> bool:
+        with contextlib.suppress(BrokerUnavailable):
+            client.status(self._socket, timeout_s=1.0)
+            self._answered = True
+            return True
+        if self._answered and not self._socket.exists():
+            raise EnvironmentFault(f"{self._socket} was removed, so nobody can reach it")
+        return False
 
 
 def vllm_serve(
