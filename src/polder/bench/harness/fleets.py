@@ -7,6 +7,7 @@ may empty caches.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,8 +33,9 @@ __all__ = ["FleetSpec", "OwnEngine", "OwnFleet", "fixed_parts", "load_own", "on_
 
 TOLD = "--enable-prompt-tokens-details"
 ENV = {"VLLM_SERVER_DEV_MODE": "1"}
-OWN_SIZES = ("--num-gpu-blocks-override",)
-"""Arguments by which a stock engine would have another size than its part."""
+OWN_SIZES = ("--num-gpu-blocks-override", "VLLM_CPU_KVCACHE_SPACE")
+"""An argument and a variable by which a stock engine would have another size than its part, for they win over
+--kv-cache-memory-bytes. An empty text in the variable ends vLLM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,7 @@ class OwnEngine:
             name=self.name,
             port=port,
             args=(*plain.arguments(), *device_arguments(self.model, self.device), TOLD, *size, *free),
-            # vLLM's older variable for the size wins over the option.
-            env={**self.model.env, **ENV, "VLLM_PLUGINS": others, "VLLM_CPU_KVCACHE_SPACE": "", VARIABLE: ""},
+            env={**self.model.env, **ENV, "VLLM_PLUGINS": others, VARIABLE: ""},
             cpus=self.model.cpus,
             log_path=log_path,
         )
@@ -86,8 +87,8 @@ def load_own(path: Path) -> OwnFleet:
         if model.name == "all":
             raise ConfigError('model all: give it another name: results have "all" for all models together')
         for name in OWN_SIZES:
-            if is_given(model.args, name):
-                raise ConfigError(f"model {model.name}: args: {name}: leave it out: each arm's bytes are the fleet's")
+            if is_given(model.args, name) or name in {**os.environ, **model.env}:
+                raise ConfigError(f"model {model.name}: {name}: leave it out: each arm's bytes are the fleet's")
         folder = folder_of_model(model.path)
         if folder is None:
             raise ConfigError(f"model {model.name}: {model.path!r} is not on this machine: fetch it first")
