@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from polder.bench.suites.context import ARMS as WINDOWS
 from polder.bench.suites.context import ContextPlan, ContextSuite
 from polder.bench.suites.disks import DisksSuite
 from polder.bench.suites.plan import Plan, parse_names
+from polder.bench.suites.replay import ReplayPlan, ReplaySuite
 from polder.bench.suites.tenants import TenantsSuite
 from polder.bench.suites.turns import ARMS, TurnsSuite
 from polder.cli import bench
@@ -84,6 +86,38 @@ def test_every_suite_is_a_command_whose_help_names_all_of_its_stages_and_arms() 
         assert all(stage in options["--stages"] for stage in plan.choices)
         assert all(arm in options["--arms"] for of in plan.choices.values() for arm in of.known)
         assert {f"--{option}" for option in plan.options} <= options.keys()
+
+
+def test_what_the_user_writes_gets_into_the_plan_and_the_rest_keeps_its_value(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plans: list[ReplayPlan] = []
+    monkeypatch.setattr(ReplaySuite, "__init__", lambda suite, plan, workdir: plans.append(plan))
+    monkeypatch.setattr(ReplaySuite, "run", lambda *_: None)
+    group: Any = typer.main.get_command(bench.app)
+    to = ["--json", str(tmp_path / "result.json")]
+    for words in (["--trace", "a=1", "--trace", "2", "--quick", "--speed", "3", "--legs", "4", "--unit", "s"], []):
+        group.main(["replay", "fleet.toml", *words, *to], standalone_mode=False)
+    quick, full = plans
+    assert (quick.fleet, list(quick.trace), quick.speed, quick.unit, quick.minutes) == (
+        "fleet.toml",
+        ["a=1", "2"],
+        3,
+        "s",
+        1,
+    )
+    assert quick.legs == ["stock", "polder", "polder", "stock"] * 2
+    assert full == replace(ReplaySuite.full, fleet="fleet.toml")
+    assert full.only(arms=["polder"]).legs == ["polder", "polder"]
+
+
+@pytest.mark.parametrize(("name", "flag"), [("speed", "speed"), ("times", "legs"), ("output_tokens", "output-tokens")])
+def test_numbers_of_a_replay_that_cannot_be_meant_are_refused(name: str, flag: str) -> None:
+    none: dict[str, Any] = {name: 0}
+    with pytest.raises(ConfigError, match=f"--{flag} 0: write a number above 0"):
+        _ = replace(ReplaySuite.full, **none).pace
+    with pytest.raises(ConfigError, match="--think -1: write a number of 0 or more"):
+        _ = replace(ReplaySuite.full, think=-1).pace
 
 
 def test_rates_rise_on_one_leg_and_fall_on_the_next() -> None:
