@@ -340,6 +340,23 @@ def test_a_budget_too_small_says_how_much_is_needed(tmp_path: Path, model: Path)
     assert load_fleet(write(tmp_path, text.replace("320MiB", "96MiB") + second)), "what it said is enough"
 
 
+def test_what_no_budget_helps_is_said_before_the_budget(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, CONFIG | {"max_position_embeddings": 4096})
+    text = f'[memory]\nkv_budget = "2MiB"\n[[model]]\nname = "chat"\npath = "{folder}"\nmax_model_len = 100000'
+    with pytest.raises(ConfigError, match=r"fleet\.toml: model chat: max_model_len 100,000 .* own 4,096: write"):
+        load_fleet(write(tmp_path, text))
+
+
+def test_a_broken_config_is_named_with_its_file_and_its_model(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {})
+    (folder / "config.json").write_text('{"model_type": "lla')
+    text = f'[memory]\nkv_budget = "64MiB"\n[[model]]\nname = "chat"\npath = "{folder}"'
+    with pytest.raises(
+        ConfigError, match=r"fleet\.toml: model chat: cannot read .*config\.json: it is not JSON: .*; fetch"
+    ):
+        load_fleet(write(tmp_path, text))
+
+
 def test_a_floor_below_one_request_is_refused(tmp_path: Path, model: Path) -> None:
     with pytest.raises(BudgetError, match=r"model a: floor 16 MiB is less than .*write 48MiB or more"):
         load_fleet(write(tmp_path, GOOD.format(model=model) + 'floor = "16MiB"\n'))

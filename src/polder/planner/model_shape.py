@@ -251,9 +251,10 @@ def read_config(path: Path) -> Mapping[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model: cannot read {path / 'config.json'}: {error}") from error
+        why = "it is not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+        raise ConfigError(f"cannot read {path / 'config.json'}: {why}{error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"model: {path / 'config.json'} holds no table of settings")
+        raise ConfigError(f"{path / 'config.json'} holds no table of settings")
     return config
 
 

@@ -18,8 +18,6 @@ from typing import Any, Literal
 
 from polder.engines.vllm.compat import check_version
 from polder.errors import ConfigError, PolderError
-from polder.planner.model_shape import own_limit, read_config
-from polder.serve.arguments import is_given
 from polder.serve.budget import most_kv_bytes
 from polder.serve.fleet import Fleet, Model
 from polder.serve.listening import listen
@@ -33,7 +31,6 @@ State = Literal["met", "unmet", "open"]
 Estimates = Literal["refuse", "warn"]
 """What becomes of a fleet whose memory is too little by an estimate: `polder serve --memory-check`."""
 PARSER_PATIENCE_S = 600.0
-LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +183,7 @@ def _model(model: Model) -> Iterator[Finding]:
         )
         yield Finding(need=need, state="open", detail=detail)
         return
-    limit = own_limit(read_config(folder))
-    changed = model.env.get(LONGER, os.environ.get(LONGER)) == "1" or is_given(model.args, "--hf-overrides")
-    length = model.max_model_len
-    if isinstance(length, int) and limit is not None and length > limit and not changed:
-        detail = f"max_model_len {length:,} is more than the model's own {limit:,}: write that or less"
-        yield Finding(need=need, state="unmet", detail=detail)
-    else:
-        yield Finding(need=need, state="met", detail=str(folder))
+    yield Finding(need=need, state="met", detail=str(folder))
 
 
 def _least(model: Model, fleet: Fleet) -> Finding:

@@ -17,7 +17,8 @@ from polder.broker.policy import PolicyConfig
 from polder.engines.vllm.settings import EngineSettings
 from polder.errors import BudgetError, ConfigError, UsageError
 from polder.planner.checkpoint import hub_folder
-from polder.serve.arguments import check_arguments
+from polder.planner.model_shape import own_limit, read_config
+from polder.serve.arguments import check_arguments, is_given
 from polder.serve.budget import least_kv_bytes
 from polder.serve.disks import disk_parts
 from polder.serve.schema import EXAMPLE, FleetFile, ModelTable, ServerTable, read_tables, read_toml
@@ -26,6 +27,7 @@ from polder.units import format_bytes
 
 __all__ = ["EXAMPLE", "Fleet", "Model", "check_tables", "default_device", "load_fleet"]
 
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 _KEYS = {given.key: given.model or given.key for given in declared(EngineSettings)}
 
 
@@ -213,10 +215,13 @@ def _model(model: ModelTable, settings: EngineSettings, fleet: Fleet, folder: Pa
         if least is not None and most is not None and least > most:
             raise ConfigError(f"{what}: {low} {format_bytes(least)} is more than its {high} {format_bytes(most)}")
     path = _resolved(model, folder)
+    local = hub_folder(path) or Path(path)
+    if (local / "config.json").is_file():
+        _check_config(what, model, local)
     least_bytes = None
     if not settings.window_bytes:  # with a window a request needs less; only the engine knows how much
         least_bytes = least_kv_bytes(
-            hub_folder(path) or Path(path),
+            local,
             max_model_len=model.max_model_len,
             args=model.args,
             device=fleet.device,
@@ -231,6 +236,20 @@ def _model(model: ModelTable, settings: EngineSettings, fleet: Fleet, folder: Pa
         env=model.env or {},
         least_bytes=least_bytes,
     )
+
+
+def _check_config(what: str, model: ModelTable, folder: Path) -> None:
+    """Raises ConfigError when the folder's config.json cannot be read, or when its model is asked for more tokens than
+    it has. This comes before its memory is reckoned: a larger budget would not help."""
+    try:
+        limit, length = own_limit(read_config(folder)), model.max_model_len
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}; fetch the model again, or mend the file") from error
+    longer = (model.env or {}).get(_LONGER, os.environ.get(_LONGER)) == "1" or is_given(model.args, "--hf-overrides")
+    if isinstance(length, int) and limit is not None and length > limit and not longer:
+        raise ConfigError(
+            f"{what}: max_model_len {length:,} is more than the model's own {limit:,}: write that or less"
+        )
 
 
 def _resolved(model: ModelTable, folder: Path) -> str:
