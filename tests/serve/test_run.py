@@ -406,6 +406,18 @@ def test_an_engine_that_cannot_start_ends_the_fleet_with_its_words(tmp_path: Pat
     assert list(short_dir.iterdir()) == []
 
 
+def test_the_logs_of_a_start_that_is_broken_off_are_kept(tmp_path: Path, short_dir: Path) -> None:
+    serve = Serve(tmp_path, short_dir, "import time; print('the reason', flush=True); time.sleep(100)").start()
+    logs = short_dir / "polder"
+    wait_for(lambda: any("the reason" in path.read_text() for path in logs.glob("*/a*.log")), "its words")
+    events, _ = serve.end(signal.SIGINT)
+    assert serve.process is not None
+    assert serve.process.returncode == 0
+    assert events[-1]["detail"].startswith("stopped; not ready yet: a, b: logs in ")
+    kept = list((serve.state / "polder").glob("logs-*/a*.log"))
+    assert [path.read_text() for path in kept] == ["the reason\n"]
+
+
 def test_an_engine_that_the_broker_does_not_hear_of_is_never_ready(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from polder.units import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from polder.serve.check import Finding
     from polder.serve.child import Event
-    from polder.serve.fleet import Fleet
+    from polder.serve.fleet import Fleet, Model
 
 __all__ = ["run_broker", "serve_fleet"]
 
@@ -43,7 +43,9 @@ def serve_fleet(
     socket: Annotated[Path | None, typer.Option(help="The broker's socket (default: a private one).")] = None,
     log_dir: Annotated[
         Path | None,
-        typer.Option(help="Keep the engines' and the broker's logs here (default: they are kept only if one died)."),
+        typer.Option(
+            help="Keep the engines' and the broker's logs here (default: they are kept only if one died or was not ready)."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,12 +53,15 @@ def serve_fleet(
     from polder.serve.check import ask_vllm, faults
     from polder.serve.check import check as look_at
     from polder.serve.fleet import load_fleet
+    from polder.serve.listening import listen
     from polder.serve.machine import look
 
     loaded = load_fleet(fleet)
     if not check and importlib.util.find_spec("vllm") is None:
         raise EnvironmentFault("vLLM is not installed: pip install 'polder-kv[serve,gpu]' (without a GPU: [serve,cpu])")
-    findings = list(look_at(loaded, look(loaded.device), ask_vllm))
+    if not check:
+        listen(loaded.server.host, loaded.server.port).close()  # a port in use is said before vLLM is asked
+    findings = list(look_at(loaded, look(loaded.device), ask_vllm if as_json else _asking))
     if check:
         print(_as_json(loaded, findings) if as_json else _in_words(findings))
         if any(finding.state != "met" for finding in findings):
@@ -64,14 +69,22 @@ def serve_fleet(
         return
     from polder.serve.run import run
 
-    # The port is opened for good, or refused, by `run`.
-    if unmet := faults([finding for finding in findings if finding.need != "port"], memory_check):
+    if unmet := faults(findings, memory_check):
         raise BudgetError(f"{fleet}: {'; '.join(unmet)}. `polder serve {fleet} --check` shows all needs")
     for finding in findings:
         if finding.estimated or (finding.state == "open" and not as_json):
             _print(sys.stderr, f"polder: {finding.need}: {finding.detail}")
     report = _json_event if as_json else _text_event
     run(loaded, lambda: load_fleet(fleet), report, memory_check=memory_check, socket_path=socket, log_dir=log_dir)
+
+
+def _asking(models: Sequence[Model]) -> list[str]:
+    """`ask_vllm`, with a word before it, because vLLM's import may take a minute."""
+    from polder.serve.check import ask_vllm
+
+    names = ", ".join(model.name for model in models)
+    _print(sys.stderr, f"polder: args of {names}: asking vLLM's parser, whose import takes a while")
+    return ask_vllm(models)
 
 
 # "\b" keeps the line breaks of a paragraph.

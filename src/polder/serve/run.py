@@ -95,11 +95,13 @@ def run(
                 running.models.stop()
                 running.broker.stop(grace_s=5.0)
                 path.unlink(missing_ok=True)
-        if running.unplanned:
+        if running.unplanned or running.awaited:
             kept = f"logs in {keep_logs(private) if log_dir is None else logs}"
             if running.given_up:
                 raise EnvironmentFault(f"{', '.join(running.given_up)} did not start; {kept}")
-            running.hear(Event(child="gateway", kind="stopped", pid=None, detail=f"stopped; a child had died: {kept}"))
+            running.hear(
+                Event(child="gateway", kind="stopped", pid=None, detail=f"stopped; {running.trouble()}: {kept}")
+            )
 
 
 class _Running:
@@ -116,7 +118,7 @@ class _Running:
         self._fleet, self._reload, self._report, self._place = fleet, reload, report, place
         self._memory_check = memory_check
         self._one_at_a_time = threading.Lock()
-        self._awaited = {model.name for model in fleet.models}  # without them it is not up yet
+        self.awaited = {model.name for model in fleet.models}  # without them it is not up yet
         self.server: uvicorn.Server | None = None
         self.given_up: list[str] = []
         self.unplanned = False
@@ -137,15 +139,19 @@ class _Running:
         self.unplanned |= event.kind in UNPLANNED
         with self._one_at_a_time:
             self._report(event)
-        if event.kind == "failed" and (event.child in self._awaited or event.child in self.broker):
+        if event.kind == "failed" and (event.child in self.awaited or event.child in self.broker):
             self.given_up.append(event.child)
             if self.server is not None:
                 self.server.should_exit = True
-        if event.kind == "ready" and event.child in self._awaited:
-            self._awaited.discard(event.child)
-            if not self._awaited:
+        if event.kind == "ready" and event.child in self.awaited:
+            self.awaited.discard(event.child)
+            if not self.awaited:
                 detail = f"ready, try\n{_example(self._fleet)}"
                 self.hear(Event(child="gateway", kind="ready", pid=os.getpid(), detail=detail))
+
+    def trouble(self) -> str:
+        """Why the logs are kept. Who ends a start that takes too long looks there for the reason."""
+        return "a child had died" if self.unplanned else f"not ready yet: {', '.join(sorted(self.awaited))}"
 
     def greeting(self) -> str:
         names = ", ".join(model.name for model in self._fleet.models)
@@ -163,14 +169,14 @@ class _Running:
     def carry_out(self, order: Order) -> str:
         """Returns what was done. Raises UsageError, and EnvironmentFault when the model does not start."""
         if order.verb == "remove":
-            self._awaited.discard(order.model)
+            self.awaited.discard(order.model)
             self.models.remove(order.model)
             return f"{order.model}: removed"
         model = self._model(order.model)
         self._check(model, order.verb)
         make_folders([model.settings.disks])
         spec = model_spec(model, self._fleet, self._place)
-        self._awaited.discard(order.model)  # if it does not start, the others serve on
+        self.awaited.discard(order.model)  # if it does not start, the others serve on
         if order.verb == "restart":
             self.models.replace(spec)
         else:
