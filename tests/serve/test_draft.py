@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from polder.errors import BudgetError, ConfigError
 from polder.serve.check import check
-from polder.serve.draft import draft, read_command
+from polder.serve.draft import draft, read_command, with_own_cores
 from polder.serve.fleet import load_fleet
-from polder.serve.machine import Machine, Memory
+from polder.serve.machine import Machine, Memory, physical_cores
 from polder.serve.process import free_port
 from tests.serve.test_check import CPU, GIB, H100, HOST, models, open_or_unmet
 from tests.serve.test_cli import polder
 
 __all__ = ["models"]
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def checked(folder: Path, text: str, machine: Machine) -> dict[str, str]:
@@ -34,6 +37,37 @@ def test_a_command_line_becomes_a_model(models: Path) -> None:
     assert found.args == ("--enforce-eager", "--max-num-seqs", "4")
     assert found.env == {"CUDA_VISIBLE_DEVICES": "0"}
     assert found.left_out == ("--port 8001", "--gpu-memory-utilization 0.4")
+
+
+def test_on_a_cpu_no_two_models_compute_on_one_core(models: Path) -> None:
+    given = [read_command(f"{models}/{name}") for name in ("chat", "code")]
+    usable = sorted(os.sched_getaffinity(0))[:2]
+    many = Memory(total_bytes=256 * GIB, free_bytes=200 * GIB)
+    cores = tuple((core,) for core in usable)
+    machine = Machine(host=many, device=many, vllm="0.32.0+cpu", cores=cores)
+    (models / "fleet.toml").write_text(draft(given, machine, "cpu:0", free_port()))
+    bound = [(model.cpus, model.env.get(BIND, "")) for model in load_fleet(models / "fleet.toml").models]
+    own = [(str(core), str(core)) for core in usable]
+    assert bound == (own if len(own) == 2 else [("", "")] * 2)
+
+
+def test_threads_of_one_core_stay_with_one_model_and_a_command_keeps_its_own_binding(models: Path) -> None:
+    given = [read_command(f"{models}/{name}") for name in ("chat", "code")]
+    pairs = ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert [(model.cpus, model.env) for model in with_own_cores(given, pairs)] == [
+        ("0,1,4,5", {BIND: "0,1"}),
+        ("2,3,6,7", {BIND: "2,3"}),
+    ]
+    assert with_own_cores(given, pairs[:1]) == given, "too few cores"
+    bound = [*given[:1], read_command(f"{BIND}=3 vllm serve {models}/code")]
+    assert with_own_cores(bound, pairs) == bound
+
+
+def test_logical_cores_are_told_by_their_physical_one(tmp_path: Path) -> None:
+    for core in range(4):
+        (tmp_path / f"cpu{core}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{core}" / "topology" / "thread_siblings_list").write_text(f"{core % 2},{core % 2 + 2}\n")
+    assert physical_cores({0, 1, 2, 3, 9}, tmp_path) == ((0, 2), (1, 3), (9,))
 
 
 @pytest.mark.parametrize("text", ["vllm bench x", "vllm serve --port 1", "vllm serve 'x", "vllm serve x --port"])

@@ -17,11 +17,12 @@ from polder.serve.needs import Line, folder_of_model, needs_of
 from polder.serve.schema import read_tables
 from polder.units import format_bytes
 
-__all__ = ["DraftModel", "draft", "read_command"]
+__all__ = ["DraftModel", "draft", "read_command", "with_own_cores"]
 
 SHARE = {"cpu": 0.5, "cuda": 0.95}
 """The part of the memory that is left which the budget takes. A CPU's memory is for other programs, too."""
 SHORTEST = 2048
+_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 _STEP = 64 << 20
 _OURS = ("--host", "--port", "--uds", "--kv-transfer-config", "--gpu-memory-utilization", "--kv-cache-memory-bytes")
 """Arguments with a value that a fleet sets itself."""
@@ -33,6 +34,7 @@ class DraftModel:
     name: str
     path: str
     max_model_len: int | None = None
+    cpus: str = ""
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -45,6 +47,7 @@ class DraftModel:
             "path": self.path,
             "max_model_len": self.max_model_len,
             "weights": weights,
+            "cpus": self.cpus,
             "args": list(self.args),
             "env": dict(self.env),
         }
@@ -105,11 +108,12 @@ def draft(models: Sequence[DraftModel], machine: Machine, device: str, port: int
     """The text of a fleet file whose budget fits beside all else that its models need.
 
     Contexts that no command gave are shortened until one request of each model fits; where the weights do not fit
-    together, they are elastic. Raises BudgetError when that is not enough, ConfigError for a device that is not there.
+    together, they are elastic. On a CPU each model gets cores of its own, if there are enough. Raises BudgetError when
+    the models do not fit, ConfigError for a device that is not there.
     """
     if machine.fault or machine.device is None:
         raise ConfigError(f"device {device}: {machine.fault or 'NVML does not tell how much memory it has'}")
-    models = _with_own_names(models)
+    models = with_own_cores(_with_own_names(models), machine.cores)
     reasons = []
     for weights in ("", "elastic"):
         try:
@@ -208,6 +212,23 @@ def _with_own_names(models: Sequence[DraftModel]) -> list[DraftModel]:
             name, number = f"{model.name}-{number}", number + 1
         named.append(replace(model, name=name))
     return named
+
+
+def with_own_cores(models: Sequence[DraftModel], cores: Sequence[tuple[int, ...]]) -> Sequence[DraftModel]:
+    """Equal parts of the physical cores, one thread for each: by itself, vLLM binds the threads of every engine to the
+    same cores. As they are when there are fewer cores than models, or a command binds threads itself."""
+    part = len(cores) // len(models)
+    if not part or any(_BIND in model.env for model in models):
+        return models
+    parts = [cores[part * number : part * (number + 1)] for number in range(len(models))]
+    return [
+        replace(
+            model,
+            cpus=",".join(str(core) for core in sorted(sum(mine, ()))),
+            env={**model.env, _BIND: ",".join(str(core[0]) for core in mine)},
+        )
+        for model, mine in zip(models, parts, strict=True)
+    ]
 
 
 def _path(text: str) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from polder.memory import nvml
 from polder.memory.devices import device_uuid
 
-__all__ = ["Machine", "Memory", "host_memory", "installed_vllm", "look"]
+__all__ = ["Machine", "Memory", "host_memory", "installed_vllm", "look", "physical_cores"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +31,32 @@ class Machine:
     """Why the device cannot be used, and what to do; "": it can."""
     vllm: str | None
     """The version of vLLM that is installed."""
+    cores: tuple[tuple[int, ...], ...] = ()
+    """The physical cores that this process may use, each with its logical ones; empty where they do not matter."""
 
 
 def look(device: str) -> Machine:
     """This machine, for a fleet on that device."""
     host = host_memory()
     if device.startswith("cpu"):
-        return Machine(host=host, device=host, vllm=installed_vllm())
+        cores = physical_cores(os.sched_getaffinity(0))
+        return Machine(host=host, device=host, vllm=installed_vllm(), cores=cores)
     uuid = device_uuid(device)
     found = nvml.memory(bytes.fromhex(uuid)) if uuid else None
     gpu = None if found is None else Memory(total_bytes=found[0], free_bytes=found[1])
     return Machine(host=host, device=gpu, fault="" if uuid else _fault(device), vllm=installed_vllm())
+
+
+def physical_cores(logical: Set[int], cpus: Path = Path("/sys/devices/system/cpu")) -> tuple[tuple[int, ...], ...]:
+    """Logical cores by the physical core that they share. One whose siblings the kernel does not tell stands alone."""
+    found: dict[str, list[int]] = {}
+    for core in sorted(logical):
+        try:
+            siblings = (cpus / f"cpu{core}" / "topology" / "thread_siblings_list").read_text()
+        except OSError:
+            siblings = str(core)
+        found.setdefault(siblings.strip(), []).append(core)
+    return tuple(tuple(each) for each in found.values())
 
 
 def host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> Memory:
