@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from polder.broker import client
+from polder.serve.control import children_of
 from polder.serve.machine import host_memory
 from polder.serve.process import free_port
 from tests.serve.fakes import canned_status, fake_broker, is_running, wait_for
@@ -264,6 +265,20 @@ def test_a_directory_that_a_cleaner_has_removed_is_made_again(serve: Serve) -> N
     said = [event["detail"] for event in events if event["event"] == "silent"]
     assert said == [f"{socket_path} was removed, so nobody can reach it: ending it"]
     assert list(serve.runtime.iterdir()) == []
+
+
+def test_top_shows_the_models_that_still_load(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "engine.py").write_text("import time; time.sleep(600)")
+    here = serve.runtime / "here"
+    serve.start("--socket", str(here))
+    wait_for(
+        lambda: {child.name for child in children_of(here) if child.state == "starting"} == {"a", "b"}, "the models"
+    )
+    command = [sys.executable, "-m", "polder.cli.main", "top", "--once", "--socket", str(here)]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert [line for line in text.splitlines() if "starting" in line] == ["a is starting", "b is starting"]
+    serve.end(signal.SIGTERM)
+    assert children_of(here) == []
 
 
 def test_a_model_comes_goes_and_starts_anew_while_the_other_serves(serve: Serve, tmp_path: Path) -> None:

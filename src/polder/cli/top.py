@@ -14,6 +14,7 @@ import typer
 from polder.broker import client
 from polder.cli.options import AsJson, Socket, find_socket
 from polder.errors import BrokerUnavailable
+from polder.serve.control import children_of
 from polder.serve.supervisor import FleetStatus
 
 __all__ = ["top"]
@@ -52,7 +53,7 @@ def _look(path: Path | None, url: str | None) -> FleetStatus:
     """Raises BrokerUnavailable, or EnvironmentFault when no fleet answers at the URL."""
     if url is None:
         assert path is not None
-        return FleetStatus(broker=client.status(path))
+        return FleetStatus(broker=client.status(path), children=children_of(path))
     address = url.rstrip("/").removesuffix("/v1") + "/polder/status"
     try:
         with urllib.request.urlopen(address, timeout=5) as answer:

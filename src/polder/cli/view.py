@@ -19,6 +19,7 @@ from rich.text import Text
 from polder.broker.wire import DeviceStatus, EngineStatus, Status
 from polder.errors import EnvironmentFault
 from polder.metrics import TIER_NAMES
+from polder.serve.child import ChildStatus
 from polder.serve.metrics import unit_bytes
 from polder.serve.supervisor import FleetStatus
 from polder.tiers.counters import verdict
@@ -117,8 +118,14 @@ def render(fleet: FleetStatus, before: FleetStatus | None = None, *, width: int 
         parts += [Text(f"{name} serves as stock vLLM: {reason}") for name, reason in status.stock.items()]
         parts.append(_broker(status))
     down = [child for child in fleet.children if child.state != "ready"]
-    parts += [Text(f"{c.name} is {c.state}, restarts {c.restarts} {c.last_exit}", style="red") for c in down]
+    parts += [_not_ready(child) for child in down]
     return Group(*parts)
+
+
+def _not_ready(child: ChildStatus) -> Text:
+    if child.state == "starting" and not child.restarts:
+        return Text(f"{child.name} is starting", style="yellow")
+    return Text(f"{child.name} is {child.state}, restarts {child.restarts} {child.last_exit}", style="red")
 
 
 def _device(device: DeviceStatus, colours: dict[str, str]) -> Text:

@@ -1,4 +1,4 @@
-"""Orders to a running fleet: one model more, one less, one anew, while the others serve on.
+"""Orders to a running fleet: one model more, one less, one anew, while the others serve on; and how its children are.
 
 They come through a socket beside the broker's, with its guard: mode 0600, and the same user only (SO_PEERCRED). One
 line of JSON each way. A cleaner may remove the socket: then another one is made.
@@ -19,16 +19,21 @@ import msgspec
 
 from polder.broker.transport import address_of, check_socket_path
 from polder.errors import BrokerUnavailable, EnvironmentFault, PolderError, UsageError
+from polder.serve.child import ChildStatus
 
-__all__ = ["Order", "carried_out", "give"]
+__all__ = ["Order", "carried_out", "children_of", "give"]
+
+ASKING_S = 5.0
+"""How long `children_of` waits for a fleet."""
 
 LOOK_S = 0.5
 """Between looks at whether the socket is still there; an end waits for as long."""
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    verb: Literal["add", "remove", "restart"]
-    model: str
+    verb: Literal["add", "remove", "restart", "list"]
+    model: str = ""
+    """Empty for `list`, which answers with a JSON list of ChildStatus."""
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,13 +46,14 @@ def _beside(broker: Path) -> Path:
     return broker.with_name(f"{broker.name}.ctl")
 
 
-def give(broker: Path, order: Order) -> str:
+def give(broker: Path, order: Order, *, timeout_s: float | None = None) -> str:
     """Gives an order to the fleet whose broker listens on this socket, and waits until it is carried out.
 
     Returns what was done. Raises UsageError and EnvironmentFault with the fleet's words, BrokerUnavailable without a
-    fleet.
+    fleet, TimeoutError when the fleet takes longer than `timeout_s`.
     """
     with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout_s)
         try:
             connection.connect(address_of(_beside(broker)))
         except OSError as error:
@@ -61,6 +67,15 @@ def give(broker: Path, order: Order) -> str:
     if answer.failed:
         raise UsageError(answer.words) if answer.failed == "usage" else EnvironmentFault(answer.words)
     return answer.words
+
+
+def children_of(broker: Path) -> list[ChildStatus]:
+    """The children of the fleet whose broker listens on this socket; empty when no fleet answers, as with a broker that
+    runs alone."""
+    try:
+        return msgspec.json.decode(give(broker, Order(verb="list"), timeout_s=ASKING_S), type=list[ChildStatus])
+    except (PolderError, OSError, msgspec.DecodeError):
+        return []
 
 
 @contextlib.contextmanager

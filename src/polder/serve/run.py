@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import uvicorn
 
 from polder.broker import client
@@ -168,6 +169,8 @@ class _Running:
 
     def carry_out(self, order: Order) -> str:
         """Returns what was done. Raises UsageError, and EnvironmentFault when the model does not start."""
+        if order.verb == "list":
+            return msgspec.json.encode(self.children()).decode()
         if order.verb == "remove":
             self.awaited.discard(order.model)
             self.models.remove(order.model)

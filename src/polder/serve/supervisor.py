@@ -29,7 +29,7 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     broker: Status | None
     """None: the broker does not answer."""
     children: list[ChildStatus] = []
-    """Empty where only the broker was asked."""
+    """Empty where the broker runs without `polder serve`."""
 
 
 class Supervisor(Mapping[str, "str | None"]):
