@@ -31,6 +31,13 @@ PYDANTIC = """\
 (APIServer pid=6) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
 (APIServer pid=6)   Value error, Invalid repository ID or local directory specified: 'models/none'.
 """
+CORE_IS_GONE = """\
+(APIServer pid=6) WARNING 11-30 15:02:53 [core_client.py:817] [shutdown] MPClient: engine core exited unexpectedly
+(APIServer pid=6) ERROR 11-30 15:02:53 [async_llm.py:906] Traceback (most recent call last):
+(APIServer pid=6) ERROR 11-30 15:02:53 [async_llm.py:906]   File "core_client.py", line 1235, in get_output_async
+(APIServer pid=6) ERROR 11-30 15:02:53 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore \
+encountered an issue. See stack trace (above) for the root cause.
+"""
 
 
 @pytest.mark.parametrize(
@@ -48,10 +55,16 @@ PYDANTIC = """\
         ),
         ("Traceback (most recent call last):\n  File\nKeyboardInterrupt\n", "KeyboardInterrupt"),
         ("killed\n", ""),
+        (CORE_IS_GONE + ENGINE, "ValueError: To serve 4096 tokens 1 GiB is needed"),
     ],
 )
 def test_the_first_cause_of_many_errors_is_found(text: str, cause: str) -> None:
     assert first_cause(text) == cause
+
+
+def test_a_core_that_ended_without_a_traceback_was_killed() -> None:
+    assert "above" not in first_cause(CORE_IS_GONE)
+    assert "is killed: by hand, or by the kernel for memory" in first_cause(CORE_IS_GONE)
 
 
 def test_a_cause_is_of_the_last_start(tmp_path: Path) -> None:

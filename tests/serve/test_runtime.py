@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from polder.cli.options import find_socket
 from polder.errors import EnvironmentFault
-from polder.serve.runtime import SOCKET_NAME, discover_socket, runtime_dir
+from polder.serve.runtime import SOCKET_NAME, discover_sockets, runtime_dir
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +28,18 @@ def test_it_is_private_and_gone_at_the_end(base: Path) -> None:
     assert not base.exists()
 
 
-def test_the_fleet_that_started_last_is_found() -> None:
-    assert discover_socket() is None
+def test_the_fleet_that_started_last_is_found_and_the_others_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert discover_sockets() == []
     with runtime_dir() as first, runtime_dir() as second:
         for age, path in enumerate((second, first)):
             (path / SOCKET_NAME).touch()
             os.utime(path / SOCKET_NAME, (age, age))
-        assert discover_socket() == first / SOCKET_NAME
-    assert discover_socket() is None
+        assert find_socket(None) == first / SOCKET_NAME
+        assert f"else --socket {second / SOCKET_NAME}" in capsys.readouterr().err
+        (second / SOCKET_NAME).unlink()
+        assert find_socket(None) == first / SOCKET_NAME
+        assert capsys.readouterr().err == ""
+    assert discover_sockets() == []
 
 
 def test_what_a_killed_fleet_left_is_removed_and_a_living_one_is_not(base: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from polder.errors import BrokerUnavailable, ConfigError
-from polder.serve.runtime import discover_socket, user_dir
+from polder.serve.runtime import discover_sockets, user_dir
 from polder.settings import Setting, default_of, read
 
 __all__ = ["AsJson", "Socket", "check_output", "find_socket", "with_options"]
@@ -24,18 +24,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def find_socket(given: Path | None) -> Path:
-    """`given`, else $POLDER_BROKER, else the fleet of this user that started last. Raises BrokerUnavailable without
-    any."""
+    """`given`, else $POLDER_BROKER, else the fleet of this user that started last; says so if there are several.
+    Raises BrokerUnavailable without any."""
     if given is not None:
         return given
     if os.environ.get("POLDER_BROKER"):
         return Path(os.environ["POLDER_BROKER"])
-    found = discover_socket()
-    if found is None:
+    found = discover_sockets()
+    if not found:
         raise BrokerUnavailable(
             f"no fleet of yours runs here (looked in {user_dir()}): start `polder serve`, or name a broker with --socket"
         )
-    return found
+    if len(found) > 1:
+        others = ", ".join(f"--socket {path}" for path in found[1:])
+        typer.echo(
+            f"polder: of your {len(found)} fleets this is {found[0]}, which started last; else {others}", err=True
+        )
+    return found[0]
 
 
 def check_output(*paths: Path | None) -> None:

@@ -26,11 +26,20 @@ KEPT = 5
 _REFUSAL = re.compile(r"polder\.errors\.(?:ConfigError|UnsupportedVersion): (.*)")
 # vLLM writes "(EngineCore pid=7) ERROR 11-30 10:11:12 [core.py:99] " before each line of a traceback, or a part of it.
 _PREFIX = re.compile(r"(?P<who>\([A-Z]\w* pid=\d+\) )?(?:(?:ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\] )?")
+_CORE_GONE = "vllm.v1.engine.exceptions.EngineDeadError: "
+_KILLED = (
+    "its engine core ended and left no error, as a process does that is killed: by hand, or by the kernel for memory, "
+    "which `dmesg` would show"
+)
 _USAGE = re.compile(r"[\w .-]+: error: .+")
 
 
 def first_cause(text: str) -> str:
-    """The first error in a log: a parser's refusal, or the exception of the first traceback. Empty if there is none."""
+    """The first error in a log: a parser's refusal, or the exception of the first traceback. Empty if there is none.
+
+    That the front end lost its core is an answer only if the core has no traceback.
+    """
+    core_is_gone = False
     writer: str | None = None  # of the traceback that is being read
     lines = [(found["who"] or "", line[found.end() :]) for line in text.splitlines() if (found := _PREFIX.match(line))]
     for at, (who, words) in enumerate(lines):
@@ -38,10 +47,12 @@ def first_cause(text: str) -> str:
             return words
         if writer is None and words.startswith("Traceback (most recent call last)"):
             writer = who
+        elif writer == who and words.startswith(_CORE_GONE):
+            writer, core_is_gone = None, True
         elif writer == who and words and not words[0].isspace():
             more = (line.strip() for other, line in lines[at + 1 : at + 4] if other == who and line[:1].isspace())
             return " ".join((words, *more))
-    return ""
+    return _KILLED if core_is_gone else ""
 
 
 class Log:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from polder.errors import EnvironmentFault
 
-__all__ = ["SOCKET_NAME", "discover_socket", "remake", "runtime_dir", "user_dir"]
+__all__ = ["SOCKET_NAME", "discover_sockets", "remake", "runtime_dir", "user_dir"]
 
 SOCKET_NAME = "broker.sock"
 _PREFIX = "f"
@@ -77,10 +77,10 @@ def remake(path: Path) -> None:
         ) from error
 
 
-def discover_socket() -> Path | None:
-    """The broker's socket of this user's most recent fleet, or None."""
+def discover_sockets() -> list[Path]:
+    """The brokers' sockets of this user's fleets, the most recent first."""
     found = [(path.stat().st_mtime, path) for path in user_dir().glob(f"{_PREFIX}*/{SOCKET_NAME}") if path.exists()]
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _sweep(parent: Path) -> None:
