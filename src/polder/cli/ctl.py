@@ -58,8 +58,8 @@ def resize(
 def sleep(
     engine: Annotated[str, typer.Argument(help="The engine's name.")], socket: Socket = None, as_json: AsJson = False
 ) -> None:
-    """Take an idle engine's weights and KV memory until its next request, or `wake`. What is in its tiers stays
-    there."""
+    """Free an idle engine's memory until its next request or `wake`. Its weights and KV leave the device; what is in
+    its tiers stays there."""
     from polder.broker import client
 
     client.request(find_socket(socket), Sleep(engine=engine))
@@ -84,7 +84,7 @@ def stream(
     socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let an engine hold the weights of some layers and stream the others in every step, until `wake` or `sleep`."""
+    """Hold the weights of some layers, stream the others. They are copied in every step, until `wake` or `sleep`."""
     from polder.broker import client
 
     client.request(find_socket(socket), Stream(engine=engine, segments=layers))
