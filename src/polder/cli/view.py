@@ -31,7 +31,7 @@ BAR = 60
 NARROW = 110
 """Terminals with fewer columns show the sizes of `_FIRST` alone."""
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
-_MEMORY = ("held", "floor", "share", "ceiling", "busy", "waiting", "cached", "borrowed", "lent", "recalled", "target")
+_MEMORY = ("held", "floor", "share", "ceiling", "busy", "waiting", "cached", "borrowed", "lent", "target")
 _FIRST = ("held", "target", "share", "busy", "borrowed", "lent")
 
 
