@@ -27,6 +27,8 @@ __all__ = [
     "GIVEBACK",
     "LENDING",
     "PACING",
+    "SPARSE",
+    "SPARSE_NOW",
     "STATUS",
     "TIERS",
     "TIER_NAMES",
@@ -161,6 +163,23 @@ WINDOW_RANKS = (
         "Measured at the start: how much longer a step with these blocks took",
     ),
 )
+SPARSE = (
+    _counter("sparse_requests_total", "", "Times that a request began to read a part of its prefix"),
+    _counter("sparse_refused_total", "", "Requests that asked for sparse reading and read all: short, or no room"),
+    _counter("sparse_reused_total", "", "Requests that found their prefix stored in units by an earlier one"),
+    _counter("sparse_fallbacks_total", "", "Requests computed again to read all, for too much was left unread"),
+    _counter("sparse_tokens_total", "tokens", "Tokens of requests that read a part of their prefix"),
+    _counter("sparse_wanted_units_total", "units", "Units that layers have selected, on one rank"),
+    _counter("sparse_read_units_total", "units", "Units that were selected and not in a slot, on one rank"),
+    _counter("sparse_failed_units_total", "units", "Units that could not be read, and were left out, on one rank"),
+    _counter("sparse_store_seconds_total", "seconds", "Time spent on clustering prefixes and on filling slots"),
+    _gauge("sparse_unread_ratio", "ratio", "Estimated share of attention that the last sparse token did not read"),
+)
+SPARSE_NOW = (
+    _gauge("sparse_prefixes", "", "Prefixes stored in units"),
+    _gauge("sparse_used_bytes", "bytes", "Host memory with units and their index, on one rank"),
+    _gauge("sparse_running_requests", "", "Requests that read a part of their prefix at present"),
+)
 LENDING = (
     _gauge("lent_offered_bytes", "bytes", "Idle KV memory on offer to other engines"),
     _gauge("lent_borrowed_bytes", "bytes", "Offered KV memory that other engines hold"),
@@ -217,6 +236,7 @@ ENGINE_GROUPS: dict[str, tuple[Metric, ...]] = {
     "Steps in time (`tbt_goal`)": PACING,
     "Weights": (*WEIGHTS, *WEIGHT_RANKS),
     "Window": (*WINDOW, *WINDOW_RANKS),
+    "Sparse reading": (*SPARSE, *SPARSE_NOW),
     "Lending": LENDING,
     "Tiers": TIERS,
     "Disks": DISKS,

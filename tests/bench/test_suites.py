@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -16,14 +17,18 @@ from polder.bench.harness.arms import ArmSpec
 from polder.bench.harness.fleets import FleetSpec
 from polder.bench.report import metrics
 from polder.bench.report.result import BenchResult, read_result
+from polder.bench.stages.quality import Decoded
 from polder.bench.suites.base import Suite
 from polder.bench.suites.context import ContextSuite
 from polder.bench.suites.disks import ARMS as LAYOUTS
 from polder.bench.suites.disks import DisksSuite
 from polder.bench.suites.elastic import ElasticSuite
 from polder.bench.suites.replay import ReplaySuite
+from polder.bench.suites.sparse import ARMS as READERS
+from polder.bench.suites.sparse import SparseSuite
 from polder.bench.suites.tenants import TenantsSuite
 from polder.bench.suites.turns import ARMS, TurnsSuite
+from polder.bench.workloads import checkpoints
 from polder.emulation.disks import VirtualClock
 from tests.bench.fakes import FakeArm, FakeBroker, no_waiting, own_fleet, short_traces
 
@@ -75,6 +80,51 @@ def test_elastic_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:
     assert result.checks["tokens_equal"]
     assert [one["arm"] for one in result.conditions["runs"]] == ["stock", "polder", "polder", "stock"]
     assert started == ["stock", "polder", "stock-equality", "polder-equality"]
+
+
+class FakeDecoding:
+    """Answers with logits that are the further from dense the less is read."""
+
+    block_tokens, block_bytes, layers = 16, 30 * 24 << 10, 30
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(letter) % 50 for letter in text]
+
+    def decode(self, prompt: list[int], tokens: int, forced: list[int] | None, ask: Mapping[str, Any]) -> Decoded:
+        random = np.random.default_rng(len(prompt))
+        logits, noise = (random.standard_normal((tokens, 50)).astype(np.float32) for _ in range(2))
+        said: dict[str, Any] = {}
+        if ask:
+            share = float(ask["sparse"].rstrip("%")) / 100
+            logits += noise * (1 - share) * (1e-4 if ask["method"] == "polder" else 1.0)
+            said = {
+                "units": 200,
+                "slots": int(200 * share),
+                "sparse_tokens": tokens - 1,
+                "read_units": 90,
+                "unread": 0.1,
+            }
+        return Decoded(logits=logits, tokens=forced or logits.argmax(axis=1).tolist(), said=said, token_ms=3.0)
+
+    def stop(self) -> None: ...
+
+
+def test_sparse_runs_all_of_its_stages(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparseSuite, "engine", lambda *_: FakeDecoding())
+    monkeypatch.setattr(checkpoints, "ensure_checkpoint", lambda *_: tmp_path)
+    plan = replace(SparseSuite.full, tokens=24)
+    result, started, _ = run(SparseSuite(plan, workdir=tmp_path))
+    assert set(result.arms) == {*READERS, *(f"{arm}-8k" for arm in READERS)}
+    assert set(result.arms["polder-10"]) == {"quote", "facts", "chat", "code"}
+    assert result.arms["dense"]["code"]["kl_to_dense"] == 0 < result.arms["polder-10"]["code"]["kl_to_dense"]
+    assert result.arms["polder-100"]["chat"]["device_kv_bytes"] == result.arms["dense"]["chat"]["device_kv_bytes"]
+    assert "polder-10-8k/quest-10-8k:facts.kl_to_dense" in result.ratios
+    assert set(result.checks) == {
+        *("dense_at_100_percent", "kl_at_10_percent_at_most_0_01", "top1_at_10_percent_at_least_0_97"),
+        *("bytes_at_10_percent_at_most_0_035_of_the_prefix", "kl_a_tenth_of_quests"),
+    }
+    assert all(result.checks.values())
+    assert not started
 
 
 def test_turns_runs_all_of_its_stages(run: Run, tmp_path: Path) -> None:

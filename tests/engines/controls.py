@@ -395,3 +395,20 @@ def _(broken: Breaker) -> None:
     from polder.engines.vllm.window.worker import WorkerWindow
 
     broken(WorkerWindow, "move", lambda stock, *args: None)
+
+
+# ---------------------------------------------------------------- sparse reading
+
+
+@_control("one unit is read in place of all")
+def _(broken: Breaker) -> None:
+    from polder.engines.vllm.sparse import homes
+
+    broken(homes._Memory, "read", lambda stock, self, units, *args: stock(self, np.zeros_like(units), *args))
+
+
+@_control("the worst units are selected")
+def _(broken: Breaker) -> None:
+    from polder.engines.vllm.sparse import decoding
+
+    broken(decoding, "best", lambda stock, shares, count: stock(-shares, count))

@@ -1,7 +1,7 @@
 """Two real models for tests, whose answers are text.
 
 SmolLM2 135M (Apache-2.0) is a Llama. Gemma 3 270M (Gemma's terms of use) is a hybrid: most of its layers see a sliding window.
-They become checkpoints beside the other test models (`polder.demo.checkpoints`).
+They become checkpoints beside the other test models (`polder.bench.workloads.checkpoints`).
 
 Without a network `NotAvailable` is raised: tests are skipped then, unless CI=1 or POLDER_REAL_MODELS=required says that they
 must run. POLDER_REAL_MODELS=all runs those, too, that take too long for CI.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from polder.demo.checkpoints import SMOLLM2, NotAvailable, Source, ensure_checkpoint
+from polder.bench.workloads.checkpoints import SMOLLM2, NotAvailable, Source, ensure_checkpoint
 from tests.engines.harness import MODELS
 
 __all__ = ["NotAvailable", "Tokenizer", "all_wanted", "gemma3", "required", "smollm2"]

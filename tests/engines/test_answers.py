@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from polder.demo import checkpoints
+from polder.bench.workloads import checkpoints
 from tests.engines import real_models
 from tests.engines.answers import assert_varied
 

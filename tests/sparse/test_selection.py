@@ -46,10 +46,10 @@ def test_shares_are_those_of_the_plain_formula(
     seed: int, kv_heads: int, group: int, half: int, units: int, unit: int, rests: int, spread: float
 ) -> None:
     d = 2 * half
-    keys, exact = drawn(seed, kv_heads, units * unit, d, spread=spread), drawn(seed + 1, kv_heads, rests, d)
+    keys, exact = drawn(seed, kv_heads, units * unit, d, spread=spread), drawn(seed + 1, kv_heads, rests + 3, d)
     query, codes = drawn(seed + 2, kv_heads * group, d, spread=spread), encode(keys)
-    found, rest = unit_shares(query, codes, exact, scale=d**-0.5, unit=unit)
-    expected, expected_rest = plain_shares(query, codes.decode(), exact, d**-0.5, unit)
+    found, rest = unit_shares(query, codes, exact, rests, scale=d**-0.5, unit=unit)
+    expected, expected_rest = plain_shares(query, codes.decode(), exact[:, :rests], d**-0.5, unit)
     np.testing.assert_allclose(found, expected, atol=2e-4)
     assert abs(rest - expected_rest) < 2e-4
     assert abs(found.sum() + rest - 1) < 1e-4

@@ -23,10 +23,10 @@ from polder.bench.harness.driver import Tally, measured_turns
 from polder.bench.harness.machine import check_engine
 from polder.bench.harness.runs import play_on
 from polder.bench.report.result import write_result
+from polder.bench.workloads.checkpoints import SMOLLM2, ensure_checkpoint
 from polder.broker import client
 from polder.cli.view import render
 from polder.demo.arms import BUDGET_BYTES, MODEL, Seen, make_arm, play_watched
-from polder.demo.checkpoints import SMOLLM2, ensure_checkpoint
 from polder.demo.figures import to_result
 from polder.demo.load import CHAT, DOCS, Chat
 from polder.demo.picture import draw

@@ -17,8 +17,8 @@ from polder.bench.harness.driver import RequestRecord, Tally, Workload
 from polder.bench.harness.engines import EnginePlan, a_core_each
 from polder.bench.harness.runs import play_on
 from polder.bench.harness.timeline import MemorySample, Timeline, sampling
+from polder.bench.workloads.checkpoints import SMOLLM2, ensure_checkpoint
 from polder.bench.workloads.models import ModelRecipe
-from polder.demo.checkpoints import SMOLLM2, ensure_checkpoint
 from polder.demo.load import CHAT, DOCS
 
 __all__ = ["BUDGET_BYTES", "MODEL", "Seen", "make_arm", "play_watched"]

@@ -181,11 +181,11 @@ def _host_quotas(settings: Mapping[str, EngineSettings], fleet: Fleet) -> dict[s
     """Host memory by model: what it asks for, else an equal part of what is left, in whole pages, for models with that
     tier."""
     asked = {name: model.host_bytes for name, model in settings.items() if model.host_bytes}
-    taken = sum(asked.values()) + sum(model.window_bytes for model in settings.values())
+    taken = sum(asked.values()) + sum(model.window_bytes + model.sparse_bytes for model in settings.values())
     rest = fleet.host_bytes - taken
     if rest < 0:
         raise BudgetError(
-            f"the models' host quotas and windows are {format_bytes(taken)} together, more than memory.host "
+            f"the models' host quotas, windows and sparse prefixes are {format_bytes(taken)} together, more than memory.host "
             f'{format_bytes(fleet.host_bytes)}: write host = "{_mib(taken)}" or more, or lower them'
         )
     others = [name for name, model in settings.items() if "host" in model.tiers and name not in asked]

@@ -8,5 +8,6 @@ vLLM, and nothing does I/O. docs/sparse.md says what was measured.
     ordering     which tokens make a unit: key bisection in the metric of the prefix's own last queries
     codes        keys with 4 bits a channel: the index by which units are selected
     selection    a query's share of attention for each unit, in one compiled call
+    methods      the same by other means, to compare with
     slots        which unit lies in which slot of a layer
 """

@@ -24,14 +24,17 @@ CHUNK = 256
 """Tokens whose logits are computed together: their accumulators stay in the first cache."""
 
 
-def unit_shares(query: Floats, codes: KeyCodes, exact: Floats, *, scale: float, unit: int) -> tuple[Floats, float]:
-    """(share of attention of each unit [units], summed over the heads and divided by their number; that of the exact keys).
+def unit_shares(
+    query: Floats, codes: KeyCodes, exact: Floats, exact_tokens: int, *, scale: float, unit: int
+) -> tuple[Floats, float]:
+    """(share of attention of each unit [units], as a mean of the heads; that of the exact keys).
 
-    `query`: [heads, d], heads of one KV head side by side. `exact`: [KV heads, tokens, d], C-contiguous.
+    `query`: [heads, d], heads of one KV head side by side. `exact`: [KV heads, at least exact_tokens, d]. Both are
+    C-contiguous.
     """
     shares = np.zeros(codes.nibbles.shape[2] // unit, np.float32)
     scaled = query * np.float32(scale)
-    rest = _add_shares(scaled, codes.nibbles, codes.low, codes.step, exact, unit, shares)
+    rest = _add_shares(scaled, codes.nibbles, codes.low, codes.step, exact, exact_tokens, unit, shares)
     return shares, float(rest)
 
 
@@ -46,30 +49,11 @@ def best(shares: Floats, count: int) -> npt.NDArray[np.int64]:
 
 
 @compiled
-def _exp(values: Any, bits: Any) -> None:
-    """e to the power of each value, all at most 0, in place; `bits` is the same memory as int32. Errs by 3e-6."""
-    for i in range(values.shape[0]):
-        x = max(values[i] * np.float32(1.4426950408889634), np.float32(-125.0))
-        whole = np.int32(x) - np.int32(1)
-        part = x - np.float32(whole)
-        power = np.float32(1.8775767e-3)
-        power = power * part + np.float32(8.9893397e-3)
-        power = power * part + np.float32(5.5826318e-2)
-        power = power * part + np.float32(2.4015361e-1)
-        power = power * part + np.float32(6.9315308e-1)
-        power = power * part + np.float32(9.9999994e-1)
-        values[i] = power
-        bits[i] += whole << np.int32(23)
-
-
-@compiled
-def _add_shares(query: Any, nibbles: Any, low: Any, step: Any, exact: Any, unit: int, shares: Any) -> float:
+def _add_shares(query: Any, nibbles: Any, low: Any, step: Any, exact: Any, rests: int, unit: int, shares: Any) -> float:
     kv_heads, halves, tokens = nibbles.shape
     heads, d = query.shape
     group = heads // kv_heads
-    rests = exact.shape[1]
-    logits = np.empty((group, tokens), np.float32)
-    beside = np.empty(rests, np.float32)
+    logits = np.empty((group, tokens + rests), np.float32)
     even, odd = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     total_rest = np.float32(0.0)
     for h in range(kv_heads):
@@ -93,33 +77,39 @@ def _add_shares(query: Any, nibbles: Any, low: Any, step: Any, exact: Any, unit:
                     for t in range(size):
                         into[t] += a * even[t] + b * odd[t]
         for g in range(group):
-            row_logits = logits[g]
-            highest = np.float32(-1e30)
+            values = logits[g]
             for r in range(rests):
                 value = np.float32(0.0)
                 for c in range(d):
                     value += query[h * group + g, c] * exact[h, r, c]
-                beside[r] = value
-                highest = max(highest, value)
-            for t in range(tokens):
-                highest = max(highest, row_logits[t])
-            for t in range(tokens):
-                row_logits[t] -= highest
-            for r in range(rests):
-                beside[r] -= highest
-            _exp(row_logits, row_logits.view(np.int32))
-            _exp(beside, beside.view(np.int32))
+                values[tokens + r] = value
+            highest = values[0]
+            for t in range(tokens + rests):
+                highest = max(highest, values[t])
+            bits = values.view(np.int32)
+            for t in range(tokens + rests):  # e to the power of what is at most 0; errs by 3e-6 of it
+                x = max((values[t] - highest) * np.float32(1.4426950408889634), np.float32(-125.0))
+                whole = np.int32(x) - np.int32(1)
+                part = x - np.float32(whole)
+                power = np.float32(1.8775767e-3)
+                power = power * part + np.float32(8.9893397e-3)
+                power = power * part + np.float32(5.5826318e-2)
+                power = power * part + np.float32(2.4015361e-1)
+                power = power * part + np.float32(6.9315308e-1)
+                power = power * part + np.float32(9.9999994e-1)
+                values[t] = power
+                bits[t] += whole << np.int32(23)
             rest = np.float32(0.0)
-            for r in range(rests):
-                rest += beside[r]
+            for r in range(tokens, tokens + rests):
+                rest += values[r]
             total = rest
             for t in range(tokens):
-                total += row_logits[t]
-            part = np.float32(1.0) / (total * np.float32(heads))
+                total += values[t]
+            of_all = np.float32(1.0) / (total * np.float32(heads))
             for u in range(shares.shape[0]):
                 mass = np.float32(0.0)
                 for t in range(u * unit, (u + 1) * unit):
-                    mass += row_logits[t]
-                shares[u] += mass * part
-            total_rest += rest * part
+                    mass += values[t]
+                shares[u] += mass * of_all
+            total_rest += rest * of_all
     return float(total_rest)

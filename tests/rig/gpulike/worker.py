@@ -86,6 +86,12 @@ class GpuLikeWorker(CPUWorker):
         """For `collective_rpc`: what the fake driver found missing ("" if nothing), calls of it, and what late_figures tells."""
         return {**self._device_thread.figures(), **self.late_figures()}
 
+    def replaced(self) -> list[str]:
+        """For `collective_rpc`: methods of this worker's runner and of its attention layers that are not vLLM's own."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        objects = [self.model_runner, *(layer.impl for layer in layers if hasattr(layer, "impl"))]
+        return sorted({name for each in objects for name in vars(each) if callable(getattr(type(each), name, None))})
+
     def graph_figures(self) -> dict[str, Any]:
         """For `collective_rpc`: graphs captured and replayed, operations in them, and names of operations that no graph holds."""
         from gpulike import graphs

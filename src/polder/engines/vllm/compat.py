@@ -96,6 +96,8 @@ vllm.v1.core.block_pool
     BlockPool._notify_reuse(self, blocks)
     BlockPool.unpin_blocks(self, blocks, on_reuse)
     BlockPool.touch(self, blocks)
+    BlockPool.get_new_blocks(self, num_blocks)
+    BlockPool.free_blocks(self, ordered_blocks)
 vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler
     OffloadingConnectorScheduler._maximal_prefix_lookup(self, keys, req_context, req, group_config, start_chunk_idx)
     RequestOffloadState.update_block_id_groups(self, new_block_id_groups)
@@ -139,6 +141,11 @@ vllm.model_executor.layers.attention.attention
     unified_kv_cache_update(key, value, layer_name)
     unified_attention_with_output(query, key, value, output, layer_name, output_scale, output_block_scale,
         kv_cache_dummy_dep)
+vllm._custom_ops
+    cpu_attn_get_scheduler_metadata(num_reqs, num_heads, num_kv_heads, head_dim, seq_lens, dtype, query_start_loc, causal,
+        sliding_window_size, isa, enable_kv_split, dynamic_causal, kv_cache_dtype)
+vllm.v1.attention.backends.cpu_attn
+    CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
 vllm.v1.attention.backend
     AttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
         output_block_scale)

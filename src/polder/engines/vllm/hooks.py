@@ -58,6 +58,10 @@ _PACKED = "elastic weights: packed weights are tensors, which can move"
 _PASS = "a window: its pass begins with the forward"
 _LOST = "a window: the core hears of lost blocks"
 _STORED = "a window: a layer's blocks are fetched before, stored after"
+_SELECTED = "sparse reading: a layer's query selects the units that are in its slots"
+_SHORTER = "sparse reading: the batch's metadata name what is read of a prefix"
+_UNREAD = "sparse reading: the core hears what was not read"
+_SMALL = "sparse reading: units of 16 tokens, which the kernels take"
 _FETCHED = "a window: a layer's blocks are fetched before"
 
 CORE_TAPS: tuple[Tap, ...] = (
@@ -114,6 +118,15 @@ WORKER_TAPS: tuple[Tap, ...] = (
     Tap(_V1, "GPUModelRunner.sample_tokens", "window.runner", _LOST),
     Tap(_V2, "GPUModelRunner.sample_tokens", "window.runner", _LOST),
     Tap(_IMPL, "AttentionImpl.forward", "window.worker", _STORED),
+    Tap(_V1, "GPUModelRunner._model_forward", "sparse.worker", _SHORTER),
+    Tap(_V1, "GPUModelRunner.sample_tokens", "sparse.worker", _UNREAD),
+    Tap(_IMPL, "AttentionImpl.forward", "sparse.worker", _SELECTED),
+    Tap(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackend.get_supported_kernel_block_sizes",
+        "sparse.limits",
+        _SMALL,
+    ),
     Tap(_IMPL, "AttentionImpl.do_kv_cache_update", "window.worker", _FETCHED),
     Tap(_IMPL, "AttentionImpl.do_rope_and_kv_cache_update", "window.worker", _FETCHED),
     Tap(_IMPL, "AttentionImpl.do_qk_norm_rope_kvcache_update", "window.worker", _FETCHED),

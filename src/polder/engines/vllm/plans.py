@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DiskPlan", "Taken", "TierPlan", "WeightsFound", "WindowPlan", "WorkerPlan"]
+__all__ = ["DiskPlan", "SparsePlan", "Taken", "TierPlan", "WeightsFound", "WindowPlan", "WorkerPlan"]
 
 
 # ---------------------------------------------------------------- from the core
@@ -60,6 +60,15 @@ class WindowPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsePlan:
+    """What the workers must know of prefixes of which requests read a part."""
+
+    disks: tuple[tuple[str, int], ...]
+    """Directory and limit in bytes, for all ranks together. None: units lie in host memory."""
+    ranks: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerPlan:
     """What the core agreed with the broker before the workers allocate. One for all ranks."""
 
@@ -76,6 +85,8 @@ class WorkerPlan:
     """POLDER_LINKS and POLDER_FAULTS: what the workers emulate."""
     tiers: TierPlan | None = None
     window: WindowPlan | None = None
+    sparse: SparsePlan | None = None
+    """None: all requests read all of their prefix."""
 
 
 # ---------------------------------------------------------------- from a worker

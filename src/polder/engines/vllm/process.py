@@ -18,6 +18,7 @@ from polder.memory.devices import open_backend
 if TYPE_CHECKING:
     from polder.engines.vllm.plans import WorkerPlan
     from polder.engines.vllm.rank.memory import WorkerMemory
+    from polder.engines.vllm.sparse.worker import WorkerSparse
     from polder.engines.vllm.tiers.manager import TierAgreement
     from polder.engines.vllm.tiers.worker import PolderWorker
     from polder.engines.vllm.weights.offloader import WeightOffloader
@@ -48,6 +49,7 @@ class Process:
     """In a worker, once the KV cache is allocated."""
     tiers: PolderWorker | None = None
     window: WorkerWindow | None = None
+    sparse: WorkerSparse | None = None
     offloader: WeightOffloader | None = None
     packed: list[PackedLinear] = field(default_factory=list)
     """Packed linear layers by number. Compiled graphs hold the numbers; each process of a model packs in the same

@@ -22,6 +22,7 @@ from polder.metrics import TIER_NAMES as TIERS
 from polder.settings import (
     COUNT,
     GOAL,
+    PART,
     PATH,
     SIZE,
     TEXT,
@@ -158,6 +159,35 @@ class EngineSettings:
         example="2",
         help="Layers of such a context whose KV is on the device at a time",
     )
+    sparse_bytes: int = setting(
+        SIZE,
+        model="sparse",
+        default=0,
+        default_text="no sparse reading",
+        example='"8GiB"',
+        help="Host memory for prefixes of which requests that ask for it read a part in each step",
+    )
+    sparse_disks: tuple[tuple[str, int], ...] = setting(
+        DISKS,
+        default=(),
+        default_text="they lie in the host memory of `sparse`",
+        help='"PATH:SIZE,PATH:SIZE": where prefixes lie that are read in part; `sparse` then holds their index alone',
+    )
+    sparse_least_tokens: int = setting(
+        COUNT,
+        model="sparse_least_tokens",
+        default=2048,
+        example="2048",
+        help="Requests with shorter prompts read all, whatever they ask for",
+    )
+    sparse_most_unread: float = setting(
+        PART,
+        model="sparse_most_unread",
+        default=1.0,
+        default_text="no bound",
+        example="0.2",
+        help="A request that leaves more of its attention unread, by estimate, is computed again and reads all",
+    )
     tbt_goal_s: float | None = setting(
         GOAL,
         model="tbt_goal",
@@ -199,6 +229,9 @@ class EngineSettings:
         if "disk" not in self.tiers and (self.disk_writes_bytes is not None or self.disk_io != "threads"):
             key = "disk_io" if self.disk_writes_bytes is None else "disk_writes"
             raise ConfigError(f'{name(key)} is given: add "disk" to {name("tiers")}, or leave it out')
+        for key in ("sparse_disks", "sparse_least_tokens", "sparse_most_unread"):
+            if getattr(self, key) != getattr(EngineSettings, key) and not self.sparse_bytes:
+                raise ConfigError(f"{name(key)} is given: set {name('sparse')} (host memory) too")
         if self.window_layers != EngineSettings.window_layers and not self.window_bytes:
             raise ConfigError(f"{name('window_layers')} is given: set {name('window')} (host memory) too")
 

@@ -30,6 +30,7 @@ from polder.engines.vllm.core.step_times import StepTimes
 from polder.engines.vllm.core.subsystem import Subsystem
 from polder.engines.vllm.core.transfers import TierTransfers, Transfers
 from polder.engines.vllm.rank import calls
+from polder.engines.vllm.sparse.core import CoreSparse
 from polder.engines.vllm.weights.core import CoreWeights
 from polder.engines.vllm.window.core import CoreWindow
 from polder.engines.vllm.window.goal import keep_goal
@@ -104,6 +105,15 @@ class ElasticCore:
             yield Prefetch(self._scheduler, self.tiers.tiers.counters)
         if agreement.window:
             yield self._open_window(agreement)
+        if agreement.settings.sparse_bytes:
+            yield CoreSparse(
+                self._scheduler,
+                agreement.settings,
+                self.blocks,
+                self._rpc,
+                block_tokens=agreement.block_tokens[0],
+                block_bytes=agreement.geometry.unit_bytes // agreement.geometry.unit_blocks,
+            )
         if agreement.settings.tbt_goal_s:
             yield Pacing(self._scheduler, agreement.settings.tbt_goal_s, self.counters)
         yield self._step_times
@@ -211,6 +221,11 @@ class ElasticCore:
     def on_abort(self) -> None:
         """Requests were aborted. No step follows in an engine whose weights sleep, so the broker hears of it here."""
         self._report(time.monotonic())
+
+    def on_reset(self) -> None:
+        """The prefix cache was reset."""
+        for part in self._subsystems:
+            part.on_reset()
 
     def close(self) -> None:
         for part in self._subsystems:

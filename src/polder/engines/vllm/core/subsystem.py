@@ -44,6 +44,9 @@ class Subsystem:
 
     # ------------------------------------------------------------------ between two steps
 
+    def on_reset(self) -> None:
+        """The engine's own prefix cache has forgotten all, as a user has asked for."""
+
     def on_wake(self) -> None:
         """What the broker has sent is handled."""
 

@@ -43,10 +43,12 @@ def shutdown(stock: Callable[[Any], None], core: Any) -> None:
 def reset_prefix_cache(
     stock: Callable[..., bool], core: Any, reset_running_requests: bool = False, reset_connector: bool = False
 ) -> bool:
-    """The tiers forget what a user makes the engine forget: weights may have been replaced in a way that Polder cannot
-    see."""
+    """Tiers and sparse prefixes forget what a user makes the engine forget: weights may have been replaced in a way
+    that Polder cannot see."""
     done = bool(stock(core, reset_running_requests, reset_connector))
     elastic = getattr(core, "polder", None)
+    if done and elastic is not None:
+        elastic.on_reset()
     if done and not reset_connector and elastic is not None and elastic.tiers is not None:
         done = bool(core.scheduler.reset_connector_cache())
         elastic.tiers.seal_disks()

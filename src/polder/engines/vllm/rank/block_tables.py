@@ -6,7 +6,7 @@ it anew in every step, also before a CUDA graph is replayed, so correcting the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from polder.engines.vllm import hooks
 from polder.errors import IntegrityError
 
-__all__ = ["BlockRows", "Ids", "can_rewrite", "forget_outputs", "is_v2", "keep_rows", "new_ids", "rewrite"]
+__all__ = [
+    "BlockRows",
+    "Ids",
+    "can_rewrite",
+    "forget_outputs",
+    "is_v2",
+    "keep_rows",
+    "new_ids",
+    "replace_row",
+    "rewrite",
+]
 
 Ids = NDArray[np.int64]
 NOBODY: Ids = np.empty(0, dtype=np.int64)
@@ -52,6 +62,14 @@ def rewrite(runner: Any, new: Ids) -> None:
         _rewrite_v2(runner, new)
     elif can_rewrite(runner):
         _rewrite_v1(runner, new)
+
+
+def replace_row(runner: Any, request: str, ids: Sequence[int]) -> None:
+    """A request of the V1 runner has these blocks from now on, as many as before. To be called between two steps."""
+    runner.requests[request].block_ids[0][:] = ids
+    row = runner.input_batch.req_id_to_index.get(request)
+    if row is not None:
+        runner.input_batch.block_table.block_tables[0].block_table.np[row, : len(ids)] = ids
 
 
 def forget_outputs(runner: Any, requests: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from polder.engines.vllm.plans import WorkerPlan
 from polder.engines.vllm.process import here, present
 from polder.engines.vllm.rank import block_tables
 from polder.engines.vllm.rank.block_tables import Ids
+from polder.engines.vllm.sparse.limits import allow_small_blocks
 from polder.errors import PolderError
 from polder.memory.limits import raise_open_files
 
@@ -57,6 +58,8 @@ def device_uuid(worker: Any) -> str:
 def prepare(worker: Any, plan: WorkerPlan) -> None:
     """Notes the plan; the next `allocate_kv_cache` in this process follows it."""
     raise_open_files()
+    if plan.sparse:
+        allow_small_blocks()
     here.plan, here.rank, here.device, here.runner = plan, worker.rank, device_name(worker), worker.model_runner
 
 

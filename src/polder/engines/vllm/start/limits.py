@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polder.engines.vllm.settings import EngineSettings
+from polder.engines.vllm.sparse.limits import check_sparse
 from polder.engines.vllm.tiers.agreement import CONNECTOR
 from polder.engines.vllm.window.limits import check_window
 from polder.errors import ConfigError
@@ -24,6 +25,8 @@ def check_supported(vllm_config: Any, settings: EngineSettings) -> None:
         raise ConfigError(f"an engine with POLDER_TIERS needs {flag}, and one without must not have it")
     if settings.window_bytes:
         check_window(vllm_config, settings)
+    if settings.sparse_bytes:
+        check_sparse(vllm_config, settings)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ConfigError("elastic KV does not work with pipeline parallelism yet")
     if vllm_config.parallel_config.data_parallel_size > 1:

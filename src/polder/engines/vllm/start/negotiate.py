@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from polder.broker.core import HOST
 from polder.engines.vllm.agreement import Agreement
-from polder.engines.vllm.plans import WeightsFound, WorkerPlan
+from polder.engines.vllm.plans import SparsePlan, WeightsFound, WorkerPlan
 from polder.engines.vllm.rank import calls
 from polder.engines.vllm.settings import EngineSettings
 from polder.engines.vllm.start.broker import LocalBroker, ask_sizes, say_hello
@@ -118,6 +118,7 @@ def _plan(agreement: Agreement, vllm_config: Any, sizes: Sizes, rpc: Callable[..
         faults=settings.faults,
         tiers=tiers,
         window=None if sizes.window is None else sizes.window.plan(welcome.host),
+        sparse=SparsePlan(disks=settings.sparse_disks, ranks=len(hello.devices)) if settings.sparse_bytes else None,
     )
 
 

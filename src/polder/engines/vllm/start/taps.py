@@ -106,6 +106,7 @@ def _serve_as_stock(settings: EngineSettings) -> None:
     wanted = {
         "POLDER_TIERS": settings.tiers,
         "POLDER_WINDOW": settings.window_bytes,
+        "POLDER_SPARSE": settings.sparse_bytes,
         "POLDER_WEIGHTS=elastic": settings.weights == "elastic",
     }
     for name, value in wanted.items():

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from polder.engines.vllm import hooks
 from polder.engines.vllm.rank.block_tables import keep_rows
+from polder.engines.vllm.rank.outputs import tell
 from polder.memory.page import Indices
 
 if TYPE_CHECKING:
@@ -100,23 +101,11 @@ def _hook_sampling(window: WorkerWindow, runner: Any) -> None:
         if compared and ranks.world_size > 1:
             doubtful = _of_all_ranks(doubtful, ranks)
         window.end_step(doubtful)
-        if doubtful and not ranks.rank_in_group and not _tell(output, doubtful):
+        if doubtful and not ranks.rank_in_group and not tell(output, DOUBTFUL, doubtful):
             window.doubtful = doubtful  # told with the next output
         return output
 
     hooks.replace(runner, "sample_tokens", sample_and_tell)
-
-
-def _tell(output: Any, doubtful: list[int]) -> bool:
-    """Puts the blocks on what the core gets: with async scheduling that comes out of the runner's output later."""
-    from vllm.v1.outputs import ModelRunnerOutput
-
-    for name in ("model_runner_output", "_model_runner_output"):  # AsyncOutput of V2, AsyncGPUModelRunnerOutput of V1
-        output = getattr(output, name, output)
-    if not isinstance(output, ModelRunnerOutput) or not output.req_ids:
-        return False  # no request was in the step
-    setattr(output, DOUBTFUL, doubtful)
-    return True
 
 
 def _of_all_ranks(doubtful: list[int], ranks: Any) -> list[int]:

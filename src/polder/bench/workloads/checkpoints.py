@@ -68,7 +68,7 @@ def ensure_checkpoint(source: Source, folder: Path) -> Path:
 def _make(source: Source, fetched: Path, made: Path) -> None:
     import torch
 
-    from polder.demo.gguf_file import save_checkpoint
+    from polder.bench.workloads.gguf_file import save_checkpoint
 
     _fetch(source, fetched)
     made.mkdir()
