@@ -122,7 +122,9 @@ def test_shared_memory_that_a_tree_leaves_behind_is_removed(tmp_path: Path) -> N
     code = (
         "import time; from multiprocessing import resource_tracker, shared_memory\n"
         "mine = shared_memory.SharedMemory(create=True, size=4096); resource_tracker.unregister(mine._name, 'shared_memory')\n"
-        f"open({str(tmp_path / 'new')!r}, 'w').write(mine.name)\n"
+        "from multiprocessing import get_context; lock = get_context('spawn').Lock(); name = lock._semlock.name\n"
+        "resource_tracker.unregister(name, 'semaphore')\n"
+        f"open({str(tmp_path / 'new')!r}, 'w').write(f'{{mine.name}} sem.{{name[1:]}}')\n"
         f"import os; os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'name')!r}); time.sleep(100)"
     )
     other = shared_memory.SharedMemory(create=True, size=4096)
@@ -130,10 +132,10 @@ def test_shared_memory_that_a_tree_leaves_behind_is_removed(tmp_path: Path) -> N
         process = ManagedProcess(python(code))
         process.start()
         wait_for((tmp_path / "name").exists, "the child")
-        segment = Path("/dev/shm", (tmp_path / "name").read_text())
-        assert segment.exists()
+        left = [Path("/dev/shm", name) for name in (tmp_path / "name").read_text().split()]
+        assert [path.exists() for path in left] == [True, True]
         process.stop()
-        assert not segment.exists()
+        assert [path.exists() for path in left] == [False, False]
         assert Path("/dev/shm", other.name).exists(), "it is another's"
     finally:
         other.close()

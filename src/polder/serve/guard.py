@@ -11,8 +11,8 @@ own children, even from another session. Guarantees:
   * When the parent dies, also by kill -9, the child gets SIGTERM, and after GRACE_S the tree is killed.
   * When this process is killed, the child dies with it (PR_SET_PDEATHSIG), and ManagedProcess kills the rest of the
     group.
-  * Shared memory of Python's that the tree leaves behind is removed. An engine that is stopped while it loads leaves
-    some.
+  * Shared memory and semaphores of Python's that the tree leaves behind are removed. An engine that is stopped while
+    it loads leaves some.
   * It ends with the child's code, or 128 + N for signal N, as a shell does; 127 when the command cannot be started.
 
 It uses the standard library only, without site-packages: it costs 15 ms and a few MiB.
@@ -33,8 +33,9 @@ from collections.abc import Iterable
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LEAVE_S = 2.0  # orphans get SIGTERM and this time before SIGKILL
-SEGMENTS = "/dev/shm/psm_"
-"""multiprocessing.shared_memory's, which vLLM's processes speak through."""
+SHARED = "/dev/shm/"
+NAMES = ("psm_", "sem.mp-")
+"""multiprocessing's shared memory, which vLLM's processes speak through, and semaphores."""
 TRACKER_S = 1.0
 """Extra time for multiprocessing's resource tracker, which removes shared memory once all its users are gone."""
 
@@ -142,12 +143,17 @@ def _tree() -> list[int]:
 
 
 def _mapped(pids: Iterable[int]) -> set[str]:
-    """Names of the shared memory that these processes have mapped."""
-    found = set()
+    """Names of the shared memory and semaphores that these processes have mapped.
+
+    By inode: who has made a semaphore has mapped it under another name, which is gone.
+    """
+    inodes = set()
     for pid in pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as file:
-            found |= {line.split(maxsplit=5)[5].strip() for line in file if SEGMENTS in line}
-    return found
+            inodes |= {int(line.split(maxsplit=5)[4]) for line in file if SHARED in line}
+    with contextlib.suppress(OSError), os.scandir(SHARED) as entries:
+        return {entry.path for entry in entries if entry.name.startswith(NAMES) and entry.inode() in inodes}
+    return set()
 
 
 def _remove(segments: set[str]) -> None:
