@@ -114,7 +114,7 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     ),
     "MLA (DeepSeek)": (
         NOT_TRIED,
-        Cell("refused on CPUs", refusal="uncached"),
+        Cell("refused on CPUs without AMX", refusal="uncached"),
         NOT_TRIED,
         NOT_TRIED,
         Cell("refused", refusal="MLA"),

@@ -42,8 +42,8 @@ def test_a_model_without_a_kv_cache_is_served_and_the_broker_knows(tmp_path: Pat
 
 
 def test_a_tier_is_refused_where_vllm_does_not_cache_prefixes(tmp_path: Path) -> None:
-    """MLA on the CPU: vLLM would compute something else from a cached prefix there, and has switched prefix caching off before the
-    engine is made. Decisions that workers make later are theirs to tell."""
+    """MLA on a CPU without AMX: vLLM would compute something else from a cached prefix there, and has switched prefix caching off before
+    the engine is made. Decisions that workers make later are theirs to tell."""
     from vllm.engine.arg_utils import EngineArgs
 
     heads = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
@@ -51,7 +51,9 @@ def test_a_tier_is_refused_where_vllm_does_not_cache_prefixes(tmp_path: Path) ->
         **SMALL, **heads, num_key_value_heads=4, architectures=["DeepseekV2ForCausalLM"]
     )
     config.save_pretrained(tmp_path)
-    engine = EngineArgs(str(tmp_path), skip_tokenizer_init=True, max_model_len=128).create_engine_config()
+    without_amx = {"attention_backend": "CPU_MLA"}
+    arguments = EngineArgs(str(tmp_path), skip_tokenizer_init=True, max_model_len=128, **without_amx)
+    engine = arguments.create_engine_config()
     assert engine.model_config.use_mla
     caches = engine.cache_config.enable_prefix_caching
     with pytest.raises(ConfigError, match="this engine does not cache prefixes"):
