@@ -18,6 +18,7 @@ __all__ = ["Decoded", "DecodingEngine", "VllmEngine", "quality"]
 
 Floats = npt.NDArray[np.float32]
 ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
