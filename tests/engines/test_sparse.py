@@ -10,14 +10,14 @@ import pytest
 
 from tests.engines.answers import varied
 from tests.engines.controls import Switches
-from tests.engines.harness import ORDINARY, SMALL_A, SMALL_VOCABULARY, Engine, prompts
+from tests.engines.harness import ORDINARY, SMALL_A, SMALL_VOCABULARY, Engine, prompts, wait_for
 
 pytestmark = pytest.mark.engine
 
 MODEL = replace(SMALL_A, name="varied-sparse", kv_heads=2)
 BLOCK = 16
 """Tokens. A layer's block has 16 KiB, a page 4 of them: memory for 256 blocks."""
-LONG, TOKENS = 1500, 24
+LONG, TOKENS, MANY = 1500, 24, 400
 SETTINGS = {
     "POLDER_KV_BUDGET": "16MiB",
     "POLDER_PAGE": "64KiB",
@@ -168,6 +168,48 @@ def test_a_question_on_a_stored_document_reuses_its_units(sparse: Engine, plain:
     assert after["sparse_reused_total"] - before["sparse_reused_total"] == 1
     assert second.said["units"] == first.said["units"]
     assert [first.tokens, second.tokens] == [one.tokens for one in ask(plain, asked, [None, None])]
+
+
+def test_preempted_requests_are_computed_again_and_aborted_ones_leave_nothing_behind(
+    sparse: Engine, plain: Engine
+) -> None:
+    from vllm import SamplingParams
+
+    asked, engine = [long_prompt(51), long_prompt(52, 880)], sparse.llm.llm_engine
+    stock = [one.tokens for one in ask(plain, asked, [None] * 2, tokens=MANY)]
+
+    def begin(name: str, prompt: list[int], budget: str, tokens: int) -> None:
+        parameters = SamplingParams(
+            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False, extra_args=_extra(budget)
+        )
+        engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
+
+    def step_until_reading(count: int) -> None:
+        """The engine runs on meanwhile, so answers are long."""
+        while counted(sparse)["sparse_running_requests"] < count:
+            assert engine.has_unfinished_requests()
+            engine.step()
+
+    before = counted(sparse)
+    for number, prompt in enumerate(asked):
+        begin(f"preempted-{number}", prompt, "100%", MANY)
+    step_until_reading(2)
+    assert sparse.utility("reset_prefix_cache", True, False), "preempts all that run"
+    done = {}
+    while engine.has_unfinished_requests():
+        done |= {output.request_id: output for output in engine.step() if output.finished}
+    assert [list(done[f"preempted-{number}"].outputs[0].token_ids) for number in range(2)] == stock
+    after = counted(sparse)
+    assert after["preemptions_total"] - before["preemptions_total"] == 2
+    assert after["sparse_requests_total"] - before["sparse_requests_total"] == 4
+    assert after["sparse_reused_total"] == before["sparse_reused_total"], "reset, so nothing is found again"
+
+    begin("aborted", asked[0], "20%", MANY)
+    step_until_reading(1)
+    sparse.abort("aborted")
+    ask(sparse, [long_prompt(60, 40)], [None], tokens=4)
+    wait_for(lambda: counted(sparse)["running_requests"] == 0, "the request to end")
+    assert counted(sparse)["sparse_running_requests"] == 0
 
 
 def test_an_engine_without_the_setting_has_no_hook(sparse: Engine, plain: Engine) -> None:
