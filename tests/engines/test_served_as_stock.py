@@ -42,8 +42,8 @@ def test_a_model_without_a_kv_cache_is_served_and_the_broker_knows(tmp_path: Pat
 
 
 def test_a_tier_is_refused_where_vllm_does_not_cache_prefixes(tmp_path: Path) -> None:
-    """MLA on a CPU without AMX: vLLM would compute something else from a cached prefix there, and has switched prefix caching off before
-    the engine is made. Decisions that workers make later are theirs to tell."""
+    """MLA on a CPU without AMX: vLLM would compute something else from a cached prefix there, and has switched prefix caching off
+    before the engine is made. Decisions that workers make later are theirs to tell."""
     from vllm.engine.arg_utils import EngineArgs
 
     heads = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}

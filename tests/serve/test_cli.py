@@ -36,6 +36,7 @@ SURFACE = {
     "broker": {"--socket", "--device", "--page", "--reserve-low", "--reserve-high", "--hold", "--deadline"},
     "init": {"models", "--out", "--device", "--port"},
     "top": {"--socket", "--url", "--once", "--json", "--interval"},
+    "ctl status": {"--socket", "--json"},
     "ctl resize": {"engine", "size", "--socket", "--json"},
     "ctl add": {"model", "--socket", "--json"},
     "ctl remove": {"model", "--socket", "--json"},
@@ -156,8 +157,9 @@ def test_top_once_json_is_the_whole_status(short_dir: Path) -> None:
     with fake_broker(short_dir / "s", canned_status()):
         by_option = polder("top", "--once", "--json", "--socket", str(short_dir / "s")).stdout
         by_environment = polder("top", "--once", "--json", POLDER_BROKER=str(short_dir / "s")).stdout
+        by_ctl = polder("ctl", "status", "--json", "--socket", str(short_dir / "s")).stdout
     golden = {"broker": {"t": "status", **msgspec.to_builtins(canned_status())}, "children": []}
-    assert json.loads(by_option) == json.loads(by_environment) == golden
+    assert json.loads(by_option) == json.loads(by_environment) == json.loads(by_ctl) == golden
     assert list(golden["broker"]["engines"][0]) == [
         *("engine", "model", "pid", "devices", "state", "pages_per_unit", "unit_tokens", "held_units", "floor_units"),
         *("share_units", "ceiling_units", "target_units", "pinned_units", "busy_units", "waiting_units"),

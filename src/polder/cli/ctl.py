@@ -30,6 +30,14 @@ _EXPLAINED = (
 
 
 @app.command()
+def status(socket: Socket = None, as_json: AsJson = False) -> None:
+    """Show once who holds the memory, as `polder top --once` does."""
+    from polder.cli.top import top
+
+    top(socket, once=True, as_json=as_json)
+
+
+@app.command()
 def resize(
     engine: Annotated[str, typer.Argument(help="The engine's name.")],
     size: Annotated[str, typer.Argument(help="What to pin it to: 64MiB, or units; 0 hands it back to the policy.")],
