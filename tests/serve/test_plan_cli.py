@@ -76,6 +76,23 @@ def test_models_that_do_not_fit_together_take_turns(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_pool_cannot_take_is_said() -> None:
+    tight = polder("plan", "Llama-3.1-8B", "Qwen3-30B-A3B", "--device", "H100", "--host", "1GiB", "--context", "64M")
+    assert "Llama-3.1-8B 16 GiB, Qwen3-30B-A3B 3.75 GiB" in tight.stdout
+    assert "Together that is 19.75 GiB, more than there is" in tight.stdout
+    assert "--host, --context: for one model alone" in tight.stderr
+    ample = polder("plan", "Qwen3-8B", "Qwen3-8B", "--device", "H100")
+    assert "Qwen3-8B 5.625 GiB, Qwen3-8B 5.625 GiB" in ample.stdout
+    assert "more than there is" not in ample.stdout
+    assert ample.stderr == ""
+
+
+def test_a_model_that_fits_in_no_turn_is_named() -> None:
+    text = polder("plan", "Llama-3.1-70B", "Qwen3-30B-A3B", "--device", "H100").stdout
+    assert "Llama-3.1-70B does not even fit while the others sleep" in text
+    assert "Qwen3-30B-A3B does not even fit" not in text
+
+
 def test_a_fleet_file_is_planned_whatever_this_machine_has(tmp_path: Path) -> None:
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(
@@ -151,6 +168,7 @@ def test_the_tables_are_written_as_html(tmp_path: Path) -> None:
         (("Llama-3.1-70B", "--device", "H100"), "131.4 GiB of weights"),
         (("gpt-oss-20b", "--device", "H100", "--host", "64GiB"), "window is for full attention only"),
         (("owner/unknown", "--device", "H100"), "no network is asked"),
+        (("owner/Llama-3.1-8B-Instruct", "--device", "H100"), "Llama-3.1-8B has the sizes of its fine-tuned variants"),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments: tuple[str, ...], words: str) -> None:

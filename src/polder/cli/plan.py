@@ -26,9 +26,9 @@ __all__ = ["parse_tokens", "plan"]
 
 _TOKENS = re.compile(r"\s*([0-9]+)\s*([kKM]?)\s*")
 _LEGEND = (
-    "fit: sequences of that length at once; window: part of a sequence's blocks that is windowed; hidden: part of the copies' time "
-    "that is under computing; TBT, all: with as many sequences as fit. No prompt is cached. Lower bounds from rooflines: launches, "
-    "scheduling and sampling are not in them."
+    "fit: sequences of that length at once, which is room, not advice; window: part of a sequence's blocks that is windowed; "
+    "hidden: part of the copies' time that is under computing; TBT, all: with as many sequences as fit. No prompt is cached. "
+    "Lower bounds from rooflines: launches, scheduling and sampling are not in them."
 )
 
 
@@ -72,6 +72,10 @@ def plan(
     if len(shapes) > 1:
         from polder.cli.pooling import show_pooling
 
+        given = {"--host": host, "--neighbours": neighbours, "--context": context, "--tbt-goal": tbt_goal}
+        unused = ", ".join(name for name, value in given.items() if value is not None)
+        if unused:
+            typer.echo(f"polder: {unused}: for one model alone; not in the tables of several", err=True)
         show_pooling(shapes, measured, json_file, html_file)
         return
     setup = Setup(

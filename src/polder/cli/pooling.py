@@ -96,6 +96,25 @@ def _contexts(pooling: Pooling) -> Table:
     return table
 
 
+def _floors(pooling: Pooling) -> Iterator[str]:
+    """What the pool cannot take from models that are awake: at least one request of each."""
+    if pooling.kv_bytes <= 0:
+        return
+    floors = [(shape.name, shape.kv_bytes(pooling.contexts(shape)[-1])) for shape in pooling.shapes]
+    total = sum(size for _, size in floors)
+    each = ", ".join(f"{name} {format_bytes(size)}" for name, size in floors)
+    yield (
+        f"The column pool includes what the others keep while they are awake, at least one request of max_model_len: {each}. "
+        "A smaller max_model_len makes it less."
+    )
+    if total > pooling.kv_bytes:
+        yield (
+            f"Together that is {format_bytes(total)}, more than there is: with resident weights `polder serve` refuses it. Choose "
+            "a smaller max_model_len, quantised weights or a larger device, or let the models take turns "
+            '(weights = "elastic", column alone).'
+        )
+
+
 def _notes(pooling: Pooling) -> Iterator[str]:
     kv = pooling.kv_bytes
     if kv > 0:
@@ -105,5 +124,9 @@ def _notes(pooling: Pooling) -> Iterator[str]:
             f"The models do not fit together: {format_bytes(-kv)} are missing. With elastic weights they take turns; without, "
             "choose fewer or smaller ones."
         )
+    for shape in pooling.shapes:
+        if pooling.alone_bytes(shape) <= 0:
+            yield f"{shape.name} does not even fit while the others sleep: it needs a larger device."
+    yield from _floors(pooling)
     yield f"{pooling.device.name}: {pooling.device.source}."
     yield _LEGEND

@@ -185,9 +185,20 @@ def model_shape(model: str) -> ModelShape:
     if found is None:
         raise ConfigError(
             f"model: {model!r} is no folder with a config.json, no model in this machine's cache of a hub (no network is asked: "
-            f"fetch it first), and not one of {', '.join(KNOWN)}"
+            f"fetch it first), and not one of {', '.join(KNOWN)}. {_instead(path.name)}The config.json alone is enough: "
+            "`hf download OWNER/NAME config.json`"
         )
     return found
+
+
+def _instead(name: str) -> str:
+    """A hint at the name in the list that `name` begins with, if there is one."""
+    near = max((known for known in KNOWN if name.lower().startswith(known.lower())), key=len, default=None)
+    if near is None:
+        return ""
+    return (
+        f"{near} has the sizes of its fine-tuned variants, but not of quantised ones or of those with longer contexts. "
+    )
 
 
 def shape_of(name: str, config: Mapping[str, Any]) -> ModelShape:
