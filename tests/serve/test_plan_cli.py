@@ -93,6 +93,13 @@ def test_a_model_that_fits_in_no_turn_is_named() -> None:
     assert "Qwen3-30B-A3B does not even fit" not in text
 
 
+def test_long_names_of_models_are_not_cut(tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.toml"
+    models = (f'[[model]]\nname = "{"agents-" * 6}{end}"\npath = "Qwen/Qwen3-8B"\n' for end in "ab")
+    fleet.write_text('[memory]\nkv_budget = "48GiB"\n' + "".join(models))
+    assert "…" not in polder("plan", str(fleet), "--device", "H100").stdout
+
+
 def test_a_fleet_file_is_planned_whatever_this_machine_has(tmp_path: Path) -> None:
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(
