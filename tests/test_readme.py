@@ -114,7 +114,11 @@ MATRIX: dict[str, tuple[Cell, ...]] = {
     ),
     "MLA (DeepSeek)": (
         NOT_TRIED,
-        Cell("refused on CPUs without AMX", refusal="uncached"),
+        Cell(
+            "tested, `host`, on CPUs with AMX; refused on others",
+            ("test_answers_with_mla_are_those_of_stock_and_come_from_the_tier",),
+            refusal="uncached",
+        ),
         NOT_TRIED,
         NOT_TRIED,
         Cell("refused", refusal="MLA"),
