@@ -55,8 +55,16 @@ def test_the_tables_fit_a_terminal_and_say_where_figures_are_from() -> None:
 def test_models_that_share_a_device_have_all_of_its_memory_in_turn(tmp_path: Path) -> None:
     found = figures(tmp_path, "plan", "Qwen3-8B", "Llama-3.1-8B", "gpt-oss-20b", "--device", "H100")
     assert found["kv_bytes"] > 20 << 30
+    models = {model["model"]: model for model in found["models"]}
+    floors = {name: model["floor_bytes"] for name, model in models.items()}
+    assert floors["Llama-3.1-8B"] == models["Llama-3.1-8B"]["kv_bytes_per_token"] * 131072
     for outlook in found["outlooks"]:
-        assert outlook["pooled"] >= 3 * outlook["sliced"]
+        model = models[outlook["model"]]
+        need = model["kv_bytes_per_token"] * outlook["context_tokens"]
+        room = found["kv_bytes"] - sum(floors.values()) + model["floor_bytes"]
+        assert model["pool_kv_bytes"] == room
+        if outlook["model"] != "gpt-oss-20b":  # half of its layers have windows
+            assert outlook["pooled"] == room // need
         assert outlook["alone"] >= outlook["pooled"]
     longest = {o["model"]: o["context_tokens"] for o in found["outlooks"]}
     assert longest == {"Qwen3-8B": 40960, "Llama-3.1-8B": 131072, "gpt-oss-20b": 131072}

@@ -21,7 +21,8 @@ __all__ = ["show_pooling"]
 
 _LEGEND = (
     "Sequences of that length that fit at once. slice: an equal part of the KV memory, as stock engines have it side by side; "
-    "pool: all of it, while the others have no requests; alone: also the weights of the others, which sleep "
+    "pool: all of it but the others' floors, while the others have no requests; alone: also the floors and the weights of the "
+    "others, which sleep "
     '(weights = "elastic"). What is idle of the pool keeps prefixes. Activations are estimated; a context with workspaces and '
     "CUDA graphs are assumed to take 1 GiB each an engine."
 )
@@ -47,6 +48,8 @@ def _figures(pooling: Pooling) -> dict[str, Any]:
             "weight_bytes": shape.weight_bytes,
             "kv_bytes_per_token": shape.kv_bytes_per_token,
             "engine_bytes": engine_bytes(shape, pooling.device.memory_bytes),
+            "floor_bytes": pooling.floor_bytes(shape),
+            "pool_kv_bytes": pooling.pool_bytes(shape),
             "alone_kv_bytes": pooling.alone_bytes(shape),
             "wake_s": pooling.wake_s(shape),
             "trained_tokens": shape.trained_tokens,
@@ -100,12 +103,12 @@ def _floors(pooling: Pooling) -> Iterator[str]:
     """What the pool cannot take from models that are awake: at least one request of each."""
     if pooling.kv_bytes <= 0:
         return
-    floors = [(shape.name, shape.kv_bytes(pooling.contexts(shape)[-1])) for shape in pooling.shapes]
+    floors = [(shape.name, pooling.floor_bytes(shape)) for shape in pooling.shapes]
     total = sum(size for _, size in floors)
     each = ", ".join(f"{name} {format_bytes(size)}" for name, size in floors)
     yield (
-        f"The column pool includes what the others keep while they are awake, at least one request of max_model_len: {each}. "
-        "A smaller max_model_len makes it less."
+        f"The column pool leaves out the others' floors, which are one request of max_model_len each: {each}. "
+        "In a fleet file, a smaller max_model_len makes them smaller."
     )
     if total > pooling.kv_bytes:
         yield (

@@ -1,5 +1,5 @@
 """What several models on one device win by sharing its memory: how many sequences, and how long, in a fixed slice of
-the KV memory, in all of it, and in all of it while the others' weights are away."""
+the KV memory, in all of it but the others' floors, and in all of it while the others' weights are away."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PoolOutlook:
     sliced: int | None
     """In an equal part of the KV memory, as a stock engine has it."""
     pooled: int | None
-    """In all of it, while the others have no requests."""
+    """In all of it but the others' floors, while the others have no requests."""
     alone: int
     """The same with elastic weights, while the others sleep."""
 
@@ -39,6 +39,14 @@ class Pooling:
         """What all engines with their weights leave for KV. Below 0: so much is missing."""
         used = sum(shape.weight_bytes + engine_bytes(shape, self.device.memory_bytes) for shape in self.shapes)
         return self.device.memory_bytes - used
+
+    def floor_bytes(self, shape: ModelShape) -> int:
+        """What a model keeps while it is awake, by default: the KV of one request of its longest context."""
+        return shape.kv_bytes(self.contexts(shape)[-1])
+
+    def pool_bytes(self, shape: ModelShape) -> int:
+        """What a model may have while the others are awake and have no requests. Below 0: their floors do not fit."""
+        return self.kv_bytes - sum(self.floor_bytes(other) for other in self.shapes if other is not shape)
 
     def alone_bytes(self, shape: ModelShape) -> int:
         """The KV memory of a model while all others sleep: their embeddings and engines stay."""
@@ -65,7 +73,7 @@ class Pooling:
                         model=shape.name,
                         context_tokens=length,
                         sliced=self.kv_bytes // len(self.shapes) // need if together else None,
-                        pooled=self.kv_bytes // need if together else None,
+                        pooled=max(0, self.pool_bytes(shape)) // need if together else None,
                         alone=max(0, self.alone_bytes(shape)) // need,
                     )
                 )
