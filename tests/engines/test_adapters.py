@@ -93,7 +93,10 @@ def test_tiers_forget_when_a_user_resets_the_prefix_cache(connector: bool, works
 
     class Core:
         scheduler = SimpleNamespace(reset_connector_cache=lambda: calls.append("reset") or True)
-        polder = SimpleNamespace(tiers=SimpleNamespace(seal_disks=lambda: calls.append("seal")))
+        polder = SimpleNamespace(
+            on_reset=lambda: calls.append("subsystems"),
+            tiers=SimpleNamespace(seal_disks=lambda: calls.append("seal")),
+        )
 
         def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
             return works
@@ -103,9 +106,10 @@ def test_tiers_forget_when_a_user_resets_the_prefix_cache(connector: bool, works
 
     patch(Core)
     assert Core().reset_prefix_cache(False, connector) == works
-    assert calls == (["reset", "seal"] if told else [])
+    expected = ["subsystems"] * works + ["reset", "seal"] * told
+    assert calls == expected
     assert Core().polder_forget_local() == works  # type: ignore[attr-defined]
-    assert len(calls) == 2 * told
+    assert calls == expected, "only users make tiers forget"
 
 
 def test_an_adapter_is_noted_when_vllm_has_loaded_it() -> None:

@@ -72,7 +72,7 @@ def test_a_worker_may_have_many_files_open(monkeypatch: pytest.MonkeyPatch) -> N
     rank = SimpleNamespace(rank=0, device=SimpleNamespace(type="cpu"), model_runner=None)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
-        calls.prepare(rank, SimpleNamespace())
+        calls.prepare(rank, SimpleNamespace(sparse=None))
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
