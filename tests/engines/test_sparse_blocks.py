@@ -34,7 +34,7 @@ def layer(dtype: torch.dtype, isa: str, block: int, impl: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("isa", "block"), [("vec16", 16), ("vec", 32)])
 def test_what_was_packed_is_read_as_it_was(dtype: torch.dtype, isa: str, block: int) -> None:
-    of = BlockFormat("layer", layer(dtype, isa, block, Impl()), None)
+    of = BlockFormat("layer", layer(dtype, isa, block, Impl()))
     keys, values = torch.randn((2, HEADS, 4 * block, D), generator=torch.Generator().manual_seed(1)).to(dtype)
     packed = of.pack(keys, values)
     at = [7, 2, 11, 5]
@@ -47,4 +47,4 @@ def test_what_was_packed_is_read_as_it_was(dtype: torch.dtype, isa: str, block: 
 
 def test_a_backend_that_does_not_keep_what_it_is_given_is_refused() -> None:
     with pytest.raises(ConfigError, match="how this backend writes"):
-        BlockFormat("layer", layer(torch.float32, "vec16", 16, Rounding()), None)
+        BlockFormat("layer", layer(torch.float32, "vec16", 16, Rounding()))

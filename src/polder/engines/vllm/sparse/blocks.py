@@ -6,15 +6,12 @@ backend's own op, which works on any buffer. For reading, the op is asked once w
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from polder.arrays import IntArray
-from polder.engines.vllm.window.worker import WorkerWindow
 from polder.errors import ConfigError
 
 __all__ = ["BlockFormat"]
@@ -26,11 +23,9 @@ DIGIT = 128
 class BlockFormat:
     """How one attention layer of vLLM's writes its blocks."""
 
-    def __init__(self, name: str, layer: Any, window: WorkerWindow | None) -> None:
+    def __init__(self, name: str, layer: Any) -> None:
         """Raises ConfigError when what is written is not what is read: with quantised KV."""
         self._layer, impl = layer, layer.impl
-        self._window = window
-        self._number = [each for each, _ in window.plan.layers].index(name) if window is not None else 0
         self.cache: torch.Tensor = layer.kv_cache
         _, self.kv_heads, self.block_tokens, twice = self.cache.shape
         self.d = twice // 2
@@ -43,7 +38,7 @@ class BlockFormat:
 
     def plain(self, blocks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of these blocks of the cache: two of [KV heads, n * block tokens, d]. Between two passes."""
-        found = self._rows(np.asarray(blocks, np.int64)).reshape(len(blocks), -1)[:, self._where]
+        found = self.cache[torch.tensor(blocks, dtype=torch.int64)].reshape(len(blocks), -1)[:, self._where]
         found = found.view(len(blocks), 2, self.kv_heads, self.block_tokens, self.d).permute(1, 2, 0, 3, 4)
         keys, values = found.reshape(2, self.kv_heads, -1, self.d).unbind()
         return keys, values
@@ -57,18 +52,6 @@ class BlockFormat:
         )
         self._write(keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), blocks)
         return blocks
-
-    def _rows(self, blocks: IntArray) -> torch.Tensor:
-        """The blocks as they lie in the cache, or in the window's store: [n, ...]"""
-        window = self._window
-        if window is None or (blocks < window.homes.first).all():
-            return self.cache[torch.from_numpy(blocks)]
-        window.settled()  # what did not get home is doubtful, and the core drops who holds it
-        found = torch.empty((len(blocks), *self.cache.shape[1:]), dtype=self.cache.dtype)
-        rows = found.view(torch.uint8).view(len(blocks), -1).numpy()
-        for row, address in zip(rows, window.homes.home(self._number, blocks).tolist(), strict=True):
-            ctypes.memmove(row.ctypes.data, address, row.nbytes)
-        return found
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor) -> None:
         impl = self._layer.impl

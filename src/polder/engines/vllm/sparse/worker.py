@@ -17,7 +17,7 @@ import torch
 
 from polder.emulation.factory import Emulation
 from polder.engines.vllm import hooks
-from polder.engines.vllm.process import here, present
+from polder.engines.vllm.process import present
 from polder.engines.vllm.rank.memory import WorkerMemory
 from polder.engines.vllm.rank.outputs import tell
 from polder.engines.vllm.sparse.ask import asks
@@ -57,7 +57,7 @@ class WorkerSparse:
     def __init__(self, runner: Any, layers: dict[str, Any], memory: WorkerMemory) -> None:
         """`layers`: vLLM's attention layers by name. Raises ConfigError or BudgetError."""
         self._runner, self._layers = runner, layers
-        self.formats = [BlockFormat(name, layer, here.window) for name, layer in layers.items()]
+        self.formats = [BlockFormat(name, layer) for name, layer in layers.items()]
         self.make_home = in_memory
         plan = present(memory.plan.sparse)
         if plan.disks:
